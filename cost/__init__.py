@@ -1,1 +1,1 @@
-"""What a training step costs, in bytes and in seconds: predicted for any plan of ranks, or measured."""
+"""The cost of a training step in bytes and seconds: predicted for any plan of ranks, or measured."""

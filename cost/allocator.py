@@ -1,13 +1,13 @@
-"""What torch's allocator reserves for a plan: two training steps, replayed through a model of it.
+"""Model of torch's caching allocator: predicts the reserved memory of a plan by replaying two training steps.
 
-A card must hold what the allocator reserves, which is more than what tensors take: blocks are cut out of segments that
-the driver gave, and a segment is kept as long as the process lives, or until the cache is emptied.
-Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.6 to 2.9, with its default settings and one stream.
+A card must hold the allocator's reserved memory, which exceeds the tensors: blocks are split off segments allocated by
+the driver, and a segment persists until the process ends or the cache is emptied. Source:
+c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.6 to 2.9, with default settings and one stream.
 
-What is replayed is a recording (`cost/recording.py`), of a step in which every module is adapted and no layer runs
-again. Under a plan fewer tensors outlive the forward pass, and those of a checkpointed segment are allocated twice. The
-first step warms up: libraries take their workspaces and the optimizer its state. The second one runs beside these, in
-segments that the first one has cut up.
+The replay uses a recording (`cost/recording.py`) of a step with every module adapted and no checkpointing. Under a plan
+fewer tensors outlive the forward pass, and those of checkpointed segments are allocated twice. The first step warms up:
+libraries allocate workspaces, and the optimizer its state. The second step then runs in segments fragmented by the
+first.
 """
 
 from bisect import bisect_left, insort
@@ -26,28 +26,28 @@ BLOCK_BYTES = 512
 """Sizes are rounded up to multiples of this many bytes."""
 
 SMALL_BYTES = _MIB
-"""Blocks up to this size come from segments of their own; of a larger block, less than this is not split off."""
+"""Largest block served from small segments; larger blocks are not split for a remainder below this size."""
 
 SMALL_SEGMENT_BYTES = 2 * _MIB
-"""The size of a segment for small blocks; larger ones have a multiple of it."""
+"""Size of a segment for small blocks; larger segments are multiples of it."""
 
 LARGE_SEGMENT_BYTES = 20 * _MIB
-"""The size of a segment for blocks below `LARGE_BLOCK_BYTES`."""
+"""Size of a segment for blocks below `LARGE_BLOCK_BYTES`."""
 
 LARGE_BLOCK_BYTES = 10 * _MIB
-"""A block of this size or above gets a segment that it fills."""
+"""A block of at least this size gets a segment of its own."""
 
 
 _LARGE_ADDRESSES = 2**60
-"""Where the expandable segment of large blocks begins."""
+"""Start address of the expandable segment for large blocks."""
 
 _SIZE, _ADDRESS = 2**62, 2**62 - 1
-"""A free block is a number, its size times the first plus its address: numbers are compared quicker than pairs."""
+"""A free block is encoded as size times the first plus address: integers compare faster than pairs."""
 
 
 @dataclass(slots=True)
 class _Block:
-    """A piece of a segment; its neighbours are linked."""
+    """A piece of a segment, linked to its neighbours."""
 
     size: int
     small: bool
@@ -72,14 +72,14 @@ class CachingAllocator:
     peak_reserved: int
 
     def __init__(self, expandable: bool = False) -> None:
-        self._last: dict[bool, int] | None = {} if expandable else None  # by pool, the block at the end of its segment
+        self._last: dict[bool, int] | None = {} if expandable else None  # last block of each pool's segment
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self._blocks: dict[int, _Block] = {}  # by address
         self._free: dict[bool, list[int]] = {True: [], False: []}  # by pool, see `_SIZE`
         self._next_address = 0
 
     def allocate(self, size: int) -> int:
-        """Allocate bytes, at least 1; returns the block's address, which `free` takes."""
+        """Allocate at least one byte, and return the block's address for `free`."""
         size += -size % BLOCK_BYTES
         small = size <= SMALL_BYTES
         free, blocks = self._free[small], self._blocks
@@ -88,7 +88,7 @@ class CachingAllocator:
         block = blocks[address]
         block.free = False
         left = block.size - size
-        if left >= BLOCK_BYTES and (small or left > SMALL_BYTES):  # cut the block; the rest becomes a free one
+        if left >= BLOCK_BYTES and (small or left > SMALL_BYTES):  # split the block; the rest becomes free
             rest, after = address + size, block.after
             blocks[rest] = _Block(left, small, True, address, after)
             if after is not None:
@@ -103,7 +103,7 @@ class CachingAllocator:
         return address
 
     def free(self, address: int) -> None:
-        """Free a block; it becomes one with free neighbours."""
+        """Free a block, and merge it with free neighbours."""
         blocks = self._blocks
         block = blocks[address]
         self.allocated -= block.size
@@ -119,12 +119,12 @@ class CachingAllocator:
         insort(free, block.size * _SIZE + address)
 
     def restart_peak(self) -> int:
-        """Let `peak_allocated` begin anew; returns its value."""
+        """Reset `peak_allocated`, and return its previous value."""
         peak, self.peak_allocated = self.peak_allocated, self.allocated
         return peak
 
     def empty_cache(self) -> None:
-        """Give segments back in which nothing is allocated; an expandable one stays."""
+        """Release unused segments to the driver; expandable ones stay."""
         if self._last is not None:
             return
         for free in self._free.values():
@@ -136,7 +136,7 @@ class CachingAllocator:
                     del self._blocks[address]
 
     def _new_block(self, size: int, small: bool) -> int:
-        """A block that is large enough, from the driver."""
+        """Return the address of a sufficiently large block from the driver."""
         unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
         if self._last is not None:
             return self._expanded(size, small, unit, self._last)
@@ -150,7 +150,7 @@ class CachingAllocator:
         return address
 
     def _expanded(self, size: int, small: bool, unit: int, last: dict[bool, int]) -> int:
-        """A block at the end of a pool's only segment, which gets as many pages as are missing."""
+        """Return a block at the end of a pool's only segment, extended by the missing pages."""
         end = last.get(small)
         tail = None if end is None else self._blocks[end]
         if end is not None and tail is not None and tail.free:
@@ -169,7 +169,7 @@ class CachingAllocator:
         return address
 
     def _join(self, address: int, block: _Block, after: int) -> None:
-        """Make a block and the next one, which is in no list of free blocks, one."""
+        """Merge a block with the next one, which is in no free list."""
         other = self._blocks.pop(after)
         block.size += other.size
         block.after = other.after
@@ -185,9 +185,9 @@ class StepEvents:
 
     Attributes:
         sizes: bytes of each tensor's storage, int64 (tensors,).
-        order: what happens, one after the other: tensor i is allocated (i) or freed (-1 - i), int64 (events,).
-        gradients: the tensors that are gradients of parameters.
-        others: further tensors that the pass leaves allocated, such as a kept output.
+        order: events in order: allocation of tensor i (i) or its release (-1 - i), int64 (events,).
+        gradients: indices of parameter gradients.
+        others: further tensors still allocated after the pass, such as a kept output.
     """
 
     sizes: IntArray
@@ -197,10 +197,10 @@ class StepEvents:
 
 
 def step_events(recording: Recording, sizes: FloatArray, ranks: IntArray) -> StepEvents:
-    """The allocations of a step under a plan.
+    """Return the allocations of a step under a plan.
 
     Args:
-        recording: of the step.
+        recording: recording of the step.
         sizes: bytes of each recorded storage under the plan, (storages,).
         ranks: the plan, (modules,).
     """
@@ -208,18 +208,18 @@ def step_events(recording: Recording, sizes: FloatArray, ranks: IntArray) -> Ste
 
 
 def evaluation_events(recording: Recording, sizes: FloatArray) -> StepEvents:
-    """The allocations of a forward pass in which autograd saves nothing; see `step_events`."""
+    """Return the allocations of a forward pass without saved tensors; see `step_events`."""
     serials = np.flatnonzero(recording.created <= recording.forward_end)
     ended = np.where(recording.freed_if_unsaved > recording.forward_end, NEVER, recording.freed_if_unsaved)
     return _in_order(recording, sizes, serials, recording.created[serials], ended[serials])
 
 
 def _in_order(recording: Recording, sizes: FloatArray, serials: IntArray, born: IntArray, died: IntArray) -> StepEvents:
-    """The events of storages, some of them twice, with their births and deaths; all (tensors,) but the first two."""
+    """Order the events of storages, which may repeat, by their births and deaths, both (tensors,)."""
     used = sizes[serials] > 0
     serials, born, died = serials[used], born[used], died[used]
     ends = np.flatnonzero(died < NEVER)
-    # Tensors are allocated in the order of their serial numbers, and before others are freed at the same time.
+    # Allocations follow the order of serial numbers, and precede releases at the same time.
     keys = np.concatenate([2 * born, 2 * died[ends] + 1])
     events = np.concatenate([np.arange(len(serials)), -1 - ends])
     stays = died == NEVER
@@ -239,11 +239,11 @@ class _Events:
         self._needed = self._mask(recording.needed)
         self._saved_in_segment = self._mask(recording.saved_in_segment)
         self._forward = recording.created <= recording.forward_end
-        # Within one time, the second run of a segment comes after all else; its own times are counted from 1.
+        # Recomputation comes last within one time step, and has its own clock from 1.
         self._scale = 2 + max((segment.end - segment.start for segment in recording.segments), default=0)
 
     def _mask(self, by_serial: dict[int, int]) -> BoolArray:
-        """Storages that one of the adapted modules needs, or that are there under every plan, bool (storages,)."""
+        """Return the storages needed by an adapted module or live under every plan, bool (storages,)."""
         mask = np.zeros(len(self._sizes), dtype=np.bool_)
         mask[[serial for serial, modules in by_serial.items() if modules & self._adapted or not modules]] = True
         return mask
@@ -254,7 +254,7 @@ class _Events:
         return _in_order(self._recording, self._sizes, serials, born, died)
 
     def _first_run(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Serial numbers, births and deaths of what the pass allocates, second runs of segments aside."""
+        """Return serial numbers, births and deaths of the pass's allocations, without recomputation."""
         recording = self._recording
         freed = np.where(self._forward & ~self._needed, recording.freed_if_unsaved, recording.freed)
         for serial, phases in recording.needed_later.items():
@@ -270,7 +270,7 @@ class _Events:
         return serials, self._scale * recording.created[serials], self._scaled(freed[serials])
 
     def _second_runs(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-        """The same of each segment that runs again, and of its inputs where they come back from main memory."""
+        """Yield the same for each recomputed segment, and for its inputs copied back from main memory."""
         recording = self._recording
         for index, segment in enumerate(self._recording.segments):
             if self._runs_again(index):
@@ -287,15 +287,15 @@ class _Events:
         start = self._scale * recording.second_run_start(index) + 1
         within = self._forward & (recording.segment_index == index)
         saved = within & self._saved_in_segment
-        # Checkpointing that is not reentrant stops once all is there again that was saved, frozen weights as well. So
-        # under any plan it comes as far as if all modules were adapted.
+        # Non-reentrant checkpointing stops once everything saved has been restored, including frozen weights. It
+        # therefore gets as far under any plan as with all modules adapted.
         last = segment.end
         if not segment.reentrant:
             own = [serial for serial in segment.saved if within[serial]]
             last = int(recording.created[own].max())
         serials = np.flatnonzero(within & (recording.created <= last))
         soon = start + np.minimum(recording.freed_if_unsaved[serials], last) - segment.start
-        # What functions keep on their contexts goes with the graph of the second run.
+        # Tensors kept on function contexts die with the graph of the second run.
         freed = np.where(recording.freed[serials] == NEVER, self._backward_end(index), recording.freed[serials])
         died = np.where(saved[serials], self._scaled(freed), soon)
         if segment.reentrant:
@@ -303,19 +303,19 @@ class _Events:
         return serials, start + recording.created[serials] - segment.start, died
 
     def _runs_again(self, index: int) -> bool:
-        """Whether a segment holds anything for the backward pass, so that it runs again."""
+        """True if a segment holds anything for the backward pass, so it is recomputed."""
         within = self._saved_in_segment & (self._recording.segment_index == index)
         return bool(within.any()) and self._recording.second_run_start(index) >= 0
 
     def _held_until(self, index: int) -> int:
-        """The time until which a segment's inputs are on the device without a break."""
+        """Return the time until which a segment's inputs stay on the device without interruption."""
         later = index + self._recording.inputs_on_device
         if later == index or later >= len(self._recording.segments):
             return self._backward_end(index)
         return self._recording.segments[later].start
 
     def _backward_end(self, index: int) -> int:
-        """The time of the last operation through which gradients flow in a segment."""
+        """Return the time of the last operation that propagates gradients in a segment."""
         recording = self._recording
         return int(recording.created[~self._forward & (recording.segment_index == index)].max())
 
@@ -328,12 +328,12 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Replayed:
-    """What training takes on a CUDA device, the frozen model included and the context excluded.
+    """Memory of training on a CUDA device, including the frozen model and excluding the context.
 
     Attributes:
-        allocated: bytes of tensors at the peak of the training steps.
-        evaluation: bytes of tensors at the peak of evaluation; 0 if there is none.
-        reserved: bytes that the allocator holds at the most.
+        allocated: peak bytes of tensors in the training steps.
+        evaluation: peak bytes of tensors in evaluation; 0 without one.
+        reserved: peak bytes held by the allocator.
     """
 
     allocated: int
@@ -356,12 +356,11 @@ def replay(
     Args:
         memory: the byte model.
         ranks: the plan, (modules,).
-        loaded: bytes of each storage of the frozen model, in the order of loading.
-        shape: of the batches; by default that of calibration.
-        evaluation: the shape of batches of an evaluation after the steps, a forward pass without a graph; None for
-            none.
-        workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
-        expandable: whether the allocator has `expandable_segments`.
+        loaded: bytes of each storage of the frozen model, in loading order.
+        shape: shape of the batches; defaults to that of calibration.
+        evaluation: batch shape of an evaluation after the steps, a forward pass without a graph; None for none.
+        workspace_bytes: bytes that cuBLAS allocates, half of them in each thread.
+        expandable: whether the allocator uses `expandable_segments`.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
@@ -383,7 +382,7 @@ def replay(
             run.keep(_optimizer_state(memory, parameters, ranks))
         run.optimizer_step(_scratch(memory, parameters, ranks))
     allocated = run.allocator.restart_peak()
-    run.allocator.empty_cache()  # as the allocator does by itself before it runs out of memory
+    run.allocator.empty_cache()  # as the allocator itself does before it runs out of memory
     if evaluation:
         run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation)))
     after = run.allocator.peak_allocated if evaluation else 0
@@ -391,14 +390,14 @@ def replay(
 
 
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
-    """Bytes of the optimizer's tensors: taken to be two of the same size for each factor of an adapter."""
+    """Return the bytes of the optimizer's tensors, assuming two equal ones per adapter factor."""
     states = memory.states
     state = _of_factors(memory, parameters, states.optimizer * ranks)
     return [*np.repeat(state / 2, 2), *(states.fixed * (ranks > 0))]
 
 
 def _scratch(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
-    """Bytes of what the optimizer takes for the time of its step."""
+    """Return the bytes of temporaries in the optimizer step."""
     states = memory.states
     return [states.other_gradients, *_of_factors(memory, parameters, states.scratch * ranks)]
 
@@ -406,9 +405,9 @@ def _scratch(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> li
 def _of_factors(
     memory: MemoryModel, parameters: FloatArray, of_modules: FloatArray, others: FloatArray | float = 0.0
 ) -> FloatArray:
-    """Bytes of modules, (modules,), shared out among their factors as weights are, (parameters,).
+    """Distribute bytes of modules, (modules,), over their factors in proportion to weights, (parameters,).
 
-    Parameters of no module have `others`.
+    Parameters outside modules get `others`.
     """
     modules = np.array(list(memory.recording.gradients.values()), dtype=np.int64)
     whole = np.bincount(modules + 1, parameters, len(of_modules) + 1)[1:]
@@ -416,7 +415,7 @@ def _of_factors(
 
 
 class _Run:
-    """Passes in an allocator."""
+    """Runs passes in an allocator."""
 
     def __init__(self, allocator: CachingAllocator) -> None:
         self.allocator = allocator
@@ -432,7 +431,7 @@ class _Run:
             self.allocator.free(address)
 
     def play(self, events: StepEvents) -> None:
-        """One pass; gradients stay until `optimizer_step`."""
+        """Replay one pass; gradients stay until `optimizer_step`."""
         allocate, free, sizes = self.allocator.allocate, self.allocator.free, events.sizes.tolist()
         addresses = [0] * len(sizes)
         for event in events.order.tolist():
@@ -444,6 +443,6 @@ class _Run:
         self._gradients += [addresses[tensor] for tensor in events.gradients]
 
     def optimizer_step(self, scratch: Iterable[float]) -> None:
-        """The optimizer's step; then gradients are freed."""
+        """Replay the optimizer step, then free gradients."""
         self.release(self.keep(scratch) + self._gradients)
         self._gradients = []

@@ -1,4 +1,4 @@
-"""Autograd's graph of a loss: which modules each operation serves, and what it saves for the backward pass."""
+"""Autograd's graph of a loss: the modules each operation serves, and the tensors it saves for backward."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _SAVED_FOR: dict[str, dict[str, int]] = {
     "DivBackward0": {"self": 1},
     "LinearBackward0": {"input": 1, "weight": 0},
 }
-"""Operations that save a tensor for the gradient of one input: by name of the saved tensor, the number of that input
-(tools/autograd/derivatives.yaml of PyTorch). Any other operation counts as saving for all of its inputs, which can only
-over-estimate."""
+"""Operations that save a tensor for the gradient of one input: maps the name of the saved tensor to the index of that
+input (tools/autograd/derivatives.yaml of PyTorch). Any other operation counts as saving for all its inputs, which can
+only overestimate.
+"""
 
 
 def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -> dict[Any, ModuleSet]:
-    """For each node of the graph of `loss`, the modules of which at least one must be adapted for the node to exist.
+    """Map each node in the graph of `loss` to the modules of which at least one must be adapted for it to exist.
 
-    `trains` returns the modules to which a leaf of the graph belongs.
+    `trains` returns the modules of a leaf of the graph.
     """
     flow: dict[Any, ModuleSet] = {}
     stack = [loss.grad_fn] if loss.grad_fn is not None else []
@@ -52,7 +53,7 @@ def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -
 
 
 def saved_by(node: Any, flow: dict[Any, ModuleSet]) -> Iterator[tuple[Any, ModuleSet]]:
-    """Yield each value that a node saved, as the saved-tensor hooks packed it, and the modules that it is saved for."""
+    """Yield each value saved by a node, as packed by the saved-tensor hooks, and the modules it is saved for."""
     saved_for = _SAVED_FOR.get(node.name(), {})
     sources = node.next_functions
     for attribute in _saving_attributes(node.__class__):
@@ -67,7 +68,7 @@ def saved_by(node: Any, flow: dict[Any, ModuleSet]) -> Iterator[tuple[Any, Modul
 
 
 def kept_on_context(node: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors that a Python function keeps on its context, where hooks do not see them."""
+    """Yield the tensors a Python function keeps on its context, invisible to hooks."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         yield from (value for value in tree_iter(vars(node)) if isinstance(value, torch.Tensor))
 

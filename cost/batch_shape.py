@@ -1,4 +1,4 @@
-"""The shape of a batch, and batches of other shapes: what small steps are recorded on."""
+"""The shape of a batch, and resized batches for recording small steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from .recording import BatchShape
 
 Batch = Any
-"""What a loss function takes: as a rule keyword arguments of the model, in any nesting of mappings and lists."""
+"""Input of a loss function: usually keyword arguments of the model, in any nesting of mappings and lists."""
 
 
 def shape_of(batch: Batch) -> BatchShape:
-    """Read the shape: the tensors' first axis holds rows; the second holds tokens if there are just two axes.
+    """Read the shape: the first axis of the tensors holds rows; the second holds tokens if there are just two axes.
 
-    A tensor with one axis tells the rows only where no other does: packed rows have the limits of their texts in
-    one.
+    One-axis tensors set the rows only if there are no others: for packed rows they hold the limits of texts.
     """
     tensors = tensors_of(batch)
     most = min(max((tensor.dim() for tensor in tensors), default=0), 2)
@@ -30,7 +29,7 @@ MASK, PLACES = "attention_mask", "position_ids"
 
 
 LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
-"""Where the texts of a row without padding begin and end, int32 (texts + 1,), and the tokens of the longest one."""
+"""Boundaries of texts in an unpadded row, int32 (texts + 1,), and the length of the longest text."""
 
 
 def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
@@ -38,7 +37,7 @@ def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
 
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
-    """The tensors of a batch, in any nesting of mappings and lists."""
+    """Return the tensors of a batch, in any nesting of mappings and lists."""
     if isinstance(batch, torch.Tensor):
         return [batch]
     items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
@@ -46,14 +45,14 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
 
 
 def like(batch: Mapping[str, Any], entries: dict[str, Any]) -> Batch:
-    """Entries in a mapping of the batch's type, as `Trainer._prepare_input` makes it; a dictionary where that fails."""
+    """Build a mapping of the batch's type, as `Trainer._prepare_input` does; a dictionary if that fails."""
     with suppress(TypeError):
         return type(batch)(entries)  # type: ignore[call-arg]
     return entries
 
 
 def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-    """The batch with each tensor changed, and everything else as it is; mappings keep their type."""
+    """Apply a function to each tensor of a batch, leaving the rest unchanged; mappings keep their type."""
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
@@ -64,9 +63,9 @@ def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def padded(batch: Batch) -> Batch:
-    """The same batch with its last token masked, because models skip work if a mask masks nothing.
+    """Mask the last token of a batch, because models skip work if a mask masks nothing.
 
-    So is that of each part of it that has a mask of its own, such as the "chosen_attention_mask" of pairs of answers.
+    Parts with a mask of their own are masked too, such as the "chosen_attention_mask" of preference pairs.
     """
     masks = {name: mask.clone() for name, mask in _masks(batch).items() if mask.dim() == 2}
     for mask in masks.values():  # padding is on the left if the first column has any
@@ -75,7 +74,7 @@ def padded(batch: Batch) -> Batch:
 
 
 def in_texts(batch: Batch) -> Batch:
-    """The same batch with its last token as a text of its own, because models skip work if each row is one text."""
+    """Make the last token of a batch a text of its own, because models skip work if each row is one text."""
     if not _tells_places(batch) or _holds_texts(batch):
         return batch
     places = batch[PLACES].clone()
@@ -89,33 +88,33 @@ def _tells_places(batch: Batch) -> bool:
 
 
 def _holds_texts(batch: Batch) -> bool:
-    """Whether a row holds several texts, at each of which positions begin again."""
+    """True if a row holds several texts, so that positions restart."""
     return _tells_places(batch) and bool((batch[PLACES].diff() != 1).any())
 
 
 def has_no_padding(batch: Batch) -> bool:
-    """Whether a batch has a mask that masks nothing; models may skip work then."""
+    """True if a batch has a mask that masks nothing; models may skip work then."""
     masks = _masks(batch)
     return bool(masks) and all(bool(mask.all()) for mask in masks.values())
 
 
 def _masks(batch: Batch) -> dict[str, torch.Tensor]:
-    """The masks of a batch by their names."""
+    """Return the masks of a batch by name."""
     named = batch.items() if isinstance(batch, Mapping) else ()
     return {name: part for name, part in named if str(name).endswith(MASK) and isinstance(part, torch.Tensor)}
 
 
 def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batch:
-    """The batch cut or repeated to a shape.
+    """Cut or repeat a batch to a shape.
 
-    A tensor shorter than the longest (labels of an encoder-decoder) changes in proportion. If the batch has padding,
-    so does the result, and if a row holds several texts, one does in the result.
+    Tensors shorter than the longest (labels of an encoder-decoder) change in proportion. Padding and rows with several
+    texts are preserved.
 
     Args:
         batch: the batch.
-        shape: its rows are a multiple of `rows_per_example`.
-        rows_per_example: rows that one example takes, one after the other in blocks: two where a batch holds all
-            chosen answers and then all rejected ones. Tensors with a row for each example change alike.
+        shape: target shape; its rows are a multiple of `rows_per_example`.
+        rows_per_example: rows per example, arranged in consecutive blocks: two if a batch holds all chosen answers and
+            then all rejected ones. Tensors with one row per example change alike.
     """
     old = shape_of(batch)
     before, after = old.rows // rows_per_example, shape.rows // rows_per_example
@@ -138,9 +137,9 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
 
 
 def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
-    """A batch of so many tokens, and of others before, whose texts in one row have their limits beside it.
+    """Rescale the text limits of a packed batch from `before` tokens to `tokens`.
 
-    Flash attention reads up to the last limit without a check, so all limits move alike, and as many texts are left.
+    Flash attention reads up to the last limit unchecked, so all limits scale alike, and the number of texts stays.
     """
     if not isinstance(result, Mapping):
         return result
@@ -150,9 +149,9 @@ def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
 
 
 def _with_ends(result: Batch, batch: Batch) -> Batch:
-    """A batch that was cut or made longer, with the last token of each row as often as in the batch before.
+    """Restore the count of each row's last token in a resized batch.
 
-    Encoder-decoders that classify look for their end token, and refuse a batch whose rows have different numbers of it.
+    Encoder-decoder classifiers look up their end token, and refuse batches whose rows contain different numbers of it.
     """
     whole = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(whole, torch.Tensor) or whole.dim() != 2 or not isinstance(result, Mapping):
@@ -171,5 +170,5 @@ def _with_ends(result: Batch, batch: Batch) -> Batch:
 
 
 def _cycled(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """`count` indices into an axis of this size, starting over at its end."""
+    """Return `count` indices into an axis of this size, wrapping around."""
     return torch.arange(count, device=like.device) % size

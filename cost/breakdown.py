@@ -1,7 +1,6 @@
-"""Breaks the peak of one plan down by layer and by kind of bytes.
+"""Break the peak of one plan down by layer and by kind of bytes.
 
-Every byte that `MemoryModel.peak` counts at the peak has one layer and one kind. Their sum and the margin are the
-predicted peak.
+Every byte in `MemoryModel.peak` has one layer and one kind. Their sum plus the margin is the predicted peak.
 """
 
 import re
@@ -19,20 +18,21 @@ from .peak_candidates import PeakCandidate, PeakStorages
 from .recording import BatchShape
 
 Kind = Literal["saved", "inputs", "recomputed", "transient", "weights", "gradients", "optimizer", "signals", "others"]
-"""What bytes are for.
+"""Purpose of bytes.
 
-saved: tensors that autograd saved for the backward pass.
-inputs: inputs of checkpointed segments, kept to run them again.
-checkpointed: tensors of a checkpointed segment that runs again.
+saved: tensors saved by autograd for the backward pass.
+inputs: inputs of checkpointed segments, kept for recomputation.
+recomputed: tensors of a checkpointed segment during recomputation.
 transient: short-lived tensors: logits, gradients of activations, the optimizer's copies.
-weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`; gradients with their copies in buckets.
-others: weights, gradients and state of what trains outside the adapters, such as a classifier.
+weights, gradients, optimizer, signals: those of the adapters, as in `ModelStates`; gradients include their bucket
+copies.
+others: weights, gradients and state of everything trained outside the adapters, such as a classifier.
 """
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LOSS = "loss and rest"
-"""The row of bytes that belong to no layer: the loss, masks, and what trains outside the adapters."""
+"""Row of bytes outside all layers: the loss, masks, and everything trained outside the adapters."""
 
 _LAYER = re.compile(r"^(.*?\.\d+|\d+)(\.|$)")
 
@@ -42,12 +42,12 @@ class Breakdown:
     """The peak of one plan.
 
     Attributes:
-        label: a description of the peak's time, for people.
-        layers: names of the rows, from the model's input to its output, the loss last: layers, and modules outside of
-            all layers.
+        label: display name of the time of the peak.
+        layers: names of the rows, from the model's input to its output, the loss last: layers, and modules outside all
+            layers.
         bytes: bytes of each layer and kind, (layers, len(KINDS)).
-        margin: bytes by which the prediction is raised, so that it is not too low.
-        layer_of: the name of each target module's row, (modules,).
+        margin: bytes added to keep the prediction from being too low.
+        layer_of: name of each target module's row, (modules,).
     """
 
     label: str
@@ -58,15 +58,15 @@ class Breakdown:
 
     @property
     def total(self) -> float:
-        """The predicted peak in bytes: that of `MemoryModel.peak`, with each part of the margin rounded up."""
+        """The predicted peak in bytes: `MemoryModel.peak`, with each part of the margin rounded up."""
         return float(self.bytes.sum()) + self.margin
 
     def of_kind(self, kind: Kind) -> float:
-        """Bytes of one kind."""
+        """Return the bytes of one kind."""
         return float(self.bytes[:, KINDS.index(kind)].sum())
 
     def by_layer(self, *kinds: Kind) -> FloatArray:
-        """Bytes of the given kinds together, (layers,)."""
+        """Sum the bytes of the given kinds, (layers,)."""
         result: FloatArray = self.bytes[:, [KINDS.index(kind) for kind in kinds]].sum(axis=1)
         return result
 
@@ -74,7 +74,7 @@ class Breakdown:
 def break_down(
     memory: MemoryModel, targets: Sequence[ModuleSpec], ranks: IntArray, shape: BatchShape | None = None
 ) -> Breakdown:
-    """Break the peak of a plan down; see `MemoryModel.at_peak`. `targets` are those that `calibrate` was given."""
+    """Break down a plan's peak; see `MemoryModel.at_peak`. `targets` are those passed to `calibrate`."""
     peak = memory.at_peak(ranks, shape)
     # Names inside the base model; empty for modules around it.
     names = [f"{name}.".partition("base_model.model.")[2].rstrip(".") for name in peak.recording.names]
@@ -95,7 +95,7 @@ def break_down(
 
 
 def _row(name: str, containers: set[str]) -> str:
-    """The layer of a module, or the largest module around it that contains no layer."""
+    """Return a module's layer, or the largest enclosing module without layers."""
     match = _LAYER.match(name)
     if match:
         return match[1]
@@ -121,7 +121,7 @@ def _add_storages(
 
 
 def _kinds(peak: PeakStorages, candidate: PeakCandidate, ranks: IntArray) -> IntArray:
-    """The kind that each storage has if it is live, as an index into `KINDS`, (storages,)."""
+    """Return the kind of each live storage, as an index into `KINDS`, (storages,)."""
     recording = peak.recording
     forward = recording.created <= recording.forward_end
     backward = candidate.time > recording.forward_end
@@ -137,7 +137,7 @@ def _kinds(peak: PeakStorages, candidate: PeakCandidate, ranks: IntArray) -> Int
 def _add_states(
     table: FloatArray, memory: MemoryModel, at_optimizer_step: bool, ranks: IntArray, target_rows: IntArray
 ) -> None:
-    """Add the model states to the table; at the optimizer's step, also all gradients and the optimizer's copies."""
+    """Add model states to the table; at the optimizer step, also all gradients and the optimizer's copies."""
     states = memory.states
     by_module: dict[Kind, FloatArray] = {
         "weights": states.weights * ranks,

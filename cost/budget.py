@@ -1,6 +1,6 @@
-"""Budgets of bytes and of seconds as people write them, and the limits that they set.
+"""Parse budgets of bytes and seconds, and resolve them to limits.
 
-Settings read budgets, so this module imports torch only where it needs it.
+Settings parse budgets, so this module imports torch only where needed.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ _FORMS = (
 )
 
 AUTO_SHARE = 0.9
-"""The share of a device's free memory that "auto" takes, and of what bytes in all leave for a step on CUDA. The rest is
-for fragments, and for workspaces of operators."""
+"""Share of the device's free memory used by "auto", and of the bytes a total budget leaves for a step on CUDA. The rest
+covers fragmentation and operator workspaces.
+"""
 
 MOST_SHARE = 4
-"""The highest share that is read: a number with a decimal point above it is refused."""
+"""Highest accepted share: a larger number with a decimal point is refused."""
 
 MOST_TEXT = 60
-"""Characters of a budget's text, at most."""
+"""Longest accepted text of a budget, in characters."""
 
 LEAST_BYTES = 1024
-"""The lowest number of bytes that is read without a unit: a smaller whole number is refused."""
+"""Smallest accepted number of bytes without a unit: a smaller whole number is refused."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a plan may cost at most.
+    """Upper bound on the cost of a plan.
 
     Attributes:
         value: the limit, > 0, in `unit`.
-        unit: the unit of the cost that it limits.
-        whole: what a share of 1 would be.
+        unit: unit of the limited cost.
+        whole: the value of a share of 1.
     """
 
     value: float
@@ -65,12 +66,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as its user gave it; `resolve` makes a limit of it.
+    """A budget as given by the user; `resolve` turns it into a limit.
 
     Attributes:
-        kind: "total" bytes of the device, the frozen model included; "bytes" at the peak of a training step beside it;
-            "share" of what plain LoRA costs (rank 8 on all modules); "parameters" in the adapter, for comparisons with
-            the literature; "auto": a share of the memory that is free on the model's device before training.
+        kind: "total" bytes of the device, including the frozen model; "bytes" at the peak of a training step, excluding
+            it; "share" of the cost of plain LoRA (rank 8 on all modules); "parameters" in the adapter, for comparisons
+            with the literature; "auto": a share of the free memory on the model's device before training.
         value: above 0, in the unit of `kind`.
     """
 
@@ -79,19 +80,19 @@ class Budget:
 
     @classmethod
     def parse(cls, given: Budget | str | float) -> Budget:
-        """Read a budget.
+        """Parse a budget.
 
         Args:
             given: "24GiB", "350MB" or a whole number from 1024 on (bytes of the device); "6GiB step"; "80%" or a number
-                with a decimal point up to 4 (share): 1.0 and "1.0" are all that plain LoRA takes, and so is "100%";
-                "300k params"; "auto". A smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
+                with a decimal point up to 4 (share): 1.0, "1.0" and "100%" are the full cost of plain LoRA; "300k
+                params"; "auto". A smaller whole number, such as 1 or "80", is refused as implausible.
 
         Raises:
             BudgetError: it is unreadable, zero, negative, not finite, or a whole number below 1024.
         """
         if isinstance(given, Budget):
             return given
-        text = re.sub(r"(?<=[0-9])[,_](?=[0-9]{3}(?![0-9]))", "", budget_text(given))  # between thousands
+        text = re.sub(r"(?<=[0-9])[,_](?=[0-9]{3}(?![0-9]))", "", budget_text(given))  # thousands separators
         if text == "auto":
             return cls("auto", AUTO_SHARE)
         of_bytes = r"bytes|(?:[kmgt]i?)?b"
@@ -133,7 +134,7 @@ class Budget:
         return cls("total", number)
 
     def __str__(self) -> str:
-        """The budget in a form that `parse` reads."""
+        """Return the budget as text for `parse`."""
         if self.kind == "share":
             return f"{100 * self.value:g}%"
         if self.kind == "auto":
@@ -142,11 +143,11 @@ class Budget:
         return f"{self.value:.0f} {unit}"
 
     def told(self, limit: Limit, *, kept: bool = False) -> str:
-        """What it allows, in a sentence.
+        """Describe the resulting allowance in a sentence.
 
         Args:
-            limit: that it led to.
-            kept: whether adapters are trained already, so that a share may be one of what they take.
+            limit: the resolved limit.
+            kept: whether adapters are already trained, so a share may refer to their cost.
         """
         allowed = given_bytes(limit.value) if self.kind == "bytes" else cost_text(limit.value, limit.unit)
         if self.kind == "parameters":
@@ -166,28 +167,28 @@ class Budget:
 
     @property
     def unit(self) -> CostUnit | None:
-        """The unit of the costs that it can limit; None for a share, which limits either."""
+        """Unit of the costs it can limit; None for a share, which limits either."""
         if self.kind == "share":
             return None
         return "parameters" if self.kind == "parameters" else "bytes"
 
     @property
     def share(self) -> float | None:
-        """The share of what plain LoRA costs; None of another kind."""
+        """Share of the cost of plain LoRA; None for other kinds."""
         return self.value if self.kind == "share" else None
 
     def resolve(self, cost: Cost, max_ranks: IntArray, device: torch.device, kept: IntArray | None = None) -> Limit:
-        """The limit of plans, in the unit of their cost.
+        """Resolve the budget to a limit, in the unit of the cost.
 
         Args:
-            cost: of a plan.
-            max_ranks: the highest rank that each module can have, int64 (modules,).
-            device: of the model; "auto" takes a share of its free memory.
-            kept: ranks of adapters that are trained already, int64 (modules,). A share is one of what they take if
-                that is more than plain LoRA takes: so "100%" takes nothing away that was learned.
+            cost: cost of a plan.
+            max_ranks: the highest rank of each module, int64 (modules,).
+            device: device of the model; "auto" takes a share of its free memory.
+            kept: ranks of trained adapters, int64 (modules,). A share refers to their cost if it exceeds that of plain
+                LoRA, so "100%" discards nothing already learned.
 
         Raises:
-            BudgetError: the budget is of bytes and the cost counts parameters, or the other way round.
+            BudgetError: the budget is in bytes and the cost in parameters, or the other way round.
         """
         if self.unit not in (None, cost.unit):
             given = "auto" if self.kind == "auto" else f"{self.value:,.0f} {self.unit}"
@@ -204,14 +205,14 @@ class Budget:
 
 
 GivenBudget = str | float | Budget | Callable[[], str | float | Budget]
-"""A budget as its user gives it: see `Budget.parse`, or a function without arguments that returns one."""
+"""A budget as given by the user: see `Budget.parse`; or a function without arguments to return one."""
 
 
 def budget_now(given: GivenBudget) -> Budget:
-    """The budget that was given, or the one that a function gives at this moment.
+    """Return the given budget, calling it first if it is a function.
 
     Raises:
-        BudgetError: it cannot be read.
+        BudgetError: it cannot be parsed.
         ConfigError: the function fails.
     """
     if not callable(given):
@@ -230,24 +231,24 @@ def budget_now(given: GivenBudget) -> Budget:
 
 
 def budget_text(given: object) -> str:
-    """What was given as a budget, as a short text in lower case; empty if it is too long for one."""
-    if isinstance(given, int) and abs(given) >= 10**MOST_TEXT:  # Python itself refuses to write some of these out
+    """Return a given budget as short lower-case text; empty if it is too long."""
+    if isinstance(given, int) and abs(given) >= 10**MOST_TEXT:  # Python itself refuses to print some of these
         return ""
     text = str(given).strip().lower()
     return text if len(text) <= MOST_TEXT else ""
 
 
 def _factor(unit: str | None) -> float:
-    """By what a number with this unit is multiplied; bytes without one."""
+    """Return the multiplier of a unit; the default is bytes."""
     if unit and unit.endswith(("params", "parameters")):
         return {"k": 1e3, "m": 1e6, "b": 1e9}.get(unit[0], 1.0)
     return _UNITS.get(unit or "b", 1)
 
 
 def free_bytes(device: torch.device) -> int:
-    """The free bytes of a device: on CUDA those of the driver and of the allocator's cache, else those of main memory.
+    """Return a device's free bytes: those of the CUDA driver and the allocator's cache, or of main memory.
 
-    The limit of a control group (of a container) counts if it is lower.
+    The limit of a control group (of a container) applies if it is lower.
     """
     import psutil
     import torch
@@ -261,7 +262,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _of_group(name: str) -> float:
-    """Bytes that the control group of this process tells; infinite where there is none, or no limit ("max")."""
+    """Read a byte count of this process's control group; infinite if there is none or no limit ("max")."""
     try:
         return int((Path("/sys/fs/cgroup") / name).read_text())
     except (OSError, ValueError):
@@ -269,7 +270,7 @@ def _of_group(name: str) -> float:
 
 
 def beyond_device(budget: Budget, device: torch.device) -> str:
-    """What is to be told of a budget of more bytes than the device has; empty otherwise."""
+    """Return a warning for a budget larger than the device; empty otherwise."""
     import psutil
     import torch
 
@@ -282,7 +283,7 @@ def beyond_device(budget: Budget, device: torch.device) -> str:
 
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
-    """What rank 8 on every module costs, or a module's highest in `max_ranks`, int64 (modules,), if lower."""
+    """Return the cost of rank 8 on every module, capped at `max_ranks`, int64 (modules,)."""
     return plan_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
 
 
@@ -295,10 +296,10 @@ _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
 @dataclass(frozen=True)
 class TimeBudget:
-    """The limit of a step's time as its user gave it; `resolve` makes seconds of it.
+    """A limit on step time as given by the user; `resolve` turns it into seconds.
 
     Attributes:
-        kind: "share" of what a step takes with rank 8 on all target modules where no layer is checkpointed; "seconds".
+        kind: "share" of the step time with rank 8 on all target modules and no checkpointing; "seconds".
         value: above 0.
     """
 
@@ -307,7 +308,7 @@ class TimeBudget:
 
     @classmethod
     def parse(cls, given: TimeBudget | str) -> TimeBudget:
-        """Read a limit: "75%", "0.8s", "800ms", "1.5min".
+        """Parse a limit: "75%", "0.8s", "800ms", "1.5min".
 
         Raises:
             BudgetError: it is unreadable, has no unit, or is not above zero and finite.
@@ -327,23 +328,23 @@ class TimeBudget:
 
     @classmethod
     def unlimited(cls) -> TimeBudget:
-        """A limit that no plan reaches, for runs whose steps are timed to tell plans apart."""
+        """Return a limit beyond any plan, for runs that time steps only to compare plans."""
         return cls("share", 64.0)
 
     def __str__(self) -> str:
-        """The limit in a form that `parse` reads."""
+        """Return the limit as text for `parse`."""
         return f"{100 * self.value:g}%" if self.kind == "share" else f"{self.value:g}s"
 
     def resolve(self, time: StepTime, max_ranks: IntArray) -> float:
-        """The seconds that a step may take.
+        """Return the seconds allowed for a step.
 
         Args:
-            time: of a step under any plan.
+            time: step time under any plan.
             max_ranks: the highest rank of each module, int64 (modules,).
         """
         return self.value * reference_seconds(time, max_ranks) if self.kind == "share" else self.value
 
 
 def reference_seconds(time: StepTime, max_ranks: IntArray) -> float:
-    """The seconds of plain LoRA: rank 8 on every module, or its highest in `max_ranks`, and no checkpointing."""
+    """Return the seconds of plain LoRA: rank 8 on every module, capped at `max_ranks`, without checkpointing."""
     return time.seconds(np.minimum(REFERENCE_RANK, max_ranks), ())

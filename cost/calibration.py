@@ -1,6 +1,6 @@
-"""From a training step to the limit of its plans: byte model, cost of a plan, budget in the same unit.
+"""Calibrate a training step: byte model, cost of a plan, and budget in the same unit.
 
-The byte model comes of a few small steps that are recorded on the user's model and batch.
+The byte model is built from a few small recorded steps of the user's model and batch.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from .tile_size import LossTiles
 from .training_step import LossFunction, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
-"""What a loss function may raise for a batch that was cut."""
+"""Exceptions a loss function may raise for a resized batch."""
 
 MOST_BRANCHES = 3
-"""Branches of a model without part in its forward pass that an error names, at most."""
+"""Maximum number of unused branches of a model to list in an error."""
 
 CUDA_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this many bytes."""
@@ -60,23 +60,23 @@ def calibrate(
     signal_bytes: bool = True,
     accumulates: bool = False,
 ) -> MemoryModel:
-    """Measure what plans cost on this model and batch.
+    """Measure the cost of plans on this model and batch.
 
-    Four small steps are recorded (two or three rows; one step of half the length, one of higher ranks), and a forward
-    pass. The size of every tensor follows for any shape. Weights, gradients, ranks and random state are restored.
+    Records four small steps (two or three rows; one at half the length, one with higher ranks) and a forward pass. They
+    determine the size of every tensor at any shape. Weights, gradients, ranks and random state are restored.
 
     Args:
-        model: the PEFT model, on its device, in the mode in which it trains.
+        model: the PEFT model, on its device, in training mode.
         targets: its target modules.
-        batch: what the loss function takes, as large as the largest batch that training will see.
-        optimizer: decides the bytes of state; AdamW's two tensors without one.
-        loss: the loss of a batch; by default the one that the model returns for these keyword arguments.
-        rows_per_example: rows of the batch that one example takes; see `reshaped`.
+        batch: input of the loss function, as large as the largest training batch.
+        optimizer: sets the bytes of state; None means AdamW's two tensors.
+        loss: loss of a batch; by default the loss returned by the model for these keyword arguments.
+        rows_per_example: rows of the batch per example; see `reshaped`.
         signal_bytes: count the buffers in which `SignalMeter` averages gradients.
-        accumulates: gradients are kept over several micro-batches of each step.
+        accumulates: whether gradients accumulate over several micro-batches per step.
 
     Raises:
-        UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
+        UnsupportedError: the model returns no loss, or a target module is not part of its forward pass.
     """
     shape = shape_of(batch)
     tiles = LossTiles(shape)
@@ -90,7 +90,7 @@ def calibrate(
         growth = series and Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
         if series and growth:
             base = series[0]
-        else:  # operations depend on the data, so only the batch itself tells
+        else:  # operations depend on the data, so only this batch is known
             recorder.warm_up(batch)
             base, small = recorder.step(batch), batch
             growth = Growth.unknown(shape, len(base.sizes))
@@ -112,7 +112,7 @@ def calibrate(
 
 
 def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Recording] | None:
-    """The recordings of these batches; None if they are not of the same operations."""
+    """Record these batches; None if their operations differ."""
     found: dict[BatchShape, Recording] = {}
     try:
         recorder.warm_up(batches[1])
@@ -121,22 +121,22 @@ def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Re
                 found[shape] = recorder.step(batch, sizes_alone=bool(found))
     except (RankPilotError, torch.OutOfMemoryError):
         raise
-    except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
+    except CUT_FAILS:  # the loss only accepts whole batches, such as packed rows with separate limits
         return None
     recordings = [found[shape_of(batch)] for batch in batches]
     return recordings if all(_same_operations(recordings[0], other) for other in recordings[1:]) else None
 
 
 def keeps_state(model: nn.Module) -> bool:
-    """Whether layers keep a state (Mamba, Qwen3-Next): these pad rows to whole pieces, or take a step for each."""
+    """True if layers keep a state (Mamba, Qwen3-Next): they pad rows to whole chunks, or step through them."""
     return any(hasattr(module, "A_log") for module in model.modules())
 
 
 def _small_shapes(shape: BatchShape, rows_per_example: int, *, cut: bool) -> tuple[BatchShape, BatchShape, BatchShape]:
-    """Three shapes: small, since a step with every module adapted may exceed the budget; cut; and with one row more."""
+    """Return three shapes: small, since a fully adapted step may exceed the budget; shorter; and one row wider."""
     parts = 2 if cut and shape.length >= 4 else 1
     examples = shape.rows // rows_per_example
-    few = parts if examples == 1 else 2  # with one row some operators take short cuts
+    few = parts if examples == 1 else 2  # some operators take shortcuts for one row
     length = shape.length if examples >= 4 else -(-shape.length // parts)
     shorter = -(-length // parts)
     sizes = (few, length), (few, shorter), (few + 1, shorter)
@@ -146,16 +146,16 @@ def _small_shapes(shape: BatchShape, rows_per_example: int, *, cut: bool) -> tup
 
 @dataclass(frozen=True, eq=False)
 class _ScaledRecorder:
-    """Records small steps that stand for those of the whole batch."""
+    """Records small steps scaled down from the whole batch."""
 
     recorder: Recorder
     targets: Sequence[TargetModule]
     tiles: LossTiles
 
     def warm_up(self, batch: Batch) -> None:
-        """Run a forward pass where layers cast their biases for good in their first call: that is no part of a step.
+        """Run a forward pass if layers permanently cast their biases in the first call, which is not part of a step.
 
-        Layers of bitsandbytes do so, in four and in eight bits.
+        bitsandbytes layers do so, in four and in eight bits.
         """
         modules = self.recorder.model.modules()
         if any(
@@ -165,7 +165,7 @@ class _ScaledRecorder:
             self.recorder.forward(batch)
 
     def step(self, batch: Batch, rank: int = RANK, *, sizes_alone: bool = False) -> Recording:
-        """A step in which all modules have this rank; see `Recorder.step`."""
+        """Record a step with all modules at this rank; see `Recorder.step`."""
         prepare(self.targets, rank)
         with scaled(self.tiles, shape_of(batch)):
             return self.recorder.step(batch, sizes_alone=sizes_alone)
@@ -178,17 +178,18 @@ class _ScaledRecorder:
 
 
 ALIGNED = 4
-"""How many times the rank of other modules experts have while steps are recorded: products of groups take factors
-whose rows are multiples of 16 bytes, and others are padded (`lora/routed_rows.py`)."""
+"""Factor on the rank of experts in recorded steps: grouped products need factors with rows in multiples of 16 bytes,
+and pad others (`lora/routed_rows.py`).
+"""
 
 
 def recorded_ranks(targets: Sequence[TargetModule]) -> IntArray:
-    """By how much the rank of each module is multiplied while steps are recorded, int64 (modules,)."""
+    """Return the rank multiplier of each module in recorded steps, int64 (modules,)."""
     return np.array([ALIGNED if target.experts > 1 else 1 for target in targets], dtype=np.int64)
 
 
 def prepare(targets: Sequence[TargetModule], rank: int) -> None:
-    """Give every module this rank, and reset the random generator, so that steps draw the same numbers."""
+    """Set every module to this rank and reset the random generator, so steps draw the same numbers."""
     for target, times in zip(targets, recorded_ranks(targets), strict=True):
         for weight, zeros in zip((target.weight_a, target.weight_b), target.zeros(rank * int(times)), strict=True):
             write_in_place(weight, zeros)
@@ -199,12 +200,12 @@ def prepare(targets: Sequence[TargetModule], rank: int) -> None:
 def all_training(
     model: nn.Module, targets: Sequence[TargetModule], outside: Sequence[nn.Parameter] = ()
 ) -> Iterator[None]:
-    """Let every adapter train inside the context; restore values, gradients and random state afterwards.
+    """Make every adapter trainable inside the context; restore values, gradients and random state afterwards.
 
     Args:
         model: the PEFT model.
         targets: its target modules.
-        outside: parameters that train beside the model's; their gradients are restored as well.
+        outside: trained parameters outside the model; their gradients are restored too.
     """
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     before = [(p, p.detach(), p.requires_grad) for p in parameters]
@@ -239,8 +240,8 @@ def _check_all_ran(recording: Recording, targets: Sequence[TargetModule]) -> Non
 
 
 def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
-    """The error for target modules that took no part in the forward pass: what they are, and how to leave them out."""
-    # Each is in a branch of the model in which no target module ran; its own name at the least.
+    """Return an error text for target modules unused in the forward pass: their names, and how to exclude them."""
+    # Find the branch of each without running target modules; at least its own name.
     branches = dict.fromkeys(
         next(branch for branch in branches_to(name) if not any(other.startswith(f"{branch}.") for other in ran))
         for name in absent
@@ -261,20 +262,20 @@ def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
 
 
 LOOP_BYTES = 1024
-"""Room for the few scalars that a training loop adds to the graph, such as a loss divided by a token count."""
+"""Allowance for the few scalars a training loop adds to the graph, such as a loss divided by a token count."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
-    """What plans cost, and their limit.
+    """The cost of plans, and its limit.
 
     Attributes:
-        cost: of a plan.
-        limit: of that.
+        cost: cost of a plan.
+        limit: limit of the cost.
         memory: predicts other batch shapes; None under a budget of parameters.
-        saved: what a step of plain LoRA takes without exact savers, and with them.
-        savers: names of those that are on.
-        alone: the shape of one example, with which plans are priced where steps run in parts; else None.
+        saved: memory of a plain LoRA step without exact savers, and with them.
+        savers: names of the enabled savers.
+        alone: the shape of one example, used to price plans for steps that run in parts; else None.
     """
 
     cost: UntimedCost
@@ -286,9 +287,9 @@ class PlanCosts:
 
 
 def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
-    """The byte model of a training loop's step: `calibrate`, with the scalars and the buckets that the loop adds.
+    """Return the byte model of a training loop's step: `calibrate`, plus the loop's scalars and buckets.
 
-    Takes batches as `calibrate` does and raises its errors; with `signals`, plans pay for signal buffers.
+    Takes batches and raises errors as `calibrate` does; with `signals`, plans pay for signal buffers.
     """
     memory = calibrate(
         step.model,
@@ -305,7 +306,7 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
 
 
 def step_states(step: TrainingStep, targets: Sequence[TargetModule], *, signals: bool) -> ModelStates:
-    """What a training loop holds between steps, with its scalars, buckets and messages; see `measure_memory`."""
+    """Return the bytes a loop holds between steps, with its scalars, buckets and messages; see `measure_memory`."""
     states = model_states(step.model, targets, step.optimizer, signals)
     states = replace(states, others=states.others + LOOP_BYTES + step.message_bytes)
     return states.with_buckets(step.bucket_copies)
@@ -324,15 +325,15 @@ def plan_costs(
     whole: bool = False,
     in_parts: TrainingStep | None = None,
 ) -> PlanCosts:
-    """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
+    """Return the cost of plans for this step on its largest batch, and the limit set by a budget.
 
-    A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers and without `savers`,
-    the exact savers that are on. With `least`, layers may be checkpointed, as all are in the step as
-    it is set: plans cost what `checkpointed_cost` says, and a share is one of what plain LoRA takes where none does.
-    Where plain LoRA does not fit, activations are checkpointed first; see `ExactSavers.within`.
-    Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `checkpointed_cost` for `whole`,
-    and `measure_memory` for the other arguments. With `in_parts`, the step as it is taken in parts, plans are priced
-    with one example of the batch's length, beside the gradients of others, if the byte model can tell of it.
+    A share refers to *plain* LoRA, rank 8 on all modules, without signal buffers and without `savers`, the enabled
+    exact savers. With `least`, layers may be checkpointed, as all are in the configured step: `checkpointed_cost` sets
+    the cost of plans, and a share refers to plain LoRA without checkpointing. If plain LoRA does not fit, activations
+    are checkpointed first; see `ExactSavers.within`. A budget of parameters needs no measurement. See `Budget.resolve`
+    for `kept`, `checkpointed_cost` for `whole`, and `measure_memory` for the other arguments. With `in_parts`, the same
+    step run in parts, plans are priced for one example of the batch's length on top of the gradients of others, if the
+    byte model covers it.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None, kept), None)
@@ -369,25 +370,25 @@ def plan_costs(
 def limited_cost(
     budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None, kept: IntArray | None = None
 ) -> tuple[UntimedCost, Limit]:
-    """The cost that a budget limits, and its limit.
+    """Return the cost a budget limits, and its limit.
 
-    A budget of "total" bytes comes as what is left of it (`beside_model`). `memory` is the byte model without signal
-    buffers; None only under a budget of parameters. See `Budget.resolve` for `kept`.
+    A "total" budget must already be reduced by `beside_model`. `memory` is the byte model without signal buffers; None
+    only under a budget of parameters. See `Budget.resolve` for `kept`.
     """
     cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
-    # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
+    # "auto" reads the free memory here, once libraries have allocated their own.
     return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device, kept)
 
 
 MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
-"""What cuBLAS takes through torch's allocator at most: a workspace for each of two threads (on Hopper; less before)."""
+"""Maximum bytes of cuBLAS workspaces in torch's allocator: one per thread of two (Hopper; less on older cards)."""
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes on the model's device beside those that plans are priced with.
+    """Return the bytes on the model's device not covered by plans.
 
-    They are those of the frozen model; on CUDA also all that is used outside torch's allocator, by contexts and other
-    processes, and workspaces of cuBLAS.
+    They include the frozen model; on CUDA also all usage outside torch's allocator, by contexts and other processes,
+    and cuBLAS workspaces.
     """
     frozen, device = frozen_bytes(model), next(model.parameters()).device
     if device.type != "cuda":
@@ -397,13 +398,13 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def beside_model(budget: Budget, model: nn.Module) -> Budget:
-    """What is left of a budget of "total" bytes beside what lies on the device whatever the plan; any other as it is.
+    """Reduce a "total" budget by the plan-independent bytes on the device; other budgets are unchanged.
 
-    That is the frozen model and, on CUDA, what contexts and libraries take (`resident_bytes`), and what torch's
-    allocator reserves beside tensors (`AUTO_SHARE`).
+    These are the frozen model and, on CUDA, contexts and libraries (`resident_bytes`) and the allocator's overhead
+    (`AUTO_SHARE`).
 
     Raises:
-        BudgetError: that alone takes all of it.
+        BudgetError: they already exhaust the budget.
     """
     if budget.kind != "total":
         return budget

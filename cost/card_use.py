@@ -1,4 +1,4 @@
-"""Whether a plan fits a card: everything that the card must hold, added up."""
+"""Add up the memory needs of a plan on a card, and decide if it fits."""
 
 from __future__ import annotations
 
@@ -14,34 +14,39 @@ from .recording import BatchShape
 from .step_config import Quantization
 
 Verdict = Literal["fits", "tight", "does not fit"]
-"""fits: what the allocator reserves and the context fit the card, and `slack_of` it is to spare. tight: they fit with
-less to spare, or only tensors and the context do: then training needs `expandable_segments:True`, or the luck that
-memory is not cut up. does not fit: not even these do."""
+"""Verdict on a plan.
+
+fits: the allocator's reserved bytes and the context fit, with `slack_of` the card to spare.
+tight: they fit with less to spare, or only tensors and the context fit; training then needs `expandable_segments:True`,
+    or luck with fragmentation.
+does not fit: not even tensors and the context fit.
+"""
 
 SLACK, QUANTISED_SLACK = 0.03, 0.08
-"""The share of a card within which predictions err, and with a quantised model. 99.2 % of the verdicts on published
-runs are right where the card is farther than the first from what they took, and 73 % where it is nearer. What the
-allocator reserved in 27 runs under nf4 was up to 7.3 % above what is predicted (docs/known-models.md)."""
+"""Prediction error as a share of the card, for plain and quantised models. On published runs, 99.2 % of the verdicts
+are right if usage differs from the card's memory by more than the first share, and 73 % otherwise. Under nf4, the
+allocator reserved up to 7.3 % more than predicted in 27 runs (docs/known-models.md).
+"""
 
 
 def slack_of(quantization: Quantization) -> float:
-    """The share of a card that has to be to spare, so that a plan surely fits."""
+    """Return the share of a card to leave free for a plan to fit safely."""
     return SLACK if quantization == "none" else QUANTISED_SLACK
 
 
 @dataclass(frozen=True)
 class CardUse:
-    """What a plan takes of a card, in bytes.
+    """Memory use of a plan on a card, in bytes.
 
     Attributes:
         device: the card.
         base_bytes: the frozen model.
-        step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries included.
-        evaluation_bytes: the same at the peak of evaluation; 0 if none is asked for.
-        reserve_bytes: what the allocator holds beyond tensors at the most.
+        step_bytes: tensors at the peak of a training step, excluding the frozen model, including library workspaces.
+        evaluation_bytes: the same at the peak of evaluation; 0 without evaluation.
+        reserve_bytes: bytes reserved by the allocator beyond tensors, at most.
         context_bytes: the CUDA context.
-        margin_bytes: the byte model's margin, so that nothing is predicted too low.
-        slack: the share of the card that is to spare where the plan fits; see `slack_of`.
+        margin_bytes: safety margin of the byte model against predictions that are too low.
+        slack: share of the card left free by a plan that fits; see `slack_of`.
     """
 
     device: DeviceSpec
@@ -55,32 +60,32 @@ class CardUse:
 
     @property
     def allocated_bytes(self) -> int:
-        """Tensors at the peak."""
+        """Peak bytes of tensors."""
         return self.base_bytes + max(self.step_bytes, self.evaluation_bytes)
 
     @property
     def reserved_bytes(self) -> int:
-        """What the allocator holds at the most."""
+        """Peak bytes held by the allocator."""
         return self.allocated_bytes + self.reserve_bytes
 
     @property
     def total_bytes(self) -> int:
-        """What the card must hold so that the plan fits."""
+        """Bytes the card needs for the plan to fit."""
         return self.reserved_bytes + self.context_bytes + self.margin_bytes
 
     @property
     def reserve_share(self) -> float:
-        """What the allocator holds beyond tensors, as a share of all else."""
+        """The allocator's bytes beyond tensors, as a share of everything else."""
         return self.reserve_bytes / (self.total_bytes - self.reserve_bytes)
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the card that `total_bytes` leaves; below 0, those that are missing."""
+        """Bytes of the card beyond `total_bytes`; negative if the plan lacks memory."""
         return self.device.memory_bytes - self.total_bytes
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the plan fits."""
+        """The verdict on the plan."""
         if self.spare_bytes >= self.slack * self.device.memory_bytes:
             return "fits"
         return "tight" if self.spare_bytes + self.reserve_bytes >= 0 else "does not fit"
@@ -97,18 +102,18 @@ def card_use(
     expandable: bool = False,
     slack: float = SLACK,
 ) -> CardUse:
-    """What a plan takes of a card.
+    """Compute the memory use of a plan on a card.
 
     Args:
-        memory: the byte model of its training step; checkpointed layers are those that it says.
+        memory: the byte model of its training step, which also sets the checkpointed layers.
         ranks: the plan, (modules,).
-        loaded: bytes of each storage of the frozen model, as `breakdown.frozen_sizes` tells.
+        loaded: bytes of each storage of the frozen model, from `breakdown.frozen_sizes`.
         device: the card.
-        shape: of the batches; by default that of calibration.
-        evaluation: the shape of batches of evaluation; None for none. It is the recorded forward pass with nothing
-            saved for a backward pass: all logits, and the widest layer.
-        expandable: whether the allocator has `expandable_segments`.
-        slack: the share of the card that is to spare where the plan fits.
+        shape: shape of the batches; defaults to that of calibration.
+        evaluation: shape of evaluation batches; None for no evaluation. Evaluation is the recorded forward pass without
+            saved tensors: all logits, and the widest layer.
+        expandable: whether the allocator uses `expandable_segments`.
+        slack: share of the card left free by a plan that fits.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.

@@ -1,9 +1,9 @@
-"""What is published of cards, by name: memory, rates, and what CUDA takes of it.
+"""Published data of cards, by name: memory, rates, and CUDA's overhead.
 
-A card's memory is what CUDA reports to a program, less than the size on the box: `torch.cuda.mem_get_info` tells it,
-and torch's "out of memory" errors do. Newer drivers keep more for themselves, so the lowest figure seen counts. The
-bytes of a CUDA context are those that such errors show as held by the process beside torch's allocator; a card of which
-none was seen has `UNKNOWN_CONTEXT_BYTES`. Rates are those of data sheets for dense products with sums in fp32.
+A card's memory is the figure that CUDA reports, below the nominal size. It comes from `torch.cuda.mem_get_info` and
+torch's "out of memory" errors. Newer drivers reserve more, so the lowest observed figure is used. The bytes of a CUDA
+context come from such errors too: the process's memory outside torch's allocator. Cards without such an observation use
+`UNKNOWN_CONTEXT_BYTES`. Rates are from data sheets, for dense products with fp32 accumulation.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _MIB = 2**20
 
 
 UNKNOWN_CONTEXT_BYTES = 500 * _MIB
-"""Bytes of the CUDA context of a card of which no error has shown them."""
+"""Bytes of the CUDA context on a card without an observed figure."""
 
 
 MOST_MEMORY = 2**50
-"""The largest memory of a device that is taken, in bytes."""
+"""Largest accepted memory of a device, in bytes."""
 
 
 USUAL_CARD = "RTX 4090"
-"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
+"""Card whose rates stand in when only the memory is known; times are then reported as shares."""
 
 WORKSPACE_BYTES = 8_519_680
-"""What cuBLAS takes through the allocator for each thread that calls it (its default `:4096:2:16:8`)."""
+"""Bytes of cuBLAS workspace in the allocator per calling thread (its default `:4096:2:16:8`)."""
 
 
 HOPPER_WORKSPACE_BYTES = 32 * _MIB
-"""The same on data centres' cards from Hopper on, compute capability 9 and 10."""
+"""The same on data centre cards from Hopper on, compute capability 9 and 10."""
 
 
 _BRANDS = {"nvidia", "geforce", "tesla", "gpu"}
@@ -49,17 +49,17 @@ _BRANDS = {"nvidia", "geforce", "tesla", "gpu"}
 _FORMS = {"pcie", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm2", "hbm2e", "hbm3", "hbm3e"} | {
     *("generation", "blackwell", "workstation", "server", "edition"),
 }
-"""Words of the driver's names that say how a card is built; they count only where a card of the table has them."""
+"""Words for a card's form factor in driver names; they only count if the table lists them for a card."""
 
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """What a card does in a second at best, as published.
+    """Published peak rates of a card.
 
     Attributes:
-        bytes_per_s: reads and writes of its memory.
-        flops_per_s: by dtype, as in "bf16", floating-point operations of dense products, two for product and sum. A
-            precision that the card has no units for is missing.
+        bytes_per_s: memory bandwidth, reads and writes.
+        flops_per_s: floating-point operations of dense products by dtype, such as "bf16"; a multiply-add counts as two.
+            A precision without hardware support is missing.
     """
 
     bytes_per_s: float
@@ -71,11 +71,11 @@ class DeviceSpec:
     """A card.
 
     Attributes:
-        name: as in the table; what was given ("24GiB") for a card of which only the memory is known.
-        memory_bytes: what CUDA reports to programs as the card's memory.
-        context_bytes: what a CUDA context takes of it, beside torch's allocator.
+        name: name in the table; the given text ("24GiB") if only the memory is known.
+        memory_bytes: the card's memory as CUDA reports it.
+        context_bytes: bytes of a CUDA context, outside torch's allocator.
         capability: compute capability, such as (8, 9); None if only the memory is known.
-        rates: as published; None if only the memory is known.
+        rates: published rates; None if only the memory is known.
     """
 
     name: str
@@ -86,39 +86,39 @@ class DeviceSpec:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bfloat16 (Ampere and later); taken to be so where only the memory is known."""
+        """True if the card computes in bfloat16 (Ampere and later); assumed if only the memory is known."""
         return self.capability is None or self.capability >= (8, 0)
 
     @property
     def has_flash_attention(self) -> bool:
-        """Whether torch has flash attention for it (Ampere and later); see `has_bf16`."""
+        """True if torch has flash attention for the card (Ampere and later); see `has_bf16`."""
         return self.has_bf16
 
     @property
     def bus_bytes_per_s(self) -> float:
-        """What 16 lanes of its bus (PCI Express 3, 4 from Ampere, 5 from Hopper on) move one way; 4 if not known."""
+        """One-way rate of 16 bus lanes (PCI Express 3, 4 from Ampere, 5 from Hopper on); 4 if not known."""
         major = 8 if self.capability is None else self.capability[0]
         return 15.75e9 * (1 if major < 8 else 2 if major == 8 else 4)
 
     @property
     def workspace_bytes(self) -> int:
-        """What cuBLAS takes through the allocator: a workspace each for the forward and the backward pass's thread."""
+        """Bytes of cuBLAS workspaces in the allocator: one each for the forward and the backward thread."""
         large = self.capability is None or self.capability[0] in (9, 10)
         return 2 * (HOPPER_WORKSPACE_BYTES if large else WORKSPACE_BYTES)
 
 
 @cache
 def device_table() -> dict[str, DeviceSpec]:
-    """The cards of the table by name."""
+    """Return the cards of the table by name."""
     return {name: _spec(name, row) for name, row in _rows().items()}
 
 
 def find_device_spec(name: str) -> DeviceSpec:
-    """A card by its name, or by its memory alone.
+    """Find a card by its name, or create one from its memory alone.
 
     Args:
-        name: "RTX 4090", "4060ti 16gb" or what the driver calls it ("NVIDIA A100-SXM4-80GB"); "24GiB" is a card of
-            which only the memory is known, all of which CUDA reports to programs.
+        name: "RTX 4090", "4060ti 16gb" or the driver's name ("NVIDIA A100-SXM4-80GB"); "24GiB" is a card with only its
+            memory known, all of it available to programs.
 
     Raises:
         UnknownNameError: no card of the table has this name, or several have.

@@ -1,4 +1,4 @@
-"""A training step that is known from a model's configuration, as plain data: no library that trains is loaded."""
+"""A training step described by a model's configuration, as plain data; imports no training library."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from .step_config import Attention, ExpertBits
 from .step_time import StepWork
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Precisions in which a frozen model can be loaded, and what torch calls them."""
+"""Precisions of the frozen model and their torch names."""
 
 Implementation = Literal["eager", "sdpa", "flash", "flex"]
-"""Of attention: operators one by one, torch's function, or a kernel that never makes scores and reads no mask."""
+"""Attention implementation: separate operators, torch's SDPA, or a kernel that never materialises scores or a mask."""
 
 LossKind = Literal["model", "chunked", "cut"]
-"""What computes the loss: model, transformers or the exact savers; chunked, TRL's SFTTrainer, in tiles of the
-vocabulary; cut, cut cross-entropy (arXiv:2411.09009), or another kernel that holds no logits at all."""
+"""Implementation of the loss. model: transformers or the exact savers. chunked: TRL's SFTTrainer, in tiles of the
+vocabulary. cut: cut cross-entropy (arXiv:2411.09009), or another kernel that stores no logits.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedAs:
-    """How the model would be loaded and trained, beside what `StepConfig` says.
+    """How the model is loaded and trained, in addition to `StepConfig`.
 
     Attributes:
         device: "cuda" or "cpu".
-        dtype: the precision of the frozen weights, a torch dtype or a name in `DTYPES`; by default that of the
-            configuration. Adapters are then in fp32, as
-            PEFT makes them.
-        attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
-        padded: whether some rows of a batch are padded, which takes other kernels and a mask.
+        dtype: precision of the frozen weights, a torch dtype or a name in `DTYPES`; by default that of the
+            configuration. Adapters are then in fp32, as PEFT creates them.
+        attention: attention kernels available on CUDA, unless the configuration asks for eager attention.
+        padded: whether some rows of a batch are padded, which needs a mask and other kernels.
         double_quantization: whether the scales of nf4 weights are quantised too.
-        reentrant: whether gradient checkpointing is torch's reentrant one.
-        input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
-        keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
+        reentrant: whether gradient checkpointing is torch's reentrant variant.
+        input_gradients: whether the embedding's output requires gradients (`enable_input_require_grads`).
+        keeps_output: whether the training loop keeps the model's output, including logits, until the step ends; the
             Trainer does not.
         adapter: further arguments of `peft.LoraConfig`, such as use_dora.
-        experts: how fused experts of a quantised model are kept.
-        implementation: of attention in transformers; by default that of the configuration.
-        loss: what computes the loss of a causal language model.
-        fused_activations: whether activation functions that transformers composes of many operators run as the CUDA
-            kernels that their authors publish (xIELU of Apertus).
-        packed: whether a row holds several texts, so that it may be longer than the model has positions.
-        offload: whether inputs of checkpointed layers lie in main memory until they run again.
-        expandable_segments: whether torch's allocator has them.
+        experts: storage of fused experts in a quantised model.
+        implementation: attention implementation in transformers; by default that of the configuration.
+        loss: implementation of a causal language model's loss.
+        fused_activations: whether activation functions composed of many operators in transformers run as their authors'
+            published CUDA kernels (xIELU of Apertus).
+        packed: whether a row holds several texts, so it may exceed the model's positions.
+        offload: whether inputs of checkpointed layers stay in main memory until recomputation.
+        expandable_segments: whether torch's allocator uses expandable segments.
     """
 
     device: Literal["cuda", "cpu"] = "cuda"
@@ -75,30 +75,30 @@ class LoadedAs:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What is known of a model with adapters, as it is loaded for training.
+    """A model with adapters, as loaded for training.
 
     Attributes:
-        kind: the name of its class.
+        kind: name of its class.
         targets: its target modules.
-        parameters: number of parameters of the frozen model, a tied one once.
-        frozen: bytes of each storage of the frozen model, in the order of its modules; a shared one counts once.
-        outside: those of them that lie outside of the layers which can be checkpointed, in all.
-        widest: bytes of the largest such layer.
-        workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
-        products: the weights of its products, and the width of its hidden states.
-        precision: what torch calls that of its first parameter.
-        continues: whether it continues texts.
-        positions: the most tokens of a row; None if the model sets no limit.
-        windows: lengths from which attention leaves out tokens.
-        keeps_state: whether its layers keep a state, so that a recording tells one length alone.
-        fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
-        named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
-        is_eager: whether attention holds the scores of all pairs of tokens.
-        has_xielu: whether it has the activation function xIELU.
-        words: of its vocabulary, as its configuration tells; 0 if it does not.
-        own_code: whether that names code that comes with the weights; what is priced is that of transformers.
-        task_type: what PEFT calls the task.
-        saved_modules: names of modules that train as a whole, such as a new classifier.
+        parameters: number of parameters of the frozen model; tied ones count once.
+        frozen: bytes of each storage of the frozen model, in module order; shared ones count once.
+        outside: total bytes of the storages outside the checkpointable layers.
+        widest: bytes of the largest checkpointable layer.
+        workspace_bytes: bytes that libraries take from the allocator for the process's lifetime; 0 on the CPU.
+        products: number of weights in matrix products, and the width of the hidden states.
+        precision: torch's name for the dtype of the first parameter.
+        continues: whether the model is a causal language model.
+        positions: most tokens per row; None if the model sets no limit.
+        windows: sequence lengths at which sliding-window attention starts to mask tokens.
+        keeps_state: whether its layers keep a state, so a recording covers one length only.
+        fused: number of parameters in fused expert tensors, which quantisation on load does not reach.
+        named: module names to use in place of "all-linear" where PEFT selects others; else empty.
+        is_eager: whether attention stores the scores of all token pairs.
+        has_xielu: whether it uses the xIELU activation function.
+        words: vocabulary size in its configuration; 0 if not given.
+        own_code: whether the configuration refers to code shipped with the weights; predictions use transformers' code.
+        task_type: PEFT's name for the task.
+        saved_modules: names of fully trained modules, such as a new classifier.
     """
 
     kind: str
@@ -125,7 +125,7 @@ class LoadedModel:
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of the frozen model as loaded, scales of quantised weights included."""
+        """Bytes of the frozen model as loaded, including the scales of quantised weights."""
         return sum(self.frozen)
 
 
@@ -134,14 +134,14 @@ class ConfiguredStep:
     """A training step.
 
     Attributes:
-        memory: predicts the bytes of any plan and batch shape beside the frozen model; `memory.cost()` is their cost.
-            It has no segments if the step runs without gradient checkpointing.
-        model: what is known of the model.
-        work: what the step computes; None if it was not counted.
-        saved: what a step of plain LoRA takes with each exact saver more, likewise.
+        memory: predicts the bytes of any plan and batch shape, excluding the frozen model; `memory.cost()` is their
+            cost. It has no segments if the step runs without gradient checkpointing.
+        model: the model.
+        work: the step's computation; None if it was not counted.
+        saved: bytes of a plain LoRA step as exact savers are added one by one; empty if not requested.
         loaded: how the model is loaded and trained.
-        libraries: versions of those that recorded it, if it comes from a file.
-        leaner: makes the same step with selective checkpointing; None where that saves nothing, or is not asked for.
+        libraries: versions of the libraries that recorded it, if it comes from a file.
+        leaner: creates the same step with selective checkpointing; returns None if that saves nothing or is disabled.
     """
 
     memory: MemoryModel
@@ -159,7 +159,7 @@ class ConfiguredStep:
 
 
 class StepSource(Protocol):
-    """Tells what a step takes and computes: by recording it, or from a file."""
+    """Provides the memory and work of a step, by recording it or from a file."""
 
     @property
     def loaded(self) -> LoadedAs:
@@ -167,17 +167,17 @@ class StepSource(Protocol):
 
     @property
     def model(self) -> LoadedModel:
-        """What is known of the model; a first step may cast some of its biases for good."""
+        """The model; the first step may permanently cast some of its biases."""
 
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
-        """The byte model of the step with these exact savers alone, for a batch of this shape."""
+        """Return the byte model of the step with exactly these savers, for a batch of this shape."""
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
-        """What the step with these exact savers alone computes on a batch of this shape."""
+        """Return the computation of a step with exactly these savers on a batch of this shape."""
 
 
 def configured_step(source: StepSource, shape: BatchShape, savers: Sequence[str]) -> ConfiguredStep:
-    """A step on a batch of this shape, with those of the wanted exact savers that lower its peak."""
+    """Return a step on a batch of this shape, with the requested exact savers that lower its peak."""
     highest = highest_ranks(source.model.targets)
     priced = price_savers(partial(source.memory, shape=shape), savers, highest)
     work = source.work(priced.names, shape)
@@ -204,18 +204,18 @@ MOST_GPUS = 2**16
 
 @dataclass(frozen=True)
 class Shards:
-    """How many GPUs train together, and what they share; every figure is of one of them, with its own batch.
+    """Number of GPUs that train together and their sharding. Figures are per GPU, each with its own batch.
 
-    * ddp: each holds the whole frozen model, and one copy more of the adapters' gradients, in buckets.
-    * zero2: the same, and a part of the optimizer's state.
-    * fsdp2: each holds a part of the frozen model, two layers that are gathered, and all that lies outside the layers
-      (embeddings, head), as `fully_shard` of each layer and of the model leaves it.
-    * zero3: each holds a part of the frozen model, and up to `LIVE_PARAMETERS` that are gathered.
+    * ddp: each GPU holds the whole frozen model, and a second copy of the adapters' gradients in buckets.
+    * zero2: as ddp, with the optimizer state sharded.
+    * fsdp2: each GPU holds a shard of the frozen model, two gathered layers, and everything outside the layers
+      (embeddings, head), as with `fully_shard` on each layer and on the model.
+    * zero3: each GPU holds a shard of the frozen model, and up to `LIVE_PARAMETERS` gathered parameters.
 
-    Under fsdp2 and zero3 adapters, their gradients and the optimizer's state are shared too, as Trainers do it.
+    As in the Trainers, fsdp2 and zero3 also shard adapters, their gradients and the optimizer state.
 
     Raises:
-        ConfigError: there is no GPU, or one alone is to share something.
+        ConfigError: there is no GPU, or a single GPU is to shard.
     """
 
     gpus: int = 1
@@ -230,7 +230,7 @@ class Shards:
             raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
 
     def loaded(self, model: LoadedModel) -> tuple[int, ...]:
-        """Bytes of each storage of the frozen model on one GPU; the last is what is gathered."""
+        """Return the bytes of each storage of the frozen model on one GPU; the last is the gathered part."""
         if self.sharding in ("ddp", "zero2"):
             return model.frozen
         return *(-(-size // self.gpus) for size in model.frozen), min(self._gathered(model), model.frozen_bytes)
@@ -241,7 +241,7 @@ class Shards:
         return model.outside + 2 * model.widest
 
     def of(self, step: ConfiguredStep) -> ConfiguredStep:
-        """The step on one GPU."""
+        """Return the step on one GPU."""
         if self.gpus == 1:
             return step
         states = step.memory.states

@@ -1,7 +1,7 @@
-"""What a plan costs, as a function of its ranks: adapter parameters, or bytes at the peak of a training step.
+"""The cost of a plan as a function of its ranks: adapter parameters, or bytes at the peak of a training step.
 
-`FixedCost` is the part that depends on which modules are adapted, updated when that changes: to find a plan, thousands
-of sets of modules are compared that differ by one module each, and most of their cost is the same.
+`FixedCost` is the part that depends on the set of adapted modules, updated incrementally. The search for a plan
+compares thousands of sets that differ by one module each and share most of their cost.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..lora.spec import ModuleSpec
 CostUnit = Literal["bytes", "parameters"]
 
 ModuleSet = int
-"""A set of target modules as a bit mask: bit i is target module i. The bit after the last is what always trains."""
+"""A set of target modules as a bit mask: bit i is target module i. The bit after the last marks what always trains."""
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterCost:
-    """Counts adapter parameters: sum of rank x (d_in + d_out). There is one moment, and no group.
+    """Counts adapter parameters: sum of rank x (d_in + d_out), with one moment and no groups.
 
     Attributes:
         per_rank: shape (1, modules). The other attributes are those of `ByteCost`.
@@ -39,7 +39,7 @@ class ParameterCost:
 
     @classmethod
     def of(cls, modules: Sequence[ModuleSpec]) -> ParameterCost:
-        """The cost of plans for these modules."""
+        """Return the cost of plans for these modules."""
         return cls(np.array([[module.d_in + module.d_out for module in modules]], dtype=np.float64))
 
     @property
@@ -55,20 +55,20 @@ class ParameterCost:
 
 @dataclass(frozen=True, eq=False)
 class ByteCost:
-    """Bytes at the peak of a training step, the frozen model excluded.
+    """Bytes at the peak of a training step, excluding the frozen model.
 
     The backward pass needs a tensor if *any* of certain modules is adapted: those from which a gradient flows through
-    the operation that reads it. Tensors with one such set of modules are a group. The peak is the highest of the
-    moments that can be one (the loss, the backward pass of a layer, ...); at each of them another part of each group
-    is in memory.
+    the operation that reads it. Tensors with the same set of modules form a group. The peak is the maximum over the
+    candidate moments (the loss, the backward pass of a layer, ...); a different part of each group is in memory at each
+    of them.
 
     Attributes:
-        moments: what each moment is, for people.
-        constant: bytes at each moment whatever the plan, shape (moments,).
-        per_rank: bytes of one rank on each module: weights, gradients, optimizer state, rank-wide hidden state, shape
+        moments: display name of each moment.
+        constant: bytes at each moment under any plan, shape (moments,).
+        per_rank: bytes per rank of each module: weights, gradients, optimizer state, rank-wide hidden state, shape
             (moments, modules).
         group_bytes: bytes of each group at each moment, shape (moments, groups).
-        needs: which modules need each group, bool (groups, modules).
+        needs: modules that need each group, bool (groups, modules).
     """
 
     unit: ClassVar[CostUnit] = "bytes"
@@ -85,24 +85,23 @@ class ByteCost:
 
 
 TIME = "the time of a step"
-"""What the last moment of a `TimedCost` is, for people."""
+"""Display name of the last moment of a `TimedCost`."""
 
 
 @dataclass(frozen=True, eq=False)
 class TimedCost:
-    """Another cost, with the time of a step as its last moment; `SecondsRow.added_to` makes it.
+    """A cost with step time as an extra, last moment; created by `SecondsRow.added_to`.
 
-    The unit of time is such that its limit and the limit of the other moments are one number. So whatever chooses plans
-    keeps both limits as it keeps one.
+    Time is scaled to share one limit with the other moments, so planners enforce both limits as one.
 
     Attributes:
-        unit: of the other moments.
-        moments: what each moment is, for people, `TIME` last.
-        constant: see `ByteCost`, as the arrays below.
-        per_rank: for each rank, (moments, modules).
-        group_bytes: of each group, (moments, groups).
-        needs: which modules need each group, bool (groups, modules).
-        unit_per_second: how much of the unit stands for one second.
+        unit: unit of the other moments.
+        moments: display name of each moment, `TIME` last.
+        constant: see `ByteCost`, as for the arrays below.
+        per_rank: cost per rank, (moments, modules).
+        group_bytes: cost of each group, (moments, groups).
+        needs: modules that need each group, bool (groups, modules).
+        unit_per_second: units that correspond to one second.
     """
 
     unit: CostUnit
@@ -121,16 +120,15 @@ class TimedCost:
 
 UntimedCost = ParameterCost | ByteCost
 Cost = UntimedCost | TimedCost
-"""What any plan costs: the highest of its costs at a few moments of a training step.
+"""The cost of any plan: its maximum over a few moments of a training step.
 
-At each moment, a plan costs a constant, something for each rank, and something for each *group*. A group is paid once
-as soon as the plan adapts any of the modules that need it. All values are multiples of one number (1 for bytes and
-parameters), so sums are exact.
+At each moment, a plan costs a constant, an amount per rank, and an amount per *group*, paid once if the plan adapts any
+module that needs the group. All values are multiples of one number (1 for bytes and parameters), so sums are exact.
 """
 
 
 def moment_costs(cost: Cost, plans: IntArray) -> FloatArray:
-    """What plans cost at each moment: ranks of shape (..., modules) -> costs of shape (..., moments)."""
+    """Return the cost of plans at each moment: ranks (..., modules) -> costs (..., moments)."""
     if plans.ndim == 1:
         needed = cost.module_groups[plans > 0].any(axis=0)
     else:
@@ -140,23 +138,23 @@ def moment_costs(cost: Cost, plans: IntArray) -> FloatArray:
 
 
 def plan_cost(cost: Cost, ranks: IntArray) -> float:
-    """What a plan costs, at the moment when it costs most; `ranks` has shape (modules,)."""
+    """Return the cost of a plan at its most expensive moment; `ranks` has shape (modules,)."""
     return float(moment_costs(cost, ranks).max())
 
 
 def unit_costs(cost: Cost, plans: IntArray) -> FloatArray:
-    """As `moment_costs`, without the time of a step."""
+    """Return `moment_costs` without the step time."""
     costs = moment_costs(cost, plans)
     return costs[..., :-1] if isinstance(cost, TimedCost) else costs
 
 
 def unit_cost(cost: Cost, ranks: IntArray) -> float:
-    """What a plan costs in the unit of its cost, whatever time it takes; `ranks` has shape (modules,)."""
+    """Return the cost of a plan in its unit, ignoring step time; `ranks` has shape (modules,)."""
     return float(unit_costs(cost, ranks).max())
 
 
 def cost_state(cost: Cost) -> dict[str, Any]:
-    """All that `cost_from_state` needs, as arrays and JSON values."""
+    """Return everything `cost_from_state` needs, as arrays and JSON values."""
     state: dict[str, Any] = {"unit": cost.unit}
     for field in fields(cost):
         value = getattr(cost, field.name)
@@ -165,7 +163,7 @@ def cost_state(cost: Cost) -> dict[str, Any]:
 
 
 def cost_from_state(state: Mapping[str, Any]) -> Cost:
-    """The cost that `cost_state` described; arrays may have become tensors in between."""
+    """Rebuild the cost described by `cost_state`; arrays may have become tensors in between."""
     if state["unit"] == "parameters" and "moments" not in state:
         return ParameterCost(np.asarray(state["per_rank"]))
     arrays = {name: np.asarray(state[name]) for name in ("constant", "per_rank", "group_bytes", "needs")}
@@ -176,10 +174,10 @@ def cost_from_state(state: Mapping[str, Any]) -> Cost:
 
 
 def check_cost(cost: Cost, modules: int) -> None:
-    """Refuse a cost whose arrays do not fit one another, or so many modules.
+    """Check that the arrays of a cost are consistent with each other and with the number of modules.
 
     Raises:
-        ValueError: a shape, a type or a number is wrong.
+        ValueError: a shape, type or number is wrong.
     """
     moments, groups = len(cost.moments), len(cost.needs)
     shapes = {
@@ -201,13 +199,13 @@ def check_cost(cost: Cost, modules: int) -> None:
 
 
 class FixedCost:
-    """What adapting a set of modules costs before their first rank; the set can change.
+    """The cost of adapting a set of modules before their first rank; the set can change.
 
-    Costs are whole numbers of bytes or parameters, so adding and subtracting them is exact.
+    Costs are whole numbers of bytes or parameters, so additions and subtractions are exact.
 
     Args:
         cost: the cost of plans.
-        active: the modules in the set at first, bool (modules,).
+        active: the initial set of modules, bool (modules,).
 
     Attributes:
         value: the cost at each moment, (moments,); a new array after each change.
@@ -223,30 +221,30 @@ class FixedCost:
         self._pay()
 
     def value_with(self, module: int) -> FloatArray:
-        """The cost with this module in the set as well, (moments,)."""
+        """Return the cost with this module added to the set, (moments,)."""
         added = np.flatnonzero(self._module_groups[module] & ~self._paid)
         result: FloatArray = self.value + self._by_group[added].sum(axis=0)
         return result
 
     def add(self, module: int, value: FloatArray) -> None:
-        """Add a module that is not in the set; `value` is what `value_with` returned for it."""
+        """Add a module to the set; `value` is the result of `value_with` for it."""
         self.value = value
         self._paid |= self._module_groups[module]
         self.active[module] = True
 
     def remove_all(self, modules: IntArray) -> None:
-        """Remove modules that are in the set."""
+        """Remove modules from the set."""
         self.active[modules] = False
         self._pay()
 
     def additions(self, modules: IntArray) -> FloatArray:
-        """What adding each of these modules alone would add to the cost, (moments, len(modules))."""
+        """Return the extra cost of adding each of these modules alone, (moments, len(modules))."""
         unpaid = ~self._paid
         result: FloatArray = (self._module_groups[modules][:, unpaid].astype(np.float64) @ self._by_group[unpaid]).T
         return result
 
     def removals(self) -> FloatArray:
-        """What removing each module of the set alone would take off the cost, 0 for the others, (moments, modules)."""
+        """Return the saving from removing each module alone, 0 outside the set, (moments, modules)."""
         result = np.zeros((len(self.value), len(self.active)))
         single = np.flatnonzero(self._module_groups[self.active].sum(axis=0, dtype=np.int32) == 1)
         owners = (self._needs[single] & self.active).argmax(axis=1)
@@ -255,6 +253,6 @@ class FixedCost:
         return result
 
     def _pay(self) -> None:
-        """Find the groups that the set needs, and what they cost."""
+        """Find the groups that the set needs, and their cost."""
         self._paid = np.asarray(self._module_groups[self.active].any(axis=0))
         self.value = self._constant + self._group_bytes @ self._paid

@@ -1,13 +1,13 @@
-"""A context in which the meta device stands for a CPU or a CUDA device: the same operators, kernels and answers.
+"""A context that makes the meta device emulate a CPU or CUDA device: same operators, kernels and results.
 
-A dispatch key of hardware that torch no longer has (`AutocastIPU`) comes before autograd and before the kernels of the
-meta device. Inside the context it is switched on, and so Python functions take the place of the operators at which the
-meta device differs from the device for which it stands. Outside of it nothing is changed.
+A dispatch key of hardware no longer supported by torch (`AutocastIPU`) takes precedence over autograd and the meta
+kernels. The context enables it, so Python functions replace the operators whose meta versions differ from the emulated
+device. Nothing changes outside the context.
 
-Which kernel attention takes follows aten/src/ATen/native/transformers/attention.cpp (scaled_dot_product_attention) and
-cuda/sdp_utils.cpp. Torch's own autocast looks at the device of each tensor, and the meta device has none: which
-operators take part is read from the installed torch; the lists below say how those do that do not simply compute in
-fp32 (aten/src/ATen/autocast_mode.h).
+The choice of attention kernel follows aten/src/ATen/native/transformers/attention.cpp (scaled_dot_product_attention)
+and cuda/sdp_utils.cpp. Torch's autocast depends on each tensor's device, and ignores the meta device: the set of
+autocast operators is read from the installed torch, and the lists below cover those that do not simply compute in fp32
+(aten/src/ATen/autocast_mode.h).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _KEYS = torch._C.DispatchKeySet(_DISPATCH_KEY)
 
 @dataclass(frozen=True)
 class DeviceOnMeta:
-    """The device for which the meta device stands.
+    """The device emulated by the meta device.
 
     Attributes:
         kind: "cpu" or "cuda".
-        attention: which kernels CUDA has.
-        padded: whether batches are padded, which decides what is answered where a model reads its mask.
+        attention: attention kernels available on CUDA.
+        padded: whether batches are padded; sets the answer when a model reads its mask.
         autocast: the autocast of the context; None for none.
     """
 
@@ -55,7 +55,7 @@ _DEVICE: ContextVar[DeviceOnMeta] = ContextVar("_DEVICE")
 
 @contextmanager
 def device_on_meta(device: DeviceOnMeta) -> Iterator[None]:
-    """Let the meta device stand for `device` inside the context, and make new tensors there."""
+    """Emulate `device` on the meta device inside the context, and create new tensors there."""
     _register()
     tokens = _DEVICE.set(device), META_STANDS_FOR.set(device.kind)
     torch._C._dispatch_tls_set_dispatch_key_excluded(_KEY, False)
@@ -70,7 +70,7 @@ def device_on_meta(device: DeviceOnMeta) -> Iterator[None]:
 
 @contextmanager
 def autocast_known_on_meta() -> Iterator[None]:
-    """Let code that switches autocast off for the device of a tensor do so on the meta device, which torch refuses."""
+    """Let code disable autocast for a meta tensor's device type, which torch refuses."""
     real = torch.autocast
 
     def made(device_type: str, *arguments: Any, **options: Any) -> Any:
@@ -87,7 +87,7 @@ def autocast_known_on_meta() -> Iterator[None]:
 
 @contextmanager
 def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast inside a `device_on_meta`; None does nothing."""
+    """Enable autocast inside a `device_on_meta`; None does nothing."""
     device = _DEVICE.get()
     token = _DEVICE.set(replace(device, autocast=Autocast(device.kind, dtype) if dtype else None))
     outside = META_AUTOCAST.set(dtype)
@@ -106,21 +106,21 @@ def _scaled_dot_product_attention(device: DeviceOnMeta, *arguments: Any, **optio
 def _softmax(
     fused: Any, plain: Any, device: DeviceOnMeta, tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None
 ) -> Any:
-    """CUDA reads half precision and computes in fp32 without a copy, but not of bfloat16."""
+    """Run softmax; CUDA reads float16 and computes in fp32 without a copy, but not bfloat16."""
     if device.kind == "cuda" and tensor.dtype == torch.float16 and dtype == torch.float32:
         return fused(tensor, dim, True)
     return _below(plain, tensor, dim, dtype)
 
 
 def _dropout(device: DeviceOnMeta, tensor: torch.Tensor, p: float, train: bool) -> Any:
-    """CUDA keeps a mask of one byte for each value."""
+    """Run dropout; CUDA keeps a one-byte mask per value."""
     if device.kind == "cuda" and train and 0 < p < 1:
         return ATEN.native_dropout(tensor, p, True)[0]
     return _below(ATEN.dropout.default, tensor, p, train)
 
 
 def _read(device: DeviceOnMeta, tensor: torch.Tensor) -> Any:
-    """What a mask says where it is read: whether all of it is ones; numbers are 1."""
+    """Return the value read from a tensor: for a mask, whether it is all ones; for numbers, 1."""
     if not tensor.is_meta:
         return _below(ATEN._local_scalar_dense.default, tensor)
     if tensor.dtype == torch.bool:
@@ -133,9 +133,9 @@ def _equal(device: DeviceOnMeta, one: torch.Tensor, other: torch.Tensor) -> Any:
 
 
 def _grouped_mm(device: DeviceOnMeta, rows: torch.Tensor, weights: torch.Tensor, *rest: Any) -> Any:
-    """Rows times the weights of the expert that each was sent to: of the same size, whichever expert that is.
+    """Multiply rows with the weights of their experts; the result has the same size for any expert.
 
-    The meta device takes bfloat16 alone.
+    The meta kernel only supports bfloat16.
     """
     if rows.dtype == torch.bfloat16 or (rows.dim(), weights.dim()) != (2, 3):
         return _below(ATEN._grouped_mm.default, rows, weights, *rest)
@@ -151,31 +151,31 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "_local_scalar_dense": _read,
     "equal": _equal,
 }
-"""By name of an operator, what runs in its place."""
+"""Replacement functions by operator name."""
 
 
 def _below(operator: Any, *arguments: Any, **options: Any) -> Any:
-    """Run an operator as the meta device does."""
+    """Run an operator with its meta kernel."""
     with torch._C._ExcludeDispatchKeyGuard(_KEYS):
         return operator(*arguments, **options)
 
 
 def _run(name: str, operator: Any, *arguments: Any, **options: Any) -> Any:
-    """Run an operator as the device of the context does."""
+    """Run an operator as the emulated device does."""
     device = _DEVICE.get()
     if device.autocast is not None:
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             arguments, options = device.autocast.cast(name, arguments, options)
     if name in _REPLACED:
         return _REPLACED[name](device, *arguments, **options)
-    of_parts = device.autocast is not None and name not in operators(device.kind)  # autocast sees its parts, if any
+    of_parts = device.autocast is not None and name not in operators(device.kind)  # autocast applies to its parts
     found = operator.decompose(*arguments, **options) if of_parts else NotImplemented
     return _below(operator, *arguments, **options) if found is NotImplemented else found
 
 
 @cache
 def _register() -> list[Any]:
-    """Put Python functions before the operators that differ, once in a process; without the key nothing calls them."""
+    """Register Python functions over the differing operators, once per process; inactive without the key."""
     make_library: Any = torch.library.Library
     others = make_library("_", "IMPL", _KEY)
     others.fallback(torch.library.fallthrough_kernel)
@@ -192,7 +192,7 @@ ATEN = torch.ops.aten
 
 
 WIDEST_FLASH = 256
-"""The largest width of a head that flash attention takes."""
+"""Largest head width supported by flash attention."""
 
 
 def attend(
@@ -208,13 +208,13 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` as a kind of device runs it; the last arguments are those of torch."""
+    """Run `scaled_dot_product_attention` as on a kind of device; the last arguments are torch's."""
     grouped = enable_gqa and query.shape[-3] != key.shape[-3]
     mask = _additive(attn_mask, query)
     tensors: tuple[torch.Tensor, ...] = query, key, value
     same_heads = enable_gqa or query.shape[:-2] == key.shape[:-2]
     fused = query.dim() == 4 and same_heads and attention != "math"
-    same_width = query.shape[-1] == value.shape[-1]  # not so in latent attention (DeepSeek)
+    same_width = query.shape[-1] == value.shape[-1]  # false for latent attention (DeepSeek)
     if kind == "cpu" and fused and same_width and not dropout_p and not (mask is not None and mask.requires_grad):
         output = ATEN._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, is_causal, attn_mask=mask, scale=scale)
         return _first(output)
@@ -225,7 +225,7 @@ def attend(
         if attention == "efficient" and grouped:
             repeats, grouped = query.shape[-3] // key.shape[-3], False
             tensors = query, *(tensor.repeat_interleave(repeats, -3) for tensor in (key, value))
-        if not grouped:  # the kernel takes one key for each head of the query
+        if not grouped:  # the kernel needs one key per query head
             return _efficient(tensors, mask, dropout_p, is_causal, scale)
     output = ATEN._scaled_dot_product_attention_math(
         *tensors, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=grouped
@@ -251,7 +251,7 @@ def _efficient(
     scale: float | None,
 ) -> torch.Tensor:
     query, key, _ = tensors
-    if mask is not None:  # rows of the mask begin at addresses that are multiples of 16 elements
+    if mask is not None:  # rows of the mask are aligned to 16 elements
         length = mask.shape[-1]
         mask = mask if length % 16 == 0 else _padded(mask, 16)[..., :length]
         mask = mask.expand(*query.shape[:3], key.shape[2])
@@ -262,7 +262,7 @@ def _efficient(
 
 
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """A mask of truth values as one that is added."""
+    """Convert a boolean mask to an additive one."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     seen, hidden = (torch.scalar_tensor(value, dtype=query.dtype) for value in (0.0, float("-inf")))
@@ -270,7 +270,7 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | 
 
 
 def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
-    """The tensor with its last axis filled up to a multiple."""
+    """Pad the last axis of a tensor to a multiple."""
     missing = -tensor.shape[-1] % multiple
     return functional.pad(tensor, (0, missing)) if missing else tensor
 
@@ -293,7 +293,7 @@ LOWER = _names(
     lstm_cell matmul mkldnn_rnn_layer mm mv prelu rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention
     """
 )
-"""Operators that compute in the lower precision."""
+"""Operators run in the lower precision under autocast."""
 
 WITH_DTYPE = _names(
     """
@@ -301,14 +301,14 @@ WITH_DTYPE = _names(
     softmax.int sum sum.dim_IntList
     """
 )
-"""Operators that read the lower precision and compute in fp32 on CUDA, by their argument `dtype`."""
+"""CUDA operators that read the lower precision and compute in fp32, through their `dtype` argument."""
 
 WIDEST = _names(
     """
     addcdiv addcmul atan2 bilinear cat cross dot grid_sampler index_copy index_put scatter_add stack tensordot vdot
     """
 )
-"""Operators that compute in the widest precision among their inputs."""
+"""Operators run in the widest precision of their inputs."""
 
 
 @dataclass
@@ -327,7 +327,7 @@ class Autocast:
     def cast(
         self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of an operator ("softmax.int") as autocast gives them to it."""
+        """Return an operator's arguments ("softmax.int") after autocast."""
         given = arguments, dict(options)
         if name not in operators(self.kind):
             return given
@@ -350,13 +350,13 @@ class Autocast:
         return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        """An argument of an operator: a tensor, a list of some, or something else, which stays."""
+        """Cast an argument: a tensor, or a list of tensors; anything else is unchanged."""
         if isinstance(value, (list, tuple)):
             return type(value)(self._cast(each, dtype) for each in value)
         return self._to(value, dtype) if _castable(value) else value
 
     def _to(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in another precision; a parameter that trains is cast once in each forward pass."""
+        """Cast a tensor; trained parameters are cast once per forward pass."""
         if tensor.dtype == dtype:
             return tensor
         kept = dtype == self.dtype and tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf
@@ -372,7 +372,7 @@ def _castable(value: Any) -> bool:
 
 
 def _widest(given: tuple[tuple[Any, ...], dict[str, Any]]) -> torch.dtype | None:
-    """fp32 if a tensor among the arguments has it."""
+    """Return fp32 if any tensor argument has it."""
     arguments, options = given
     tensors = filter(_castable, tensors_in([*arguments, *options.values()]))
     return torch.float32 if any(tensor.dtype == torch.float32 for tensor in tensors) else None
@@ -380,7 +380,7 @@ def _widest(given: tuple[tuple[Any, ...], dict[str, Any]]) -> torch.dtype | None
 
 @cache
 def operators(kind: DeviceKind) -> frozenset[str]:
-    """The operators that take part in a device's autocast, such as "softmax.int", in the installed torch."""
+    """Return the operators in a device's autocast, such as "softmax.int", in the installed torch."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[kind]
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

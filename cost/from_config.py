@@ -1,9 +1,9 @@
-"""The memory of a training step from a model's configuration alone: no weight is loaded or allocated.
+"""Predict the memory of a training step from a model's configuration alone; no weights are loaded or allocated.
 
-The model is made on the meta device, where tensors have shapes and no contents, with the head that it is usually
-fine-tuned with; in four or eight bits its layers are bitsandbytes' own, on codes and scales without contents. The
-package's own calibration runs its small steps there, as the device that is asked about would run them
-(`cost/device_on_meta.py`). The byte model that comes out is the one that the same steps give on that device.
+The model is created on the meta device, where tensors have shapes but no contents, with its usual fine-tuning head.
+Quantised layers are bitsandbytes' own, with empty codes and scales. The regular calibration runs its small steps there
+as the requested device would (`cost/device_on_meta.py`). The resulting byte model equals the one measured by the same
+steps on that device.
 """
 
 from __future__ import annotations
@@ -66,24 +66,24 @@ def from_config(
     counted: bool = False,
     checkpointing_optional: bool = False,
 ) -> ConfiguredStep:
-    """What a training step takes, from a model's configuration.
+    """Predict the memory of a training step from a model's configuration.
 
     Args:
-        config: of a transformers model, which is not changed; or what `find_configuration` takes: a folder, a
-            config.json, a short name such as "qwen3-8b", a Hugging Face id.
+        config: configuration of a transformers model, left unchanged; or any argument of `find_configuration`: a
+            folder, a config.json, a short name such as "qwen3-8b", a Hugging Face id.
         step: batch, length, target modules, optimizer, quantisation, autocast, checkpointing.
-        loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
-        counted: also count what the step computes, operator by operator, and price what each exact saver brings.
-        checkpointing_optional: take the step without gradient checkpointing where the model's class has none.
+        loaded: how the model is loaded, and on which device; by default on CUDA in its saved precision.
+        counted: also count the step's computation per operator, and price each exact saver.
+        checkpointing_optional: omit gradient checkpointing if the model class does not support it.
 
     Returns:
         The byte model, and the bytes of the frozen base.
 
     Raises:
-        ConfigError: the model reads no tokens, or has fewer positions than a row has tokens; no model can be made from
-            the configuration, or no adapter on it.
+        ConfigError: the model reads no tokens, or has fewer positions than a row has tokens; the configuration forms no
+            model, or supports no adapter.
         UnknownNameError, AssetError: there is no such target module, or no such model.
-        UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes or
+        UnsupportedError: the computation depends on tensor contents, so it cannot be predicted; or bitsandbytes or
             gradient checkpointing is missing.
     """
     recorder = StepRecorder(config, step, loaded, checkpointing_optional=checkpointing_optional)
@@ -99,11 +99,11 @@ def from_config(
 
 
 class StepRecorder:
-    """A model without contents, ready to record its training step, and to count what that computes.
+    """A model on the meta device, ready to record its training step and count its computation.
 
     Args:
-        config, step, loaded, checkpointing_optional: see `from_config`, which tells the errors as well. The batch that
-            `step` names does not matter.
+        config, step, loaded, checkpointing_optional: see `from_config`, also for errors. The batch of `step` is
+            ignored.
 
     Attributes:
         loaded: how the model is loaded.
@@ -157,7 +157,7 @@ class StepRecorder:
 
     @property
     def model(self) -> LoadedModel:
-        """What is known of the model now."""
+        """The model in its current state."""
         base, model = self._base, self._peft
         lora = model.peft_config["default"]
         frozen = frozen_sizes(model)
@@ -188,13 +188,13 @@ class StepRecorder:
 
     @contextmanager
     def _with(self, savers: tuple[str, ...]) -> Iterator[None]:
-        """The model with these exact savers, on the device that it is on."""
+        """Enable exactly these savers on the model, on its emulated device."""
         with _on_meta(self._device), _predictable(self._base.config):
             self._savers.take(savers)
             yield
 
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
-        """The byte model of the step with these exact savers, for a batch of this shape."""
+        """Return the byte model of the step with these exact savers, for a batch of this shape."""
         known = shape
         if not self._keeps_state:
             known = calibration_shape(self._base.config, shape, padded=self.loaded.padded)
@@ -207,12 +207,12 @@ class StepRecorder:
         return memory.offloaded() if self.loaded.offload else memory
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
-        """What the step with these exact savers computes on a batch of this shape."""
+        """Return the computation of the step with these exact savers on a batch of this shape."""
         with self._with(savers):
             return work_by_layers(self._training, self._targets, batch_on_meta(self._base, shape), self._ways)
 
     def states(self, optimizer: OptimizerName) -> ModelStates:
-        """What the adapters and this optimizer hold between steps."""
+        """Return the state held by the adapters and this optimizer between steps."""
         with _on_meta(self._device):
             made = _optimizer(StepConfig(optimizer=optimizer), self._training.model)
             return step_states(replace(self._training, optimizer=made), self._targets, signals=False)
@@ -224,13 +224,13 @@ def _dtype(given: Any) -> torch.dtype | None:
 
 
 def _optimizer(step: StepConfig, model: PeftModel) -> torch.optim.Optimizer:
-    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
+    with torch.device("cpu"):  # an 8-bit optimizer builds its code table
         return training_step.new_optimizer(step.optimizer, model)
 
 
 @contextmanager
 def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
-    """A hollow device, without what libraries say about contents that are not there."""
+    """Enter an emulated device, and silence library warnings about missing contents."""
     patches = autocast_known_on_meta(), adapters_on_quantised_experts()
     with device_on_meta(device), patches[0], patches[1], quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -239,7 +239,7 @@ def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
 
 @contextmanager
 def _predictable(config: PreTrainedConfig) -> Iterator[None]:
-    """Tell what went wrong in a step as an error of the configuration, or of a step that cannot run like this."""
+    """Convert errors in a step to errors of the configuration or of an unsupported step."""
     try:
         yield
     except RankPilotError:
@@ -263,7 +263,7 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def _named(model: PeftModel) -> tuple[str, ...]:
-    """The names of target modules; none where they are a regular expression."""
+    """Return the names of target modules; empty for a regular expression."""
     names = model.peft_config["default"].target_modules
     return () if isinstance(names, str) else tuple(sorted(names))
 
@@ -282,7 +282,7 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
 
 
 def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PeftModel:
-    """The model with adapters, in the mode in which it trains."""
+    """Return the model with adapters, in training mode."""
     if step.gradient_checkpointing is True:
         training_step.switch_checkpointing(base, True, reentrant=loaded.reentrant)
     model = fresh_adapters(
@@ -302,7 +302,7 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
 
 
 def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.LossFunction:
-    """The loss of a batch under the step's precision."""
+    """Return the loss function of a batch in the step's precision."""
     plain = training_step.model_loss(model)
     if loaded.keeps_output:
         model.register_forward_hook(_keep_logits)
@@ -315,7 +315,7 @@ def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step
 
 
 def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
-    """Let the loss keep the logits alive."""
+    """Keep the logits alive as long as the loss."""
     if getattr(output, "loss", None) is not None:
         output.loss.kept = output.logits
 
@@ -327,7 +327,7 @@ PEFT_TYPES = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
 }
-"""Classes of transformers that make a model with a head, and PEFT's `task_type` for it."""
+"""Classes of transformers for models with a head, and PEFT's `task_type` for each."""
 
 
 _ENDINGS = {
@@ -339,7 +339,7 @@ _ENDINGS = {
 
 
 def usual_class(config: PreTrainedConfig) -> str:
-    """The class of transformers that makes a model with the head that its architecture is usually fine-tuned with."""
+    """Return the transformers class for a model with its architecture's usual fine-tuning head."""
     kind = type(config)
     for architecture in config.architectures or ():
         for ending, name in _ENDINGS.items():
@@ -357,13 +357,13 @@ def usual_class(config: PreTrainedConfig) -> str:
 
 
 def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a configuration, which is changed as a Trainer and a loaded model change it.
+    """Return a configuration's model on the meta device; adjusts the configuration as loading and Trainers do.
 
     Args:
         config: the configuration.
         auto_class: a key of `PEFT_TYPES`.
-        dtype: the precision of weights; by default that of the configuration. Attention by flash_attention_2 or 3, flex
-            or a kernel of the hub is that of torch, which holds as much for the backward pass.
+        dtype: precision of the weights; by default that of the configuration. Attention by flash_attention_2 or 3, flex
+            or a hub kernel is replaced by torch's, which saves as much for the backward pass.
 
     Raises:
         ConfigError: the class has no model of this kind.
@@ -383,27 +383,27 @@ def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype |
             f"No {auto_class} can be made from this configuration of {config.model_type!r}: {said_of(error)}"
         ) from error
     if getattr(config, "scale_decoder_outputs", True) is False:
-        # A T5 of version 1.1: its configuration says that the output layer is tied, and its weights say that it is not.
+        # T5 version 1.1: its configuration claims a tied output layer, but its weights are untied.
         base.lm_head.weight = nn.Parameter(torch.empty_like(base.lm_head.weight))
     return base
 
 
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
-"""What configurations call the tokens that a token sees at the most."""
+"""Configuration fields for the largest attention window."""
 
 
 def _windows(config: PreTrainedConfig) -> list[int]:
-    """The tokens that a token sees at the most, in layers where these are fewer than all."""
+    """Return the attention windows of layers that do not attend to all tokens."""
     text = config.get_text_config()
     return [value for name in _WINDOWS if isinstance(value := getattr(text, name, None), int) and value > 0]
 
 
 def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
-    """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
+    """Return a shape at least as large, for which all calibration steps run the same operators as for `shape`.
 
-    Calibration halves lengths. So half of this length is beyond an attention window that `shape` is beyond, and a
-    multiple of `MASK_ALIGNMENT` where there is padding, or where there is a window and `shape` is one; or else neither
-    is. Without contents larger steps cost nothing.
+    Calibration halves lengths. Half the returned length exceeds every attention window that `shape` exceeds. It is a
+    multiple of `MASK_ALIGNMENT` with padding, or with a window if `shape` is one, and otherwise neither length is.
+    Larger steps are free without contents.
     """
     length = max([shape.length, *(2 * window for window in _windows(config) if window <= shape.length)])
     if padded or (length > shape.length and shape.length % MASK_ALIGNMENT == 0):
@@ -414,9 +414,9 @@ def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bo
 
 
 def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.Tensor]:
-    """Token ids, a mask and labels on the default device; labels have one axis for a classifier of whole rows.
+    """Return token ids, a mask and labels on the default device; a row classifier's labels have one axis.
 
-    An encoder-decoder writes texts of the same length.
+    Target texts of an encoder-decoder have the same length.
     """
     tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
     name = type(model).__name__

@@ -1,4 +1,4 @@
-"""How the bytes of a step grow with the rows and the length of its batch."""
+"""Growth of a step's bytes with the rows and length of its batch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .tile_size import LossTiles, TileTokens
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """How recorded storages grow from the shape at which they were recorded; arrays have shape (storages,).
+    """Growth of recorded storages from their recorded shape; arrays have shape (storages,).
 
     Attributes:
-        whole: the shape of the batch that was given to `calibrate`.
-        recorded: the shape of the batch that was recorded.
-        row_power: the power of the rows; NaN if it is not known.
-        length_power: the power of the length, from two lengths.
-        length_ratio: the shorter of these lengths over the other; 1 if there was only one.
-        missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
-        multiple: to multiples of so many tokens a kernel rounds the length, int64; 1 where none does. The power of the
-            length is then 0 or 1, on top of that.
-        rounded: the share of the recorded bytes that follows the rounded length, where the rest follows the length.
-        tiles: the tokens of the tile of the loss that it was recorded as; 0 for others.
-        tile_tokens: how many tokens a tile has in a step; None without tiles.
+        whole: the batch shape passed to `calibrate`.
+        recorded: the recorded batch shape.
+        row_power: exponent of the rows; NaN if unknown.
+        length_power: exponent of the length, from two lengths.
+        length_ratio: ratio of the shorter length to the longer; 1 if there was only one.
+        missing: offset in tokens for storages proportional to the length minus an offset, else 0.
+        multiple: multiple to which a kernel rounds the length, int64; 1 for none. The exponent of the length is then 0
+            or 1, in addition to this.
+        rounded: share of the recorded bytes that follows the rounded length; the rest follows the length.
+        tiles: tokens of the recorded loss tile; 0 for other storages.
+        tile_tokens: tokens per tile in a step; None without tiles.
     """
 
     whole: BatchShape
@@ -45,7 +45,7 @@ class Growth:
 
     @classmethod
     def unknown(cls, shape: BatchShape, storages: int) -> Growth:
-        """The growth of operations that depend on the data: only the shape of their batch is known."""
+        """Create the growth of data-dependent operations, known only at the shape of their batch."""
         zeros = np.zeros(storages)
         return cls(
             whole=shape,
@@ -64,13 +64,13 @@ class Growth:
     def of(
         cls, whole: BatchShape, shapes: Sequence[BatchShape], recordings: Sequence[Recording], tiles: LossTiles
     ) -> Growth | None:
-        """The growth that three recordings tell; None if sizes do not follow the rows.
+        """Fit the growth to three recordings; None if sizes do not follow the rows.
 
         Args:
             whole: the shape of the whole batch.
-            shapes: of the three batches: small, shorter, and with one row more than that.
-            recordings: of the same operations.
-            tiles: of the loss.
+            shapes: shapes of the three batches: small, shorter, and the latter with one more row.
+            recordings: recordings of the same operations.
+            tiles: tiles of the loss.
         """
         (small, shorter, wider), (base, short, wide) = shapes, (recording.sizes for recording in recordings)
         row_ratio = wider.rows / shorter.rows
@@ -79,13 +79,13 @@ class Growth:
         recorded, tokens = np.zeros(len(base), dtype=np.int64), tiles.tokens(shapes)
         if tokens:
             parts, divided = [tiles.tile(shape) for shape in shapes], [tiles.divided[shape] for shape in shapes]
-            if len(set(parts)) == 1:  # a tile looks like what does not grow
+            if len(set(parts)) == 1:  # tiles are indistinguishable from constants
                 return None
-            others = _proportional((base, short, wide), divided)  # where tiles are not rounded, both are the same
+            others = _proportional((base, short, wide), divided)  # both are the same if tiles are not rounded
             for sizes in ([tiles.last(shape) for shape in shapes], parts):
                 recorded[_proportional((base, short, wide), sizes) & ~others] = sizes[0]
             irregular &= recorded == 0
-        if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
+        if wide[irregular].sum() > 0.01 * wide.sum():  # as in a mixture of experts with data-dependent sizes
             return None
         length_ratio = shorter.length / small.length
         missing = np.zeros(len(base))
@@ -110,10 +110,10 @@ class Growth:
         )
 
     def factor(self, shape: BatchShape) -> FloatArray:
-        """The bytes at a shape over the recorded ones, (storages,).
+        """Return the ratio of bytes at a shape to the recorded ones, (storages,).
 
         Raises:
-            UnsupportedError: that shape cannot be told from what was recorded.
+            UnsupportedError: the recordings do not cover this shape.
         """
         recorded = self.recorded
         if not np.isfinite(self.row_power).all() and shape != recorded:
@@ -135,13 +135,13 @@ class Growth:
 
     @cached_property
     def kinds(self) -> tuple[Growth, IntArray]:
-        """The growth of one storage of each kind that grows alike, and the kind of each storage, int64 (storages,)."""
+        """Return one growth per kind of storage, and the kind of each storage, int64 (storages,)."""
         table = np.stack([getattr(self, name) for name in OF_STORAGES], axis=1)
         _, first, kind = np.unique(table, axis=0, return_index=True, return_inverse=True)
         return replace(self, **{name: getattr(self, name)[first] for name in OF_STORAGES}), kind.ravel()
 
     def factors(self, rows: IntArray, lengths: IntArray) -> FloatArray:
-        """`factor` at many shapes that can be told, by their rows and lengths, both (shapes,): (shapes, storages)."""
+        """Vectorised `factor` for supported shapes, given rows and lengths (shapes,): (shapes, storages)."""
         whole = (rows[:, None] / self.recorded.rows) ** self.row_power * self._length_factor(lengths[:, None])
         if not self.tile_tokens:
             return whole
@@ -149,11 +149,11 @@ class Growth:
         return np.where(self.tiles > 0, tiles / np.maximum(self.tiles, 1), whole)
 
     def _length_factor(self, length: int | IntArray) -> FloatArray:
-        """The factor by which each storage grows with the length."""
+        """Return the growth factor of each storage with the length."""
         measured, recorded = self.length_ratio, self.recorded.length
-        if measured == 1:  # the powers are not known
+        if measured == 1:  # the exponents are unknown
             return np.ones(len(self.length_power))
-        # A size with a power between two whole ones is a sum of both, as for labels that were padded by one token.
+        # A size with a fractional exponent is a sum of both neighbours, as for labels padded by one token.
         whole = np.floor(self.length_power + 1e-9)
         share = (measured ** (self.length_power - whole) - measured) / (1 - measured)
         growth = (length / recorded) ** whole * (share + (1 - share) * length / recorded)
@@ -166,18 +166,18 @@ class Growth:
 
 
 OF_STORAGES = ("row_power", "length_power", "missing", "multiple", "rounded", "tiles")
-"""The attributes of `Growth` that have a value for each storage."""
+"""Attributes of `Growth` with one value per storage."""
 
 
 def _proportional(sizes: Sequence[IntArray], tokens: Sequence[int]) -> BoolArray:
-    """Which storages have sizes in proportion to these tokens at three shapes, bool (storages,)."""
+    """Return a mask of storages proportional to these tokens at three shapes, bool (storages,)."""
     (base, short, wide), (tile, short_tile, wide_tile) = sizes, tokens
     same: BoolArray = (base * short_tile == short * tile) & (wide * short_tile == short * wide_tile) & (base > 0)
     return same
 
 
 _MULTIPLES = (8, 16, 32, 64, 128)
-"""To multiples of how many tokens kernels of attention round lengths."""
+"""Multiples to which attention kernels round lengths."""
 
 
 def _rounded(
@@ -187,14 +187,14 @@ def _rounded(
     asked: BoolArray,
     scratch: BoolArray,
 ) -> tuple[FloatArray, IntArray, FloatArray]:
-    """`Growth.length_power`, `multiple` and `rounded` from sizes at two lengths, all (storages,).
+    """Fit `Growth.length_power`, `multiple` and `rounded` to sizes at two lengths, all (storages,).
 
     Args:
-        sizes: at these lengths, (storages,) each.
-        lengths: the larger one first.
-        powers: of the length, where none is rounded.
-        asked: which storages have sizes that nothing else explains.
-        scratch: which are inside one operator, so that one may stand for several of its tensors.
+        sizes: sizes at these lengths, (storages,) each.
+        lengths: the lengths, the larger one first.
+        powers: exponents of the length without rounding.
+        asked: mask of storages whose sizes have no other explanation.
+        scratch: mask of scratch memory, where one entry may cover several tensors of an operator.
     """
     powers, multiple, rounded = powers.copy(), np.ones(len(powers), dtype=np.int64), np.zeros(len(powers))
     odd = asked & (np.abs(powers - np.round(powers)) > 1e-9)
@@ -207,7 +207,7 @@ def _rounded(
 
 
 def _law(sizes: tuple[int, int], lengths: tuple[int, int], *, parts: bool) -> tuple[int, float, int] | None:
-    """The multiple, the rounded share and the further power of the length that explain two sizes; None if none do."""
+    """Return the multiple, rounded share and extra exponent that explain two sizes; None if none do."""
     (large, small), (length, shorter) = sizes, lengths
     ups = [(each, length + -length % each, shorter + -shorter % each) for each in _MULTIPLES]
     for power in (0, 1):
@@ -227,7 +227,7 @@ def _law(sizes: tuple[int, int], lengths: tuple[int, int], *, parts: bool) -> tu
 
 
 def _power(larger: IntArray, smaller: IntArray, factor: float) -> FloatArray:
-    """The power of `factor` by which each size is larger, (storages,); 0 if the factor is 1."""
+    """Return the exponent of `factor` in each size ratio, (storages,); 0 if the factor is 1."""
     if factor == 1:
         return np.zeros(len(larger))
     power: FloatArray = np.log(np.maximum(larger, 1) / np.maximum(smaller, 1)) / np.log(factor)
@@ -235,10 +235,10 @@ def _power(larger: IntArray, smaller: IntArray, factor: float) -> FloatArray:
 
 
 def _missing_tokens(larger: IntArray, smaller: IntArray, length: int, shorter: int) -> FloatArray:
-    """See `Growth.missing`; (storages,).
+    """Return `Growth.missing`, (storages,).
 
-    A loss counts the tokens that have a next one, one less than the length; distances between tokens are two for each,
-    less one. From sizes at two lengths alone, these would be read as partly quadratic.
+    A loss covers the tokens with a successor, one fewer than the length; there are two relative distances per token,
+    less one. Two lengths alone would make these look partly quadratic.
     """
     missing = np.zeros(len(larger))
     for halves in (1, 2):

@@ -1,7 +1,7 @@
-"""What trainers run in place of transformers' own code, on the meta device: only the bytes of it.
+"""Memory-only stand-ins on the meta device for kernels that trainers substitute for transformers' code.
 
-Attention that makes no scores, a loss without logits, fused activation functions. Each has an autograd function that
-allocates and saves what the kernel does.
+They cover attention without scores, losses without logits, and fused activation functions. Each is an autograd function
+that allocates and saves the same tensors as the kernel.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .loss_tiles import tile_tokens
 from .tile_size import TileSize
 
 FLASH = "rankpilot_flash"
-"""The name of such attention in transformers, whose models ask whether "flash" is in it."""
+"""Name of this attention in transformers, whose models check for "flash" in it."""
 
 
 def use_flash_attention(model: PreTrainedModel) -> None:
-    """Let a model's attention be one kernel (flash attention 2 or 3, flex), which holds its inputs and its result.
+    """Replace a model's attention by one kernel (flash attention 2 or 3, flex) that saves its inputs and output.
 
-    It reads no mask of all pairs: windows and the limits of packed texts are arguments. Sinks are a number for a head.
+    It reads no pairwise mask: windows and the limits of packed texts are arguments. Sinks are one number per head.
     """
     AttentionInterface.register(FLASH, _flash)
     AttentionMaskInterface.register(FLASH, lambda *_, **__: None)
@@ -46,7 +46,7 @@ def _flash(
     scaling: float | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of queries (rows, heads, tokens, width) and fewer heads of keys; in bf16 where they are in fp32."""
+    """Attend with queries (rows, heads, tokens, width) and fewer key heads; fp32 inputs run in bf16."""
     width, wide = value.shape[-1], query.shape[-1]
     query, key, value = (each.to(torch.bfloat16) if each.element_size() > 2 else each for each in (query, key, value))
     if width < wide:  # latent attention (DeepSeek)
@@ -59,29 +59,29 @@ def _flash(
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Let activation functions that have a published CUDA kernel hold their input alone."""
+    """Make activation functions with a published CUDA kernel save only their input."""
     for module in model.modules():
         if type(module) is XIELUActivation:
             vars(module)["forward"] = _Fused.apply
 
 
 class _Fused(torch.autograd.Function):
-    """A function of each number by itself."""
+    """An elementwise function."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor) -> torch.Tensor:
-        """A tensor of the shape of the input."""
+        """Return a tensor shaped like the input."""
         ctx.save_for_backward(inputs)
         return torch.empty_like(inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Likewise."""
+        """Return a tensor shaped like the gradient."""
         return torch.empty_like(gradient)
 
 
 def cut_loss(model: PreTrainedModel) -> None:
-    """Let a causal language model compute its loss as cut cross-entropy does: logits are in registers alone."""
+    """Compute a causal language model's loss as cut cross-entropy does: logits only exist in registers."""
     _on_hidden_states(model, lambda head, hidden, labels: _Cut.apply(hidden))  # type: ignore[no-untyped-call]
 
 
@@ -90,22 +90,22 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """A number; the normaliser of each token stays for the backward pass."""
+        """Return a scalar; saves each token's normaliser for the backward pass."""
         ctx.save_for_backward(hidden, hidden.new_empty(len(hidden), dtype=torch.float32))
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the hidden states."""
+        """Return the gradient of the hidden states."""
         return torch.empty_like(ctx.saved_tensors[0])
 
 
 WORDS, TOKENS = 32_768, TileSize(1, 1, 4096)
-"""The words and the tokens of a tile of TRL's loss (trl/kernels/chunked_logprob.py)."""
+"""Vocabulary and token size of a tile of TRL's loss (trl/kernels/chunked_logprob.py)."""
 
 
 def use_chunked_loss(model: PreTrainedModel) -> None:
-    """Let a causal language model compute its loss as TRL's SFTTrainer does (`loss_type="nll"`, once `chunked_nll`)."""
+    """Compute a causal language model's loss as TRL's SFTTrainer does (`loss_type="nll"`, formerly `chunked_nll`)."""
 
     def loss(head: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor) -> Any:
         return _Chunked.apply(hidden, head.weight, head.bias)  # type: ignore[no-untyped-call]
@@ -114,11 +114,11 @@ def use_chunked_loss(model: PreTrainedModel) -> None:
 
 
 class _Chunked(torch.autograd.Function):
-    """The loss of hidden states, (tokens, width), with one tile of logits at a time, in both passes."""
+    """The loss of hidden states, (tokens, width), with one tile of logits at a time in both passes."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """A number; the normaliser of each token stays for the backward pass."""
+        """Return a scalar; saves each token's normaliser for the backward pass."""
         ctx.dtype, ctx.tile = autocast_dtype(hidden) or hidden.dtype, tile_tokens(len(hidden), TOKENS)
         statistics = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(7)]
         _Chunked.tile(ctx, hidden, weight)
@@ -127,13 +127,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def tile(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make a tile of logits, and the weight of its words in the precision of the product, for a moment."""
+        """Allocate a temporary tile of logits, and its part of the weight in the precision of the product."""
         words = weight.narrow(0, 0, min(WORDS, len(weight))).to(ctx.dtype)
         return hidden.new_empty(ctx.tile, WORDS, dtype=ctx.dtype), words
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient of the hidden states, summed in fp32."""
+        """Return the gradient of the hidden states, accumulated in fp32."""
         hidden, weight, _ = ctx.saved_tensors
         result = torch.empty_like(hidden, dtype=torch.float32)
         _Chunked.tile(ctx, hidden, weight)
@@ -141,10 +141,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _on_hidden_states(model: PreTrainedModel, loss: Any) -> None:
-    """Let the output layer hand on its input, of which the model's loss function then is one."""
+    """Make the output layer return its input, and compute the model's loss from it."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad:
-        return  # it trains or has an adapter, and these kernels are for frozen ones
+        return  # it trains or has an adapter, but these kernels need a frozen one
 
     def loss_function(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         result: torch.Tensor = loss(head, logits.flatten(0, -2), labels.flatten())

@@ -1,6 +1,6 @@
-"""The models that are known by name, with their configurations.
+"""Models known by name, with their configurations.
 
-Nothing here loads a library: a name is refused, or answered, before that.
+Nothing here imports a library, so names are resolved or refused early.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ _MODELS = Path(__file__).with_name("published_models.json")
 
 
 _VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base", "-hf")
-"""Ends of names of models that have the sizes of the model without them."""
+"""Name suffixes of models with the same sizes as the model without the suffix."""
 
 
 _MIRRORS = ("nousresearch", "unsloth")
-"""Owners of copies of others' models, with the same sizes and names."""
+"""Owners that mirror others' models with the same sizes and names."""
 
 
 @cache
 def published_models() -> dict[str, dict[str, Any]]:
-    """The models of the table by short name ("llama-3.1-8b").
+    """Return the models of the table by short name ("llama-3.1-8b").
 
-    Each has "id" (one that exists on Hugging Face), "parameters" (their published number, without the head of a
-    classifier) and "config" (fields of the configuration).
+    Each has "id" (an existing Hugging Face id), "parameters" (the published count, without a classification head) and
+    "config" (fields of the configuration).
     """
     table: dict[str, dict[str, Any]] = json.loads(_MODELS.read_text())
     return table
 
 
 def check_known(name: str) -> None:
-    """Raise UnknownNameError or AssetError for a model whose configuration is neither known nor a path or an id."""
+    """Raise UnknownNameError or AssetError unless a model is a known name, a path or an id."""
     if expanded(name).exists():
         return
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
@@ -48,7 +48,7 @@ def check_known(name: str) -> None:
 
 
 def short_name(name: str) -> str:
-    """The name in the table that an id or a name would have."""
+    """Return the short name in the table for an id or a name; empty if there is none."""
     if known := _ids().get(name.lower()):
         return known
     owner, _, model = name.lower().rpartition("/")

@@ -1,10 +1,10 @@
-"""Logits that are made when somebody reads them, so that a loss can make them tile by tile.
+"""Lazy logits, so that a loss can compute them tile by tile.
 
-The logits of a batch are the largest tensor of many a step: 4 x 1024 tokens of a vocabulary of 128k take 2 GiB in fp32.
-A frozen output layer needs them for the loss alone. After `defer_logits`, that layer returns `LaterLogits`: a tensor
-that knows the hidden states, and what the model does to the product afterwards, number by number (a factor, a soft cap,
-another precision). A cross entropy of them is computed in tiles (`cost/tiled_loss.py`). Whatever else reads
-them gets what the layer would have returned, made at that time, with its graph.
+Logits are the largest tensor of many steps: 4 x 1024 tokens with a vocabulary of 128k take 2 GiB in fp32. With a frozen
+output layer, only the loss needs them. After `defer_logits`, that layer returns `LaterLogits`: a tensor that records
+the hidden states and the model's elementwise operations on the product (a factor, a soft cap, another precision). Its
+cross entropy is computed in tiles (`cost/tiled_loss.py`). Any other use materialises what the layer would have
+returned, with its graph.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..common.devices import autocast_dtype
 from .tiled_loss import Expected, HeadLoss, Product, TiledCrossEntropy, TiledHeadLoss
 
 LEAST_RATIO = 4
-"""Logits of a token that are fewer than so many times its hidden states take less than what tiles keep beside them."""
+"""Smallest ratio of a token's logits to its hidden states; below it, logits take less than the tiles' extra tensors."""
 
 FORWARD, _LOSS = "forward", "_loss_function"
 
 
 def use_tiled_loss(model: nn.Module) -> Callable[[], None]:
-    """Let the causal language models in a model that have transformers' own loss compute it in tiles.
+    """Compute transformers' own causal language modelling losses in a model in tiles.
 
-    Returns what undoes it.
+    Returns a function to undo the change.
     """
     models = [
         module
@@ -64,9 +64,9 @@ def tiled_causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     **unused: Any,
 ) -> torch.Tensor:
-    """The mean loss of the next token, as `transformers.loss.loss_utils.ForCausalLMLoss`; see there for the arguments.
+    """Return the mean next-token loss, like `transformers.loss.loss_utils.ForCausalLMLoss`; see it for arguments.
 
-    The backward pass overwrites logits that are there, unless something else holds them.
+    The backward pass overwrites existing logits, unless something else holds them.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
@@ -82,9 +82,9 @@ def tiled_causal_lm_loss(
 
 
 def defer_logits(model: nn.Module) -> Callable[[], None]:
-    """Let the output layer of a model return `LaterLogits` if it can; returns what undoes it.
+    """Make a model's output layer return `LaterLogits` if possible; returns a function to undo it.
 
-    It can if it is a plain linear layer that does not train.
+    The layer must be a plain, frozen linear layer.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
@@ -102,7 +102,7 @@ def defer_logits(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def expecting_one(model: nn.Module) -> Iterator[None]:
-    """Expect a gradient of 1 inside, with which recorded steps begin."""
+    """Expect a gradient of 1 inside the context, the initial gradient of recorded steps."""
     forwards = [vars(module).get(FORWARD) for module in model.modules()]
     expected = [each.args[1] for each in forwards if isinstance(each, partial) and each.func is _forward]
     before = [each.gradient for each in expected]
@@ -116,20 +116,20 @@ def expecting_one(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(head: nn.Linear, expected: Expected, hidden: torch.Tensor) -> torch.Tensor:
-    trains = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)  # by now
+    trains = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)  # at this point
     if trains or torch.compiler.is_compiling() or type(hidden) is not torch.Tensor or hidden.dim() < 2:
         return functional.linear(hidden, head.weight, head.bias)
     return later(hidden, Product(head, expected, autocast_dtype(hidden)))
 
 
 def later(hidden: torch.Tensor, product: Product) -> torch.Tensor:
-    """`LaterLogits`; if an autograd function takes them, such as a kernel's loss, its gradient reaches `hidden`."""
+    """Return `LaterLogits`; `hidden` gets a gradient if an autograd function takes them, such as a kernel's loss."""
     logits: torch.Tensor = _Later.apply(hidden, product)  # type: ignore[no-untyped-call]
     return logits
 
 
 class _Later(torch.autograd.Function):
-    """Makes the logits in the backward pass too, which runs if their gradient comes from outside of this file."""
+    """Computes the logits again in the backward pass, used if their gradient comes from outside this file."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, product: Product) -> torch.Tensor:
@@ -146,11 +146,11 @@ class _Later(torch.autograd.Function):
 
 
 class LaterLogits(torch.Tensor):
-    """Logits that are made when somebody reads them.
+    """Logits computed on first use.
 
     Args:
         hidden: the last hidden states, (..., width).
-        product: makes logits of them.
+        product: computes logits from them.
     """
 
     _hidden: torch.Tensor
@@ -159,7 +159,7 @@ class LaterLogits(torch.Tensor):
 
     @staticmethod
     def __new__(cls, hidden: torch.Tensor, product: Product) -> LaterLogits:
-        """A tensor without storage, of the logits' shape, precision and device."""
+        """Create a tensor without storage, with the shape, dtype and device of the logits."""
         dtype = product.after(hidden.new_empty(0, dtype=product.autocast or product.head.weight.dtype)).dtype
         shape = (*hidden.shape[:-1], product.head.out_features)
         new: Any = torch.Tensor._make_wrapper_subclass
@@ -173,7 +173,7 @@ class LaterLogits(torch.Tensor):
     def cross_entropy(
         self, target: torch.Tensor, ignore_index: int, reduction: str, divisor: torch.Tensor | int | None
     ) -> torch.Tensor:
-        """The loss of two-dimensional logits in tiles, divided by `divisor`; see `functional.cross_entropy`."""
+        """Compute the loss of 2-D logits in tiles, divided by `divisor`; see `functional.cross_entropy`."""
         hidden = self._hidden
         with_gradient = torch.is_grad_enabled() and hidden.requires_grad
         loss = HeadLoss(self._product, target, ignore_index, reduction, divisor, with_gradient)
@@ -181,21 +181,21 @@ class LaterLogits(torch.Tensor):
         return value
 
     def made(self) -> torch.Tensor:
-        """The logits, with their graph."""
+        """Materialise the logits, with their graph."""
         with_graph = torch.is_grad_enabled()
         if with_graph not in self._made:
             self._made[with_graph] = self._product.of(self._hidden, self._product.weight())
         return self._made[with_graph]
 
     def _may_be_written(self) -> bool:
-        """Whether this runs inside an autograd function, which may write its gradient over the logits."""
+        """True inside an autograd function, which may overwrite the logits with its gradient."""
         return self._hidden.requires_grad and not torch.is_grad_enabled()
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        """Do what needs no logits, and everything else with those that are made now."""
+        """Run functions that do not need the logits, and materialise them for all others."""
         options = options or {}
         if function in _OF_THE_OUTSIDE:
             with torch._C.DisableTorchFunctionSubclass():
@@ -222,7 +222,7 @@ class LaterLogits(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        """What comes here has passed `__torch_function__` by, such as operators that C++ calls."""
+        """Handle calls that bypass `__torch_function__`, such as operators called from C++."""
         made = partial(tree_map, lambda value: value.made() if isinstance(value, LaterLogits) else value)
         return operator(*made(arguments), **made(options or {}))
 
@@ -246,13 +246,13 @@ _OF_THE_OUTSIDE = {
     torch.is_floating_point,
     torch.is_complex,
 }
-"""What a tensor tells without its numbers."""
+"""Properties of a tensor that do not depend on its values."""
 
 _OF_EACH_NUMBER = {
     *(torch.Tensor.float, torch.Tensor.mul, torch.Tensor.div, torch.Tensor.tanh, torch.Tensor.to),
     *(torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.mul, torch.div, torch.tanh),
 }
-"""What models and wrappers do to logits number by number."""
+"""Elementwise operations that models and wrappers apply to logits."""
 
 
 def _is_of_each_number(function: Any, rest: Sequence[Any], options: dict[str, Any]) -> bool:
@@ -261,7 +261,7 @@ def _is_of_each_number(function: Any, rest: Sequence[Any], options: dict[str, An
 
 
 def _reshaped(logits: LaterLogits, *shape: Any) -> torch.Tensor | None:
-    """The hidden states of logits in another shape; None if the last axis does not stay."""
+    """Return the hidden states of reshaped logits; None if the last axis changes."""
     sizes = [*shape[0]] if len(shape) == 1 and isinstance(shape[0], Sequence) else [*shape]
     words = logits._product.head.out_features
     if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
@@ -273,7 +273,7 @@ def _reshaped(logits: LaterLogits, *shape: Any) -> torch.Tensor | None:
 
 
 def _indexed(logits: LaterLogits, index: Any) -> torch.Tensor | None:
-    """The hidden states of some rows; None if the index says something of the last axis."""
+    """Return the hidden states of indexed rows; None if the index affects the last axis."""
     entries = index if isinstance(index, tuple) else (index,)
     kept = logits._hidden.dim() - 1
     if any(entry is None or not isinstance(entry, int | slice | type(Ellipsis)) for entry in entries):
@@ -302,10 +302,10 @@ _ROWS: dict[Any, Callable[..., torch.Tensor | None]] = {
     torch.Tensor.reshape: _reshaped,
     torch.Tensor.__getitem__: _indexed,
     torch.Tensor.contiguous: _as_is,
-    torch.Tensor.clone: _as_is,  # as DistributedDataParallel does with all outputs
+    torch.Tensor.clone: _as_is,  # DistributedDataParallel clones all outputs
     torch.Tensor.detach: _detached,
 }
-"""What can be done to the hidden states' rows in place of the logits'."""
+"""Operations on rows of the logits that apply equally to the hidden states."""
 
 
 def _cross_entropy(
@@ -318,7 +318,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:
-    """The loss of rows of logits, or None where its form is another one than classes of rows."""
+    """Return the loss of rows of logits; None if it is not a plain classification of rows."""
     others = weight is not None or size_average is not None or reduce is not None or label_smoothing
     if others or reduction not in ("mean", "sum") or not isinstance(logits, LaterLogits):
         return None

@@ -1,7 +1,7 @@
-"""Follows the storages that code creates, and counts the bytes of those that are live, on any device.
+"""Track storages created by code and count their live bytes, on any device.
 
-The meta device may stand for another one. Scratch memory, which CUDA kernels allocate for themselves while they run and
-no tensor of the program holds, counts as well, as the allocator counts it: what grows with the batch or with weights.
+The meta device may emulate another one. Scratch memory, which CUDA kernels allocate while they run and no tensor of the
+program holds, counts as in the allocator if it grows with the batch or with weights.
 """
 
 import math
@@ -19,16 +19,16 @@ from . import meta_results
 DeviceKind = Literal["cpu", "cuda"]
 
 META_STANDS_FOR: ContextVar[DeviceKind] = ContextVar("META_STANDS_FOR", default="cpu")
-"""The kind of device for which the meta device, whose tensors have no contents, stands in this context."""
+"""Kind of device emulated by the meta device in this context."""
 
 
 def device_kind(tensor: torch.Tensor) -> str:
-    """The type of a tensor's device, such as "cuda"; for the meta device, that for which it stands."""
+    """Return the type of a tensor's device, such as "cuda"; for the meta device, the emulated one."""
     return META_STANDS_FOR.get() if tensor.is_meta else tensor.device.type
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
-    """The storages of tensors, including those inside of tensor subclasses (quantised weights)."""
+    """Yield the storages of tensors, including those inside tensor subclasses (quantised weights)."""
     for tensor in tensors:
         if type(tensor) is torch.Tensor:
             yield tensor.untyped_storage()
@@ -42,17 +42,17 @@ def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context that reports every storage that operators create inside it, and when it is freed.
+    """A context that reports storages created by operators inside it, and their release.
 
-    Scratch memory inside an operator is held by no tensor. What CUDA kernels take (`scratch_bytes`) counts as a
-    storage that is freed at once.
+    No tensor holds the scratch memory of an operator. That of CUDA kernels (`scratch_bytes`) counts as a storage that
+    is freed at once.
 
     Args:
-        created: called with the serial number and bytes of a new storage, in the order of creation.
-        freed: called with the serial number of a storage that is freed.
+        created: called with the serial number and bytes of each new storage, in creation order.
+        freed: called with the serial number of each freed storage.
 
     Attributes:
-        now: number of operators that have run.
+        now: number of operators run.
         count: number of storages created.
     """
 
@@ -61,11 +61,11 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: int = 0
         self.count: int = 0
         self._created, self._freed = created, freed
-        # By `_cdata`, a number that no other live storage has, empty ones included.
+        # By `_cdata`, unique among live storages, including empty ones.
         self._seen: dict[int, tuple[int | None, weakref.ref[torch.UntypedStorage]]] = {}
 
     def serial(self, tensor: torch.Tensor) -> int | None:
-        """The serial number of a tensor's storage; None if it was not created inside the context."""
+        """Return the serial number of a tensor's storage; None if it was created outside the context."""
         entry = self._seen.get(tensor.untyped_storage()._cdata)
         return entry[0] if entry else None
 
@@ -89,14 +89,14 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False, so that torch calls `__torch_dispatch__` without a wrapper, which would take as long as all else here.
+        """Return False, so torch calls `__torch_dispatch__` without its wrapper, which would double the overhead.
 
-        The wrapper keeps torch.compile out; whoever enters this context does so himself, by the stance "force_eager".
+        The wrapper disables torch.compile; callers of this context must do so themselves with the stance "force_eager".
         """
         return False
 
     def _see(self, unseen: dict[int, torch.UntypedStorage], inputs: Iterable[torch.Tensor]) -> None:
-        """Note storages seen for the first time; those are new that are not among the operator's inputs."""
+        """Record storages seen for the first time; those that are not inputs of the operator are new."""
         old = {storage._cdata for storage in storages(inputs)}
         for key, storage in unseen.items():
             if key in old:
@@ -105,7 +105,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._created(self._follow(storage), storage.nbytes())
 
     def _follow(self, storage: torch.UntypedStorage) -> int:
-        """Report the end of a storage, under the serial number that this returns."""
+        """Watch for the release of a storage, and return its serial number."""
         key, serial = storage._cdata, self.count
         self.count += 1
 
@@ -121,7 +121,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
-    """The tensors among an operator's inputs or results; much faster than pytree, since it runs for every operator."""
+    """Return the tensors among an operator's inputs or results; much faster than pytree, for use on every operator."""
     if isinstance(values, torch.Tensor):
         return [values]
     found: list[torch.Tensor] = []
@@ -141,7 +141,7 @@ class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
     """A context that counts the live bytes of the storages created inside it.
 
     Attributes:
-        bytes: live bytes now.
+        bytes: current live bytes.
         peak: the highest value of `bytes` so far.
     """
 
@@ -152,7 +152,7 @@ class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take tensors that are there already off `bytes` when they are freed; views of larger storages stay out."""
+        """Subtract existing tensors from `bytes` once they are freed; views of larger storages are ignored."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.nbytes() == tensor.nbytes and storage._cdata not in self._seen:
@@ -168,11 +168,11 @@ class LivePeak(LiveStorages):  # type: ignore[no-untyped-call]
 
 
 DEQUANTISED_ABOVE = 8
-"""With more rows than this a product with 4-bit weights may make the weights whole first (bitsandbytes 0.50)."""
+"""Row count above which a 4-bit product may dequantise the whole weight first (bitsandbytes 0.50)."""
 
 
 def scratch_bytes(operator: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> int:
-    """Bytes that the kernel of an operator allocates and frees again; 0 on other devices than CUDA."""
+    """Return the scratch bytes of an operator's kernel; 0 except on CUDA."""
     size = _SCRATCH.get(operator.name())
     if size is None or device_kind(arguments[0]) != "cuda":
         return 0
@@ -180,12 +180,12 @@ def scratch_bytes(operator: Any, arguments: Sequence[Any], options: Mapping[str,
 
 
 def _softmax_backward(gradient: torch.Tensor, *rest: Any, **options: Any) -> int:
-    """The product of gradient and output (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    """Return the bytes of the product of gradient and output (aten/src/ATen/native/cuda/SoftMax.cu)."""
     return gradient.numel() * gradient.element_size()
 
 
 def _flash_backward(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> int:
-    """The query's gradient in fp32, row sums, and gradients of keys and values for each head of the query.
+    """Return the bytes of the query gradient in fp32, row sums, and key and value gradients per query head.
 
     Source: transformers/cuda/flash_attn/flash_api.cpp: mha_bwd; lengths are rounded to 128, widths to 32.
     """
@@ -198,7 +198,7 @@ def _flash_backward(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tens
 def _efficient_backward(
     gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any
 ) -> int:
-    """Gradients summed up in fp32 where inputs have half precision: the query's, and wide keys' and values'.
+    """Return the bytes of fp32 gradient buffers for half-precision inputs: query, and wide keys and values.
 
     Source: transformers/cuda/mem_eff_attention/kernel_backward.h: workspace_size; blocks of 64.
     """
@@ -212,13 +212,13 @@ def _efficient_backward(
 def _four_bit_product(
     inputs: torch.Tensor, codes: torch.Tensor, shape: Sequence[int], *rest: Any, **options: Any
 ) -> int:
-    """The dequantised weight (bitsandbytes/backends/cuda/ops.py: gemm_4bit)."""
+    """Return the bytes of the dequantised weight (bitsandbytes/backends/cuda/ops.py: gemm_4bit)."""
     rows = inputs.numel() // inputs.shape[-1]
     return math.prod(shape) * inputs.element_size() if rows > DEQUANTISED_ABOVE else 0
 
 
 def _eight_bit_product(codes: torch.Tensor, weight: torch.Tensor, *rest: Any, dtype: Any = None, **options: Any) -> int:
-    """The product in int32, and in fp16 where the result has another precision (int8_scaled_mm)."""
+    """Return the bytes of the int32 product, and of an fp16 one for other result dtypes (int8_scaled_mm)."""
     count = codes.numel() // codes.shape[-1] * weight.shape[0]
     return count * (4 if dtype in (None, torch.float16) else 6)
 
@@ -234,4 +234,4 @@ _SCRATCH: dict[str, Callable[..., int]] = {
     "bitsandbytes::gemm_4bit": _four_bit_product,
     "bitsandbytes::int8_scaled_mm": _eight_bit_product,
 }
-"""By operator, the bytes of scratch memory as a function of its arguments."""
+"""Scratch bytes of operators as a function of their arguments."""

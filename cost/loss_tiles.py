@@ -1,12 +1,12 @@
-"""The tiles of a step's loss: how large they are in a run, and while small steps are recorded.
+"""Tile sizes of a step's loss, in a run and in recorded small steps.
 
-TRL has tiles of its own: `trl.kernels.chunked_logprob` multiplies the last hidden states with the output layer in tiles
-of `TOKEN_CHUNK_SIZE` tokens, 4,096, forward and backward. Many a batch has fewer, so that its logits are one tile.
-Where the output layer is frozen, no number of a token depends on another token: tiles of our size give the same losses
-and gradients in fewer bytes (`use_own_tiles`).
+TRL tiles its own loss: `trl.kernels.chunked_logprob` multiplies the last hidden states with the output layer in tiles
+of `TOKEN_CHUNK_SIZE` tokens, 4,096, forward and backward. Many batches are smaller, so their logits form one tile. With
+a frozen output layer, tokens are independent: tiles of our size give the same losses and gradients in less memory
+(`use_own_tiles`).
 
-A small recorded step would fill one tile in part, and the batch of a run fills several: a tile would be predicted as
-large as all of them. So `scaled` gives small steps small tiles, and notes how many tokens they divide.
+A small recorded step would fill part of one tile, and a run's batch fills several: the prediction would merge them into
+one large tile. `scaled` therefore gives small steps small tiles, and records the number of tokens they divide.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from .tiled_loss import RECORDING, TiledCrossEntropy, TiledHeadLoss
 MODULE, FUNCTION, TILE = "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", "TOKEN_CHUNK_SIZE"
 
 _HEADS: list[Any] = []
-"""References to output layers for which TRL's tiles have our size, a tuple of one for each run."""
+"""References to output layers for which TRL's tiles get our size, a one-element tuple per run."""
 
 _SIZERS: list[Any] = []
-"""While steps are recorded, the last one says how large TRL's tiles are, from all tokens and the size of real ones; in
-tuples of one."""
+"""Stack of functions for TRL's tile size in recorded steps, from all tokens and the real tile size, in one-element
+tuples.
+"""
 
 _UNWRAP: list[Callable[[], None]] = []
 
 
 def use_own_tiles(model: nn.Module) -> Callable[[], None]:
-    """Let TRL's fused loss have tiles of our size where a model's output layer is frozen; returns what undoes it.
+    """Give TRL's fused loss our tile size for a frozen output layer; returns a function to undo it.
 
-    It is undone where the layer is freed, too, as that of a model that is only looked at.
+    Also undone once the layer is freed, for models that are only inspected.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
@@ -50,7 +51,7 @@ def use_own_tiles(model: nn.Module) -> Callable[[], None]:
 
 
 def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
-    """Put an entry on one of the lists; returns what takes it off. TRL's function is wrapped while they hold any."""
+    """Push an entry on one of the lists; returns a function to remove it. TRL's function stays wrapped meanwhile."""
     module = sys.modules.get(MODULE)
     if hasattr(module, FUNCTION) and hasattr(module, TILE) and not _HEADS and not _SIZERS:
         _UNWRAP.append(_wrapped(module))
@@ -58,7 +59,7 @@ def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
 
     def leave() -> None:
         at = next((at for at, other in enumerate(entries) if other is held), None)
-        if at is not None:  # it is called again where the layer is freed
+        if at is not None:  # called again when the layer is freed
             del entries[at]
         if _UNWRAP and not _HEADS and not _SIZERS:
             _UNWRAP.pop()()
@@ -67,12 +68,12 @@ def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
 
 
 def tile_tokens(tokens: int, size: TileSize) -> int:
-    """The tokens of a tile of so many tokens, also while a small step is recorded."""
+    """Return the tile size for a number of tokens, also in recorded small steps."""
     return int(_SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens))
 
 
 def _wrapped(module: Any) -> Callable[[], None]:
-    """Let TRL's function have the tiles that the lists tell, in both passes; returns what undoes it."""
+    """Apply the lists' tile sizes to TRL's function in both passes; returns a function to undo it."""
     function, usual = getattr(module, FUNCTION), getattr(module, TILE)
     forward, backward = function.forward, function.backward
 
@@ -103,7 +104,7 @@ def _wrapped(module: Any) -> Callable[[], None]:
 
 @contextmanager
 def scaled(tiles: LossTiles, shape: BatchShape) -> Iterator[None]:
-    """Inside the context a batch of this shape has `RECORDED_TILES`, unless it is the whole batch."""
+    """Give a batch of this shape `RECORDED_TILES` inside the context, unless it is the whole batch."""
     whole, token = loss_tokens(tiles.whole), RECORDING.set(shape != tiles.whole)
 
     def note(tokens: int) -> None:
@@ -113,7 +114,7 @@ def scaled(tiles: LossTiles, shape: BatchShape) -> Iterator[None]:
         note(len(rows))
 
     def sizer(tokens: int, size: TileSize) -> int:
-        if size.of(whole) == whole:  # one tile, in small steps as well
+        if size.of(whole) == whole:  # a single tile, in small steps too
             return size.of(tokens)
         tiles.size = size
         note(tokens)
@@ -130,7 +131,7 @@ def scaled(tiles: LossTiles, shape: BatchShape) -> Iterator[None]:
 
 @contextmanager
 def _noted(function: Any, note: Callable[..., None]) -> Iterator[None]:
-    """Inside the context it is noted when an autograd function runs."""
+    """Call `note` for each run of an autograd function inside the context."""
     forward = function.forward
 
     def noted(*arguments: Any, **options: Any) -> Any:

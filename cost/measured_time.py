@@ -1,6 +1,6 @@
-"""Measures what a training step takes in time: its work, counted, and a few timed steps on the user's device.
+"""Measure the time of a training step: count its work, and time a few steps on the user's device.
 
-Work is counted by running the step once, on any device, the meta device included.
+Work is counted in a single run of the step, on any device including the meta device.
 """
 
 import gc
@@ -36,30 +36,30 @@ from .step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from .training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 
 ROUNDS, SHORT_ROUNDS = 3, 5
-"""How often each plan is timed, after one round to warm up, and how often where all steps are short; the median
-counts."""
+"""Timed repetitions per plan after one warm-up round, and repetitions if all steps are short; the median counts."""
 
 SHARE_ROUNDS = 6
-"""How often a plan and the plan that it is compared with take turns; the median of their ratios counts."""
+"""Alternations of a plan and its reference; the median of their ratios counts."""
 
 SHORT_SECONDS = 0.3
-"""Shorter steps run once before each timed one: the first step after a change of ranks takes longer, by little."""
+"""Shorter steps run once before each timed one: the first step after a change of ranks is slightly slower."""
 
 HIGH_RANK, HIGHEST_RANK = 32, 64
-"""The ranks of two plans that tell what grows with ranks; from the one to the other it may be more than up to there."""
+"""Ranks of two plans used to measure the growth with rank; it may be steeper between them than up to the first."""
 
 REFERENCE_WEIGHT = 3
-"""How often the time of plain LoRA counts in the fit, of which budgets are shares."""
+"""Weight in the fit of plain LoRA, the reference for shares in budgets."""
 
 LEAST_GROWTH = 0.75
-"""The least factor of what grows with ranks: at rank 64 thin products take no less time than that for each rank, by the
-rate of a large product (three models; docs/experiments.md)."""
+"""Lower bound on the growth factor: at rank 64, thin products take at least this much per rank relative to large ones
+(three models; docs/experiments.md).
+"""
 
 TimedPlan = tuple[IntArray, tuple[str, ...]]
 """Ranks (modules,), and the names of the checkpointed layers."""
 
 Take = Callable[[Collection[str]], object]
-"""Checkpoints the layers of these names, and no other."""
+"""Checkpoints exactly the layers with these names."""
 
 
 def measure_step_time(
@@ -70,19 +70,18 @@ def measure_step_time(
     *,
     rounds: int | None = None,
 ) -> StepTime:
-    """Measure what a step takes under any plan, by a handful of plans that tell its parts apart; see `timed_plans`.
+    """Measure the step time of any plan from a handful of plans that isolate its parts; see `timed_plans`.
 
-    The plans take turns. Counted work (`StepWork`) divides each part of the step among modules and layers. Seconds are
-    the device's own on CUDA; on a CPU they are CPU time over the number of threads, which depends less on what else
-    runs. Clipping and fused AdamW are part of a step. Afterwards weights, gradients, ranks and random state are as they
-    were.
+    Plans alternate. Counted work (`StepWork`) distributes each part over modules and layers. CUDA seconds are device
+    time; CPU seconds are CPU time divided by the number of threads, which is less sensitive to other load. Clipping and
+    fused AdamW are included. Weights, gradients, ranks and random state are restored.
 
     Args:
-        step: the step as the loop takes it.
+        step: the step of the loop.
         targets: the target modules of its model.
-        batch: on the device, of the shape that is asked about.
-        take: sets the checkpointed layers, where they can be set one by one; all are now, and afterwards.
-        rounds: how often each plan is timed, at least 1; by default `ROUNDS` or `SHORT_ROUNDS`.
+        batch: a batch on the device, of the shape to time.
+        take: sets the checkpointed layers, if they can be set individually; all are checkpointed before and after.
+        rounds: repetitions per plan, at least 1; by default `ROUNDS` or `SHORT_ROUNDS`.
 
     Raises:
         UnsupportedError: the model returns no loss.
@@ -93,7 +92,7 @@ def measure_step_time(
     plans = timed_plans(targets, layers, () if take else work.running_again)
 
     def round_of(warm: BoolArray) -> FloatArray:
-        """Seconds of each plan, (plans,)."""
+        """Return the seconds of each plan, (plans,)."""
         seconds = np.zeros(len(plans))
         for number, (ranks, again) in enumerate(plans):
             if take:
@@ -120,15 +119,15 @@ def measured_share(
     reference: TimedPlan,
     take: Take | None = None,
 ) -> float:
-    """What a step under a plan takes, over what it takes under another, with which it takes turns.
+    """Return the ratio of a plan's step time to that of a reference, measured alternately.
 
     Args:
-        step: see `measure_step_time`, as the next two.
+        step: see `measure_step_time`, as for the next two.
         targets: the target modules.
-        batch: on the device.
-        plan: is timed.
-        reference: what it is compared with.
-        take: sets the checkpointed layers, which afterwards are those of the reference; None to leave them.
+        batch: a batch on the device.
+        plan: the plan to time.
+        reference: the plan to compare with.
+        take: sets the checkpointed layers, left at those of the reference; None to leave them unchanged.
     """
 
     def seconds(timed: TimedPlan) -> float:
@@ -142,10 +141,9 @@ def measured_share(
 
 
 def usual_seconds(seconds: FloatArray) -> FloatArray:
-    """The usual time of each plan, (plans,), without the pace of the rounds in which they were timed.
+    """Return the typical time of each plan, (plans,), corrected for the pace of each round.
 
-    What slows the machine down for a round slows all of its plans down alike: its pace is the median of their times,
-    each relative to the plan's own median.
+    A slow round slows all plans alike. Its pace is the median of their times relative to each plan's own median.
 
     Args:
         seconds: (rounds, plans), > 0.
@@ -157,23 +155,22 @@ def usual_seconds(seconds: FloatArray) -> FloatArray:
 def timed_plans(
     targets: Sequence[TargetModule], layers: tuple[str, ...], always: tuple[str, ...] = ()
 ) -> list[TimedPlan]:
-    """The plans whose times tell the parts of a step apart.
+    """Return the plans to time in order to isolate the parts of a step.
 
-    They are: every module at rank 8 (of which a share is a share), and at rank 32; the uppermost module alone, whose
-    step is nearly the forward pass; the lowest layer alone, whose backward pass is nearly the whole one, with few
-    adapters; the upper half, and the upper half at rank 64, as a limit of time leaves it; and every module at rank 8
-    while all layers are checkpointed.
+    They are: all modules at rank 8 (the reference for shares), and at rank 32; only the uppermost module, nearly a bare
+    forward pass; only the lowest layer, nearly a full backward pass with few adapters; the upper half, and the upper
+    half at rank 64, typical of a time limit; and all modules at rank 8 with all layers checkpointed.
 
     Args:
         targets: the target modules.
-        layers: those that can be checkpointed one by one.
-        always: those that are checkpointed under every plan.
+        layers: layers that can be checkpointed individually.
+        always: layers checkpointed under every plan.
     """
     blocks = np.array([target.block for target in targets])
     most = highest_ranks(targets)
     modules = np.arange(len(targets))
     usual = np.minimum(REFERENCE_RANK, most)
-    upper = blocks >= min((blocks.max() + 1) / 2, blocks.max())  # of one layer, that one
+    upper = blocks >= min((blocks.max() + 1) / 2, blocks.max())  # a single layer is its own upper half
     among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, upper)
     plans: list[TimedPlan] = [(usual, always), (np.minimum(HIGH_RANK, most), always)]
     plans += [(np.where(chosen, usual, 0), always) for chosen in among]
@@ -182,7 +179,7 @@ def timed_plans(
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """What a device does in a second, by a product of two matrices and a copy: enough for proportions."""
+    """Measure a device's rates with a matrix product and a copy; accurate enough for proportions."""
     matrix, long = torch.ones(512, 512, device=device), torch.ones(2**20, device=device)
     product = _median_seconds(device, lambda: matrix @ matrix)
     copy = _median_seconds(device, partial(torch.empty_like(long).copy_, long))
@@ -197,7 +194,7 @@ def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
 def _timed_step(
     step: TrainingStep, targets: Sequence[TargetModule], ranks: IntArray, batch: Batch, *, warm: bool
 ) -> float:
-    """The seconds of one step under a plan; with `warm`, of the second one."""
+    """Return the seconds of one step under a plan; with `warm`, those of a second step."""
     for target, rank in zip(targets, ranks.tolist(), strict=True):
         for weight, zeros in zip((target.weight_a, target.weight_b), target.zeros(rank), strict=True):
             write_in_place(weight, zeros)
@@ -207,7 +204,7 @@ def _timed_step(
     optimizer = torch.optim.AdamW(trains, lr=0.0, weight_decay=0.0, fused=True)
     for parameter in trains:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates its state
     optimizer.zero_grad(set_to_none=True)
 
     def whole() -> None:
@@ -237,7 +234,7 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from running inside a timed step."""
+    """Disable the garbage collector during a timed step."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -248,16 +245,16 @@ def _no_collection() -> Iterator[None]:
 
 
 def count_work(model: nn.Module, targets: Sequence[TargetModule], loss: LossFunction, batch: Batch) -> StepWork:
-    """Count what a step computes, operator by operator.
+    """Count the computation of a step per operator.
 
-    One step runs in which every module has a small rank; afterwards weights, gradients, ranks and random state are as
-    they were. Checkpointed layers are counted once.
+    Runs one step with all modules at a small rank; weights, gradients, ranks and random state are restored.
+    Checkpointed layers count once.
 
     Args:
-        model: the PEFT model, in the mode in which it trains.
+        model: the PEFT model, in training mode.
         targets: its target modules.
         loss: the loss of a batch.
-        batch: of the shape that is asked about.
+        batch: a batch of the shape to count.
     """
     with all_training(model, targets):
         prepare(targets, RANK)
@@ -266,7 +263,7 @@ def count_work(model: nn.Module, targets: Sequence[TargetModule], loss: LossFunc
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an operator belongs: a module, the target module whose adapter it is in, the layer."""
+    """The place of an operator: its module, the target module if it is in an adapter, and the layer."""
 
     name: str = ""
     target: int = -1
@@ -296,7 +293,7 @@ class _Count:
         self._rows: list[tuple[float, float, bool, int, int, ModuleSet]] = []
 
     def run(self, loss: LossFunction, batch: Batch) -> StepWork:
-        """Run the step, and return what it computes."""
+        """Run the step, and return its computation."""
         with _Operators(self._note), self._watching(), segments_marked(self._checkpointing, self._segment):
             value = loss(batch)
             flow = flow_from(value, lambda leaf: self._of_parameter.get(id(leaf), self._every_plan))
@@ -324,7 +321,7 @@ class _Count:
             return
         node = torch._C._current_autograd_node()
         sequence = -1 if node is None else node._sequence_nr()
-        if sequence in self._flow:  # else a sum of gradients, which belongs to the node before it
+        if sequence in self._flow:  # otherwise a sum of gradients, which belongs to the node before it
             place = self._places[max(bisect_right(self._sequences, sequence) - 1, 0)]
             self._now = place, self._flow[sequence]
         place, needed = self._now
@@ -332,7 +329,7 @@ class _Count:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Follow which module runs."""
+        """Track the running module."""
         entering = register_module_forward_pre_hook(self._enter)
         leaving = register_module_forward_hook(self._leave, always_call=True)
         try:
@@ -361,7 +358,7 @@ class _Count:
         self._sequences.append(int(torch._C._autograd._get_sequence_nr()))
 
     def _segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a checkpointed segment without checkpointing, as a layer that can be checkpointed."""
+        """Run a checkpointed segment without checkpointing, marked as a checkpointable layer."""
         before = self._place
         self._again.append(before.name)
         self._go(replace(before, layer=self._layers.setdefault(before.name, len(self._layers))))
@@ -371,7 +368,7 @@ class _Count:
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context that reports the floating-point operations and the moved bytes of every operator."""
+    """A context that reports the floating-point operations and memory traffic of every operator."""
 
     def __init__(self, note: Callable[[float, float], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -390,7 +387,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False, so that torch calls `__torch_dispatch__` without a wrapper; as in `LiveStorages`."""
+        """Return False, so torch calls `__torch_dispatch__` without a wrapper, as in `LiveStorages`."""
         return False
 
 
@@ -420,7 +417,7 @@ def _flops(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any], r
 
 
 def _attended(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> float:
-    """The share of the pairs of tokens that attention computes: kernels leave out what a causal mask hides."""
+    """Return the share of token pairs that attention computes: kernels skip those hidden by a causal mask."""
     names = [argument.name for argument in operator._schema.arguments]
     if "is_causal" not in names:
         return 1.0

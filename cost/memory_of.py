@@ -1,6 +1,6 @@
-"""What a LoRA fine-tune takes on a card, asked by the model's name or configuration.
+"""Predict the memory of a LoRA fine-tune on a card, from the model's name or configuration.
 
-torch and transformers are loaded only for what no file tells (`cost/stored_step.py`).
+torch and transformers are only imported when no recorded file has the answer (`cost/stored_step.py`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from .from_config import StepRecorder
 
 _OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
-"""Settings of `LoadedAs` that `memory_of` takes by their names."""
+"""Settings of `LoadedAs` accepted by `memory_of` by name."""
 
 
 def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
-    """The precision that is asked for, if it is one, or else that of the card."""
+    """Return the requested precision after validating it, or the card's default."""
     dtype = ("bf16" if card.has_bf16 else "fp16") if dtype is None else dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UnknownNameError.of("dtype", dtype, DTYPES)
@@ -53,30 +53,31 @@ def memory_of(
     lora_dropout: float = 0.0,
     **settings: Any,
 ) -> Outlook:
-    """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
+    """Predict the memory of a LoRA fine-tune on a card, from the model's configuration alone.
 
     Args:
-        model: a short name ("qwen3-8b"), a Hugging Face id, a folder or a config.json, or a configuration.
-        card: a card of the table ("RTX 4090") or its memory ("24GiB").
-        rank: on all modules; a module that is narrower has its own width.
-        dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
-            compute under bf16 autocast with bf16.
-        padded: whether rows of a batch are padded, which takes other attention kernels.
-        gpus: how many such cards train together, each with its own batch; figures are of one.
-        sharding: what they share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
-        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
+        model: a short name ("qwen3-8b"), a Hugging Face id, a folder or config.json, or a configuration object.
+        card: a card of the table ("RTX 4090") or a memory size ("24GiB").
+        rank: rank of every target module, capped at the module's width.
+        dtype: precision of the frozen model, "bf16", "fp16" or "fp32"; by default bf16 if the card supports it, else
+            fp16. With bf16, steps run under bf16 autocast.
+        padded: whether batches contain padded rows, which need other attention kernels.
+        gpus: number of cards that train together, each with its own batch; all figures are per card.
+        sharding: what the cards share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
+        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
-        settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
-            `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
-            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). Sizes are as usual in commands.
+        settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments,
+            adapter ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
+            accumulation, gradient_checkpointing (all layers, none, or "auto": as few as fit). Sizes default to those of
+            the commands.
 
     Returns:
-        The outlook: `best`, `choices` and `grid`, computed when they are asked for.
+        The outlook; its `best`, `choices` and `grid` are computed lazily.
 
     Raises:
         UnknownNameError, AssetError: there is no such model, card or setting.
-        ConfigError: a setting is out of range, a row is longer than the model has positions, no module is as wide as
-            the rank, or the model reads no tokens.
+        ConfigError: a setting is out of range, rows exceed the model's positions, no module is as wide as the rank, or
+            the model does not read tokens.
         UnsupportedError: the model's step cannot be predicted.
 
     Example:
@@ -102,7 +103,7 @@ def memory_of(
 
 
 def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None:
-    """Raise UnknownNameError or ConfigError for what is no setting of a step, no rank, or no kind of attention."""
+    """Raise UnknownNameError or ConfigError for an invalid step setting, rank or attention implementation."""
     if attention not in (None, "math", *get_args(Implementation)):
         raise UnknownNameError.of("attention", attention, ("math", *get_args(Implementation)))
     known = {each.name for each in fields(StepConfig)}
@@ -114,7 +115,7 @@ def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None
 
 
 def _adapter(given: object) -> dict[str, Any]:
-    """Further arguments of `peft.LoraConfig`, without those that are settings of the step."""
+    """Return extra arguments of `peft.LoraConfig`, refusing those set through the step's settings."""
     own = {"target_modules", "target_parameters", "task_type"}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) and name not in own for name in given):
         told = f"adapter has arguments of peft.LoraConfig by name, without {', '.join(sorted(own))}"
@@ -124,11 +125,11 @@ def _adapter(given: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AskedStep:
-    """A step as far as its recording depends on it.
+    """The parts of a requested step with an effect on its recording.
 
     Attributes:
         model: see `memory_of`.
-        settings: of the step; the batch, the optimizer and checkpointing do not matter.
+        settings: settings of the step; batch, optimizer and checkpointing do not affect the recording.
         loaded: how the model is loaded.
     """
 
@@ -138,7 +139,7 @@ class AskedStep:
 
     @property
     def key(self) -> str:
-        """The key of its file, in which only settings count that are not the usual ones."""
+        """Return the key of the step's file; settings at their defaults are left out."""
         usual = asdict(LoadedAs())
         loaded = {name: value for name, value in asdict(self._recorded).items() if value != usual[name]}
         step = {name: getattr(self.settings, name) for name in _RECORDED}
@@ -146,14 +147,14 @@ class AskedStep:
 
     @property
     def _recorded(self) -> LoadedAs:
-        """How the model is loaded, without what a recording is the same for."""
+        """Return how the model is loaded, without settings irrelevant to a recording."""
         adapter = self.loaded.adapter
-        if adapter.get("lora_dropout"):  # whatever share it is
+        if adapter.get("lora_dropout"):  # regardless of the rate
             adapter = {**adapter, "lora_dropout": 0.05}
         return replace(self.loaded, offload=False, expandable_segments=False, adapter=adapter)
 
     def configured(self) -> tuple[ConfiguredStep, StepConfig]:
-        """The step, and its settings with a batch of the usual size in place of none."""
+        """Return the step and its settings, with default sizes filled in."""
         source = self.stored()
         model = source.model
         step = self.settings.sized(continues=model.continues, positions=model.positions)
@@ -161,11 +162,11 @@ class AskedStep:
             check_length(step.max_length, model.positions)
         found = source.configured(step)
         if step.gradient_checkpointing is True and not found.memory.segments:
-            self.recorder(optional=False)  # which tells that the model has none
+            self.recorder(optional=False)  # raises, since the model has no layers to checkpoint
         return self._with_what_is_said(found), step
 
     def _with_what_is_said(self, found: ConfiguredStep) -> ConfiguredStep:
-        """The step with what the configuration tells of its model, and no recording does."""
+        """Add the facts only found in the model's configuration."""
         said = _fields(self.model)
         words = said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or 0
         model = replace(found.model, words=words, own_code=bool(said.get("auto_map")))
@@ -177,7 +178,7 @@ class AskedStep:
         return replace(found, model=model, leaner=leaner)
 
     def stored(self) -> StoredStep:
-        """The step, from the files that are there."""
+        """Return the step, read from existing files where possible."""
         key = self.key
         path = cache_folder() / "steps" / f"{key}.xz"
         file = StepFile.read(path, key)
@@ -188,9 +189,9 @@ class AskedStep:
         return StoredStep(file or StepFile(key), self.recorder, path, self.loaded)
 
     def _of_all_linear(self) -> StoredStep | None:
-        """The step of some modules, from the file of one in which all linear ones have an adapter, if that is there."""
+        """Return the step for a subset of modules, derived from the all-linear recording if there is one."""
         usual = self.settings.target_modules == "all-linear" or self.settings.target_parameters
-        if usual or self.loaded.adapter.get("use_dora"):  # whose magnitudes are held for more than its own modules
+        if usual or self.loaded.adapter.get("use_dora"):  # DoRA holds magnitudes for other modules too
             return None
         whole = replace(self, settings=replace(self.settings, target_modules="all-linear"))
         if "model" not in (step := whole.stored()).file.parts:
@@ -200,7 +201,7 @@ class AskedStep:
         return None if places is None else step.of(OfTargets(places, len(targets)))
 
     def recorder(self, *, optional: bool = True) -> StepRecorder:
-        """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
+        """Return a recorder with every layer checkpointed; `optional` skips this if the model does not support it."""
         with naming_extras():
             from .from_config import StepRecorder
 
@@ -212,7 +213,7 @@ _RECORDED = ("quantization", "prepare_kbit", "target_modules", "target_parameter
 
 
 def shipped(model: str | PreTrainedConfig) -> Path:
-    """The file that ships for a model that is known by name, and for others that are built alike."""
+    """Return the path of the shipped file for a known model and others with the same architecture."""
     name = short_name(model) if isinstance(model, str) else None
     built = published_models()[name]["config"] if name else {}
     layers = built.get("num_hidden_layers", built.get("num_layers"))
@@ -220,7 +221,7 @@ def shipped(model: str | PreTrainedConfig) -> Path:
 
 
 def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
-    """The fields of a model's configuration, read without transformers where a file or the table has them."""
+    """Return the fields of a model's configuration, without transformers if a file or the table has them."""
     if not isinstance(model, str):
         from transformers import PreTrainedConfig
 
@@ -235,11 +236,11 @@ def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
     with suppress(OSError, ValueError):
         if place := path if path.exists() else _downloaded(model):
             file = place / "config.json" if place.is_dir() else place
-            if file.is_file():  # and no pipe, which may never end
+            if file.is_file():  # not a pipe, which could block forever
                 return read_object(file)
     from .published import find_configuration
 
-    return _plain(find_configuration(model))  # which downloads it, or tells what is wrong
+    return _plain(find_configuration(model))  # downloads it, or raises a precise error
 
 
 def _plain(config: PreTrainedConfig) -> Mapping[str, Any]:
@@ -253,7 +254,7 @@ def _plain(config: PreTrainedConfig) -> Mapping[str, Any]:
 
 
 def _downloaded(name: str) -> Path | None:
-    """The configuration of a Hugging Face id in the cache of its library; None if it is not there."""
+    """Return the path of a Hugging Face id's configuration in the hub cache, or None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json")

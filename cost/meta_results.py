@@ -1,7 +1,7 @@
-"""Runs operators on the meta device, and remembers what they return there.
+"""Run operators on the meta device, and cache their results.
 
-A tensor on the meta device has no contents, and many operators work out its sizes in Python. The layers of a model are
-alike, so what an operator returned for some sizes stands for all calls with the same ones.
+Meta tensors have no contents, and many operators compute sizes in Python. Layers of a model are alike, so a cached
+result applies to all calls with the same sizes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 _RESULTS: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
-"""Size, strides and type of the new tensor that an operator makes of some arguments."""
+"""Size, strides and dtype of an operator's new tensor, by its arguments."""
 
 _NONE = object()
 
 
 def run(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Run an operator of torch's dispatcher; one that makes a new tensor on the meta device runs once for equal sizes.
+    """Run a dispatcher operator; one that creates a meta tensor runs once per set of sizes.
 
     Args:
-        operator: an overload, as `__torch_dispatch__` gets it.
-        arguments: its arguments.
-        options: those given by name.
+        operator: an overload, as passed to `__torch_dispatch__`.
+        arguments: its positional arguments.
+        options: its keyword arguments.
     """
     real = arguments and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta
     key = None if real or not _makes_one_tensor(operator) else _key((operator, arguments, options))
@@ -43,21 +43,21 @@ def run(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> A
 
 @cache
 def _makes_one_tensor(operator: Any) -> bool:
-    """Whether an operator returns one tensor of its own, and changes none of its inputs, going by its schema."""
+    """True if an operator's schema returns one new tensor and mutates no inputs."""
     schema = operator._schema
     single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
     return single and schema.returns[0].alias_info is None and not schema.is_mutable
 
 
 def _shares(result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
-    """Whether a result lies in the memory of an argument, whatever the schema says (`_unsafe_view`)."""
+    """True if a result aliases an argument, regardless of the schema (`_unsafe_view`)."""
     own = result.untyped_storage()._cdata
     flat = (each for value in arguments for each in (value if isinstance(value, (list, tuple)) else (value,)))
     return any(isinstance(each, torch.Tensor) and each.untyped_storage()._cdata == own for each in flat)
 
 
 def _key(value: Any) -> Any:
-    """All that decides the sizes of results, hashable; None where there is more than meta tensors and plain values."""
+    """Return a hashable key of everything that affects result sizes; None beyond meta tensors and plain values."""
     if isinstance(value, torch.Tensor):
         plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_meta
         return (value.shape, value.stride(), value.dtype) if plain else None

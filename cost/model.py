@@ -1,16 +1,16 @@
-"""Predicts the bytes at the peak of a training step, for any plan and batch shape.
+"""Byte model of a training step: predicts its peak for any plan and batch shape.
 
-`cost/calibration.py` records four small steps of the user's model and batch in which every module is adapted. They
-show all tensors that any plan could hold, the modules that need each, and how its size grows with rows, length and
-rank. The peak of any plan follows without running it, and so do the layers that must be checkpointed.
+`cost/calibration.py` records four small steps of the user's model and batch with every module adapted. They show every
+tensor a plan could hold, the modules that need it, and its growth with rows, length and rank. The peak of any plan, and
+the layers it must checkpoint, follow without running it.
 
-The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimizer state,
-signal buffers, tensors saved for the backward pass, and short-lived tensors such as logits and activations' gradients.
+Bytes exclude the loaded, frozen model. They cover adapter weights, gradients, optimizer state, signal buffers, tensors
+saved for the backward pass, and short-lived tensors such as logits and gradients of activations.
 
-A checkpointed layer (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
-holds its inputs alone, and takes the time of its forward pass twice. What the lowest layers hold is there until the
-end of the backward pass, so running them again lowers memory at every moment. What an upper layer would hold is back as
-soon as it runs again, on top of all that the layers below it hold: so layers are taken from the lowest upwards.
+A checkpointed layer (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016) keeps only its inputs and runs
+its forward pass twice. The lowest layers hold saved tensors until the end of the backward pass, so recomputing them
+lowers memory at every moment. An upper layer's tensors return as soon as it runs again, on top of those of all layers
+below. Layers are therefore checkpointed from the lowest up.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from .peak_candidates import PeakCandidate, PeakFinder, PeakStorages, keep_candi
 from .recording import BatchShape, Recording, Segment, adapted_modules
 
 INPUTS_ON_DEVICE = 5
-"""Inputs that TRL's offloading has on the device at once, so that copies overlap (`max_fwd_stash_size`)."""
+"""Inputs that TRL's offloading keeps on the device at once to overlap copies (`max_fwd_stash_size`)."""
 
 NOISE = 1e-3
-"""Bytes, far more than what a sum of products of floating point is off, and far less than one."""
+"""Tolerance in bytes: well above the rounding error of floating-point sums of products, well below one byte."""
 
 RANK = 2
-"""The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
+"""Rank of every module in recorded steps; some operators take shortcuts at rank 1."""
 
 CHECKPOINTING_MARGIN = 0.005, 0.02
-"""Shares of the peak added under gradient checkpointing, not reentrant and reentrant: the second run of a segment takes
-more than predicted (by up to 0.4 and 1.8 % on T5)."""
+"""Shares of the peak added under non-reentrant and reentrant gradient checkpointing: recomputing a segment uses more
+memory than predicted (up to 0.4 and 1.8 % on T5).
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelStates:
-    """What an adapter and its optimizer hold between steps.
+    """State of an adapter and its optimizer between steps, in bytes.
 
     Attributes:
-        weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
-        optimizer: bytes of one rank's optimizer state on each module, (modules,).
-        scratch: bytes of one rank that the optimizer takes for the time of its step, (modules,).
-        signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
-        fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
-            (modules,).
+        weights: bytes of weights per rank of each module, (modules,); gradients take the same.
+        optimizer: bytes of optimizer state per rank of each module, (modules,).
+        scratch: temporary bytes per rank during the optimizer step, (modules,).
+        signals: bytes per rank held by `SignalMeter` for each module, (modules,).
+        fixed: rank-independent bytes of an adapted module: gradients and state of biases and magnitudes, (modules,).
         others: bytes of weights and state of everything else that trains, such as a classifier.
-        other_gradients: bytes of its gradients, and of what the optimizer takes beside them for the time of its step.
+        other_gradients: bytes of its gradients, and of temporaries of its optimizer step.
         unranked: bytes of the biases and magnitudes of an adapted module, (modules,).
         other_weights: bytes of the weights of everything else in the model that trains.
-        buckets: bytes of one rank's further copies of its gradients, which are sent to other processes, (modules,).
-            Those of biases and magnitudes are in `fixed`, those of everything else in `others`.
+        buckets: bytes per rank of further copies of the gradients, for communication with other processes, (modules,).
+            Those of biases and magnitudes are in `fixed`, all others in `others`.
     """
 
     weights: FloatArray
@@ -77,12 +77,12 @@ class ModelStates:
 
     @property
     def between_steps(self) -> FloatArray:
-        """Bytes of one rank on each module that are there all the time, (modules,)."""
+        """Permanently allocated bytes per rank of each module, (modules,)."""
         held: FloatArray = self.weights + self.optimizer + self.signals + self.buckets
         return held
 
     def with_buckets(self, copies: float) -> ModelStates:
-        """The same where all gradients are held so many times more, in buckets that are sent to other processes."""
+        """Return the same states with `copies` more copies of all gradients, in communication buckets."""
         return replace(
             self,
             buckets=self.buckets + np.ceil(copies * self.weights),
@@ -93,11 +93,11 @@ class ModelStates:
 
 @dataclass(frozen=True, eq=False)
 class MemoryModel:
-    """Predicts the peak of a training step for any plan and batch shape; made by `calibrate`.
+    """Predicts the peak of a training step for any plan and batch shape; created by `calibrate`.
 
     Attributes:
-        shape: the shape of the batch that was given to `calibrate`.
-        accumulates: gradients are kept over several micro-batches.
+        shape: the batch shape passed to `calibrate`.
+        accumulates: whether gradients accumulate over several micro-batches.
         states: bytes that adapters and optimizer hold between steps.
         recording: the recorded step.
     """
@@ -112,18 +112,18 @@ class MemoryModel:
     _block_bytes: int
 
     def sizes(self, shape: BatchShape) -> tuple[FloatArray, FloatArray]:
-        """Bytes of each recorded storage at a batch shape: a constant part and bytes for each rank, both (storages,).
+        """Return the bytes of each recorded storage at a batch shape: constant and per rank, both (storages,).
 
         Raises:
-            UnsupportedError: the model's operations depend on its data, or its loss works in several tiles, so only the
-                shape of calibration is known; or it was measured at one length, which tells nothing of others.
+            UnsupportedError: only the shape of calibration is known, because operations depend on the data or the loss
+                uses several tiles; or only one length was measured.
         """
         factor = self._growth.factor(shape)
         base = np.round(self._base * factor)
         return np.ceil(base / self._block_bytes) * self._block_bytes, np.round(self._slope * factor)
 
     def predicts(self, shape: BatchShape) -> bool:
-        """Whether batches of a shape can be predicted; see `sizes`."""
+        """Check whether batches of a shape can be predicted; see `sizes`."""
         try:
             self._growth.factor(shape)
         except UnsupportedError:
@@ -131,7 +131,7 @@ class MemoryModel:
         return True
 
     def cost(self, shape: BatchShape | None = None) -> ByteCost:
-        """The cost of plans at a batch shape, that of calibration by default.
+        """Return the cost of plans at a batch shape, by default the shape of calibration.
 
         Raises:
             UnsupportedError: see `sizes`.
@@ -141,7 +141,7 @@ class MemoryModel:
         return self._with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))))
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
-        """The bytes of each storage at the peak of a plan, (modules,); the shape of calibration is the default.
+        """Return the bytes of each storage at the peak of a plan, (modules,), by default at the shape of calibration.
 
         Raises:
             UnsupportedError: see `sizes`.
@@ -151,7 +151,7 @@ class MemoryModel:
         cost, groups = self._full_cost([candidate] if candidate else [], base, slope)
         total = float(moment_costs(self._with_margin(cost), ranks)[0])
         peak = PeakStorages(cost.moments[0], total, candidate, np.zeros(len(base)), self.recording)
-        if candidate is None:  # the optimizer's step
+        if candidate is None:  # the optimizer step
             return peak
         live, group = groups.at(candidate)
         needed = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
@@ -167,7 +167,7 @@ class MemoryModel:
         return np.array([*self.recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
 
     def _gradients(self, candidate: PeakCandidate) -> tuple[IntArray, IntArray]:
-        """Serial numbers and target modules (-1 for none) of the parameters' gradients that are live."""
+        """Return the serial numbers and target modules (-1 for none) of the live parameter gradients."""
         serials, modules = self._all_gradients
         live = self.accumulates | (self.recording.created[serials] <= candidate.time)
         return serials[live], modules[live]
@@ -182,13 +182,13 @@ class MemoryModel:
 
     @cached_property
     def _known(self) -> dict[Any, Any]:
-        """What was found before, by what it was found for."""
+        """Cache of earlier results, by their arguments."""
         return {}
 
     def _full_cost(
         self, candidates: Sequence[PeakCandidate], base: FloatArray, slope: FloatArray
     ) -> tuple[ByteCost, _Groups]:
-        """The cost of plans with these candidates, the optimizer's step last, and without margin."""
+        """Return the cost of plans at these candidates and the optimizer step (last), without margin."""
         states = self.states
         groups = _Groups(self._reasons, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
@@ -208,9 +208,9 @@ class MemoryModel:
         return cost, groups
 
     def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
-        """Bytes of each recorded storage under a plan, if it is live at all, (storages,); see `sizes`.
+        """Return the bytes of each recorded storage under a plan, wherever it is live, (storages,); see `sizes`.
 
-        Those of a parameter's gradient are its weights', 0 if the module is not adapted.
+        A parameter's gradient has the size of its weights, or 0 if the module is not adapted.
         """
         base, slope = self.sizes(shape or self.shape)
         sizes = base + slope * self._rank_of_each(ranks)
@@ -225,18 +225,18 @@ class MemoryModel:
         return self.recording.segments
 
     def with_checkpointed(self, layers: Collection[str]) -> MemoryModel:
-        """The model of the same step in which only these layers are checkpointed; see `Recording.with_checkpointed`."""
+        """Return a model of the same step with only these layers checkpointed; see `Recording.with_checkpointed`."""
         if (key := frozenset(layers)) not in self._known:
             self._known[key] = replace(self, recording=self.recording.with_checkpointed(key))
         found: MemoryModel = self._known[key]
         return found
 
     def offloaded(self) -> MemoryModel:
-        """The model of the same step, where inputs of checkpointed segments lie in main memory until they run again."""
+        """Return a model of the same step with inputs of checkpointed segments offloaded until recomputation."""
         return replace(self, recording=replace(self.recording, inputs_on_device=INPUTS_ON_DEVICE))
 
     def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
-        """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
+        """Return the peak bytes of one plan; faster than `cost`, which covers many plans but raises the same errors."""
         shape, states = shape or self.shape, self.states
         if (key := (shape, tuple(ranks.tolist()))) not in self._known:
             highest, _ = self._highest(ranks, shape)
@@ -246,11 +246,11 @@ class MemoryModel:
         return float(self._known[key])
 
     def at_shapes(self, ranks: IntArray, shapes: Sequence[BatchShape]) -> ShapeBytes:
-        """Bytes at the peak of one plan at any shape between some, (modules,); see `cost` for its errors.
+        """Return the peak bytes of a plan, (modules,), as a function of the shape; see `cost` for errors.
 
         Args:
             ranks: the plan, int64 (modules,).
-            shapes: at which it is looked up what can be the peak: at least the corners of what will be asked for.
+            shapes: shapes at which to look for candidates of the peak: at least the corners of the range to evaluate.
         """
         states, growth = self.states, self._growth.kinds
         needs, factor = _Needs.of(self._reasons, ranks > 0), self._rank_of_each(ranks)
@@ -275,12 +275,12 @@ class MemoryModel:
         return ShapeBytes(growth[0], np.array(amounts), np.array(fixed), between, 1 + self.margin, signals)
 
     def _highest(self, ranks: IntArray, shape: BatchShape) -> tuple[float, PeakCandidate | None]:
-        """Bytes at the peak of one plan beside what is there between steps, and when; None: the optimizer's step."""
+        """Return the peak bytes of a plan above those between steps, and its candidate; None is the optimizer step."""
         base, slope = self.sizes(shape)
         states, finder, needs = self.states, self._finder, _Needs.of(self._reasons, ranks > 0)
         growing = slope * self._rank_of_each(ranks)
         highest, found = states.other_gradients + (states.weights + states.scratch) @ ranks, None
-        first = len(finder.parts)  # the part of what was found; the first of equal ones counts
+        first = len(finder.parts)  # the part of the current peak; the first of equal ones wins
         serials, modules = self._all_gradients
         gradients = np.zeros(len(base))
         gradients[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
@@ -300,12 +300,12 @@ class MemoryModel:
 
     @property
     def margin(self) -> float:
-        """The share of the peak, but for signal buffers, by which predictions are raised, so that none is too low."""
+        """Share of the peak, excluding signal buffers, added to predictions to keep them from being too low."""
         segments = self.segments
         return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
 
     def _with_margin(self, cost: ByteCost) -> ByteCost:
-        """A cost with the margin. Signal buffers have none: without them a plan costs what it costs in plain LoRA."""
+        """Add the margin to a cost. Signal buffers get none: a plan without them costs the same as plain LoRA."""
         raised, exact = 1 + self.margin, self.states.signals
         return replace(
             cost,
@@ -315,18 +315,18 @@ class MemoryModel:
         )
 
     def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
-        """Bytes that autograd saves for backward outside of checkpointed segments; `ranks` has shape (modules,)."""
+        """Return the bytes autograd saves for backward outside checkpointed segments; `ranks` has shape (modules,)."""
         return float(self.sizes_under(ranks, shape)[self.recording.saved_under(ranks)].sum())
 
     def _rank_of_each(self, ranks: IntArray) -> IntArray:
-        """The rank of each storage's target module, 1 if it has none, (storages,)."""
+        """Return the rank of each storage's target module, or 1 if it has none, (storages,)."""
         targets = self.recording.target_index
         return np.where(targets >= 0, np.asarray(ranks)[targets], 1)
 
     def _bytes_at(
         self, candidate: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
     ) -> tuple[float, dict[int, float], FloatArray]:
-        """Bytes of one candidate: under every plan, by group, and for one rank of each module."""
+        """Return the bytes of one candidate: under every plan, by group, and per rank of each module."""
         recording, states = self.recording, self.states
         live, group = groups.at(candidate)
         of_target = live & (recording.target_index >= 0)
@@ -345,14 +345,14 @@ class MemoryModel:
 
 @dataclass(frozen=True, eq=False)
 class ShapeBytes:
-    """Bytes at the peak of a step under one plan, for many batch shapes at once; `MemoryModel.at_shapes` makes it.
+    """Peak bytes of one plan for many batch shapes at once; created by `MemoryModel.at_shapes`.
 
     Attributes:
-        growth: of one storage of each kind.
+        growth: growth of one storage of each kind.
         amounts: bytes of each kind at each candidate for the peak, at the recorded shape, (candidates, kinds).
-        fixed: bytes that are there at each of them whatever the shape, (candidates,).
-        between: bytes that are there between steps, without signal buffers.
-        raised: the factor by which these are raised.
+        fixed: shape-independent bytes at each candidate, (candidates,).
+        between: bytes held between steps, without signal buffers.
+        raised: factor that adds the margin to these bytes.
         signals: bytes of signal buffers.
     """
 
@@ -364,7 +364,7 @@ class ShapeBytes:
     signals: float
 
     def __call__(self, rows: IntArray, lengths: IntArray) -> FloatArray:
-        """Bytes at shapes, by their rows and lengths, all (shapes,)."""
+        """Return the bytes at shapes given by their rows and lengths, all (shapes,)."""
         highest = (self.growth.factors(rows, lengths) @ self.amounts.T + self.fixed).max(axis=1)
         found: FloatArray = np.ceil((self.between + highest) * self.raised - NOISE) + self.signals
         return found
@@ -372,10 +372,10 @@ class ShapeBytes:
 
 @dataclass(frozen=True, eq=False)
 class _Needs:
-    """Which storages one plan holds, for each of several reasons; all masks are bool (reasons, storages).
+    """Storages held by one plan, for each of several reasons; all masks are bool (reasons, storages).
 
     Attributes:
-        known: whether it is known which modules need a storage for this reason; else it counts always.
+        known: whether the modules that need a storage for this reason are known; if not, it always counts.
         met: whether one of them is adapted.
     """
 
@@ -384,13 +384,13 @@ class _Needs:
 
     @classmethod
     def of(cls, reasons: _Reasons, adapted: BoolArray) -> _Needs:
-        """The needs of a plan; `adapted` is bool (modules,)."""
+        """Build the needs of a plan; `adapted` is bool (modules,)."""
         chosen = adapted_modules(adapted)
         known, met = np.array([(bool(modules), bool(modules & chosen)) for modules in reasons.sets]).T
         return cls(known[reasons.columns], met[reasons.columns])
 
     def at(self, candidate: PeakCandidate) -> tuple[BoolArray, BoolArray]:
-        """Whether each storage can be live at a candidate, and whether the plan holds it; both (storages,)."""
+        """Return masks of the storages live at a candidate under any plan and held under this one; both (storages,)."""
         reasons = candidate.reasons
         live = candidate.always | reasons.any(axis=0)
         held = (reasons & self.met).any(axis=0) | ~(reasons & self.known).any(axis=0)
@@ -398,7 +398,7 @@ class _Needs:
 
 
 def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
-    """By serial number, the modules for which a storage is held; see `PeakCandidate.reasons`."""
+    """Return the modules that hold each storage, by serial number; see `PeakCandidate.reasons`."""
     of_segments = [0] * len(recording.segments)
     for serial, modules in recording.saved_in_segment.items():
         of_segments[recording.segment_index[serial]] |= modules
@@ -411,10 +411,10 @@ def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
 
 
 class _Reasons:
-    """The modules for which storages are held.
+    """The modules that hold storages.
 
     Attributes:
-        sets: of modules, the first of which is empty.
+        sets: distinct sets of modules; the first is empty.
         columns: the index of each storage's set for each of `reasons_to_hold`, int64 (reasons, storages).
     """
 
@@ -424,7 +424,7 @@ class _Reasons:
         self.columns: IntArray = np.stack([self._column(by_serial, len(recording.sizes)) for by_serial in reasons])
 
     def _column(self, by_serial: dict[int, ModuleSet], count: int) -> IntArray:
-        """The index into `_sets` of each storage's module set, (storages,)."""
+        """Return the index into `_sets` of each storage's module set, (storages,)."""
         column = np.zeros(count, dtype=np.int64)
         indices: dict[ModuleSet, int] = {}
         for serial, modules in by_serial.items():
@@ -436,7 +436,7 @@ class _Reasons:
 
 
 class _Groups:
-    """The groups of a recording: storages that are live if one of the same set of the `count` modules is adapted."""
+    """Groups of a recording: storages held once any of the same subset of the `count` modules is adapted."""
 
     def __init__(self, reasons: _Reasons, count: int) -> None:
         self._count = count
@@ -449,12 +449,12 @@ class _Groups:
         return list(self._numbers)
 
     def needs(self) -> BoolArray:
-        """Whether a group is live as soon as a module is adapted, (groups, modules)."""
+        """Return the modules that each make a group live, bool (groups, modules)."""
         rows = [[modules >> m & 1 for m in range(self._count)] for modules in self._numbers]
         return np.array(rows, dtype=np.bool_).reshape(len(rows), self._count)
 
     def at(self, candidate: PeakCandidate) -> tuple[BoolArray, IntArray]:
-        """Whether each storage can be live, and its group, -1 if it is live under every plan; both (storages,)."""
+        """Return a mask of live storages, and each storage's group, -1 if live under every plan; both (storages,)."""
         reasons = candidate.reasons
         live = candidate.always | reasons.any(axis=0)
         group = np.full(len(live), -1)
@@ -468,7 +468,7 @@ class _Groups:
         return live, group
 
     def _number(self, *indices: int) -> int:
-        """The number of the group whose set is the union of these sets (by index), -1 if it counts always."""
+        """Return the group number for the union of these sets (by index), or -1 if it always counts."""
         modules = 0
         for index in indices:
             modules |= self._sets[index]
@@ -480,17 +480,17 @@ class _Groups:
 def fewest_checkpointed(
     memory: MemoryModel, ranks: IntArray, limit: float, shape: BatchShape | None = None
 ) -> tuple[str, ...]:
-    """The fewest layers that must be checkpointed so that a plan fits.
+    """Return the fewest layers to checkpoint for a plan to fit.
 
     Args:
-        memory: the byte model of a step in which every layer is checkpointed.
+        memory: the byte model of a step with every layer checkpointed.
         ranks: the plan, int64 (modules,).
-        limit: bytes that the step may take.
-        shape: of the batch; by default that of calibration.
+        limit: bytes available to the step.
+        shape: shape of the batch; defaults to that of calibration.
 
     Returns:
-        Names of layers, the lowest first, without those that hold nothing for the backward pass under this plan. If
-        the plan does not even fit with all that hold something, these, or none where that takes less.
+        Names of layers, the lowest first, without layers that hold nothing for the backward pass under this plan. If
+            the plan does not fit even with all of these, returns all of them, or none if that takes less.
     """
     layers = holding_layers(memory, ranks)
 
@@ -502,7 +502,7 @@ def fewest_checkpointed(
         return ()
     if (within := peak(high)) > limit:
         return layers if within < above else ()
-    while high - low > 1:  # layers are much alike, so peaks fall nearly along a line
+    while high - low > 1:  # layers are similar, so peaks fall almost linearly
         part = math.ceil((above - limit) / (above - within) * (high - low))
         count = low + min(max(part, 1), high - low - 1)
         if (found := peak(count)) <= limit:
@@ -523,24 +523,23 @@ def checkpointed_cost(
     whole: bool = False,
     unpaid: FloatArray | float = 0.0,
 ) -> ByteCost:
-    """What plans cost where layers may be checkpointed: a budget buys less checkpointing before it buys more rank.
+    """Return the cost of plans with optional checkpointing: a budget buys less checkpointing before more rank.
 
-    Where plain LoRA fits without, rank 8 on all modules, and ranks that are to stay do, none is checkpointed. Below, a
-    plan must fit with all layers checkpointed, and may take what plain LoRA takes without: else every plan would spend
-    all that checkpointing saves on ranks, and every layer would be one. Where that saves nothing, as where logits
-    take most, or where plans fit without it alone, no layer is checkpointed either.
+    If plain LoRA (rank 8 on all modules) and any ranks to keep fit without checkpointing, no layer is checkpointed.
+    Otherwise a plan must fit with all layers checkpointed, and may cost as much as plain LoRA without it; else plans
+    would spend all checkpointing savings on ranks, and need every layer checkpointed. No layer is checkpointed if that
+    saves nothing, as when logits dominate, or if plans only fit without it.
 
     Args:
-        memory: the byte model of a step in which every layer is checkpointed.
+        memory: the byte model of a step with every layer checkpointed.
         max_ranks: the highest rank of each module, int64 (modules,).
-        limit: bytes that the step may take. Costs without checkpointing are scaled, so that it limits them too. They
-            are rounded down: plain LoRA itself is within it.
-        shape: of the batch; by default that of calibration.
-        kept: ranks that are to stay, int64 (modules,); they stand for plain LoRA where they take more.
-        least: what the least possible plan takes under a cost, in bytes.
-        whole: all layers are checkpointed, whatever the limit, unless plain LoRA takes less without.
-        unpaid: bytes for each rank that the memory counts and that these plans do not take, (modules,); the costs come
-            without them.
+        limit: bytes available to the step. Costs without checkpointing are scaled to this limit and rounded down, so
+            plain LoRA itself stays within it.
+        shape: shape of the batch; defaults to that of calibration.
+        kept: ranks to keep, int64 (modules,); they replace plain LoRA as the reference if they cost more.
+        least: returns the bytes of the cheapest possible plan under a cost.
+        whole: checkpoint all layers regardless of the limit, unless plain LoRA takes less without.
+        unpaid: bytes per rank in the memory model that these plans do not use, (modules,); excluded from the costs.
     """
 
     def priced(model: MemoryModel) -> ByteCost:
@@ -570,7 +569,7 @@ def checkpointed_cost(
 
 
 def holding_layers(memory: MemoryModel, ranks: IntArray) -> tuple[str, ...]:
-    """Names of the layers that hold something for backward under a plan, int64 (modules,), the lowest first."""
+    """Return the names of layers that hold tensors for backward under a plan, int64 (modules,), lowest first."""
     adapted = adapted_modules(ranks)
     holding = [segment.name for segment in memory.segments if any(m & adapted for m in segment.saved.values())]
     return tuple(dict.fromkeys(holding))

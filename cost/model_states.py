@@ -1,4 +1,4 @@
-"""What a model holds between steps: the frozen weights; the adapters, their gradients and optimizer state."""
+"""State of a model between steps: frozen weights, adapters, their gradients and optimizer state."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -18,7 +18,7 @@ from .model import ModelStates
 def model_states(
     model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
 ) -> ModelStates:
-    """The bytes that adapters and their optimizer hold between steps; without one, AdamW's two tensors count."""
+    """Return the bytes held by adapters and their optimizer between steps; None means AdamW's two tensors."""
     weights = np.array(
         [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
     )
@@ -30,7 +30,7 @@ def model_states(
     sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)
     fused = optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused")
-    # An optimizer that takes one parameter at a time makes up to three temporary copies of it.
+    # An optimizer that updates one parameter at a time makes up to three temporary copies of it.
     copied = sum(sizes) if copies else 0 if fused else 3 * max(sizes, default=0)
     fixed = [sum(p.nbytes + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
     outside = sum(p.nbytes + state_bytes_of(optimizer, p) for p in others) + sum(p.nbytes for g in unranked for p in g)
@@ -48,8 +48,8 @@ def model_states(
 
 
 def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Bytes of optimizer state as a straight line over the rank, nowhere below the true size: slope and start."""
-    # Most states grow along such a line. Factored ones start above zero, and small 8-bit states are fp32.
+    """Bound optimizer state from above by a line over the rank: return slope and intercept."""
+    # Most states grow along such a line. Factored ones have an intercept, and small 8-bit states are fp32.
     ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
     factors = [target.zeros(rank) for rank in ranks]
     sizes = [sum(state_bytes_of(optimizer, factor) for factor in pair) for pair in factors]
@@ -61,14 +61,13 @@ def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -
 
 
 def excess_of_state(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None) -> float:
-    """Bytes of optimizer state that `model_states` counts at the present ranks and that are not there.
+    """Return the bytes of optimizer state that `model_states` overestimates at the current ranks.
 
-    States are counted along a straight line that is nowhere too low. Low-bit ones do not grow along a line: those of
-    fewer than 4096 values are fp32.
+    States are counted along a linear upper bound. Low-bit ones are not linear: below 4096 values they are fp32.
 
     Args:
         targets: the target modules; those at rank 0 have no state.
-        optimizer: whose state counts; None for AdamW's two tensors.
+        optimizer: the optimizer with the state; None for AdamW's two tensors.
     """
     excess = 0.0
     for target in targets:
@@ -80,7 +79,7 @@ def excess_of_state(targets: Sequence[TargetModule], optimizer: torch.optim.Opti
 
 
 def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
-    """Whether the optimizer works on all parameters at once, with a temporary copy of each."""
+    """True if the optimizer updates all parameters at once, with a temporary copy of each."""
     settings = unwrap_optimizer(optimizer).defaults if optimizer else {}
     if "foreach" not in settings or settings.get("fused"):
         return False
@@ -89,18 +88,18 @@ def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module
 
 
 def trained_by(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    """The parameters that train.
+    """Return the trained parameters.
 
     Args:
-        model: those of its parameters count that require gradients.
-        optimizer: what it trains beside them counts as well, such as a head that the loss applies; None for nothing.
+        model: the model; its parameters count if they require gradients.
+        optimizer: adds parameters outside the model, such as a head applied by the loss; None for none.
     """
     inside = list(model.parameters())
     return [p for p in inside if p.requires_grad] + _outside(inside, optimizer)
 
 
 def trained_outside(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    """The parameters that an optimizer trains beside those of a model, such as of a head that the loss applies."""
+    """Return the parameters an optimizer trains outside a model, such as a head applied by the loss."""
     return _outside(list(model.parameters()), optimizer)
 
 
@@ -111,25 +110,25 @@ def _outside(inside: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | 
 
 
 def gradients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
-    """The gradients that are allocated, of the parameters that train."""
+    """Return the allocated gradients of trained parameters."""
     return [parameter.grad for parameter in trained_by(model, optimizer) if parameter.grad is not None]
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
-    """Bytes that training holds between steps beside the frozen model: weights, optimizer state and gradients.
+    """Return the bytes held between steps beyond the frozen model: weights, optimizer state and gradients.
 
     Args:
         model: the PEFT model.
-        optimizer: whose state counts; None counts no state.
-        gradients: count a gradient for each parameter that trains, even if it is not allocated at this moment;
-            otherwise only allocated gradients count.
+        optimizer: the optimizer with the state; None counts no state.
+        gradients: count a gradient for each trained parameter, even if it is not allocated yet; otherwise only
+            allocated ones.
     """
     total, held = 0, dict[int, int]()
     state = unwrap_optimizer(optimizer).state if optimizer else {}
     for parameter in trained_by(model, optimizer):
         size = parameter.untyped_storage().nbytes()
         tensors = [v for v in state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
-        # Tables of bitsandbytes' codes are shared.
+        # bitsandbytes' code tables are shared.
         held |= {storage._cdata: storage.nbytes() for storage in storages(tensors)}
         total += size
         if gradients or parameter.grad is not None:
@@ -138,14 +137,14 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gr
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the loaded model's weights and buffers that do not train, as stored; see `frozen_sizes`."""
+    """Return the stored bytes of the loaded model's frozen weights and buffers; see `frozen_sizes`."""
     return sum(frozen_sizes(model))
 
 
 def frozen_sizes(model: nn.Module) -> list[int]:
-    """Bytes of each storage of the loaded model that does not train, in the order of its modules; a shared one once.
+    """Return the bytes of each frozen storage of the loaded model, in module order; shared ones count once.
 
-    Quantised weights count with their scales.
+    Quantised weights include their scales.
     """
     scales = chain.from_iterable(scale_tensors(module) for module in model.modules())
     tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *scales]

@@ -1,10 +1,9 @@
-"""What a training step takes, what other choices would take, and what fits: a card, or a budget.
+"""The cost of a training step and its alternatives, and the choices within a card or a budget.
 
-Every choice follows from one recording in which every layer is checkpointed: the peak of any ranks, depth, set of
-checkpointed layers and batch. Where plain LoRA does not fit a card, it is one with selective checkpointing too, as
-in a run (`cost/savers.py`). The recording is made on the meta device for a model that is known from its
-configuration (`cost/memory_of.py`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits
-a card is told by `cost/card_use.py`.
+All choices derive from one recording with every layer checkpointed. It yields the peak for any ranks, depth, set of
+checkpointed layers and batch. If plain LoRA does not fit the card, the recording uses selective checkpointing too, as a
+run does (`cost/savers.py`). A model known from its configuration is recorded on the meta device (`cost/memory_of.py`),
+a loaded one on its own device (`study/memory_here.py`). `cost/card_use.py` decides if a plan fits a card.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from .step_config import StepConfig
 from .step_time import LAUNCH_SECONDS, Rates, StepTime
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
-"""Batches of the grid, beside the one that was asked for."""
+"""Batch sizes and lengths of the grid, in addition to the requested ones."""
 
 SHARES = (0.75, 0.5, 0.25)
-"""Shares of the layers, from the top, that are shown beside all of them."""
+"""Shares of the layers, counted from the top, to show in addition to all layers."""
 
 SURELY = 0.98
-"""The share of a predicted peak that tensors take at the least, far below what margin and rounding make of it."""
+"""Lower bound on the actual peak as a share of the predicted one, with ample room for margin and rounding."""
 
 RESERVE = 0.025
-"""The allocator's reserve as a share of all tensors, as a first guess."""
+"""Initial guess of the allocator's reserve, as a share of all tensors."""
 
 RANKS = (1, 8, 16, 64)
-"""Ranks on all modules that are shown beside the one that was asked for."""
+"""Uniform ranks to show in addition to the requested one."""
 
 ChoiceKind = Literal["asked", "depth", "rank", "batch", "rule"]
 
@@ -52,17 +51,16 @@ class Choice:
     """One way to train.
 
     Attributes:
-        kind: what is changed: nothing ("asked"), which layers have adapters or are checkpointed ("depth"), the rank of
-            all modules, the batch, or the whole plan, by a rule.
-        rank: of every adapted module, or the most that it can have; under a rule the highest.
-        layers: how many layers have adapters, from the top.
+        kind: what differs from the request: nothing ("asked"), the layers with adapters or checkpointing ("depth"), the
+            rank of all modules, the batch, or the whole plan, set by a rule.
+        rank: rank of every adapted module, capped at its maximum; under a rule, the highest rank.
+        layers: number of layers with adapters, counted from the top.
         checkpointed: names of the checkpointed layers.
         ranks: the plan, int64 (modules,).
-        step_bytes: predicted peak of a step, beside the frozen model.
-        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no checkpointing; None where work was not
-            counted.
-        shape: of the batch.
-        label: what people call it, where its numbers do not tell.
+        step_bytes: predicted peak of a step, excluding the frozen model.
+        time: step time relative to plain LoRA (rank 8 on all modules, no checkpointing); None if work was not counted.
+        shape: shape of the batch.
+        label: display name, for choices that numbers do not describe.
     """
 
     kind: ChoiceKind
@@ -81,32 +79,32 @@ class Choice:
 
     @property
     def use(self) -> CardUse | None:
-        """What the card sees, which is found when it is asked for; None without a card."""
+        """The card's memory use, computed on first access; None without a card."""
         return self._use()
 
     @property
     def verdict(self) -> Verdict | None:
-        """Whether it fits; None where nothing limits it."""
+        """The verdict on the choice; None without a limit."""
         if self._within is not None:
             return "fits" if self._within else "does not fit"
         return use.verdict if (use := self.use) else None
 
     @property
     def fits(self) -> bool:
-        """Whether it fits, on a card with slack; the allocator is replayed only where tensors leave as much."""
+        """True if the choice fits with slack. The allocator is replayed only if tensors leave enough room."""
         return self._has_slack and self.verdict == "fits"
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """A batch, and what it takes for all layers at the rank that was asked for.
+    """A batch shape and its memory use, with adapters on all layers at the requested rank.
 
     Attributes:
         shape: rows and tokens.
-        checkpointed: how many layers must be checkpointed so that it fits with slack; None if all are too few.
-        activations: whether activations are checkpointed first, since plain LoRA does not fit without.
-        bytes: on the card, with these layers, or with all; the allocator's reserve is taken to be the share that it is
-            for the batch that was asked for.
+        checkpointed: fewest checkpointed layers for the batch to fit with slack; None if it never fits.
+        activations: whether activations are checkpointed first because plain LoRA does not fit otherwise.
+        bytes: bytes on the card with these layers checkpointed, or with all of them; assumes the allocator's reserve
+            share of the requested batch.
     """
 
     shape: BatchShape
@@ -117,13 +115,13 @@ class GridCell:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A measured step. The frozen model does not count unless it is named. None: the system does not report it.
+    """A measured step, excluding the frozen model unless noted. None marks figures that the system does not report.
 
     Attributes:
-        peak_bytes: bytes of live tensors on the CPU, bytes that the allocator had handed out on CUDA.
-        resident_bytes: how far the process's resident memory rose above what it was without training state (CPU).
-        process_bytes: the process's peak resident memory, the model and all libraries included (CPU).
-        reserved_bytes: what the allocator had reserved, the model included (CUDA).
+        peak_bytes: bytes of live tensors (CPU), or bytes handed out by the allocator (CUDA).
+        resident_bytes: increase of the process's resident memory over that without training state (CPU).
+        process_bytes: the process's peak resident memory, including the model and all libraries (CPU).
+        reserved_bytes: bytes reserved by the allocator, including the model (CUDA).
     """
 
     peak_bytes: int
@@ -133,25 +131,25 @@ class MeasuredStep:
 
 
 class Outlook:
-    """What a training step takes, and what fits.
+    """The cost of a training step and the choices that fit.
 
     Args:
-        step: the step without selective checkpointing, with all layers checkpointed, or with none where the model's
-            class has no gradient checkpointing.
-        rank: on all modules, or the most that one can have.
-        settings: rows, tokens and further settings of the step.
-        card: the card that is asked about; None for a model that is looked at where it is.
-        dtype: of the frozen model on a card, such as "bf16".
-        asked: the byte model of the step just as it was asked for; None on a card, where the choices decide what runs
-            again.
-        limit: what a step, or an adapter, may take at most; None without a budget.
-        measured: a real step, if one was taken.
-        facts: what else is known of a model that is here, by name: task and device.
-        shards: how many cards train together.
+        step: the step without selective checkpointing, with all layers checkpointed, or none if the model class does
+            not support gradient checkpointing.
+        rank: rank of all modules, capped at each module's maximum.
+        settings: rows, tokens and other settings of the step.
+        card: the card in question; None for a model examined on its own device.
+        dtype: precision of the frozen model on a card, such as "bf16".
+        asked: the byte model of the step exactly as requested; None on a card, where choices set the checkpointed
+            layers.
+        limit: upper bound of a step or an adapter; None without a budget.
+        measured: a real step, if one was run.
+        facts: further facts about a loaded model, by name: task and device.
+        shards: number of cards that train together and their sharding.
 
     Attributes:
         blocks: number of layers with target modules.
-        slack: the share of a card that is to spare where a choice fits.
+        slack: share of the card left free by a choice that fits.
         notes: what could not be shown, and why.
     """
 
@@ -186,7 +184,7 @@ class Outlook:
 
     @cached_property
     def step(self) -> ConfiguredStep:
-        """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
+        """The step of a run: on a card, with activation checkpointing if plain LoRA does not fit without it."""
         plain = self._free.memory.with_checkpointed(())
         if self.card is None or _fits(self, plain) or self._lean is None:
             return self._free
@@ -196,7 +194,7 @@ class Outlook:
 
     @cached_property
     def _lean(self) -> ConfiguredStep | None:
-        """The step with selective checkpointing, which takes a recording more; None where that is of no use."""
+        """The step with selective checkpointing, at the price of another recording; None if it does not help."""
         lean = self._free.leaner() if self._set is None else None
         return lean and self.shards.of(lean)
 
@@ -206,19 +204,19 @@ class Outlook:
 
     @property
     def memory(self) -> MemoryModel:
-        """The byte model of a step in which all layers are checkpointed that can be."""
+        """The byte model of the step with all supported layers checkpointed."""
         return self.step.memory
 
     @property
     def limit_bytes(self) -> float | None:
-        """Bytes of the card, or those that a step may take; None without a card and a budget of bytes."""
+        """Bytes of the card, or of the step's budget; None without either."""
         if self.card:
             return self.card.memory_bytes
         return self._limit.value if self._limit and self._limit.unit == "bytes" else None
 
     @cached_property
     def reference_bytes(self) -> float:
-        """The peak with rank 8 on all modules as asked for, without exact savers; on a card, no checkpointing."""
+        """Peak bytes of the request at rank 8 on all modules, without exact savers; on a card, no checkpointing."""
         if self.step.saved:
             first = self.step.saved[0]
             again = first.again_bytes if self._asked and self._asked.segments else None
@@ -231,36 +229,36 @@ class Outlook:
 
     @property
     def checkpointed_bytes(self) -> float | None:
-        """The same with all layers checkpointed; with exact savers where it was only recorded with them."""
+        """The same with all layers checkpointed, and with exact savers if no other recording exists."""
         again = self.step.saved[0].again_bytes if self.step.saved else None
         return again or (self.memory.peak(self._plain) if self.memory.segments else None)
 
     @property
     def room(self) -> float:
-        """Bytes that a step may allocate beside the frozen model on the card."""
+        """Bytes available to a step on the card after the frozen model, context and workspaces."""
         assert self.card is not None, "there is no card"
         taken = self._free.model.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
         return float(self.card.memory_bytes - taken)
 
     @cached_property
     def checkpointable(self) -> tuple[str, ...]:
-        """Names of the layers that can be checkpointed; none where the model's class has no gradient checkpointing."""
+        """Names of the checkpointable layers; empty if the model class does not support checkpointing."""
         return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
 
     @property
     def _set(self) -> tuple[str, ...] | None:
-        """The layers that every choice checkpoints on a card where that was set; None where a choice decides."""
+        """The layers checkpointed by every choice on a card, by request; None if each choice decides."""
         wanted = self.settings.gradient_checkpointing if self.card else "auto"
         segments = self._free.memory.segments if wanted else ()
         return None if wanted == "auto" else tuple(dict.fromkeys(segment.name for segment in segments))
 
     def plan(self, layers: int, rank: int) -> IntArray:
-        """The ranks of so many layers from the top, int64 (modules,)."""
+        """Return the plan with adapters on the top `layers` layers, int64 (modules,)."""
         lowest = sorted({*self._blocks.tolist()})[-layers]
         return np.where(self._blocks >= lowest, np.minimum(rank, self._highest), 0)
 
     def choice(self, layers: int, rank: int, checkpointed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
-        """What one choice takes; the batch is the one that was asked for."""
+        """Price one choice on the requested batch."""
         if (key := (layers, rank, checkpointed)) not in self._found:
             self._found[key] = self._priced(
                 kind, layers, rank, checkpointed, self.memory.with_checkpointed(checkpointed)
@@ -268,13 +266,13 @@ class Outlook:
         return replace(self._found[key], kind=kind)
 
     def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
-        """Show one choice more, which its numbers do not tell: another batch, or the plan of a rule.
+        """Add a choice with another batch, or with a rule's plan.
 
         Args:
-            kind: what is changed.
-            label: what people call it.
+            kind: what differs from the request.
+            label: display name.
             memory: the byte model of its step.
-            shape: of its batch, of which `memory` can tell.
+            shape: shape of its batch, which `memory` must support.
             ranks: its plan, int64 (modules,).
         """
         layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
@@ -333,22 +331,22 @@ class Outlook:
                 expandable=expandable,
                 slack=self.slack,
             )
-            self._uses[key] = memory, use  # the byte model is kept, so that no other one gets its id
+            self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
         return self._uses[key][1]
 
     @cached_property
     def plain_seconds(self) -> float:
-        """Of a batch under plain LoRA, rank 8 on all modules, without gradient checkpointing."""
+        """Seconds of a batch with plain LoRA (rank 8 on all modules), without gradient checkpointing."""
         time = self._time if self.step is self._free else _time_of(self._free, self.card, self.dtype)
         assert time is not None, "the step was made without its work"
         return reference_seconds(time, self._highest)
 
     def breakdown(self, choice: Choice) -> Breakdown:
-        """The peak of a choice's step by layer and kind of bytes."""
+        """Break down the peak of a choice's step by layer and kind of bytes."""
         return break_down(choice._memory, self.step.targets, choice.ranks, choice.shape)
 
     def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
-        """The same with as few checkpointed layers as fit the card, the allocator's reserve included if possible."""
+        """Return the choice with the fewest checkpointed layers that fit, with the allocator's reserve if possible."""
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
@@ -371,15 +369,15 @@ class Outlook:
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """What was asked for; fewer layers, none, as few as fit or all of them checkpointed; ranks; what was added."""
+        """All choices: the request, fewer layers, different checkpointing, other ranks, and added ones."""
         own = (choice for layers in _depths(self) for choice in _of_depth(self, layers))
         return (*own, *_rank_choices(self), *self._others)
 
     @property
     def best(self) -> Choice | None:
-        """The choice that adapts most layers, and checkpoints least among those, and fits; None if none does.
+        """The fitting choice with the most adapted layers, then the least checkpointing; None if none fits.
 
-        Where none fits with slack, it is the one that leaves most to spare of those that are tight.
+        If none fits with slack, this is the tight choice with the most spare memory.
         """
         if fitting := next((choice for choice in self.by_depth() if choice.fits), None):
             return fitting
@@ -388,21 +386,21 @@ class Outlook:
         return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
 
     def by_depth(self) -> Iterator[Choice]:
-        """The choices at the rank that was asked for: most layers first, and of these the one that checkpoints least.
+        """Yield choices at the requested rank: most layers first, then least checkpointing.
 
-        They are made as they are asked for: whether one fits takes a while to find out.
+        They are generated lazily, because checking each fit is slow.
         """
         for layers in _depths(self):
             yield from sorted(_of_depth(self, layers), key=lambda choice: len(choice.checkpointed))
 
     @property
     def main(self) -> Choice:
-        """The choice that words and pictures are about: what was asked for, or on a card the best that fits."""
+        """The choice to report: the request, or the best fit on a card."""
         return (self.best if self.card else None) or self.choices[0]
 
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
-        """Batches that can be predicted, for all layers at the rank that was asked for; empty without a card."""
+        """Cells for all predictable batches, with adapters on all layers at the requested rank; empty off a card."""
         if self.card is None:
             return ()
         limit = self.step.model.positions or max(LENGTHS)
@@ -413,18 +411,18 @@ class Outlook:
 
     @property
     def room_for_tensors(self) -> float:
-        """Bytes of tensors that fit any batch, the reserve being the share of the batch that was asked for."""
+        """Tensor bytes available to any batch, assuming the reserve share of the requested one."""
         return _room_beside(self, _reserve_share(self))
 
 
 def _room_beside(outlook: Outlook, reserve: float) -> float:
-    """Bytes of tensors that fit: the room with slack, where the allocator's reserve is this share of all tensors."""
+    """Return the tensor bytes that fit with slack, if the allocator reserves this share of all tensors on top."""
     assert outlook.card is not None, "there is no card"
     return outlook.room - outlook.card.memory_bytes * (1 - (1 - outlook.slack) / (1 + reserve))
 
 
 def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
-    """The choice that takes least of the card, and its bytes; only where tensors may leave as few is it replayed."""
+    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
     assert outlook.card is not None, "there is no card"
     beside, found = outlook.card.memory_bytes - outlook.room, list[tuple[int, int]]()
     for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
@@ -437,10 +435,10 @@ def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
 
 
 def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
-    """Bytes to spare if inputs of checkpointed layers lay in main memory, and seconds a step that copies then take.
+    """Return spare bytes with checkpointed inputs offloaded to main memory, and the seconds per step for the copies.
 
-    None where all layers have adapters without that, or have none with it. Copies overlap with the passes, so the
-    seconds are what they take at most, at the rate of the card's bus.
+    None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
+    seconds are an upper bound at the bus rate of the card.
     """
     if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
         return None
@@ -454,32 +452,32 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
 
 
 def _reserve_share(outlook: Outlook) -> float:
-    """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
+    """Return the allocator's reserve as a share of all tensors, for the request with all layers checkpointed."""
     use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
     assert use is not None, "there is no card"
     return use.reserve_share
 
 
 def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
-    """Whether plain LoRA fits the card."""
+    """Check whether plain LoRA fits the card."""
     if _is_hopeless(outlook, plain.peak(outlook._plain), outlook.slack):
         return False
     return outlook._use(plain, outlook._plain).verdict == "fits"
 
 
 def _is_hopeless(outlook: Outlook, step_bytes: float, slack: float = 0.0) -> bool:
-    """Whether tensors alone leave no such share of the card, so that what the allocator adds need not be known."""
+    """True if tensors alone exceed the card less `slack`, so the allocator need not be replayed."""
     assert outlook.card is not None, "there is no card"
     return SURELY * step_bytes > outlook.room - slack * outlook.card.memory_bytes
 
 
 def _depths(outlook: Outlook) -> list[int]:
-    """How many layers from the top have adapters in the choices that are shown, the most first."""
+    """Return the numbers of adapted top layers to show, in descending order."""
     return list(dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)))
 
 
 def _of_depth(outlook: Outlook, layers: int) -> tuple[Choice, ...]:
-    """Choices of so many layers at the rank that was asked for."""
+    """Return the choices with this many layers, at the requested rank."""
     if layers not in outlook._by_depth:
         outlook._by_depth[layers] = tuple(_depth_choices(outlook, layers))
     return outlook._by_depth[layers]
@@ -525,7 +523,7 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
-    asked = shape == outlook.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
+    asked = shape == outlook.memory.shape  # reuse the price above, including this choice's own reserve
     chosen = (
         outlook.fitting(outlook.blocks, outlook.rank).checkpointed
         if asked or outlook._set is not None
@@ -537,7 +535,7 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
 
 
 def _time_of(step: ConfiguredStep, card: DeviceSpec | None, dtype: str) -> StepTime | None:
-    """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
+    """Return the time model of any plan, from counted work and the published rates of the card or of a default one."""
     if step.work is None or card is None:
         return None
     rates = card.rates or device_table()[USUAL_CARD].rates
@@ -546,12 +544,13 @@ def _time_of(step: ConfiguredStep, card: DeviceSpec | None, dtype: str) -> StepT
 
 
 REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41
-"""Bytes in a second that the operators of a step reach on any card whose published rate allows it, and the share of
-that rate that they reach at least, where products reach theirs (docs/experiments.md)."""
+"""Bytes per second that the operators of a step reach on any card with a higher published rate, and the least share of
+the published rate that they reach while matrix products reach theirs (docs/experiments.md).
+"""
 
 
 def card_rates(rates: DeviceRates, dtype: str) -> Rates:
-    """What a card does in a second with a frozen model of this dtype; products at fp32's rate if it lacks theirs."""
+    """Return a card's rates for a frozen model of this dtype; falls back to the fp32 rate for products."""
     products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
     moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
     return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)

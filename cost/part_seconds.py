@@ -1,10 +1,10 @@
-"""The seconds of rows that run together, from what is known of a model and a device without a measurement.
+"""Seconds of rows that run together, estimated from a model and a device without a measurement.
 
-Work rises with the tokens, and attention with their square in each row. Beside that a part has its launches. A GPU does
-its work while the next operators are launched, so a part takes the longer of both: below the tokens that fill the card,
-smaller parts take no less. A processor takes one after the other.
+Work grows with the tokens, and attention with their square in each row. A part also has launch overhead. A GPU works
+while the next operators are launched, so a part takes the longer of both: below the tokens that fill the card, smaller
+parts are not faster. A CPU does both in sequence.
 
-Seconds are by published rates, and no measured ones: the parts of a step are the same in every run of one seed.
+Seconds use published rates, not measured ones, so runs with the same seed split steps identically.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .cards import USUAL_CARD, device_table, find_device_spec
 from .step_time import LAUNCH_SECONDS, Rates
 
 PROCESSOR_FLOPS, PROCESSOR_LAUNCH = 1.5e11, 7e-6
-"""Floating-point operations that a processor is taken to do in a second, on one core in fp32, and the seconds of an
-operator beside its work: steps of MiniLM and SmolLM2-135M had 1.5e11 and 1.6e11, and 5e-6 and 8e-6."""
+"""Assumed fp32 operations per second of one CPU core, and the overhead of an operator in seconds: steps of MiniLM and
+SmolLM2-135M had 1.5e11 and 1.6e11, and 5e-6 and 8e-6.
+"""
 
 SECOND_RUN = 0.375
-"""What a second run of all layers takes of a step: one forward pass of what else is about two and two thirds."""
+"""Cost of recomputing all layers as a share of a step: one forward pass of about two and two thirds."""
 
 WORK = 4
-"""Floating-point operations for each frozen weight and token: a product and a sum, forward and for the gradient of the
-input."""
+"""Operations per frozen weight and token: a multiply-add, in the forward pass and for the input gradient."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class PartSeconds:
     """The seconds of a part.
 
     Attributes:
-        of_token: of a token beside attention.
-        attention: of a token for each token of its row.
-        launches: of all operators' launches.
-        overlaps: whether work is done while operators are launched.
-        layers: how many layers can be checkpointed.
+        of_token: seconds per token, excluding attention.
+        attention: seconds per token for each token in its row.
+        launches: seconds to launch all operators.
+        overlaps: whether work overlaps with launches.
+        layers: number of checkpointable layers.
     """
 
     of_token: float
@@ -53,13 +53,13 @@ class PartSeconds:
 
     @classmethod
     def of(cls, model: nn.Module, operators: int, layers: int, rates: Rates | None = None) -> PartSeconds:
-        """Of a model on its device.
+        """Estimate the seconds of a model on its device.
 
         Args:
             model: the PEFT model.
-            operators: that a step has.
-            layers: how many layers can be checkpointed.
-            rates: of the device; by default as published of the model's, if it is a GPU.
+            operators: number of operators in a step.
+            layers: number of checkpointable layers.
+            rates: rates of the device; by default the published ones, if it is a GPU.
         """
         device = next(model.parameters()).device
         overlaps = device.type == "cuda" or rates is not None
@@ -70,13 +70,13 @@ class PartSeconds:
     def of_sizes(
         cls, sizes: tuple[int, int], operators: int, layers: int, rates: Rates, *, overlaps: bool
     ) -> PartSeconds:
-        """The same of a model whose `product_sizes` are known; see `overlaps`."""
+        """Estimate the seconds of a model with known `product_sizes`; see `overlaps`."""
         weights, width = sizes
         attention = WORK * max(layers, 1) * width * 2 / rates.flops
         return cls(WORK * weights / rates.flops, attention, rates.launch_seconds * operators, overlaps, layers)
 
     def __call__(self, rows: IntArray, lengths: IntArray, layers: int) -> FloatArray:
-        """Seconds of parts by their rows and lengths, (parts,), with so many layers checkpointed."""
+        """Return the seconds of parts with given rows and lengths, (parts,), and this many checkpointed layers."""
         work = rows * lengths * (self.of_token + self.attention * lengths)
         whole = np.maximum(work, self.launches) if self.overlaps else work + self.launches
         again: FloatArray = whole * (1 + SECOND_RUN * layers / max(self.layers, 1))
@@ -84,19 +84,19 @@ class PartSeconds:
 
     @property
     def filling_tokens(self) -> int:
-        """The tokens whose work takes as long as the launches of a part: fewer leave a card waiting."""
+        """Tokens whose work takes as long as a part's launches: fewer leave a card idle."""
         return int(self.launches / max(self.of_token, 1e-30))
 
 
 def product_sizes(model: nn.Module) -> tuple[int, int]:
-    """The weights of a model's products, and the width of its hidden states."""
+    """Return the number of weights in a model's products, and the width of its hidden states."""
     matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
     weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
     return weights, int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
 
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What a device does in a second in a model of this precision."""
+    """Return the rates of a device for a model of this precision."""
     if device.type != "cuda":
         return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=PROCESSOR_LAUNCH)
     try:

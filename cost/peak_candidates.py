@@ -1,9 +1,9 @@
-"""Peak candidates: the times of a training step at which memory can be highest, and what is live then under any plan.
+"""Peak candidates: times in a training step at which memory can peak, and the live storages under any plan.
 
-In the forward pass saved tensors only accumulate. So a time cannot be the peak if the other tensors take as much at a
-later time. In the backward pass saved tensors only become fewer, and earlier times win; or later ones, where adapters'
-gradients take more than what was saved. That leaves a handful of the thousands of operators; with gradient
-checkpointing, a handful for each segment. On batches of some 16 tokens others can be higher by a few per cent.
+In the forward pass saved tensors only accumulate, so a time is no peak if the other tensors take as much at a later
+one. In the backward pass saved tensors only shrink, so earlier times win; or later ones, if adapter gradients outgrow
+the saved tensors. This leaves a handful of thousands of operators, or a handful per segment with gradient
+checkpointing. On batches of about 16 tokens, other times can be higher by a few per cent.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .cost import ByteCost, moment_costs
 from .recording import NEVER, Recording
 
 UNDERESTIMATE = 1e-4
-"""Candidates are left out as long as no sampled plan's peak falls by more than this share."""
+"""Candidates are dropped while no sampled plan's peak falls by more than this share."""
 
 
 @dataclass(frozen=True, eq=False)
 class PeakCandidate:
-    """The storages that can be live at one time of a step; masks are bool (storages,) where nothing else is said.
+    """Storages that can be live at one time of a step; masks are bool (storages,) unless noted.
 
     Attributes:
-        label: a description of the time, for people.
-        always: storages that are live under every plan.
-        needed: storages that are live if one of their modules in a phase of `Recording.needed_in_phases` is adapted,
-            (phases, storages); each is in one phase at the most.
-        saved_in_segment: storages that are live if one of their modules in `Recording.saved_in_segment` is adapted.
-        segment_inputs: inputs of a checkpointed segment, live if one of the modules is for which the segment saves.
-        copied: storages of which a second copy is live.
+        label: display name of the time.
+        always: storages live under every plan.
+        needed: storages live if one of their modules in a phase of `Recording.needed_in_phases` is adapted, (phases,
+            storages); each is in at most one phase.
+        saved_in_segment: storages live if one of their modules in `Recording.saved_in_segment` is adapted.
+        segment_inputs: inputs of a checkpointed segment, live if any module the segment saves for is adapted.
+        copied: storages with a second live copy.
         time: the time; gradients created later are not live yet.
     """
 
@@ -47,19 +47,19 @@ class PeakCandidate:
 
     @property
     def reasons(self) -> BoolArray:
-        """The masks of storages that are live under some plans, in the order of `reasons_to_hold`."""
+        """Masks of the storages live under some plans, in the order of `reasons_to_hold`."""
         return np.vstack([self.needed, self.saved_in_segment, self.segment_inputs])
 
 
 @dataclass(frozen=True, eq=False)
 class PeakStorages:
-    """The peak of one plan, storage by storage. `ModelStates` are not part of it.
+    """The peak of one plan per storage, without `ModelStates`.
 
     Attributes:
-        label: a description of the peak's time, for people.
+        label: display name of the time of the peak.
         total: bytes at the peak, with model states and margin.
-        candidate: the candidate that is the peak; None for the optimizer's step, when no recorded storage is live.
-        sizes: bytes of each recorded storage, parameters' gradients included; 0 if it is not live, (storages,).
+        candidate: the candidate at the peak; None for the optimizer step, when no recorded storage is live.
+        sizes: bytes of each recorded storage, including parameter gradients; 0 if not live, (storages,).
         recording: the recorded step.
     """
 
@@ -75,10 +75,10 @@ class PartOfStep:
     """A part of a step, and its candidates.
 
     Attributes:
-        times: at which its candidates can be; for the second run of a segment the one before which it runs.
-        segment: the segment that runs, -1 for none.
-        second: whether it is a second run of that segment.
-        candidates: makes the candidates, from what each storage takes.
+        times: possible times of its candidates; for the recomputation of a segment, the time just before it.
+        segment: the running segment, -1 for none.
+        second: whether the segment is being recomputed.
+        candidates: creates the candidates from the bytes of each storage.
     """
 
     times: IntArray
@@ -99,7 +99,7 @@ class PeakFinder:
         self._gradient = np.isin(serials, list(recording.gradients))
         self._on_context = np.isin(serials, list(recording.on_context_until))
         self._none = np.zeros(len(serials), dtype=np.bool_)
-        self._first_segment = np.full(len(serials), len(serials))  # the first segment whose input a storage is
+        self._first_segment = np.full(len(serials), len(serials))  # the first segment with a storage as input
         for index in range(len(recording.segments))[::-1]:
             self._first_segment[list(recording.segments[index].inputs)] = index
         self._is_input = self._first_segment < len(serials)
@@ -109,7 +109,7 @@ class PeakFinder:
 
     @cached_property
     def parts(self) -> list[PartOfStep]:
-        """The forward pass, the backward pass outside of segments and in each, and the second run of each."""
+        """Parts: the forward pass, the backward pass outside segments and in each, and each recomputation."""
         recording = self._recording
         parts = [PartOfStep(recording.created[self._forward], -1, False, self._in_forward_pass)]
         backward = ~self._forward & ~self._gradient
@@ -123,25 +123,25 @@ class PeakFinder:
         return parts
 
     def candidates(self, sizes: FloatArray) -> list[PeakCandidate]:
-        """Those of all parts."""
+        """Return the candidates of all parts."""
         return [candidate for part in self.parts for candidate in part.candidates(sizes)]
 
     def bounds(self, base: FloatArray, growing: FloatArray, held: BoolArray, gradients: FloatArray) -> FloatArray:
-        """What the candidates of each of `parts` can hold at the most, in bytes, (parts,).
+        """Return an upper bound in bytes for the candidates of each of `parts`, (parts,).
 
         Args:
-            base: what each storage takes if it is held, (storages,).
-            growing: what it takes beside that if it is live at all, (storages,).
-            held: whether it is where it is needed, saved in a segment that runs, or such a segment's input,
-                (3, storages).
-            gradients: what it takes as a parameter's gradient, 0 if it is none, (storages,).
+            base: bytes of each storage if held, (storages,).
+            growing: additional bytes if it is live at all, (storages,).
+            held: whether it is held where needed, saved in a running segment, or as such a segment's input, (3,
+                storages).
+            gradients: bytes as a parameter gradient, 0 for others, (storages,).
         """
         recording, segments, parts = self._recording, self._recording.segments, self.parts
         if any(segment.reentrant for segment in segments):
             return np.full(len(parts), np.inf)
         where_needed, where_saved, as_input = np.where(held, base, 0.0) + growing
         created, freed = recording.created, recording.freed
-        # A segment that does not run holds its inputs alone of what it brings back.
+        # Of its restored tensors, an inactive segment only holds its inputs.
         back_again = self._forward & ~self._needed & (self._saved_in_segment | self._is_input)
         live = self._level(~back_again & ~self._gradient, created, freed, where_needed)
         live += np.cumsum(np.bincount(created, gradients, minlength=len(live)))
@@ -156,7 +156,7 @@ class PeakFinder:
         back = saved & (begins < NEVER) & (freed >= begins)
         returned = live + self._level(back & ~self._needed, begins, freed, where_saved)
         returned += self._level(back & copied, begins, freed, base)
-        # What is needed outside of its segment as well is in `live`; only a copy of it comes on top.
+        # Storages also needed outside their segment are in `live`; only a copy is added.
         others = inside & ~(self._needed & held[0] & (freed > starts))
         soon = np.minimum(recording.freed_if_unsaved, ends)
         running = self._level(others, created, soon, base + growing)
@@ -175,7 +175,7 @@ class PeakFinder:
         return found
 
     def _level(self, among: BoolArray, created: IntArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
-        """Bytes of storages at each time, if they are created and freed at these times, (times,)."""
+        """Return the bytes of storages at each time, given their creation and release times, (times,)."""
         last = int(self._recording.created.max())
         change = np.bincount(created[among], sizes[among], minlength=last + 2)
         change -= np.bincount(np.minimum(freed[among], last) + 1, sizes[among], minlength=last + 2)
@@ -202,19 +202,19 @@ class PeakFinder:
             yield self._during_backward(self._label("backward", time), index, time)
 
     def _during_backward(self, label: str, index: int, time: int, *, after: bool = False) -> PeakCandidate:
-        """The candidate while gradients flow through a segment (-1: none), during an operator or `after` it."""
+        """Return the candidate while gradients pass a segment (-1: none), during an operator or `after` it."""
         recording = self._recording
         live = (recording.created <= time) & (recording.freed >= time + after) & ~self._gradient
         within = self._forward & (recording.segment_index == index) & (index >= 0)
         saved_in_segment = live & within & self._saved_in_segment
-        # The second run copies the tensors that functions still keep on their contexts from the first run.
+        # Recomputation copies tensors that function contexts still hold from the first run.
         copied = saved_in_segment & self._on_context & self._needed
         held_to_end = self._none
         if index >= 0 and recording.segments[index].reentrant:
             saved_in_segment[list(recording.segments[index].outputs)] = True
             held_to_end = self._incoming_gradients(index)
             live |= held_to_end
-        # The layer may save its input in another precision only, so at the loss it need not be among what is live.
+        # The layer may save only a cast copy of its input, so the input need not be live at the loss.
         inputs = self._is_input & (self._first_segment <= index if index >= 0 else live | self._yet_to_run(time))
         inputs &= self._on_device(index if index >= 0 else self._begun(recording.forward_end))
         needed = live & (~self._forward | self._needed)
@@ -224,35 +224,35 @@ class PeakFinder:
         return PeakCandidate(label, always, phases, saved_in_segment, inputs, copied, time)
 
     def _in_phases(self, needed: BoolArray, time: int) -> BoolArray:
-        """These storages by the phase in which each is at a time, bool (phases, storages)."""
+        """Return these storages by their phase at a time, bool (phases, storages)."""
         numbers = np.arange(len(self._phase_ends))[:, np.newaxis]
         result: BoolArray = needed & ((self._phase_ends < time).sum(axis=0) == numbers)
         return result
 
     def _begun(self, time: int) -> int:
-        """The last segment that has begun by a time, -1 for none."""
+        """Return the last segment started by a time, -1 for none."""
         return sum(segment.start <= time for segment in self._recording.segments) - 1
 
     def _on_device(self, index: int) -> BoolArray:
-        """Storages that are not in main memory as inputs of segments while this one runs, bool (storages,)."""
+        """Return the storages not offloaded as segment inputs while this segment runs, bool (storages,)."""
         count = self._recording.inputs_on_device
         near: BoolArray = self._first_segment > index - count
         return near if count else ~self._none
 
     def _yet_to_run(self, time: int) -> BoolArray:
-        """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""
+        """Return the inputs of segments not yet recomputed by `time`, bool (storages,)."""
         waits = np.append(self._second_starts >= time, False)
         waiting: BoolArray = waits[np.minimum(self._first_segment, len(waits) - 1)]
         return waiting
 
     @cached_property
     def _second_starts(self) -> IntArray:
-        """When each segment runs again, -1 if it does not, (segments,)."""
+        """Recomputation time of each segment, -1 for none, (segments,)."""
         segments = range(len(self._recording.segments))
         return np.array([self._recording.second_run_start(index) for index in segments], dtype=np.int64)
 
     def _incoming_gradients(self, index: int) -> BoolArray:
-        """The gradients with which a reentrant segment's backward pass begins; it holds them to its end."""
+        """Return the initial gradients of a reentrant segment's backward pass, held until it ends."""
         recording = self._recording
         start = int(self._second_starts[index])
         live = (recording.created <= start) & (recording.freed > start)
@@ -279,7 +279,7 @@ class PeakFinder:
             )
 
     def _highest(self, sizes: FloatArray, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
-        """The times at which these storages take more bytes than at any later (if not `latest`, any earlier) time."""
+        """Return times at which these storages exceed all later times (all earlier ones if not `latest`)."""
         created = self._recording.created[among]
         if not len(created):
             return []
@@ -300,9 +300,9 @@ class PeakFinder:
 
 
 def needed_candidates(cost: ByteCost, generator: np.random.Generator) -> list[int]:
-    """Rising indices of enough candidates that the peak of every sampled plan falls by at most `UNDERESTIMATE`.
+    """Return sorted indices of candidates that lower each sampled plan's peak by at most `UNDERESTIMATE`.
 
-    Sampled are a few fixed plans, and 300 random ones: any density, or top layers only, with ranks 1 to 64.
+    Samples a few fixed plans and 300 random ones: any density, or top layers only, with ranks 1 to 64.
     """
     costs = moment_costs(cost, np.stack([*_sampled(cost, generator)]))
     peaks = costs.max(axis=1)
@@ -316,7 +316,7 @@ def needed_candidates(cost: ByteCost, generator: np.random.Generator) -> list[in
 
 
 def keep_candidates(cost: ByteCost, kept: list[int]) -> ByteCost:
-    """The cost with these candidates only (indices), and with the groups that at least one of them holds."""
+    """Restrict the cost to these candidates (indices), and to the groups held by at least one of them."""
     used = cost.group_bytes[kept].any(axis=0)
     return replace(
         cost,

@@ -1,4 +1,4 @@
-"""Measures the peak of real training steps: on a GPU by a loop's events, on a CPU by what Linux says is resident."""
+"""Measure the peak of real training steps: through the CUDA allocator, or on a CPU through resident memory on Linux."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .live_storages import LivePeak
 from .model_states import gradients_of, state_bytes
 
 MARGIN = 0.03
-"""The share of the prediction by which a measured peak may differ without a word."""
+"""Relative difference between measured and predicted peak tolerated without an explanation."""
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The batches that `before_step` got for one optimizer step.
+    """The batches passed to `before_step` in one optimizer step.
 
     Attributes:
-        count: how many; 0 if none were passed.
-        unpadded: whether all have a mask, and none masks anything.
+        count: number of batches; 0 if none were passed.
+        unpadded: whether every batch has a mask that masks nothing.
     """
 
     count: int
@@ -40,18 +40,18 @@ class StepBatches:
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> StepBatches:
-        """Of these batches."""
+        """Summarise these batches."""
         return cls(len(batches), bool(batches) and all(map(has_no_padding, batches)))
 
 
 def likely_cause(peak: int, predicted: float, batches: StepBatches, accumulation: int) -> str:
-    """The prediction of a measured peak and the likely cause if they differ by more than the margin, else nothing.
+    """Return the prediction and likely cause if a measured peak differs by more than the margin, else nothing.
 
     Args:
-        peak: measured, in bytes.
-        predicted: in bytes.
-        batches: of the measured step.
-        accumulation: the batches of a step, as the run was told.
+        peak: measured bytes.
+        predicted: predicted bytes.
+        batches: batches of the measured step.
+        accumulation: configured batches per step.
     """
     if abs(peak - predicted) <= MARGIN * predicted:
         return ""
@@ -76,24 +76,24 @@ def likely_cause(peak: int, predicted: float, batches: StepBatches, accumulation
 
 
 class PeakMeter:
-    """Measures the bytes at the peak of chosen training steps, without the frozen model.
+    """Measures peak bytes of chosen training steps, excluding the frozen model.
 
-    On CUDA the allocator's record is read. On other devices every tensor that the step creates is followed, which slows
-    that one step by a few percent; a model under torch.compile then runs uncompiled.
+    On CUDA this reads the allocator's statistics. On other devices it tracks every tensor created in the step, which
+    slows that step by a few per cent; a model under torch.compile then runs uncompiled.
 
-    Call `begin` before a step's first forward pass, and `end` after the optimizer's step. What runs between the two
-    last, such as a callback of the user's, does not count. What stays and was created in this step, as the optimizer's
-    state in the first one, counts as present from the start, as it will be in the next step. Gradients of the step
-    before count until they are cleared, wherever in the step that is.
+    Call `begin` before a step's first forward pass, and `end` after the optimizer step. Code between the optimizer step
+    and `end`, such as a user callback, is excluded. Persistent tensors created in this step, such as optimizer state in
+    the first one, count from its start, as in the next step. Gradients of the previous step count until they are
+    cleared.
 
     Args:
-        every_steps: number of steps from one measurement to the next. The first step, and each one after `request`, is
-            measured as well.
+        every_steps: number of steps between measurements. The first step, and each one after `request`, is also
+            measured.
 
     Attributes:
-        history: (step, bytes at the peak) of each measured step.
-        requested: whether the next step is measured, whatever its number.
-        highest: makes the peak of all processes of that of this one; all measure the same steps.
+        history: (step, peak bytes) of each measured step.
+        requested: whether the next step is measured regardless of its number.
+        highest: reduces this process's peak to that of all processes, which measure the same steps.
     """
 
     _latest: ClassVar[Callable[[], PeakMeter | None]] = lambda: None
@@ -107,15 +107,15 @@ class PeakMeter:
         self._bytes_before = 0
         self._lasting_before = 0
         self._lasting: Callable[[], int] = int
-        # The highest rise of live bytes since `begin`, and that of the passes; None if no step is being measured, or
-        # before the passes have ended.
+        # The highest rise of live bytes since `begin`, and that of the passes; None outside a measured step, or before
+        # the passes end.
         self._rise: Callable[[], int] | None = None
         self._rise_of_passes: int | None = None
         self._go_on_from: Callable[[int], None] = lambda rise: None
 
     @property
     def measuring(self) -> bool:
-        """Whether a step is being measured."""
+        """True if a step is being measured."""
         return self._rise is not None
 
     def request(self) -> None:
@@ -123,7 +123,7 @@ class PeakMeter:
         self.requested = True
 
     def due(self, step: int) -> bool:
-        """Whether `step` is to be measured."""
+        """True if `step` is to be measured."""
         return self.requested or step % self.every_steps == 0
 
     def begin(
@@ -133,15 +133,15 @@ class PeakMeter:
         extra: int = 0,
         buffers: Callable[[], int] = int,
     ) -> None:
-        """Begin to measure a step.
+        """Start to measure a step.
 
-        A measurement that another meter has begun and never ended, since its loop met an error, ends without a result.
+        A measurement left open by another meter, whose loop failed, is discarded.
 
         Args:
             model: the PEFT model.
-            optimizer: whose state counts.
-            extra: bytes of other tensors that exist already.
-            buffers: tells the bytes of others that stay once they are there, such as those of signals.
+            optimizer: the optimizer with the state.
+            extra: bytes of other existing tensors.
+            buffers: returns the bytes of other persistent buffers, such as those of signals.
         """
         for meter in {self, PeakMeter._latest() or self}:
             meter.close()
@@ -167,7 +167,7 @@ class PeakMeter:
             self._rise = lambda: max(found[0], torch.cuda.max_memory_allocated(device) - allocated)
             self._go_on_from = go_on_from
         else:
-            # Under a dispatch mode, torch.compile would stop compiling the code for good.
+            # Under a dispatch mode, torch.compile would permanently stop compiling the code.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
             live = self._contexts.enter_context(LivePeak())
             live.hold(gradients)
@@ -183,24 +183,24 @@ class PeakMeter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave out what runs inside, in the middle of a step; what it leaves behind counts from then on."""
+        """Exclude code inside the context from a step; whatever it leaves allocated counts afterwards."""
         rise = self._rise() if self._rise else None
         yield
         if rise is not None and self._rise:
             self._go_on_from(rise)
 
     def passed(self) -> None:
-        """Note the end of the forward and backward passes, if work on gradients comes before the optimizer's step."""
+        """Mark the end of the forward and backward passes, if gradients are processed before the optimizer step."""
         if self._rise and self._rise_of_passes is None:
             self._rise_of_passes = self._rise()
 
     def _stepped(self) -> None:
-        """Note the end of the optimizer's step: later rises do not count."""
+        """Mark the end of the optimizer step: later rises do not count."""
         rise = self._rise() if self._rise else 0
         self._rise = lambda: rise
 
     def end(self, step: int) -> int | None:
-        """End the measured step, of this number, and return bytes at its peak; None if no step is being measured."""
+        """Finish measuring a step with this number, and return its peak bytes; None if none is being measured."""
         peak = self.end_other()
         if peak is not None:
             self.requested = False
@@ -208,7 +208,7 @@ class PeakMeter:
         return peak
 
     def end_other(self) -> int | None:
-        """As `end`, for what is no training step, such as an evaluation: it stands in no history."""
+        """Like `end`, for work outside training steps such as evaluation, which is not in the history."""
         if self._rise is None:
             return None
         rise, new = self._rise(), self._lasting() - self._lasting_before
@@ -231,7 +231,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def restart_resident_peak() -> int | None:
-    """Free unused memory, reset the record of the peak, and return bytes resident now; None if it cannot be reset."""
+    """Free unused memory, reset the peak, and return resident bytes; None if the peak cannot be reset."""
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -243,7 +243,7 @@ def restart_resident_peak() -> int | None:
 
 
 def resident_peak() -> int:
-    """The highest number of bytes resident since `restart_resident_peak`."""
+    """Return the peak resident bytes since `restart_resident_peak`."""
     return _status_bytes("VmHWM")
 
 

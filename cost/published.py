@@ -1,9 +1,8 @@
-"""What is published of models, by name: their configurations.
+"""Find the published configurations of models by name.
 
-A model's configuration is found without its weights: in a folder or a file, by a short name or a Hugging Face id. The
-configurations of common models ship with the package, so that neither they nor a network are needed: sizes are facts,
-published on the models' pages. What a configuration says of a model of text is checked here as well: whether it reads
-tokens at all, and how many of them a row can have.
+A configuration is found without the weights: in a folder or file, by a short name or by a Hugging Face id. Those of
+common models ship with the package, so they need no network: sizes are facts, published on the models' pages. This
+module also checks the configurations of text models: the model must read tokens, and rows must fit its positions.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from ..errors import AssetError, ConfigError, first_line, shown
 from .known_models import check_known, published_models, short_name
 from .step_config import Quantization
 
-if TYPE_CHECKING:  # which loads torch: names are refused before that
+if TYPE_CHECKING:  # imports torch; names are refused earlier
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def find_configuration(name: str) -> PreTrainedConfig:
-    """A model's configuration.
+    """Return a model's configuration.
 
     Args:
-        name: a local folder or config.json; a short name of the table, such as "qwen3-8b"; or a Hugging Face id. The
-            ids of the table's models, and of their variants for chat, need no network.
+        name: a local folder or config.json; a short name of the table, such as "qwen3-8b"; or a Hugging Face id. Ids in
+            the table, and those of their chat variants, need no network.
 
     Raises:
         UnknownNameError: there is no such model.
-        AssetError: a path that does not exist, or an id that cannot be read, as without a network.
-        ConfigError: the configuration names no model that transformers knows.
+        AssetError: the path does not exist, or the id cannot be read, as without a network.
+        ConfigError: the configuration names no model known to transformers.
     """
     check_known(name)
     path, short = expanded(name), short_name(name)
@@ -50,22 +49,22 @@ def find_configuration(name: str) -> PreTrainedConfig:
 
 @cache
 def try_hub_once() -> None:
-    """Ask the hub once whether it answers; if not, what is cached serves, and the rest fails at once.
+    """Probe the hub once; if it does not answer, use cached files and let other requests fail at once.
 
-    Its client would try again for half a minute for each file.
+    Otherwise its client retries for half a minute per file.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # of the library that speaks HTTP, which differs between versions
+    except Exception:  # errors of the HTTP library, which differ between versions
         constants.HF_HUB_OFFLINE = True
 
 
 def read_configuration(place: str | Path) -> PreTrainedConfig:
-    """What transformers makes of a folder, a config.json or an id.
+    """Return the transformers configuration of a folder, a config.json or an id.
 
     Raises:
-        DataError, ConfigError: a file here is too large or no JSON, or has a number with which no answer would come.
-        Exception: whatever transformers raises.
+        DataError, ConfigError: a local file is too large or not JSON, or contains a number too large to process.
+        Exception: any error of transformers.
     """
     from transformers import AutoConfig
 
@@ -93,11 +92,11 @@ UNUSABLE = (
     *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, RecursionError),
     ImportError,
 )
-"""What reading a configuration ends with where its fields make no model, besides ValueError."""
+"""Errors raised for a configuration whose fields do not form a model, in addition to ValueError."""
 
 
 def unusable(name: str, error: Exception) -> ConfigError:
-    """The error for a configuration that makes no model, or only with code that comes with it."""
+    """Return the error for a configuration that forms no model, or needs its own code."""
     if isinstance(error, ConfigError):
         return error
     if needs_code(error):
@@ -111,13 +110,13 @@ def unusable(name: str, error: Exception) -> ConfigError:
 
 
 def said_of(error: Exception) -> str:
-    """What an error says of a configuration, by the configuration's own names."""
+    """Rephrase an error about a configuration in terms of its own field names."""
     said = first_line(error)
     return "pad_token_id is not below vocab_size." if said.startswith("Padding_idx") else said
 
 
 def needs_code(error: Exception) -> bool:
-    """Whether transformers has refused to run what a model brings."""
+    """True if transformers refused to run code shipped with the model."""
     return "trust_remote_code" in str(error)
 
 
@@ -125,21 +124,21 @@ _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("num_hidden_layers", "max_position_embeddings", "state_size", "d_kv", "d_ff"),
 )
-"""Sizes that are at least 1 where a model of text has them."""
+"""Sizes that must be at least 1 if a text model defines them."""
 
 _A_SIZE = re.compile(r"(n|d|num)_.+|.+_(size|dim|heads|layers|experts|rank|embeddings|kernel|labels|step)")
-"""What configurations call numbers of which something is made: all sizes, and more."""
+"""Names of counts in configurations: all sizes, and more."""
 
 
 def _most(name: str) -> int:
-    """The largest size that is taken, far above that of any model: with more, no answer would come."""
+    """Return the largest accepted size, well above that of any model; anything larger would never finish."""
     return 2**9 if "layer" in name else 2**20 if "label" in name else 2**24
 
 
 def _check_numbers(fields: Mapping[str, Any], model: str) -> None:
-    """Raise ConfigError for a size beyond what is taken, in a configuration or in a part of it.
+    """Raise ConfigError for an excessive size in a configuration or a nested part of it.
 
-    A part that is no model of text may have -1 for none.
+    A part that is not a text model may use -1 for none.
     """
     for name, value in fields.items():
         if isinstance(value, dict) and name.endswith("_config"):
@@ -154,7 +153,7 @@ def _wrong_size(model: str, name: str, value: object) -> ConfigError:
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Raise ConfigError for a size that no model has, and for architectures that are no names."""
+    """Raise ConfigError for impossible sizes and for architectures that are not names."""
     model = config.name_or_path or config.model_type
     named = config.architectures
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
@@ -165,7 +164,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
     try:
         text: Any = config.get_text_config()
         fields = vars(text)
-    except (ValueError, TypeError) as error:  # it has several, or something else in the place of one
+    except (ValueError, TypeError) as error:  # it has several text parts, or an invalid one
         raise ConfigError(f"The configuration of {model!r} has no one model of text: {first_line(error)}") from error
     for name, value in fields.items():
         if type(value) is int and _A_SIZE.fullmatch(name) and not 0 <= value <= _most(name):
@@ -175,21 +174,21 @@ def check_sizes(config: PreTrainedConfig) -> None:
             size = getattr(text, name, None)
         except RuntimeError:  # layers have sizes of their own (Gemma 4)
             continue
-        of_class = isinstance(getattr(type(text), name, None), property)  # XLNet has -1 positions, which is any number
+        of_class = isinstance(getattr(type(text), name, None), property)  # XLNet has -1 positions, meaning any number
         if isinstance(size, str | float) or (isinstance(size, int) and not of_class and not 1 <= size <= _most(name)):
             raise _wrong_size(model, name, size)
 
 
 _TOKENS = ("input_ids", "inputs")
-"""The main input of models that read tokens, as transformers calls it; the second is Perceiver's, of any kind."""
+"""Main inputs of models that read tokens, in transformers; the second is Perceiver's, of any modality."""
 
 
 def check_reads_tokens(config: PreTrainedConfig, name: str = "") -> None:
-    """Raise ConfigError for a model that reads pictures or sound, and no tokens.
+    """Raise ConfigError for a model that reads images or audio but no tokens.
 
     Args:
-        config: of the model.
-        name: of the model, for the error; by default the place from which the configuration was read.
+        config: configuration of the model.
+        name: name of the model in the error; by default the place its configuration was read from.
     """
     name = name or config.name_or_path
     main = _main_input(config)
@@ -202,7 +201,7 @@ def check_reads_tokens(config: PreTrainedConfig, name: str = "") -> None:
 
 
 def check_experts(config: PreTrainedConfig) -> None:
-    """Raise ConfigError for a mixture that sends a token to more experts than it has, or to none."""
+    """Raise ConfigError for a mixture that routes a token to no expert, or to more than it has."""
     text: Any = config.get_text_config()
     experts = next((n for name in _EXPERTS if isinstance(n := getattr(text, name, None), int)), 0)
     chosen = getattr(text, "num_experts_per_tok", None)
@@ -214,14 +213,14 @@ def check_experts(config: PreTrainedConfig) -> None:
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""What configurations call the number of experts that a router chooses from."""
+"""Configuration fields for the number of experts a router chooses from."""
 
 
 def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
-    """How a checkpoint stores its weights in fewer bits, such as "mxfp4"; empty if it does not.
+    """Return the checkpoint's own quantisation method, such as "mxfp4"; empty if it has none.
 
     Raises:
-        ConfigError: it does, and other bits are asked for.
+        ConfigError: it has one, and another quantisation is requested.
     """
     stored: Any = getattr(config, "quantization_config", None) or {}
     given: Any = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
@@ -237,7 +236,7 @@ def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
 
 
 def _main_input(config: PreTrainedConfig) -> str:
-    """The name of the main input of the model's own class, or of its base where the configuration names no class."""
+    """Return the main input of the model's own class, or of its base class if the configuration names none."""
     import transformers
 
     kinds = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
@@ -247,19 +246,19 @@ def _main_input(config: PreTrainedConfig) -> str:
 
 
 def positions_of(config: Any) -> int | None:
-    """The positions that a configuration names; None if it names none."""
+    """Return the positions in a configuration; None if it has none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def most_positions(model: PreTrainedModel) -> int | None:
-    """The most tokens of a row for which the model has positions; None where its class or configuration sets no limit.
+    """Return the most tokens per row that the model has positions for; None if there is no limit.
 
     Args:
-        model: without adapters, or inside them.
+        model: the model, with or without adapters around it.
     """
     most = positions_of(model.config) or 0
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding token's number.
+        # RoBERTa-style models start counting positions after the padding token's index.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             most = min(most, module.num_embeddings - module.padding_idx - 1)
     return most if most > 0 else None

@@ -1,7 +1,7 @@
-"""Models in fewer bits on the meta device, as transformers and other programs load them and prepare them for training.
+"""Quantised models on the meta device, loaded and prepared for training as by transformers and other programs.
 
-A linear layer is bitsandbytes' own, on codes and scales without contents. transformers leaves fused experts as they are
-saved; what else programs do with them is an `ExpertBits`.
+Linear layers are bitsandbytes' own, with empty codes and scales. transformers leaves fused experts as saved; for other
+programs see `ExpertBits`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .step_config import ExpertBits, Quantization
 logger = logging.getLogger(__name__)
 
 BLOCK = 64
-"""Weights that share one scale in nf4."""
+"""Weights per nf4 scale."""
 
 SCALES_BLOCK = 256
-"""Scales that share one scale of theirs, where scales are quantised too."""
+"""Scales per second-level scale, if scales are quantised too."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep bitsandbytes from saying at every 8-bit product that it casts the inputs."""
+    """Silence bitsandbytes' warning at every 8-bit product that it casts the inputs."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -56,16 +56,15 @@ def quantise(
     prepare: bool = True,
     experts: ExpertBits = "transformers",
 ) -> PreTrainedModel:
-    """A hollow model as transformers loads it in fewer bits and PEFT prepares it for training.
+    """Quantise a meta model as transformers loads it and PEFT prepares it for training.
 
     Args:
-        model: on the meta device; it is changed. Products with nf4 weights are in its precision.
+        model: on the meta device; modified. Products with nf4 weights use its precision.
         quantization: nf4 or int8.
         double_quantization: whether nf4's scales are stored in eight bits.
-        kept: names of modules that are not quantised; by default those that transformers chooses, such as the output
-            layer.
+        kept: names of modules to leave unquantised; by default those of transformers, such as the output layer.
         prepare: see `StepConfig.prepare_kbit`.
-        experts: how fused experts are kept.
+        experts: storage of fused experts.
 
     Raises:
         UnsupportedError: bitsandbytes is missing.
@@ -98,7 +97,7 @@ def quantise(
 
 
 def _read_past_layers(model: nn.Module) -> list[str]:
-    """Mixers of Mamba that multiply with the weight of a layer itself, which has no shape in fewer bits."""
+    """Return Mamba mixers that read a layer's weight directly, which has no usable shape once quantised."""
     found = [
         name
         for name, module in model.named_modules()
@@ -113,15 +112,15 @@ def _read_past_layers(model: nn.Module) -> list[str]:
 def _quantise_experts(
     part: nn.Module, quantization: Quantization, dtype: torch.dtype, double: bool, *, whole: bool
 ) -> None:
-    """Store the experts of a layer in fewer bits.
+    """Quantise the experts of a layer.
 
     Args:
-        part: holds them.
+        part: the module that holds them.
         quantization: nf4 or int8.
-        dtype: of products.
+        dtype: precision of the products.
         double: whether nf4's scales are stored in eight bits.
-        whole: whether all experts of the layer are dequantised at once, and then stay for the backward pass as any
-            weight does; else one after the other, again in the backward pass.
+        whole: whether all experts of the layer are dequantised at once and saved for the backward pass like any weight;
+            otherwise one after the other, and again in the backward pass.
     """
     for name, weight in [(n, p) for n, p in part.named_parameters(recurse=False) if p.dim() == 3]:
         count, rows, columns = weight.shape
@@ -132,20 +131,20 @@ def _quantise_experts(
             codes, scales = torch.empty(weight.shape, dtype=torch.int8), [torch.empty(count * rows)]
         del part._parameters[name]
         part.register_parameter(name, nn.Parameter(codes, requires_grad=False))
-        eight = quantization == "int8" and whole  # which bitsandbytes makes in fp32, by two products
+        eight = quantization == "int8" and whole  # created by bitsandbytes in fp32, with two products
         of_one = (count if whole else 1, rows, columns)
         dequantised = _Dequantised(scales, of_one, count, torch.float32 if eight else dtype, products=1 + eight)
         parametrize.register_parametrization(part, name, dequantised, unsafe=True)
-    # A parameter that is read twice in one pass is made once, as bitsandbytes' hooks have it.
+    # A parameter read twice in one pass is created once, as with bitsandbytes' hooks.
     part.register_forward_pre_hook(lambda *_: setattr(parametrize, "_cache_enabled", parametrize._cache_enabled + 1))
     part.register_forward_hook(_forget, always_call=True)
 
 
 @contextmanager
 def adapters_on_quantised_experts() -> Iterator[None]:
-    """Let PEFT adapt experts that are dequantised where they are read, as 0.19 does, which axolotl has.
+    """Let PEFT adapt experts that are dequantised on access, as in 0.19, which axolotl uses.
 
-    From 0.21 on it reads a weight in a cache that its adapter is not in yet, so one of two adapters never trains.
+    From 0.21.1 on, it reads a cached weight without its adapter, so one of two adapters never trains.
     """
     usual = ParamWrapper._activate_lora
 
@@ -171,14 +170,14 @@ def adapters_on_quantised_experts() -> Iterator[None]:
 
 
 class _Changed(nn.Module):
-    """Adds what an adapter changes to the weights of all experts."""
+    """Adds an adapter's change to the weights of all experts."""
 
     def __init__(self, change: torch.Tensor) -> None:
         super().__init__()
         self._change = change
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The effective weights, (experts, ...)."""
+        """Return the effective weights, (experts, ...)."""
         return weight + self._change
 
 
@@ -189,7 +188,7 @@ def _forget(*_: Any) -> None:
 
 
 class _Dequantised(nn.Module):
-    """Makes the weights of experts from codes, wherever they are read."""
+    """Dequantises the weights of experts wherever they are read."""
 
     def __init__(
         self, scales: list[Any], shape: tuple[int, ...], experts: int, dtype: torch.dtype, *, products: int = 1
@@ -200,14 +199,14 @@ class _Dequantised(nn.Module):
 
     @torch.no_grad()
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """The weights, (experts, ...); where experts are dequantised one by one they share one's memory."""
-        for _ in range(self._products):  # each is there until the next one is
+        """Return the weights, (experts, ...); experts dequantised one by one share memory."""
+        for _ in range(self._products):  # each lives until the next one is created
             made = torch.empty(self._shape, dtype=self._dtype, device=codes.device)
         return made.expand(self._experts, *self._shape[1:])
 
 
 def _four_bit_state(shape: torch.Size, double: bool, dtype: torch.dtype) -> Any:
-    """The scales of a weight, as bitsandbytes has them."""
+    """Return the scales of a weight in bitsandbytes' format."""
     new_state = import_module("bitsandbytes").functional.QuantState
     blocks = -(-shape.numel() // BLOCK)
     scales = torch.empty(blocks, dtype=torch.uint8 if double else torch.float32)
@@ -243,17 +242,17 @@ def _eight_bit_layer(d_in: int, d_out: int) -> Any:
     product: Any = import_module("bitsandbytes.autograd._functions").MatMul8bitFp.apply
 
     class OnCpu(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-        """The layer as it trains on the CPU: it makes its weight whole for each product."""
+        """An 8-bit layer trained on the CPU: dequantises its whole weight for each product."""
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            """The product of inputs of shape (..., d_in) and the weight."""
+            """Return the product of inputs (..., d_in) and the weight."""
             if self.bias is not None and self.bias.dtype != inputs.dtype:
                 self.bias.data = self.bias.data.to(inputs.dtype)
             output: torch.Tensor = product(inputs, self.weight, None, self.bias, self.state)
             return output
 
     kind = OnCpu if META_STANDS_FOR.get() == "cpu" else bnb.nn.Linear8bitLt
-    # Which columns are outliers, and computed in 16 bits, depends on the data: they are few, and not counted.
+    # The few outlier columns, computed in 16 bits, depend on the data and are not counted.
     layer = kind(d_in, d_out, bias=False, has_fp16_weights=False, threshold=0.0)
     codes = torch.empty(d_out, d_in, dtype=torch.int8)
     layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)

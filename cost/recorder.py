@@ -1,7 +1,7 @@
-"""Records training steps: follows modules, storages and autograd's graph through a forward and a backward pass.
+"""Record training steps: track modules, storages and autograd's graph through a forward and a backward pass.
 
-A gradient that goes two ways, such as into a layer and past it, waits until both have been gone. Under a plan whose
-graph has one of the ways only, it is freed after that one. So which nodes hold each gradient is followed as well.
+A gradient with two paths, such as into a layer and around it, waits for both. A plan whose graph has only one of them
+frees it after that one. The recorder therefore also tracks the nodes that hold each gradient.
 """
 
 from bisect import bisect_right
@@ -37,13 +37,14 @@ _FOREIGN_HOOKS = (
 )
 
 AGREE: ContextVar[Callable[[Callable[[], Recording]], Recording] | None] = ContextVar("AGREE", default=None)
-"""Gives the recording of the first of several processes that run a model together, where threads free what they send:
-no two recordings are quite the same, and all processes have to take the same decisions. None elsewhere."""
+"""Replaces a recording by that of the first of several processes that run a model together. Recordings differ slightly
+with threads that free what they send, but all processes must take the same decisions. None elsewhere.
+"""
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """The value that the saved-tensor hooks put into the graph in place of a tensor."""
+    """Placeholder that the saved-tensor hooks put into the graph for a tensor."""
 
     serial: int | None
     tensor: torch.Tensor | None
@@ -51,14 +52,14 @@ class _Packed:
 
 @dataclass
 class _Stretch:
-    """A stretch of the forward pass during which one module runs, and none inside it.
+    """A stretch of the forward pass in which one module runs, excluding modules inside it.
 
     Attributes:
-        time: when it begins.
-        sequence: autograd's sequence number at that time; the nodes of the stretch have this number or a higher one.
+        time: start time.
+        sequence: autograd's sequence number at that time; nodes of the stretch have at least this number.
         name_index: index of the module's name.
-        target_index: index of the innermost target module that runs, -1 for none.
-        depth: number of modules that run, one inside the other.
+        target_index: index of the innermost running target module, -1 for none.
+        depth: number of nested running modules.
     """
 
     time: int
@@ -74,8 +75,8 @@ class Recorder:
     Args:
         model: the model.
         targets: its target modules.
-        loss: the loss of a batch; by default the one that the model returns.
-        outside: parameters that train beside the model's.
+        loss: the loss of a batch; by default the one returned by the model.
+        outside: trained parameters outside the model.
     """
 
     def __init__(
@@ -98,15 +99,15 @@ class Recorder:
         self.target_of_parameter: dict[int, int] = {
             id(p): i for i, target in enumerate(targets) for p in target.parameters.values()
         }
-        self.every_plan: int = 1 << len(targets)  # the bit for all that trains whatever the plan
+        self.every_plan: int = 1 << len(targets)  # the bit for everything that trains under any plan
         self.always_trains = {i: t.layer for i, t in enumerate(targets) if _requires_grad_always(t.layer)}
 
     def step(self, batch: Batch, *, sizes_alone: bool = False) -> Recording:
         """Record a forward and a backward pass, and clear the gradients; `freed_if_unsaved` equals `freed`.
 
         Args:
-            batch: what the loss takes.
-            sizes_alone: leave out which modules create and need the storages; takes less time.
+            batch: input of the loss.
+            sizes_alone: skip the modules that create and need the storages; faster.
 
         Raises:
             UnsupportedError: the model returns no loss.
@@ -114,7 +115,7 @@ class Recorder:
         return _Run(self, batch, sizes_alone).record(save=True)
 
     def forward(self, batch: Batch) -> Recording:
-        """Record a forward pass in which autograd saves nothing.
+        """Record a forward pass without saved tensors.
 
         Raises:
             UnsupportedError: the model returns no loss.
@@ -122,7 +123,7 @@ class Recorder:
         return _Run(self, batch, sizes_alone=True).record(save=False)
 
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
-        """Fill in `freed_if_unsaved`, by a forward pass of the same batch in which autograd saves nothing.
+        """Fill in `freed_if_unsaved` with a forward pass of the same batch without saved tensors.
 
         Raises:
             UnsupportedError: that pass ran other operations.
@@ -143,7 +144,7 @@ class Recorder:
             if serial in needed or serial in saved_in_segments:
                 continue
             if recording.target_index[serial] >= 0:
-                # It is on a graph that the loss does not depend on, such as that of DoRA's detached norm.
+                # It is on a graph that does not reach the loss, such as that of DoRA's detached norm.
                 needed[serial] = 1 << int(recording.target_index[serial])
             else:
                 freed[serial] = recording.freed[serial]
@@ -156,7 +157,7 @@ class _Run:
     def __init__(self, recorder: Recorder, batch: Batch, sizes_alone: bool = False) -> None:
         self._recorder, self._batch, self._sizes_alone = recorder, batch, sizes_alone
         self._mode = LiveStorages(self._note_created, self._note_freed)
-        # One entry for each storage.
+        # One entry per storage.
         self._created: list[int] = []
         self._sizes: list[int] = []
         self._freed: list[int] = []
@@ -166,9 +167,9 @@ class _Run:
         self._needed: dict[int, ModuleSet] = {}
         self._needed_later: dict[int, Phases] = {}
         self._on_context_until: dict[int, int] = {}
-        # The forward pass, and where the run is in it; the backward pass returns to the stretch of each node.
+        # The forward pass and the current position in it; the backward pass revisits the stretch of each node.
         self._stretch = _Stretch(0, 0, 0, -1, 0)
-        self._stretches, self._sequences = [self._stretch], [0]  # the latter are those of the stretches
+        self._stretches, self._sequences = [self._stretch], [0]  # sequence numbers of the stretches
         self._callers: list[_Stretch] = []
         self._segments: list[Segment] = []
         self._segment = -1
@@ -233,7 +234,7 @@ class _Run:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Follow which module runs."""
+        """Track the running module."""
         handles = [layer.register_forward_hook(self._as_leaf) for layer in self._recorder.always_trains.values()]
         if not self._sizes_alone:
             handles.append(register_module_forward_pre_hook(self._enter))
@@ -246,7 +247,7 @@ class _Run:
             self._leaves.clear()
 
     def _as_leaf(self, module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-        """Hold a module's output and its gradient as a leaf's, which the output is where the module is not adapted."""
+        """Hold a module's output and gradient as a leaf would, since an unadapted module's output is a leaf."""
         leaf: torch.Tensor = _Leaf.apply(output, self._leaves)  # type: ignore[no-untyped-call]
         return leaf
 
@@ -265,7 +266,7 @@ class _Run:
         self._sequences.append(stretch.sequence)
 
     def _run_segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a checkpointed segment without checkpointing, and note it."""
+        """Run a checkpointed segment without checkpointing, and record it."""
         inputs = self._serials((arguments, function.keywords if isinstance(function, partial) else None))
         start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
         name = self._recorder.names[self._stretch.name_index]
@@ -280,7 +281,7 @@ class _Run:
         return tuple(dict.fromkeys(serial for serial in serials if serial is not None))
 
     def _pack(self, tensor: torch.Tensor, *, save: bool) -> _Packed:
-        # A node that saved its own output with its grad_fn would keep itself alive for ever.
+        # A node that saved its own output with its grad_fn would keep itself alive forever.
         tensor = tensor.data
         return _Packed(self._mode.serial(tensor), tensor if save else None)
 
@@ -322,13 +323,13 @@ class _Run:
         return self._recorder.every_plan if target is None or target in self._recorder.always_trains else 1 << target
 
     def _find_saved(self, flow: dict[Any, ModuleSet]) -> None:
-        """Note which storages the nodes saved, and for which modules."""
+        """Record the storages saved by the nodes, and the modules they are saved for."""
         for node in flow:
             sequence = node._sequence_nr()
             segment = self._segment_of(sequence)
             for packed, modules in saved_by(node, flow):
                 if isinstance(packed, torch.Tensor) and packed.dim() == 0 and self._mode.serial(packed) is None:
-                    continue  # a Python number, which is saved without hooks
+                    continue  # a Python number, saved without hooks
                 if not isinstance(packed, _Packed):
                     raise UnsupportedError(_FOREIGN_HOOKS)
                 self._saving.add(sequence)
@@ -341,13 +342,13 @@ class _Run:
                     continue
                 until = max(self._on_context_until.get(serial, 0), self._parent_left_at(sequence))
                 self._on_context_until[serial] = until
-                # A checkpoint that is not reentrant frees only the tensors that the hooks see.
+                # Non-reentrant checkpointing frees only tensors visible to the hooks.
                 held = segment < 0 or not self._segments[segment].reentrant
                 saved = self._needed if held else self._segments[segment].saved
                 saved[serial] = saved.get(serial, 0) | flow[node]
 
     def _follow_backward(self, flow: dict[int, ModuleSet]) -> None:
-        """Set stretch, segment and modules to the running node's; a node that sums gradients changes nothing."""
+        """Switch stretch, segment and modules to the running node; nodes that sum gradients have no effect."""
         node = torch._C._current_autograd_node()
         sequence = None if node is None else node._sequence_nr()
         if sequence not in flow or node.name().endswith("AccumulateGrad"):
@@ -359,19 +360,19 @@ class _Run:
         self._segment = self._segment_of(sequence)
 
     def _parent_left_at(self, sequence: int) -> int:
-        """The time at which the parent of a node's module returned; until then its variables hold the node's result."""
+        """Return the return time of a node's parent module; until then its local variables hold the result."""
         index = bisect_right(self._sequences, sequence)
         outside = self._stretches[index - 1].depth - 2
         return next((stretch.time for stretch in self._stretches[index:] if stretch.depth <= outside), NEVER)
 
     def _segment_of(self, sequence: int) -> int:
-        """The checkpointed segment to which a node belongs, -1 for none."""
+        """Return the checkpointed segment of a node, -1 for none."""
         index = bisect_right(self._segments, sequence, key=lambda segment: segment.sequences[0]) - 1
         return index if index >= 0 and sequence < self._segments[index].sequences[1] else -1
 
 
 class _Leaf(torch.autograd.Function):
-    """The identity; like a leaf of the graph, it keeps its tensor and the gradient alive after the backward pass."""
+    """The identity; like a leaf of the graph, it keeps its tensor and gradient alive after the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -386,7 +387,7 @@ class _Leaf(torch.autograd.Function):
 
 
 def _requires_grad_always(layer: nn.Module) -> bool:
-    """Whether `enable_input_require_grads` makes a module's output require gradients even if it is not adapted."""
+    """True if `enable_input_require_grads` makes a module's output require gradients even without an adapter."""
     return any(map(requires_grad_hook, layer._forward_hooks.values()))
 
 
@@ -400,14 +401,14 @@ def _sequence() -> int:
 
 
 class GradientHolders:
-    """Watches the nodes of a graph while its backward pass runs.
+    """Watches the nodes of a graph during its backward pass.
 
-    It keeps none of the nodes: a node would keep alive what its function has on its context.
+    Keeps no references to nodes, which would keep their contexts alive.
 
     Args:
         flow: the modules of each node; see `flow_from`.
-        serial: the serial number of a tensor's storage, None if it was not created in the step.
-        now: the time.
+        serial: returns the serial number of a tensor's storage, None if created outside the step.
+        now: returns the time.
     """
 
     def __init__(
@@ -440,7 +441,7 @@ class GradientHolders:
         return {serial: phases for serial, phases in found.items() if phases}
 
     def _held(self, created: Sequence[int], freed: Sequence[int]) -> dict[int, list[tuple[int, ModuleSet]]]:
-        """By serial number of a storage of the backward pass: until when nodes hold it, and the modules of each."""
+        """Return until when nodes hold each backward storage, and their modules, by serial number."""
         held: dict[int, list[tuple[int, ModuleSet]]] = {}
         start_of = dict(zip(self._order, self._starts, strict=True))
         ends = [*self._starts[1:], self._now()]
@@ -452,14 +453,14 @@ class GradientHolders:
                 holders = held.setdefault(serial, [])
                 holders.append((end, self._modules[number]))
                 for to in self._next[number]:
-                    # A gradient that is the only one of its node comes in as it is. Others may have been added up.
+                    # The only gradient of a node arrives unchanged. Others may have been summed.
                     if serial not in self._incoming.get(to, ()) and self._ways_in[to] > 1:
                         holders.append((start_of.get(to, freed[serial]), self._modules[to]))
         return held
 
 
 def _shrinking(holders: list[tuple[int, ModuleSet]], freed: int, needed: ModuleSet) -> Phases:
-    """The times at which nodes let go of a storage so that fewer modules need it; none if something else holds it."""
+    """Return the times at which nodes release a storage, shrinking its modules; empty if something else holds it."""
     holders.sort()
     if holders[-1][0] < freed:
         return ()

@@ -1,10 +1,10 @@
-"""A recorded training step: its batch's shape, and the bytes, the life and the users of every tensor.
+"""A recorded training step: its batch shape, and the size, lifetime and users of every tensor.
 
-An operation takes part in the backward pass if one of its inputs depends on something that trains. Autograd saves a
-tensor for the gradient of certain inputs of one operation (a product saves each factor for the gradient of the other).
-Under a plan it is saved exactly if one of those inputs depends on an adapted module. So a recording of one step in
-which *every* module is adapted tells what any other plan would save; which modules each operation serves is read from
-autograd's graph. `cost/recorder.py` makes recordings.
+An operation takes part in the backward pass if one of its inputs depends on a trained parameter. Autograd saves a
+tensor for the gradients of certain inputs of one operation (a product saves each factor for the gradient of the other).
+A plan saves it exactly if one of those inputs depends on an adapted module. One recorded step with *every* module
+adapted therefore shows what any other plan would save. Autograd's graph shows the modules that each operation serves.
+`cost/recorder.py` makes recordings.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from .cost import ModuleSet
 
 
 def adapted_modules(ranks: IntArray | BoolArray) -> ModuleSet:
-    """The modules that a plan adapts, with what always trains; `ranks`, or whether each is above 0, (modules,)."""
+    """Return the modules a plan adapts, and what always trains; `ranks` holds ranks or flags, (modules,)."""
     return sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
 
 
 NEVER = np.iinfo(np.int64).max
-"""The time of an event that does not happen within the step."""
+"""Time of an event outside the step."""
 
 
 Phases = tuple[tuple[int, ModuleSet], ...]
-"""Rising times, and the modules that need a storage after each; they become fewer."""
+"""Increasing times, and the shrinking sets of modules that need a storage after each."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the forward pass that gradient checkpointing runs again in the backward pass.
+    """A part of the forward pass recomputed in the backward pass under gradient checkpointing.
 
     Attributes:
-        start: the time at which it begins.
-        end: the time at which it ends.
+        start: start time.
+        end: end time.
         inputs: serial numbers of its input tensors' storages.
         outputs: serial numbers of its output tensors' storages.
         sequences: autograd's sequence number at its start and end.
-        reentrant: whether the second run builds a separate graph, which holds the outputs until its backward pass ends.
-        name: name of the module that runs again.
-        saved: storages that its operations save for the backward pass, and the target modules that need each: what the
-            second run holds and, without checkpointing, the first one.
+        reentrant: whether recomputation builds a separate graph, which holds the outputs until its backward pass ends.
+        name: name of the recomputed module.
+        saved: storages saved by its operations for the backward pass, and the target modules that need each; held by
+            the second run and, without checkpointing, by the first.
     """
 
     start: int
@@ -60,33 +60,32 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A training step in which every module is adapted.
+    """A training step with every module adapted.
 
-    Storages have serial numbers, in the order of creation; times are numbers of operators run before.
+    Storages have serial numbers in order of creation; times count the operators run before.
 
     Attributes:
         sizes: bytes of each storage, int64 (storages,).
-        created: when each storage is created, int64 (storages,).
-        freed: when it is freed; NEVER if it outlives the step; int64 (storages,).
-        freed_if_unsaved: when it would be freed if autograd saved nothing, int64 (storages,).
-        name_index: index into `names` of the module in whose forward or backward pass it is created, int64 (storages,).
-        target_index: the target module in whose forward or backward pass it is created, -1 for none, int64 (storages,).
-        segment_index: the checkpointed segment in whose forward or backward pass it is created, -1 for none, int64
-            (storages,).
-        needed: by serial number, the target modules that need a storage. In the forward pass: it is held beyond
-            `freed_if_unsaved` if one of them is adapted. In the backward pass: it exists only if one of them is.
+        created: creation time of each storage, int64 (storages,).
+        freed: time each is freed; NEVER if it outlives the step; int64 (storages,).
+        freed_if_unsaved: time each would be freed if autograd saved nothing, int64 (storages,).
+        name_index: index into `names` of the module whose forward or backward pass creates it, int64 (storages,).
+        target_index: target module whose forward or backward pass creates it, -1 for none, int64 (storages,).
+        segment_index: checkpointed segment whose forward or backward pass creates it, -1 for none, int64 (storages,).
+        needed: target modules that need a storage, by serial number. A storage of the forward pass outlives
+            `freed_if_unsaved` if any of them is adapted; one of the backward pass exists only if any of them is.
         needed_later: storages of the backward pass that fewer modules need later: by serial number, the modules that
-            count after each of some times, in place of those of `needed`.
-        on_context_until: storages that a Python autograd function keeps on its context, where autograd's hooks do not
-            see them: by serial number, the time at which the parent of the function's module returned.
-        uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
-        gradients: by serial number of a parameter's gradient, the parameter's target module; -1 for other parameters.
-        added_at: by serial number of a parameter's gradient, the time at which it is added to the parameter.
+            replace those of `needed` after each of some times.
+        on_context_until: storages a Python autograd function keeps on its context, invisible to autograd's hooks: by
+            serial number, the time at which the parent of the function's module returned.
+        uses_saved: whether the backward operation that created it uses a saved tensor, bool (storages,).
+        gradients: target module of each parameter gradient, by serial number; -1 for other parameters.
+        added_at: time at which each parameter gradient is accumulated, by serial number.
         names: names of all modules.
-        forward_end: the time at which the loss is known.
+        forward_end: time at which the loss is known.
         segments: the checkpointed segments, in forward order.
-        inputs_on_device: of how many segments inputs are on the device at once, where the others' lie in main memory;
-            0 where all are on the device.
+        inputs_on_device: number of segments whose inputs are on the device at once while the others are offloaded; 0 if
+            all stay on the device.
     """
 
     sizes: IntArray
@@ -109,7 +108,7 @@ class Recording:
 
     @cached_property
     def needed_in_phases(self) -> tuple[dict[int, ModuleSet], ...]:
-        """`needed`, and what takes its place after the first, the second, ... of the times of `needed_later`."""
+        """`needed`, and its successive replacements at the times of `needed_later`."""
         count = max(map(len, self.needed_later.values()), default=0)
         later = [
             {serial: phases[index][1] for serial, phases in self.needed_later.items() if index < len(phases)}
@@ -119,7 +118,7 @@ class Recording:
 
     @cached_property
     def saved_in_segment(self) -> dict[int, ModuleSet]:
-        """By serial number of a storage created in a segment, the target modules for which that segment saves it."""
+        """Target modules for which a segment saves each storage created in it, by serial number."""
         return {
             serial: modules
             for index, segment in enumerate(self.segments)
@@ -128,18 +127,18 @@ class Recording:
         }
 
     def second_run_start(self, index: int) -> int:
-        """The time at which a segment runs again, just before gradients flow through it; -1 if none do."""
+        """Return the time at which a segment is recomputed, just before gradients reach it; -1 if none do."""
         flowing = (self.created > self.forward_end) & (self.segment_index == index)
-        if not self.segments[index].reentrant:  # it runs again for the first operation that uses a saved tensor
+        if not self.segments[index].reentrant:  # recomputed for the first operation that uses a saved tensor
             flowing &= self.uses_saved
         return int(self.created[flowing].min()) - 1 if flowing.any() else -1
 
     def with_checkpointed(self, layers: Collection[str]) -> Recording:
-        """The same step with fewer checkpointed segments.
+        """Return the same step with fewer checkpointed segments.
 
         Args:
-            layers: names of the modules that still run again in the backward pass. Of the others, what their
-                operations save is held from the forward pass on.
+            layers: names of the modules still recomputed in the backward pass. Tensors saved by the others are held
+                from the forward pass on.
         """
         kept = [index for index, segment in enumerate(self.segments) if segment.name in layers]
         needed = dict(self.needed)
@@ -147,24 +146,24 @@ class Recording:
             if segment.name not in layers:
                 for serial, modules in segment.saved.items():
                     needed[serial] = needed.get(serial, 0) | modules
-        numbers = np.full(len(self.segments) + 1, -1)  # the last is for storages of no segment, whose index is -1
+        numbers = np.full(len(self.segments) + 1, -1)  # the last is for storages outside segments, with index -1
         numbers[kept] = np.arange(len(kept))
         segments = tuple(self.segments[index] for index in kept)
         return replace(self, segments=segments, needed=needed, segment_index=numbers[self.segment_index])
 
     def accumulating(self) -> Recording:
-        """The same step where the parameters have gradients already, of a batch before: new ones are soon freed.
+        """Return the same step with gradients left from an earlier batch: new ones are soon freed.
 
-        The gradients that are there are not among its storages.
+        Existing gradients are not among its storages.
         """
         freed = self.freed.copy()
         freed[list(self.added_at)] = list(self.added_at.values())
         return replace(self, freed=freed, gradients={})
 
     def saved_under(self, ranks: IntArray) -> BoolArray:
-        """Whether autograd holds each storage at the end of the forward pass under a plan, bool (storages,).
+        """Return the storages autograd holds at the end of the forward pass under a plan, bool (storages,).
 
-        Storages saved inside checkpointed segments are left out. `ranks` has shape (modules,).
+        Storages saved inside checkpointed segments are excluded. `ranks` has shape (modules,).
         """
         adapted = adapted_modules(ranks)
         saved = np.zeros(len(self.sizes), dtype=np.bool_)
@@ -179,14 +178,14 @@ class BatchShape:
 
     Attributes:
         rows: number of examples.
-        length: tokens of each example, padding included; 1 if the batch has no axis of tokens.
+        length: tokens per example, including padding; 1 if the batch has no token axis.
     """
 
     rows: int
     length: int
 
     def joined(self, other: BatchShape) -> BatchShape:
-        """The smallest shape that covers both."""
+        """Return the smallest shape to cover both."""
         return BatchShape(max(self.rows, other.rows), max(self.length, other.length))
 
     def __str__(self) -> str:

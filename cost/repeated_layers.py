@@ -1,8 +1,8 @@
-"""Records a model by a few of its layers, where they are alike.
+"""Record a model through a few of its layers, if they are alike.
 
-The layers of a large model are alike, or alternate between few kinds. What a layer between two others of its kind
-creates, saves and frees is then what any such layer does. So a model is recorded with its first few layers alone, and
-the recording of the whole one is made by repeating the operators of a layer, or of a period of them.
+Layers of a large model are identical, or alternate between a few kinds. A layer between two others of its kind creates,
+saves and frees the same tensors as any such layer. The model is therefore recorded with only its first few layers, and
+the full recording repeats the operators of one layer, or of one period of layers.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from .step_time import StepWork
 from .training_step import CHECKPOINT, TrainingStep
 
 _PEFT = "base_model.model."
-"""What the names of the base's modules begin with in a PEFT model; those of target modules do not."""
+"""Prefix of the base model's module names in a PEFT model; names of target modules lack it."""
 
 WORTH_IT = 0.7
-"""The largest share of the layers that is recorded for all."""
+"""Largest share of layers recorded for all others."""
 
 PERIODS = 3
-"""How many periods are recorded: the one that is repeated has another one below and above."""
+"""Number of recorded periods: the repeated one has one below and one above."""
 
 
 @dataclass(frozen=True, eq=False)
 class RepeatedLayers:
-    """The layers of a model that stand for all.
+    """The recorded layers that represent all layers of a model.
 
     Attributes:
-        owner: the module that has the layers.
-        name: of the list of layers in its owner.
-        prefix: of the names of the layers in the base model, with the dot.
-        period: after how many layers their kinds repeat.
-        first: how many layers come before the first whole period.
-        count: the layers of the whole model.
+        owner: the module with the layers.
+        name: name of the list of layers in its owner.
+        prefix: prefix of the layers' names in the base model, with the dot.
+        period: number of layers after which their kinds repeat.
+        first: number of layers before the first whole period.
+        count: number of layers in the whole model.
     """
 
     owner: nn.Module
@@ -62,19 +62,19 @@ class RepeatedLayers:
 
     @property
     def kept(self) -> int:
-        """How many layers are recorded, from the first on."""
+        """Number of recorded layers, from the first on."""
         return self.first + PERIODS * self.period
 
     @property
     def more(self) -> int:
-        """How often the period is repeated."""
+        """Number of times the period is repeated."""
         return (self.count - self.kept) // self.period
 
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[TargetModule]) -> list[RepeatedLayers]:
-        """How a model's layers can be cut, the best way first.
+        """Return ways to cut a model's layers, the best first.
 
-        None, where not all target modules in layers that can be checkpointed are in one list of them.
+        Empty unless one list holds all target modules within checkpointable layers.
         """
         marked = {name for name, module in model.named_modules() if CHECKPOINT in vars(module)}
         adapted = [f"{_PEFT}{target.name}." for target in targets]
@@ -101,7 +101,7 @@ class RepeatedLayers:
 
     @contextmanager
     def cut(self) -> Iterator[None]:
-        """The model with the layers that are recorded alone."""
+        """Cut the model to the recorded layers inside the context."""
         whole = getattr(self.owner, self.name)
         setattr(self.owner, self.name, nn.ModuleList(whole[: self.kept]))
         try:
@@ -110,17 +110,17 @@ class RepeatedLayers:
             setattr(self.owner, self.name, whole)
 
     def period_of(self, name: str) -> int | None:
-        """The number of the period in which a module is, below 0 for layers before the first; None outside of them."""
+        """Return a module's period, negative for layers before the first; None outside the layers."""
         number = self.number(name)
         return None if number is None else (number - self.first) // self.period
 
     def number(self, name: str) -> int | None:
-        """The number of the layer in which a module is; None outside of the layers."""
+        """Return the index of a module's layer; None outside the layers."""
         parts = self._parts(name)
         return parts and parts[1]
 
     def moved(self, name: str, periods: int) -> str:
-        """The name of the same module in a layer that lies some periods above."""
+        """Return the name of the same module in a layer some periods above."""
         parts = self._parts(name)
         return name if parts is None else f"{parts[0]}{parts[1] + periods * self.period}{parts[2]}"
 
@@ -134,16 +134,16 @@ class RepeatedLayers:
     def repeated(
         self, memory: MemoryModel, model: nn.Module, targets: Sequence[TargetModule], states: ModelStates
     ) -> MemoryModel | None:
-        """The byte model of the whole model, from that of the cut one.
+        """Extend the byte model of the cut model to the whole model.
 
         Args:
-            memory: of the cut model, all of whose layers are checkpointed.
+            memory: byte model of the cut model, with all layers checkpointed.
             model: the whole model.
             targets: its target modules.
-            states: what its adapters and optimizer hold.
+            states: bytes held by its adapters and optimizer.
 
         Returns:
-            The byte model; None if the layers turn out not to be alike.
+            The byte model; None if the layers turn out to differ.
         """
         recording = memory.recording
         if [self.number(segment.name) for segment in recording.segments] != [*range(self.kept)]:
@@ -167,7 +167,7 @@ class RepeatedLayers:
         )
 
     def repeated_work(self, work: StepWork, model: nn.Module, targets: Sequence[TargetModule]) -> StepWork | None:
-        """What a step of the whole model computes, from what one of the cut model does; see `repeated`."""
+        """Extend the computation of a step of the cut model to the whole model; see `repeated`."""
         if [self.number(name) for name in work.running_again] != [*range(self.kept)]:
             return None
         layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -176,13 +176,13 @@ class RepeatedLayers:
 
 
 def _kind(layer: nn.Module) -> Any:
-    """All that decides what a layer computes, going by its modules, parameters and settings."""
+    """Return everything that determines a layer's computation: its modules, parameters and settings."""
     modules = [(name, type(module), _settings(module)) for name, module in layer.named_modules()]
     return modules, [(name, each.shape, each.dtype, each.requires_grad) for name, each in layer.named_parameters()]
 
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
-"""What the number of a layer is called in it."""
+"""Attribute names for the index of a layer."""
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
@@ -191,7 +191,7 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _before(kinds: Sequence[Any], period: int) -> int:
-    """How many layers come before whole periods of equal kinds that reach to the last layer; at least one does."""
+    """Return the number of layers, at least one, before whole periods of equal kinds up to the last layer."""
     first = len(kinds) - period
     while first > 1 and kinds[first - 1] == kinds[first - 1 + period]:
         first -= 1
@@ -200,18 +200,17 @@ def _before(kinds: Sequence[Any], period: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Tiling:
-    """How a recording is made longer, by copies of one period.
+    """Extends a recording by copies of one period.
 
-    They run in turn in the forward pass, and the other way round in the backward pass. Copy 0 is the recorded period.
-    What is not repeated counts as copy -1 where it is before all copies in the forward pass, or behind them in the
-    backward pass, and as a copy above the highest between the two. Times of a span are above its start and up to its
-    end.
+    Copies run in order in the forward pass, and in reverse in the backward pass. Copy 0 is the recorded period.
+    Unrepeated parts count as copy -1 if they come before all copies in the forward pass or after them in the backward
+    pass, and as one past the highest copy in between. A span excludes its start time and includes its end.
 
     Attributes:
         recorded: the recording of the cut model.
-        layers: how the model was cut.
-        forward: the span of the period in the forward pass.
-        backward: in the backward pass.
+        layers: the cut of the model.
+        forward: span of the period in the forward pass.
+        backward: span in the backward pass.
     """
 
     recorded: Recording
@@ -221,7 +220,7 @@ class _Tiling:
 
     @classmethod
     def of(cls, recorded: Recording, layers: RepeatedLayers) -> _Tiling | None:
-        """The tiling of a recording; None if a layer of the period, or the one below it, has no backward pass."""
+        """Create the tiling of a recording; None if a layer of the period or the one below has no backward pass."""
         bottom = layers.first + layers.period
         back = recorded.created > recorded.forward_end
         begun = [
@@ -241,7 +240,7 @@ class _Tiling:
         return self.backward[1] - self.backward[0]
 
     def is_regular(self) -> bool:
-        """Whether the period below creates and frees just what the period does."""
+        """True if the period below creates and frees the same storages as the period."""
         for start, shift in ((self.forward[0], self.ahead), (self.backward[0], -self.back)):
             end = start + abs(shift)
             own, below = self.within(start, end), self.within(start - shift, end - shift)
@@ -254,9 +253,9 @@ class _Tiling:
         return np.flatnonzero((created > start) & (created <= end))
 
     def _known_of(self, serials: IntArray, below: int) -> IntArray:
-        """Sizes and times of storages that were created in a period so far below.
+        """Return sizes and times of storages created `below` periods down.
 
-        Times are those of the repeated period where they are near that period's.
+        Times near that period are relative to the repeated one.
         """
         recorded = self.recorded
         ends = [self._seen_from(times[serials], below) for times in (recorded.created, recorded.freed)]
@@ -267,9 +266,9 @@ class _Tiling:
         return np.where(ahead, times + below * self.ahead, np.where(back, times - below * self.back, times))
 
     def _near(self, times: IntArray, below: int = 0) -> tuple[BoolArray, BoolArray]:
-        """Which times are near those of a period so far below: in its forward pass, and in its backward pass.
+        """Return masks of times near a period `below` down: in its forward pass, and in its backward pass.
 
-        The forward pass of the period above, and the backward passes of those beside it, are near as well.
+        The forward pass of the period above and the backward passes of both neighbours count as near too.
         """
         ahead = times - (self.forward[0] - below * self.ahead)
         back = times - (self.backward[0] + below * self.back)
@@ -277,7 +276,7 @@ class _Tiling:
 
     @cached_property
     def copies(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Of each storage of the whole recording: the recorded one, its copy, and when it is created."""
+        """Return the recorded storage, copy and creation time of each storage of the whole recording."""
         created = self.recorded.created
         serials = np.arange(len(created))
         repeated = np.zeros(len(created), dtype=np.bool_)
@@ -291,7 +290,7 @@ class _Tiling:
         return origin[order], copies[order], times[order]
 
     def times(self, times: IntArray, origin: IntArray, copies: IntArray) -> IntArray:
-        """When what happens to recorded storages at these times happens to copies of them; all (storages,)."""
+        """Map times of recorded storages to those of their copies; all (storages,)."""
         more = self.layers.more
         later, last = more * self.ahead, more * self.back
         from_above = self.recorded.created[origin] > self.forward[1]
@@ -305,10 +304,10 @@ class _Tiling:
 
 
 class _Copies:
-    """Tells what modules of the cut model, and sets of them, are as copies of the period see them.
+    """Maps modules of the cut model, and sets of them, to the view of each copy of the period.
 
     Args:
-        layers: how the model was cut.
+        layers: the cut of the model.
         targets: names of the target modules of the whole model.
     """
 
@@ -317,12 +316,12 @@ class _Copies:
         self._target_numbers = {name: number for number, name in enumerate(targets)}
         self._kept = [name for name in targets if (layers.period_of(name) or 0) < PERIODS]
         self._periods = [layers.period_of(name) for name in self._kept]
-        self._above: int = layers.more + 1  # the copy of what is above
+        self._above: int = layers.more + 1  # the copy for everything above
         self._set = cache(self._new_set)
         self._bits, self._lower = cache(self._new_bits), cache(self._lower_copies)
 
     def _numbers(self, recorded: Sequence[str], whole: Sequence[str]) -> IntArray:
-        """By copy and number of a recorded name, the number in the whole model.
+        """Return the index in the whole model, by copy and index of a recorded name.
 
         The last row is for copy -1, and the last column is -1, for none.
         """
@@ -332,19 +331,19 @@ class _Copies:
         return np.array(rows, dtype=np.int64)
 
     def _name(self, name: str, copy: int) -> str:
-        """The name of a recorded module as a copy of the period sees it."""
+        """Return a recorded module's name as seen from a copy of the period."""
         period = self._layers.period_of(name)
         if period is None or period < 1:
             return name
         return self._layers.moved(name, min(max(copy, 0), self._layers.more) if period == 1 else self._layers.more)
 
     def _new_set(self, modules: ModuleSet, copy: int) -> ModuleSet:
-        """The modules of the whole model, from those that a recorded storage or segment names.
+        """Return the whole model's modules for those of a recorded storage or segment.
 
-        What depends on a module of a layer depends on all below that, since a layer's output is its input and more.
+        Whatever depends on a module of a layer depends on everything below, through the residual stream.
         """
         if copy < 0 and modules & self._up_to(PERIODS) & ~self._up_to(1):
-            copy = self._above  # what all layers use, such as a mask
+            copy = self._above  # shared by all layers, such as a mask
         found, bits = 0, self._bits(copy)
         for number in range(modules.bit_length()):
             if modules >> number & 1:
@@ -352,11 +351,11 @@ class _Copies:
         return found | self._lower(copy) if modules & self._up_to(2 if copy == self._above else 1) else found
 
     def _up_to(self, end: int) -> ModuleSet:
-        """The recorded target modules in layers below a period."""
+        """Return the recorded target modules in layers below a period."""
         return sum(1 << i for i, period in enumerate(self._periods) if period is not None and period < end)
 
     def _new_bits(self, copy: int) -> list[ModuleSet]:
-        """For each recorded target module, and for all that always trains, the bit for it in a copy's view."""
+        """Return each recorded target module's bit in a copy's view, and the bit for what always trains."""
         found = []
         for name, period in zip(self._kept, self._periods, strict=True):
             near = period == 0 and 0 <= copy < self._above
@@ -364,7 +363,7 @@ class _Copies:
         return [*found, 1 << len(self._targets)]
 
     def _lower_copies(self, copy: int) -> ModuleSet:
-        """All target modules of the periods from the one below the copies to the second below a copy."""
+        """Return all target modules from the period below the copies to the second below a copy."""
         below = [name for name, period in zip(self._kept, self._periods, strict=True) if period == 0]
         return sum(self._bit(self._layers.moved(name, each)) for name in below for each in range(copy))
 
@@ -372,10 +371,10 @@ class _Copies:
         return 1 << self._target_numbers[name]
 
     def work(self, work: StepWork, layers: Sequence[str], widths: IntArray) -> StepWork | None:
-        """What the whole model computes, operator by operator; None if the period below computes something else.
+        """Extend the computation per operator to the whole model; None if the period below differs.
 
         Args:
-            work: of the cut model.
+            work: computation of the cut model.
             layers: `StepWork.layers` of the whole model.
             widths: its `StepWork.widths`.
         """
@@ -416,12 +415,12 @@ class _Copies:
 
 
 class _Whole(_Copies):
-    """Makes the recording of a whole model.
+    """Builds the recording of a whole model.
 
     Args:
-        tiling: of the recording of the cut model.
-        names: of all modules of the whole model.
-        targets: of its target modules.
+        tiling: tiling of the cut model's recording.
+        names: names of all modules of the whole model.
+        targets: names of its target modules.
     """
 
     def __init__(self, tiling: _Tiling, names: Sequence[str], targets: Sequence[str]) -> None:
@@ -429,7 +428,7 @@ class _Whole(_Copies):
         self._tiling, self._recorded, self._names = tiling, tiling.recorded, tuple(names)
         self._origin, self._copies, self._created = tiling.copies
         count = len(self._recorded.created)
-        # By copy (the last row is -1) and recorded storage, the storage of the whole recording.
+        # The storage of the whole recording, by copy (the last row is -1) and recorded storage.
         self._serials = np.full((self._above + 2, count), -1)
         self._serials[self._copies, self._origin] = np.arange(len(self._origin))
         single = np.maximum(self._serials[-1], self._serials[self._above])
@@ -439,7 +438,7 @@ class _Whole(_Copies):
         self._in_period = len(tiling.within(*tiling.forward))
 
     def recording(self) -> Recording:
-        """The recording."""
+        """Return the recording."""
         recorded, origin = self._recorded, self._origin
         moved = partial(self._tiling.times, origin=origin, copies=self._copies)
         layers = [f"{self._layers.prefix}{number}" for number in range(self._layers.count)]
@@ -470,7 +469,7 @@ class _Whole(_Copies):
         )
 
     def _each(self, recorded: Mapping[int, Any]) -> Iterator[tuple[int, int, int, Any]]:
-        """Of values by recorded storage: the new storage, the recorded one, its copy, and the value."""
+        """Yield the new storage, recorded storage, copy and value, for values by recorded storage."""
         for serial, value in recorded.items():
             if self._is_repeated[serial]:
                 for copy in range(self._above):
@@ -504,7 +503,7 @@ class _Whole(_Copies):
         )
 
     def _serial_for(self, serial: int, copy: int) -> int:
-        """The storage that a copy of a segment means by a recorded one: of the period below, that of the copy below."""
+        """Return a segment copy's storage for a recorded one; one of the period below maps to the copy below."""
         start, created = self._tiling.forward[0], self._recorded.created[serial]
         if 0 < copy < self._above and start - self._tiling.ahead < created <= start:
             return int(self._serials[copy - 1, serial + self._in_period])
@@ -514,7 +513,7 @@ class _Whole(_Copies):
 def measure_by_layers(
     training: TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
 ) -> MemoryModel:
-    """The byte model of a step by the first way to cut its layers that tells; ways that do not are taken out."""
+    """Return a step's byte model from the first workable cut of its layers; unworkable cuts are removed."""
     while ways:
         if memory := _of_few_layers(training, targets, batch, ways[0]):
             return memory
@@ -525,8 +524,8 @@ def measure_by_layers(
 def _of_few_layers(
     training: TrainingStep, targets: list[TargetModule], batch: Batch, layers: RepeatedLayers
 ) -> MemoryModel | None:
-    """The byte model of a step, measured with a few of its layers; None if these do not tell."""
-    with suppress(RankPilotError, AttributeError, *CUT_FAILS):  # such as where a model counts its layers
+    """Measure a step's byte model with a few of its layers; None if they do not represent all."""
+    with suppress(RankPilotError, AttributeError, *CUT_FAILS):  # such as for a model that counts its layers
         with layers.cut():
             memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
         return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
@@ -536,7 +535,7 @@ def _of_few_layers(
 def work_by_layers(
     training: TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
 ) -> StepWork:
-    """What a step computes, counted with a few of its layers where the first way to cut them tells."""
+    """Return a step's computation, counted with a few layers if the first cut works."""
     model, loss = training.model, training.loss
     for layers in ways[:1]:
         with suppress(RankPilotError, AttributeError, *CUT_FAILS):

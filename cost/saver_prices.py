@@ -1,4 +1,4 @@
-"""What exact savers bring: names, and the bytes of a step without and with each."""
+"""Names of exact savers, and the memory of a step without and with each."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ ACTIVATIONS = "selective checkpointing"
 
 
 def free_savers(targets: Sequence[ModuleSpec]) -> tuple[str, ...]:
-    """Those that take no time and can help a model that is not here, none of whose caches are filled."""
+    """Return the savers that cost no time and apply to a model known only by configuration, without a filled cache."""
     return (*([ROUTED] if any(target.experts > 1 for target in targets) else []), COPIES, TILES)
 
 
 MOST_MORE = 1.01
-"""By what factor bytes of a step whose layers are all checkpointed may rise, where a saver lowers those of one in which
-none is."""
+"""Highest accepted growth factor of a step with all layers checkpointed, if a saver lowers the step without
+checkpointing.
+"""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a step of plain LoRA, rank 8 on all modules, takes with one exact saver more than the one before.
+    """Memory of a plain LoRA step (rank 8 on all modules) after adding one exact saver.
 
     Attributes:
-        name: of the saver, or of several that were switched on together; "plain LoRA" for the first, which has none.
-        step_bytes: at the peak, where no layer is checkpointed.
-        again_bytes: the same where all do; None where none can.
+        name: name of the saver, or of several enabled together; "plain LoRA" for the first entry, without savers.
+        step_bytes: peak bytes without checkpointing.
+        again_bytes: peak bytes with all layers checkpointed; None if that is not supported.
     """
 
     name: str
@@ -45,21 +46,21 @@ class Saved:
 
     @classmethod
     def of(cls, name: str, memory: MemoryModel, max_ranks: IntArray) -> Saved:
-        """What the step of a byte model takes; `max_ranks` are the highest of each module, int64 (modules,)."""
+        """Price a step by its byte model; `max_ranks` are the highest of each module, int64 (modules,)."""
         ranks = np.minimum(REFERENCE_RANK, max_ranks)
         again = memory.peak(ranks) if memory.segments else None
         return cls(name, memory.with_checkpointed(()).peak(ranks), again)
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Saved:
-        """What `asdict` made a dictionary of; ValueError, LookupError or TypeError if it is another one."""
+        """Rebuild from the dictionary made by `asdict`; raises ValueError, LookupError or TypeError if malformed."""
         name, again = state["name"], state["again_bytes"]
         if not isinstance(name, str):
             raise TypeError(f"the name of a saver is {name!r}")
         return cls(name, finite(state["step_bytes"]), None if again is None else finite(again))
 
     def is_less(self, other: Saved) -> bool:
-        """Whether a step takes less than another one: where no layer is checkpointed, or at least where all are."""
+        """True if a step takes less memory without checkpointing or, on a tie, with all layers checkpointed."""
         again, others = self.again_bytes or 0.0, other.again_bytes or 0.0
         if self.step_bytes == other.step_bytes:
             return again < others
@@ -67,7 +68,7 @@ class Saved:
 
 
 def plain_text(saved: Sequence[Saved]) -> str:
-    """What a step of plain LoRA takes, also with all layers checkpointed, and with exact savers, in words."""
+    """Describe the memory of a plain LoRA step, with all layers checkpointed, and with exact savers."""
     peaks = [
         format_bytes(each.step_bytes)
         + ("" if each.again_bytes is None else f", or {format_bytes(each.again_bytes)} with all layers checkpointed")
@@ -83,9 +84,9 @@ class Priced:
 
     Attributes:
         memory: its byte model.
-        plain: that of the step without them.
-        saved: what a step of plain LoRA takes without, and with each more.
-        names: of those that it has.
+        plain: byte model of the step without savers.
+        saved: memory of a plain LoRA step without savers, and after adding each.
+        names: names of its savers.
     """
 
     memory: MemoryModel
@@ -97,11 +98,11 @@ class Priced:
 def price_savers(
     measure: Callable[[tuple[str, ...]], MemoryModel], names: Sequence[str], max_ranks: IntArray
 ) -> Priced:
-    """Find out what exact savers bring, one more after the other; those that lower no peak are left out.
+    """Price exact savers by adding them one by one; those that lower no peak are dropped.
 
     Args:
-        measure: finds the byte model of the step with these savers alone.
-        names: of those that are wanted.
+        measure: returns the byte model of the step with exactly these savers.
+        names: names of the requested savers.
         max_ranks: the highest rank of each module, int64 (modules,).
     """
     memory = plain = measure(())

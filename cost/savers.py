@@ -1,15 +1,15 @@
-"""Exact savers: the same losses and gradients in fewer bytes.
+"""Exact savers: lower memory with identical losses and gradients.
 
-* No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
-* Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
-* Routed rows: adapters of fused experts run on the rows of each expert (`lora/routed_rows.py`).
-* Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`), nor are large tiles of TRL's
-  own loss (`cost/loss_tiles.py`).
-* Selective checkpointing: readers of activations hold what they are made of (`lora/input_copies.py`).
+* No KV cache: a model asked for a loss would fill one that is never read.
+* Copies of inputs: adapters with the same input share its cast copy (`lora/input_copies.py`).
+* Routed rows: adapters of fused experts run on each expert's rows (`lora/routed_rows.py`).
+* Tiled loss: neither the full logits (`cost/later_logits.py`) nor large tiles of TRL's loss (`cost/loss_tiles.py`) are
+  materialised.
+* Selective checkpointing: consumers of activations recompute them from their inputs (`lora/input_copies.py`).
 
-The first four take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
-Checkpointed layers (`cost/model.py`) are exact too, but take more time for each byte, so they come last, and a plan
-has as few of them as it needs.
+The first four cost no time. The last one costs a few per cent, so it is reserved for budgets that do not fit otherwise.
+Checkpointed layers (`cost/model.py`) are exact too, but cost more time per byte: they come last, and a plan uses as few
+as it needs.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def _compiled(model: nn.Module) -> list[nn.Module]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, runs compiled."""
+    """True if a model or a part of it is compiled."""
     return bool(_compiled(model))
 
 
 def graphs_per_plan(model: nn.Module) -> int:
-    """Graphs that one set of ranks takes in the fullest cache: 0 if nothing is compiled, 1 if the whole model is."""
+    """Return the graphs per set of ranks in the fullest compile cache: 0 without compilation, 1 for a whole model."""
     return max(Counter(type(getattr(one, "_orig_mod", one)) for one in _compiled(model)).values(), default=0)
 
 
 def takes_any_shape(model: nn.Module) -> bool:
-    """Whether torch makes a compiled model's graphs anew for sizes that change; else each shape has a graph."""
+    """True if a compiled model's graphs support dynamic shapes; otherwise each shape needs a graph."""
 
     def fixed(module: nn.Module) -> bool:
         call = module._compiled_call_impl
@@ -92,23 +92,23 @@ SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     COPIES: share_input_copies,
     TILES: _tiled,
 }
-"""By name, what switches a saver on; it returns what switches it off. In the order in which a plan takes them."""
+"""Functions that enable each saver and return a function to disable it, in the order plans adopt them."""
 
 _SWITCHES = SAVERS | {ACTIVATIONS: run_activations_again}
-"""The same, with the one that takes time."""
+"""The same, including the saver that costs time."""
 
 
 class ExactSavers:
-    """The exact savers of a model, on from now on.
+    """Enables exact savers on a model.
 
     Args:
         model: the PEFT model.
-        names: of those that are wanted; those that take no time by default.
-        compiled: whether it runs compiled. Then it has the first of them alone: the compiler finds equal copies by
-            itself, and its graph knows no tensors that are made later.
+        names: savers to enable; by default those that cost no time.
+        compiled: whether the model is compiled. It then only gets the first saver: the compiler already merges equal
+            copies, and its graph cannot contain lazily created tensors.
 
     Attributes:
-        names: of those that are on.
+        names: names of the enabled savers.
     """
 
     names: tuple[str, ...]
@@ -119,12 +119,12 @@ class ExactSavers:
         self.take([name for name in names if name == CACHE or not compiled])
 
     def put_back(self) -> None:
-        """Switch all off."""
+        """Disable all savers."""
         while self._undo:
             self._undo.popitem()[1]()
 
     def take(self, names: Collection[str]) -> None:
-        """Have these on, and no others."""
+        """Enable exactly these savers."""
         self.put_back()
         self.names = tuple(name for name in _SWITCHES if name in names)
         self._undo = {name: _SWITCHES[name](self._model) for name in self.names}
@@ -132,12 +132,12 @@ class ExactSavers:
     def price(
         self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule], *, each: bool = True
     ) -> Priced:
-        """Find out what they bring; those that lower no peak on this model and batch are off from now on.
+        """Measure the effect of the savers, and disable those that lower no peak on this model and batch.
 
         Args:
-            measure: finds the byte model of the step as it is.
+            measure: returns the byte model of the step in its current state.
             targets: the target modules of the model.
-            each: whether each is priced by itself; else all together, which takes two measurements, if that is less.
+            each: price each saver separately; otherwise all together, in two measurements, if that lowers the peak.
         """
         highest, names = highest_ranks(targets), self.names
 
@@ -164,17 +164,17 @@ class ExactSavers:
         least: Callable[[ByteCost], float],
         shape: BatchShape | None = None,
     ) -> Priced:
-        """Checkpoint activations from now on where plain LoRA does not fit a limit, if it takes less with them.
+        """Enable activation checkpointing if plain LoRA exceeds a limit and gets smaller with it.
 
-        Plans of few modules may take more with them, so that some plan must fit with them.
+        Plans of few modules may get larger, so at least one plan must fit.
 
         Args:
-            limit: bytes that a step may take.
-            priced: with the savers that are on.
+            limit: bytes available to a step.
+            priced: the step with the current savers.
             measure: see `price`.
             targets: the target modules of the model.
-            least: what the least possible plan takes under a cost, in bytes.
-            shape: of the batch; by default the one that the memory was measured with.
+            least: returns the bytes of the cheapest possible plan under a cost.
+            shape: shape of the batch; by default the measured one.
         """
         plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
         if priced.memory.with_checkpointed(()).peak(plain, shape) <= limit or self._compiled:
@@ -188,7 +188,7 @@ class ExactSavers:
     def with_activations(
         self, priced: Priced, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
     ) -> Priced | None:
-        """Checkpoint activations from now on; None, with the savers of before, where plain LoRA takes no less."""
+        """Enable activation checkpointing; restore the previous savers and return None if plain LoRA saves nothing."""
         names = self.names
         self.take([*names, ACTIVATIONS])
         memory = measure()

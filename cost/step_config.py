@@ -1,4 +1,4 @@
-"""Settings of one training step: what `rankpilot finetune` runs and `rankpilot memory` looks at."""
+"""Settings of one training step, shared by `rankpilot finetune` and `rankpilot memory`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..common.checks import is_real
 from ..errors import ConfigError, shown
 
 MOST_TOKENS = 2**24
-"""The largest batch, in tokens, far beyond what any device holds."""
+"""The largest batch in tokens, well beyond the capacity of any device."""
 
 OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit", "adamw4bit"]
 
@@ -17,23 +17,23 @@ OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8b
 Quantization = Literal["none", "nf4", "int8"]
 
 ExpertBits = Literal["transformers", "axolotl", "unsloth"]
-"""How a quantised model keeps experts that are one parameter.
+"""Storage of experts that form one parameter, in a quantised model.
 
-transformers: as they are saved, in 16 bits.
-axolotl: in as many bits as the other weights (its `quantize_moe_experts`); all experts of a layer are dequantised at
-    once where the layer runs.
-unsloth: the same, each expert a linear layer of its own, dequantised one after the other.
+transformers: as in the checkpoint, in 16 bits.
+axolotl: in the same bits as the other weights (its `quantize_moe_experts`); a layer dequantises all its experts at once
+    when it runs.
+unsloth: the same bits, with each expert a separate linear layer that is dequantised in turn.
 """
 
 Checkpointing = Literal["auto", True, False]
-"""Gradient checkpointing: of as few layers as a plan needs, of all, or of none."""
+"""Gradient checkpointing: as few layers as a plan needs, all, or none."""
 
 
 Attention = Literal["auto", "efficient", "math"]
-"""Which kernels CUDA has.
+"""Attention kernels on CUDA.
 
-auto: as from Ampere on, flash attention in half precision without a mask, and otherwise the memory-efficient kernel.
-efficient: as on Turing, no flash attention; keys and values are repeated for all heads of the query.
+auto: from Ampere on, flash attention in half precision without a mask, else the memory-efficient kernel.
+efficient: as on Turing, no flash attention; keys and values are repeated for all query heads.
 math: no fused kernel.
 """
 
@@ -43,27 +43,25 @@ class StepConfig:
     """One training step of a LoRA fine-tune.
 
     Attributes:
-        batch_size: rows that the device processes at once; 0 stands for 2 in language modelling (causal-lm), and for
-            16 elsewhere.
-        accumulation: batches whose gradients one optimizer step adds up; 0 stands for 1, and for 8 in language
-            modelling with the usual batch.
-        max_length: tokens in a row; longer texts are cut, or split for language modelling. 0 stands for 1024 (or the
-            positions of the model) in language modelling, and for 64 elsewhere.
+        batch_size: rows per micro-batch; 0 means 2 for language modelling (causal-lm), and 16 elsewhere.
+        accumulation: micro-batches per optimizer step; 0 means 1, and 8 for language modelling with the default batch.
+        max_length: tokens per row; longer texts are truncated, or split for language modelling. 0 means 1024 (or the
+            model's positions) for language modelling, and 64 elsewhere.
         target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
             `peft.LoraConfig`.
         target_parameters: fused experts that get an adapter: "all-experts", or names separated by commas, as in
             `peft.LoraConfig` (mlp.experts.gate_up_proj); empty for none.
-        optimizer: it decides what is stored for each weight that trains: adamw two numbers, sgd none,
-            adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit as many, in
-            pages that CUDA may move to the CPU; they count as on the device, where a change of rank puts them.
-            adamw4bit is torchao's, one byte.
-        quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
-            Both need the extra rankpilot[quant].
-        prepare_kbit: keep in fp32 what is not quantised, as PEFT's prepare_model_for_kbit_training does, except fused
-            experts. TRL's SFTTrainer trains without it, in fewer bytes.
+        optimizer: sets the optimizer state per trained weight: adamw two numbers, sgd none, adafactor at most one,
+            adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit the same in pages that CUDA may move
+            to the CPU; they count as on the device, since a change of rank moves them there. adamw4bit is torchao's,
+            one byte.
+        quantization: storage of the frozen weights: none, as saved; nf4, four bits each; int8, eight bits. Both need
+            the extra rankpilot[quant].
+        prepare_kbit: keep unquantised weights in fp32, as PEFT's prepare_model_for_kbit_training does, except fused
+            experts. TRL's SFTTrainer trains without it and uses less memory.
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
-        gradient_checkpointing: of all layers (True), of none (False), or of as few as the plan needs ("auto").
-        exact_savers: lower the bytes of a step at the same losses and gradients, in no more time (docs/savers.md).
+        gradient_checkpointing: checkpoint all layers (True), none (False), or as few as the plan needs ("auto").
+        exact_savers: lower the memory of a step with identical losses and gradients, in no more time (docs/savers.md).
 
     Raises:
         ConfigError: a value is out of range.
@@ -96,11 +94,11 @@ class StepConfig:
             )
 
     def sized(self, *, continues: bool, positions: int | None = None) -> Self:
-        """The settings with the usual batch, accumulation and length in place of those that are 0.
+        """Return the settings with defaults in place of a batch, accumulation or length of 0.
 
         Args:
-            continues: whether the model continues texts.
-            positions: the tokens that it can read in a row; None for any number.
+            continues: whether the model is a causal language model.
+            positions: most tokens the model reads per row; None for no limit.
         """
         rows, batches, length = (2, 8, 1024) if continues else (16, 1, 64)
         return replace(
@@ -112,18 +110,18 @@ class StepConfig:
 
 
 def check_seed(seed: object) -> None:
-    """Raise ConfigError for a seed that NumPy's generators do not take."""
+    """Raise ConfigError for a seed that NumPy's generators reject."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed is a whole number from 0 to 2**32 - 1; got {seed!r}.")
 
 
 def check_dropout(share: Any) -> None:
-    """Raise ConfigError for what is no share of inputs that `peft.LoraConfig` drops."""
+    """Raise ConfigError for a dropout rate that `peft.LoraConfig` rejects."""
     if not is_real(share) or not 0 <= share < 1:
         raise ConfigError(f"lora_dropout is from 0 to below 1; got {shown(share)}.")
 
 
 def check_length(length: int, most: int | None) -> None:
-    """Raise ConfigError for rows that are longer than the model has positions."""
+    """Raise ConfigError for rows longer than the model's positions."""
     if most is not None and length > most:
         raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")

@@ -1,9 +1,9 @@
-"""Files of recorded steps: a JSON text and arrays, compressed as a whole.
+"""Files of recorded steps: JSON text and arrays, compressed as a whole.
 
-A file holds steps of models that are built alike, and arrays that are equal are in it once. Layers are alike as well,
-so that their storages differ by steady steps: times are written as differences, sets of modules as numbers into a
-table, whole numbers in as few bytes as they need. What is left compresses to some per cent. Files are read by numpy
-alone, and a damaged one is told by its check sum.
+A file holds steps of models with the same architecture, and stores equal arrays once. Layers are alike too, so their
+storages differ by constant steps: times are stored as differences, sets of modules as indices into a table, integers in
+as few bytes as possible. The rest compresses to a few per cent. Reading needs only numpy; a checksum detects damaged
+files.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .tile_size import TileSize, TileTokens
 from .work_growth import WorkGrowth
 
 MOST_BYTES = 2**28
-"""Bytes that a file unpacks to, at most."""
+"""Maximum size of an unpacked file in bytes."""
 
 Json = dict[str, Any]
 
 Part = tuple[Arrays, Json]
-"""The arrays, by name, and the text of a part of a step."""
+"""Arrays by name, and the text, of a part of a step."""
 
 Step = tuple[Json, dict[str, Part]]
-"""What is told of a step as a whole, and its parts by name."""
+"""Text of a step as a whole, and its parts by name."""
 
 
 def packed(steps: Mapping[str, Step], *, small: bool) -> bytes:
-    """A file of steps by key; `small` takes seconds, to find out how often layers repeat.
+    """Pack steps by key into a file; `small` takes seconds to find the repetition of layers.
 
-    Eight bytes tell how long the text is. Then come the text, which has the numbers of each part's arrays, and the
+    The file holds the length of the text in eight bytes, the text with the indices of each part's arrays, and the
     arrays in that order.
     """
     found: dict[Any, tuple[str, NDArray[Any]]] = {}
@@ -53,7 +53,7 @@ def packed(steps: Mapping[str, Step], *, small: bool) -> bytes:
         for arrays, _ in parts.values():
             for name, array in arrays.items():
                 found.setdefault(_same(array), (name, array))
-    ordered = sorted(found, key=lambda same: found[same][0])  # what is alike compresses better side by side
+    ordered = sorted(found, key=lambda same: found[same][0])  # similar arrays compress better side by side
     numbers = {same: number for number, same in enumerate(ordered)}
     heads, bodies = zip(*(_written(found[same][1], small) for same in ordered), strict=True)
     told = {
@@ -69,12 +69,12 @@ def packed(steps: Mapping[str, Step], *, small: bool) -> bytes:
 
 
 def _same(array: NDArray[Any]) -> Any:
-    """What equal arrays have in common."""
+    """Return a key shared by equal arrays."""
     return array.dtype.str, array.shape, array.tobytes()
 
 
 def unpacked(content: bytes, keys: Collection[str] | None = None) -> dict[str, Step]:
-    """The steps of a file by key, of these keys alone if there are any.
+    """Unpack the steps of a file by key, optionally only these keys.
 
     Raises:
         DataError: it is damaged, or too large.
@@ -103,7 +103,7 @@ def unpacked(content: bytes, keys: Collection[str] | None = None) -> dict[str, S
 
 
 def _written(array: NDArray[Any], small: bool) -> tuple[Any, bytes]:
-    """What the text says of an array, and its bytes."""
+    """Return an array's entry in the text, and its bytes."""
     values = array
     if array.dtype.kind == "f" and np.isfinite(array).all() and np.array_equal(whole := array.astype(np.int64), array):
         values = whole
@@ -129,17 +129,17 @@ def _read(head: Any, content: bytes) -> NDArray[Any]:
 _LONGEST_LAG = 2000
 
 _LAST, _TRIED = 4000, 60
-"""How many values tell which lags are tried on all of them, and how many lags are."""
+"""Number of values used to preselect lags, and number of lags then tried on all values."""
 
 _TYPES = {"|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<f8"}
 
 
 def repeats(values: NDArray[Any], longest: int = _LONGEST_LAG) -> tuple[int, int]:
-    """After how many rows values repeat themselves but for steady steps, and how often a difference is to be taken.
+    """Return the number of rows after which values repeat up to constant steps, and the order of differences.
 
-    What is left after `lagged` has fewest changes. Steps are steady within each kind of row, so that a difference of
-    differences is often 0; (0, 0) if nothing helps. Up to `longest` rows are looked at: all values, where the last ones
-    repeat themselves best.
+    They minimise the changes left after `lagged`. Steps are constant within each kind of row, so second differences are
+    often 0; (0, 0) if nothing helps. Searches up to `longest` rows: all values, for the lags at which the last ones
+    repeat best.
     """
     best, least = (0, 0), np.count_nonzero(np.diff(values))
     for lag in _likely(values.astype(np.int64), min(longest, len(values) // 3)):
@@ -153,7 +153,7 @@ def repeats(values: NDArray[Any], longest: int = _LONGEST_LAG) -> tuple[int, int
 
 
 def _likely(values: NDArray[np.int64], longest: int) -> list[int]:
-    """The numbers of rows, below `longest`, after which the last values repeat themselves best, rising."""
+    """Return the lags below `longest` at which the last values repeat best, in increasing order."""
     last = min(_LAST, len(values) - longest)
     changes = np.zeros(max(longest, 1), dtype=np.int64)
     for lag in range(1, longest):
@@ -163,7 +163,7 @@ def _likely(values: NDArray[np.int64], longest: int) -> list[int]:
 
 
 def lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
-    """The difference of each row from the one so many rows before."""
+    """Return the difference of each row from the one `lag` rows before."""
     changed = values.astype(np.int64)
     changed[lag:] -= values[:-lag]
     return changed
@@ -178,13 +178,13 @@ def _unlagged(changed: NDArray[Any], lag: int) -> NDArray[Any]:
 
 
 def _halves(columns: Mapping[str, NDArray[Any]], forward: int) -> Arrays:
-    """Columns cut behind the forward pass: layers come the other way round in the backward pass."""
+    """Split columns after the forward pass: the backward pass has the layers in reverse."""
     cut = {name: column[..., :forward] for name, column in columns.items()}
     return cut | {f"{name}{_BACKWARD}": column[..., forward:] for name, column in columns.items()}
 
 
 def _whole(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
-    """The arrays with those columns whole again."""
+    """Rejoin the split columns of the arrays."""
     halves = {name: half for name, half in arrays.items() if name.endswith(_BACKWARD)}
     both = {(whole := name.removesuffix(_BACKWARD)): (arrays[whole], half) for name, half in halves.items()}
     joined = {name: np.concatenate(pair, axis=-1) for name, pair in both.items()}
@@ -198,7 +198,7 @@ _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 
 
 def names_alike(names: Sequence[str]) -> list[str]:
-    """Names in which the first number is told by the one before: "=" for the same, "+" for the next."""
+    """Encode the first number in each name relative to the one before: "=" for the same, "+" for the next."""
     written, last = [], -1
     for name in names:
         if found := _NUMBER.search(name):
@@ -213,7 +213,7 @@ _TOLD = re.compile(r"(?<=\.)(\d+|=|\+)(?=\.|$)")
 
 
 def names_told(written: Sequence[str]) -> tuple[str, ...]:
-    """The names that `names_alike` wrote."""
+    """Decode the names written by `names_alike`."""
     names, last = [], -1
     for name in written:
         if found := _TOLD.search(name):
@@ -224,7 +224,7 @@ def names_told(written: Sequence[str]) -> tuple[str, ...]:
 
 
 def narrow(values: NDArray[Any]) -> NDArray[Any]:
-    """Whole numbers in as few bytes as they need."""
+    """Store integers in as few bytes as possible."""
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
     if not np.issubdtype(values.dtype, np.signedinteger) or not values.size:
@@ -245,7 +245,7 @@ class _Sets:
         return self._numbers.setdefault(modules, len(self._numbers))
 
     def array(self) -> NDArray[np.uint8]:
-        """The bits of each set, uint8 (sets, bytes)."""
+        """Return the bits of each set, uint8 (sets, bytes)."""
         width = max((modules.bit_length() for modules in self._numbers), default=0) // 8 + 1
         rows = b"".join(modules.to_bytes(width, "little") for modules in self._numbers)
         return np.frombuffer(rows, dtype=np.uint8).reshape(-1, width)
@@ -256,31 +256,31 @@ def _sets_of(array: NDArray[Any]) -> list[ModuleSet]:
 
 
 def anchors_of(created: IntArray, segments: IntArray, forward_end: int) -> IntArray:
-    """From when on it is told when each storage is freed, int64 (storages,).
+    """Return the anchor time from which each storage's release is stored, int64 (storages,).
 
-    From the backward pass of its own segment, so that the same is told of each layer, or from its creation.
+    It is the start of its segment's backward pass, so that layers look alike, or its creation.
     """
     backward = np.flatnonzero(created > forward_end)[::-1]
-    first = np.zeros(segments.max(initial=-1) + 2, dtype=np.int64)  # the last is for storages of no segment
+    first = np.zeros(segments.max(initial=-1) + 2, dtype=np.int64)  # the last is for storages outside segments
     first[segments[backward]] = created[backward]  # the earliest stays
     first[-1] = 0
     return np.maximum(created, first[segments])
 
 
 def spans_after(times: IntArray, created: IntArray, anchors: IntArray) -> IntArray:
-    """Times as spans from anchors, or, below -1, from the creation; -1 for never."""
+    """Encode times relative to anchors, or below -1 relative to the creation; -1 for never."""
     spans = np.where(times < anchors, created - times - 2, times - anchors)
     return np.where(times == NEVER, -1, spans)
 
 
 def _times(spans: IntArray, created: IntArray, anchors: IntArray) -> IntArray:
-    """The times that `_after` wrote."""
+    """Decode the times written by `_after`."""
     times = np.where(spans < -1, created - spans - 2, anchors + spans)
     return np.where(spans == -1, NEVER, times)
 
 
 def _table(rows: Sequence[Sequence[int]], width: int) -> IntArray:
-    """A table of whole numbers, (rows, width), the first column as differences."""
+    """Return a table of integers, (rows, width), with the first column as differences."""
     table = np.array(rows, dtype=np.int64).reshape(-1, width)
     table[:, 0] = np.diff(table[:, 0], prepend=0)
     return table
@@ -297,7 +297,7 @@ _INDICES = ("name_index", "target_index", "segment_index")
 
 
 def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
-    """A byte model without its states and the shape of its batch."""
+    """Encode a byte model without its states and batch shape."""
     recording, growth, sets = memory.recording, memory._growth, _Sets()
     created = recording.created
     anchors = anchors_of(created, recording.segment_index, recording.forward_end)
@@ -354,7 +354,7 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
 
 
 def _letters(names: Sequence[str]) -> NDArray[np.uint8]:
-    """Names as an array, which is in a file once."""
+    """Encode names as an array, so a file stores it once."""
     return np.frombuffer("\n".join(names_alike(names)).encode(), dtype=np.uint8)
 
 
@@ -363,7 +363,7 @@ def _numbers_of(shape: BatchShape) -> list[int]:
 
 
 def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shape: BatchShape) -> MemoryModel:
-    """The byte model that `memory_arrays` described, with these states and for batches of this shape."""
+    """Decode the byte model written by `memory_arrays`, with these states and for batches of this shape."""
     arrays = _whole(arrays)
     sets = _sets_of(arrays["sets"])
     created = np.cumsum(arrays["created"], dtype=np.int64)
@@ -421,7 +421,7 @@ def _segments(arrays: Mapping[str, Any], names: Sequence[str], sets: list[Module
 
 
 def work_arrays(growth: WorkGrowth) -> tuple[Arrays, Json]:
-    """What a step computes."""
+    """Encode the computation of a step."""
     work, sets = growth.work, _Sets()
     needed = np.array([sets.number(modules) for modules in work.needed], dtype=np.int64)
     columns = {name: getattr(work, name) for name in ("backward", "module", "layer")}
@@ -437,7 +437,7 @@ def work_arrays(growth: WorkGrowth) -> tuple[Arrays, Json]:
 
 
 def read_work(arrays: Mapping[str, Any], text: Json, widths: IntArray) -> WorkGrowth:
-    """What `work_arrays` described; `widths` are those of `StepWork`."""
+    """Decode the work written by `work_arrays`; `widths` are those of `StepWork`."""
     arrays, sets = _whole(arrays), _sets_of(arrays["sets"])
     flops, moved = arrays["flops"].astype(np.float64), arrays["moved"].astype(np.float64)
     work = StepWork(
@@ -456,12 +456,12 @@ def read_work(arrays: Mapping[str, Any], text: Json, widths: IntArray) -> WorkGr
 
 
 def states_arrays(states: ModelStates) -> tuple[Arrays, Json]:
-    """What an adapter and its optimizer hold between steps."""
+    """Encode the state held by an adapter and its optimizer between steps."""
     values = {each.name: getattr(states, each.name) for each in fields(ModelStates)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     return arrays, {name: value for name, value in values.items() if name not in arrays}
 
 
 def read_states(arrays: Mapping[str, Any], text: Json) -> ModelStates:
-    """What `states_arrays` described."""
+    """Decode the state written by `states_arrays`."""
     return ModelStates(**{name: value.astype(np.float64) for name, value in arrays.items()}, **text)

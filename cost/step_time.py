@@ -1,9 +1,9 @@
-"""The seconds of a training step under any plan: ranks, depth, and the checkpointed layers.
+"""The seconds of a training step under any plan: ranks, depth, and checkpointed layers.
 
-A step takes the forward pass, whatever the plan; the backward pass down to the lowest adapted module; the work of the
-adapters, a part of which grows with their rank; and the second run of layers that gradient checkpointing runs again. As
-bytes do, seconds fall into a constant, something for each rank, and *groups* that are paid once as soon as any of
-certain modules is adapted. They follow from what the step computes, operator by operator, and from a device's rates.
+A step consists of the forward pass, under any plan; the backward pass down to the lowest adapted module; the adapters'
+work, partly proportional to rank; and recomputation of checkpointed layers. As with bytes, seconds split into a
+constant, a part per rank, and *groups* paid once if any of certain modules is adapted. They follow from the step's
+operators and the rates of a device.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from ..errors import ConfigError
 from .cost import TIME, ModuleSet, TimedCost, UntimedCost
 
 PARTS = ("constant", "backward", "adapters", "ranks", "again")
-"""The parts of a step: what every plan takes, the backward pass of the frozen model, adapters at any rank, what grows
-with their ranks, and second runs."""
+"""Parts of a step: the constant, the backward pass of the frozen model, adapters at any rank, growth with rank, and
+recomputation.
+"""
 
 
 def exact_unit(limit: float) -> float:
-    """A power of 2, 2**-32 of a limit > 0 or less. Times beside other costs are multiples of it, so sums are exact."""
+    """Return a power of 2, at most 2**-32 of a limit > 0. Times are multiples of it, so sums of costs are exact."""
     return 2.0 ** (math.floor(math.log2(limit)) - 32)
 
 
 @dataclass(frozen=True, eq=False)
 class SecondsRow:
-    """What plans take in seconds, as one moment of their cost; see `ByteCost`.
+    """The seconds of plans as one moment of their cost; see `ByteCost`.
 
     Attributes:
-        constant: seconds whatever the plan.
-        per_rank: seconds of one rank of each module, (modules,).
+        constant: seconds under any plan.
+        per_rank: seconds per rank of each module, (modules,).
         groups: seconds of each group, (groups,).
-        needs: which modules need each group, bool (groups, modules).
+        needs: modules that need each group, bool (groups, modules).
     """
 
     constant: float
@@ -46,17 +47,17 @@ class SecondsRow:
     needs: BoolArray
 
     def seconds(self, ranks: IntArray) -> float:
-        """The seconds of a plan, int64 (modules,)."""
+        """Return the seconds of a plan, int64 (modules,)."""
         paid = self.needs[:, ranks > 0].any(axis=1)
         return float(self.constant + self.groups @ paid + self.per_rank @ ranks)
 
     def added_to(self, cost: UntimedCost, limit: float, seconds: float) -> TimedCost:
-        """A cost with this time as one more moment.
+        """Add this time to a cost as one more moment.
 
         Args:
-            cost: of a plan, without time.
-            limit: of that cost, > 0.
-            seconds: the limit of the time, > 0.
+            cost: cost of a plan, without time.
+            limit: limit of that cost, > 0.
+            seconds: limit of the time, > 0.
         """
         exact = exact_unit(limit)
         scale = limit / seconds / exact
@@ -81,18 +82,18 @@ class StepTime:
     """The seconds of a training step under any plan. All values are at least 0.
 
     Attributes:
-        constant: seconds whatever the plan: the forward pass of the frozen model, the loss.
-        per_rank: seconds of one rank of each module, forward and backward, (modules,).
-        adapters: seconds of each adapter whatever its rank, (modules,).
+        constant: seconds under any plan: the forward pass of the frozen model, and the loss.
+        per_rank: seconds per rank of each module, forward and backward, (modules,).
+        adapters: rank-independent seconds of each adapter, (modules,).
         groups: seconds of parts of the frozen model's backward pass, (groups,).
-        needs: which modules need each of them: it is there if any of them is adapted, bool (groups, modules).
-        layers: names of the layers that can be checkpointed, in forward order.
-        running_again: names of those that do in the step as it was set.
-        layer_seconds: seconds of each layer's second run, its adapters left out, (layers,).
-        layer_needs: which modules need it, bool (layers, modules).
+        needs: modules that each need such a part, bool (groups, modules).
+        layers: names of the checkpointable layers, in forward order.
+        running_again: names of those checkpointed in the step as configured.
+        layer_seconds: seconds to recompute each layer, without its adapters, (layers,).
+        layer_needs: modules that need the recomputation, bool (layers, modules).
         layer_of: the layer of each module, -1 for none, int64 (modules,).
-        again: seconds of each adapter in a second run whatever its rank, (modules,).
-        again_per_rank: seconds of one rank of it there, (modules,).
+        again: rank-independent seconds to recompute each adapter, (modules,).
+        again_per_rank: seconds per rank to recompute it, (modules,).
     """
 
     constant: float
@@ -109,21 +110,21 @@ class StepTime:
     again_per_rank: FloatArray
 
     def row(self, layers: Collection[str] | None = None) -> SecondsRow:
-        """What plans take if these layers are checkpointed; by default those that are in the step as it was set."""
+        """Return the seconds of plans with these layers checkpointed, by default those of the configured step."""
         runs = self._runs(layers)
         modules = np.eye(len(self.per_rank), dtype=np.bool_)
         needs = np.concatenate([self.needs, modules, self.layer_needs[runs]])
         return SecondsRow(self.constant, *self._amounts(runs), needs)
 
     def seconds(self, ranks: IntArray, layers: Collection[str] | None = None) -> float:
-        """The seconds of a step under a plan, int64 (modules,); those of `row`, without its groups for each module."""
+        """Return the seconds of a plan, int64 (modules,): those of `row`, without its per-module groups."""
         runs, adapted = self._runs(layers), ranks > 0
         per_rank, groups = self._amounts(runs)
         below, again = (needs[:, adapted].any(axis=1) for needs in (self.needs, self.layer_needs[runs]))
         return float(self.constant + groups @ np.concatenate([below, adapted, again]) + per_rank @ ranks)
 
     def parts(self, ranks: IntArray, layers: Collection[str] | None = None) -> FloatArray:
-        """The seconds of each of `PARTS` under a plan, (5,); see `row`."""
+        """Return the seconds of each of `PARTS` under a plan, (5,); see `row`."""
         adapted = ranks > 0
         backward = float(self.groups @ self.needs[:, adapted].any(axis=1))
         adapters, growing = float(self.adapters @ adapted), float(self.per_rank @ ranks)
@@ -131,7 +132,7 @@ class StepTime:
         return np.array([self.constant, backward, adapters, growing, max(again, 0.0)])
 
     def scaled(self, factors: FloatArray) -> StepTime:
-        """The same with each of `PARTS` times a factor of at least 0, (5,)."""
+        """Multiply each of `PARTS` by a factor of at least 0, (5,)."""
         constant, backward, adapters, growing, again = factors.tolist()
         return replace(
             self,
@@ -145,20 +146,20 @@ class StepTime:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that `from_state` needs, as arrays and JSON values."""
+        """Return everything `from_state` needs, as arrays and JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> StepTime:
-        """The step time that `state` described; arrays may have become tensors in between."""
+        """Rebuild the step time described by `state`; arrays may have become tensors in between."""
         values: dict[str, Any] = {field.name: np.asarray(state[field.name]) for field in fields(cls)}
         values |= {name: tuple(state[name]) for name in ("layers", "running_again")}
         return cls(**values | {"constant": float(state["constant"])})
 
     def _amounts(self, runs: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Seconds of one rank of each module, (modules,), and of each group of `row`, with these checkpointed."""
-        inside = np.append(runs, False)[self.layer_of]  # the last is for modules of no layer, whose index is -1
+        """Return seconds per rank of each module, (modules,), and per group of `row`, with these checkpointed."""
+        inside = np.append(runs, False)[self.layer_of]  # the last entry is for modules outside layers, with index -1
         adapters = self.adapters + np.where(inside, self.again, 0.0)
         return (
             self.per_rank + np.where(inside, self.again_per_rank, 0.0),
@@ -177,27 +178,27 @@ def fitted(
     *,
     least_growth: float = 0.0,
 ) -> StepTime:
-    """The step time whose parts are in the proportions of a nominal one, and whose sums are measured.
+    """Fit a step time to measured totals, keeping the proportions of a nominal one within each part.
 
-    Least squares of the relative errors; each part has one factor of at least 0. A part that the plans do not tell
-    apart, because none has it, keeps the factor of the whole; second runs that all have, that of the first ones.
+    Minimises squared relative errors with one factor of at least 0 per part. A part absent from all plans keeps the
+    factor of the whole; recomputation present in all plans shares the factor of the first runs.
 
     Args:
-        nominal: for the proportions within each part.
+        nominal: sets the proportions within each part.
         plans: ranks (modules,), and names of the checkpointed layers.
-        seconds: measured under each, > 0, (plans,).
-        least_growth: the least factor of what grows with ranks, at least 0. It is a small part of most steps, so that
-            noise can hide it, and then high ranks would look free.
+        seconds: measured time of each plan, > 0, (plans,).
+        least_growth: lower bound on the factor of growth with rank, at least 0. This part is small in most steps; noise
+            could hide it and make high ranks look free.
 
     Raises:
-        ConfigError: there are fewer plans than one, or a time is not above 0.
+        ConfigError: there is no plan, or a time is not above 0.
     """
     if not len(seconds) or not (seconds > 0).all():
         raise ConfigError(f"Step times are above 0 seconds; got {seconds.tolist()}.")
     parts = np.stack([nominal.parts(ranks, layers) for ranks, layers in plans])
     again = {layers for _, layers in plans}
     tied = len(again) == 1 and again != {()}
-    if tied:  # the same layers are checkpointed under every plan, so their second run counts as the first one does
+    if tied:  # every plan checkpoints the same layers, so their recomputation shares the factor of the first run
         parts[:, 0] += parts[:, -1]
         parts[:, -1] = 0.0
     scale = float(np.median(seconds / parts.sum(axis=1)))
@@ -216,9 +217,9 @@ def fitted(
 
 
 def _least_squares(parts: FloatArray, sums: FloatArray) -> FloatArray:
-    """The factors of parts, (parts,), of at least 0, with which they make these sums; (plans, parts) and (plans,)."""
+    """Return the non-negative factors of parts, (parts,), for these sums; (plans, parts) and (plans,)."""
     factors, told = np.zeros(parts.shape[1]), list(range(parts.shape[1]))
-    while told:  # a factor below 0 means that noise is larger than its part, which is then left out
+    while told:  # a negative factor means noise exceeds the part, so drop it
         found = np.linalg.lstsq(parts[:, told], sums, rcond=None)[0]
         if (found >= 0).all():
             factors[told] = found
@@ -228,25 +229,26 @@ def _least_squares(parts: FloatArray, sums: FloatArray) -> FloatArray:
 
 
 PARAMETER_BYTES = 44
-"""Bytes that clipping and AdamW move for each parameter in fp32: the gradient is read three times and written once,
-weight and both moments are read and written once each, and gradients are made and freed."""
+"""Bytes that clipping and AdamW move per fp32 parameter: the gradient is read three times and written once, the weight
+and both moments are read and written once each, and gradients are allocated and freed.
+"""
 
 OPERATOR_SECONDS = 5e-6
-"""What an operator takes beside its work where plans are timed: it tells proportions, and their times correct it."""
+"""Overhead of an operator for timed plans: sets proportions, which measured times then correct."""
 
 LAUNCH_SECONDS = 22e-6
-"""What the host of a GPU takes to launch an operator (20 steps on an A100: `python -m benchmarks published-time`)."""
+"""Host time to launch a GPU operator (20 steps on an A100: `python -m benchmarks published-time`)."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
+    """The rates of a device, per second.
 
     Attributes:
-        flops: floating-point operations of large products; a product and a sum count as two.
+        flops: floating-point operations of large products; a multiply-add counts as two.
         bytes: bytes of memory read and written.
-        operator_seconds: what an operator takes beside its work, where each waits for the one before.
-        launch_seconds: what the host takes to launch an operator while the device works on earlier ones.
+        operator_seconds: overhead of an operator if each waits for the one before.
+        launch_seconds: host time to launch an operator while the device runs earlier ones.
     """
 
     flops: float
@@ -261,19 +263,19 @@ class Rates:
 
 @dataclass(frozen=True, eq=False)
 class StepWork:
-    """The operators of a step in which every module is adapted at one small rank.
+    """The operators of a step with every module adapted at one small rank.
 
     Attributes:
-        flops: floating-point operations of each, of products, convolutions and attention, (operators,).
-        moved: bytes that it reads and writes, (operators,).
-        backward: whether it belongs to the backward pass, bool (operators,).
-        module: the target module whose adapter it belongs to, -1 for the frozen model, int64 (operators,).
-        layer: the layer (one that can be checkpointed) in whose passes it is, -1 for none, int64 (operators,).
-        needed: of the frozen model in the backward pass: bits of the modules of which one must be adapted.
-        rank: of every module.
+        flops: floating-point operations of products, convolutions and attention, (operators,).
+        moved: bytes read and written, (operators,).
+        backward: whether each belongs to the backward pass, bool (operators,).
+        module: target module whose adapter it belongs to, -1 for the frozen model, int64 (operators,).
+        layer: the checkpointable layer whose passes contain it, -1 for none, int64 (operators,).
+        needed: for the frozen model's backward pass, bits of the modules that each require the operator.
+        rank: rank of every module.
         widths: d_in + d_out of each module, int64 (modules,).
-        layers: names of the layers that can be checkpointed.
-        running_again: names of those that do in the step as it was set.
+        layers: names of the checkpointable layers.
+        running_again: names of those checkpointed in the step as configured.
     """
 
     flops: FloatArray
@@ -288,21 +290,21 @@ class StepWork:
     running_again: tuple[str, ...]
 
     def time(self, rates: Rates) -> StepTime:
-        """The seconds of any plan on a device of these rates.
+        """Return the seconds of any plan on a device with these rates.
 
-        An operator of the frozen model takes the longer of its two times, for its operations and for its bytes (the
-        roofline; Williams et al. 2009). Products inside adapters grow with the rank; what they read and write hardly
-        does. So the operations of an adapter count for each rank, and its bytes once. The optimizer moves bytes alone.
+        An operator of the frozen model takes the longer of its compute and memory times (the roofline model; Williams
+        et al. 2009). Products inside adapters grow with the rank; their memory traffic hardly does. An adapter's
+        operations therefore count per rank, and its bytes once. The optimizer only moves bytes.
 
-        A step takes no less than all its launches. Where those take longer than all work while every module is
-        adapted, they alone are the time of any plan.
+        A step takes at least as long as all its launches. If those exceed all work with every module adapted, they
+        alone set the time of any plan.
         """
         plan, work = np.full(len(self.widths), self.rank), self._time(rates)
         launches = self._time(Rates(math.inf, math.inf, rates.launch_seconds))
         return max(work, launches, key=lambda time: time.seconds(plan))
 
     def _time(self, rates: Rates) -> StepTime:
-        """The seconds of any plan, without launches."""
+        """Return the seconds of any plan, without launches."""
         count, frozen = len(self.widths), self.module < 0
         seconds = np.maximum(self.flops / rates.flops, self.moved / rates.bytes) + rates.operator_seconds
         fixed = self.moved / rates.bytes + rates.operator_seconds
@@ -332,7 +334,7 @@ class StepWork:
         return _sums(self.module[among], values[among], count)
 
     def _groups(self, seconds: FloatArray) -> tuple[FloatArray, BoolArray]:
-        """Seconds and modules of the parts of the frozen model's backward pass that the same modules need."""
+        """Return seconds and modules of the frozen model's backward pass, grouped by the modules that need it."""
         sums: dict[ModuleSet, float] = {}
         for index in np.flatnonzero((self.module < 0) & self.backward).tolist():
             needed = self.needed[index]
@@ -341,7 +343,7 @@ class StepWork:
         return np.array(list(sums.values())), needs
 
     def _layers(self) -> tuple[IntArray, BoolArray]:
-        """The layer of each module, and the modules of which one must be adapted for each layer to run twice."""
+        """Return the layer of each module, and the modules that each cause a layer to be recomputed."""
         layer_of = np.full(len(self.widths), -1)
         sets = [0] * len(self.layers)
         for index in np.flatnonzero(self.layer >= 0).tolist():
@@ -354,7 +356,7 @@ class StepWork:
         return layer_of, self._bits(sets)
 
     def _bits(self, sets: list[ModuleSet]) -> BoolArray:
-        """Which modules each set holds, bool (sets, modules); a set that counts always holds all."""
+        """Unpack sets into bool (sets, modules); a set that always counts contains all modules."""
         count = len(self.widths)
         width = count // 8 + 1
         written = np.frombuffer(b"".join(modules.to_bytes(width, "little") for modules in sets), dtype=np.uint8)
@@ -363,5 +365,5 @@ class StepWork:
 
 
 def _sums(indices: IntArray, values: FloatArray, count: int) -> FloatArray:
-    """The sum of the values at each index, (count,)."""
+    """Sum the values at each index, (count,)."""
     return np.asarray(np.bincount(indices, values, minlength=count), dtype=np.float64)

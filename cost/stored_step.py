@@ -1,13 +1,12 @@
-"""Steps that were recorded before, in files that ship with the package or lie in the user's cache.
+"""Recorded steps, stored in files that ship with the package or lie in the user's cache.
 
-A step is recorded once for a model's configuration and the settings that a recording depends on: quantisation,
-precision, attention kernels, padding, target modules. Any rank, batch, optimizer and card follows from the file,
-without torch. One recording tells all lengths that run the same operators: above or below the window of attention,
-and with a mask whose rows are aligned or not. A model whose layers keep a state, or whose sizes do not follow the rows,
-has one for each shape of a batch.
+A step is recorded once per model configuration and settings that affect a recording: quantisation, precision, attention
+kernels, padding, target modules. Any rank, batch, optimizer and card follows from the file, without torch. One
+recording covers all lengths that run the same operators: above or below the attention window, and with mask rows
+aligned or not. Models whose layers keep a state, or whose sizes do not follow the rows, need one per batch shape.
 
-What a file lacks is recorded and added to it. A file that is damaged, or was written by another version of this
-package, counts as absent.
+Missing parts are recorded and added to the file. A damaged file, or one written by another version of this package,
+counts as absent.
 """
 
 from __future__ import annotations
@@ -52,33 +51,33 @@ from .step_time import StepWork
 from .work_growth import MASK_ALIGNMENT, WorkGrowth, counted_shapes
 
 SCHEMA = 3
-"""The version of the files."""
+"""Version of the file format."""
 
 USUAL = BatchShape(4, 2080)
-"""The batch that is recorded for all, where nothing is in the way."""
+"""Batch shape recorded by default."""
 
 ALIGNED, UNALIGNED = (32, 256), (4, 512)
-"""The rest of a recorded length, and of what multiple, where the rows of a mask are aligned and where they are not.
+"""Remainder and modulus of recorded lengths, for aligned and unaligned mask rows.
 
-So is a half of it. Neither has the share in a multiple of 8, 16, ... 128 that the other has, so that it is seen to
-what multiples a kernel rounds lengths; those up to 16 are of masks alone, and do nothing where rows are aligned.
+Half the length matches too. The two lengths have different remainders modulo 8, 16, ... 128, which reveals the
+multiples to which kernels round lengths; multiples up to 16 only occur with masks, and have no effect on aligned rows.
 """
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-"""What a recording depends on, beside this package."""
+"""Libraries with an effect on a recording, in addition to this package."""
 
 
 class Recorder(StepSource, Protocol):
     """Records a step; see `StepRecorder`."""
 
     def states(self, optimizer: OptimizerName) -> ModelStates:
-        """What the adapters and this optimizer hold between steps."""
+        """Return the state held by the adapters and this optimizer between steps."""
 
 
 @cache
 def versions() -> dict[str, str]:
-    """The installed versions of `LIBRARIES`, absent ones left out, and a check sum of the code that records."""
-    from importlib.metadata import PackageNotFoundError, version  # which takes a while, and what ships does not ask
+    """Return the versions of installed `LIBRARIES`, and a checksum of the recording code."""
+    from importlib.metadata import PackageNotFoundError, version  # slow, and not needed for shipped files
 
     found = {}
     for name in LIBRARIES:
@@ -92,7 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def step_key(configuration: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The key of a step: a hash of a model's configuration and of the settings that a recording depends on."""
+    """Return the key of a step: a hash of the model configuration and the settings that affect a recording."""
     said = {name: value for name, value in configuration.items() if name not in _OF_NO_MATTER}
     text = json.dumps([SCHEMA, said, dict(settings)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -102,17 +101,17 @@ _OF_NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version")
 
 
 class StepFile:
-    """What is known of a step, in parts: the model, byte models, work, what optimizers hold.
+    """The known parts of a step: the model, byte models, work, optimizer states.
 
     Args:
-        key: of the step; see `step_key`.
-        content: what a file holds; None for nothing yet.
+        key: key of the step; see `step_key`.
+        content: contents of a file; None for an empty step.
 
     Attributes:
-        key: of the step.
-        text: the version of the schema, versions of libraries, and from which of `StoredStep`'s shapes on recordings
-            tell of batches.
-        parts: arrays and a text of each, by name.
+        key: key of the step.
+        text: schema version, library versions, and the index of the first of `StoredStep`'s shapes whose recordings
+            cover other batches.
+        parts: arrays and text of each part, by name.
     """
 
     key: str
@@ -125,7 +124,7 @@ class StepFile:
 
     @classmethod
     def read(cls, path: Path, key: str) -> StepFile | None:
-        """Read a step from a file; None if there is none that is whole, and of this schema."""
+        """Read a step from a file; None if there is no complete one of this schema."""
         try:
             found = cls(key, unpacked(path.read_bytes(), (key,))[key])
             whole = found.text["schema"] == SCHEMA and "model" in found.parts
@@ -134,22 +133,22 @@ class StepFile:
         return found if whole else None
 
     def write(self, path: Path) -> None:
-        """Write it in one step, alone in its file."""
+        """Write the step atomically, as the only one in its file."""
         with atomic_path(path) as temporary:
             temporary.write_bytes(packed({self.key: (self.text, self.parts)}, small=False))
 
 
 class StoredStep:
-    """A step that is read from a file as far as it is there, and else recorded; see `StepSource`.
+    """A step read from a file where possible, and recorded otherwise; see `StepSource`.
 
     Args:
-        file: what is known; what is recorded is added.
-        recorder: makes what records it.
-        path: where the file is kept once something was added, if it can be; None for nowhere.
+        file: the known parts; newly recorded ones are added.
+        recorder: creates the recorder.
+        path: file to update after additions, if writable; None for none.
         loaded: how the model is loaded.
 
     Attributes:
-        file: what is known now.
+        file: the parts known so far.
     """
 
     file: StepFile
@@ -163,13 +162,13 @@ class StoredStep:
         self._step, self._changed = StepConfig(), False
 
     def of(self, targets: OfTargets) -> StoredStep:
-        """The same step, in which some of the modules alone have an adapter."""
+        """Return the same step with adapters on only some of the modules."""
         found = copy(self)
         found._targets = targets
         return found
 
     def configured(self, step: StepConfig) -> ConfiguredStep:
-        """The step of these settings, whose batch has a size."""
+        """Return the step with these settings, whose batch size must be set."""
         self._step = step
         shape = BatchShape(step.batch_size, step.max_length)
         found = configured_step(self, shape, free_savers(self.model.targets) if step.exact_savers else ())
@@ -196,7 +195,7 @@ class StoredStep:
 
     @property
     def model(self) -> LoadedModel:
-        """What is known of the model."""
+        """The model."""
         return self._targets.model(self._recorded) if self._targets else self._recorded
 
     @property
@@ -205,7 +204,7 @@ class StoredStep:
         return _read_model(*part) if part else self._recorder().model
 
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
-        """The byte model of the step with these exact savers alone, for batches of this shape.
+        """Return the byte model of the step with exactly these savers, for batches of this shape.
 
         Raises:
             UnsupportedError: see `from_config`.
@@ -223,7 +222,7 @@ class StoredStep:
         raise AssertionError("a recorded batch tells of itself")
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
-        """What the step with these exact savers alone computes on a batch of this shape."""
+        """Return the computation of a step with exactly these savers on a batch of this shape."""
         work = self._work_at(self._recorded_with(savers), shape)
         return self._targets.work(work) if self._targets else work
 
@@ -238,7 +237,7 @@ class StoredStep:
         return work.work
 
     def _shapes(self, shape: BatchShape) -> tuple[BatchShape, ...]:
-        """The batches whose recordings may tell of a batch, those first that tell of most."""
+        """Return batch shapes whose recordings may cover a batch, the most general first."""
         model, rows = self.model, USUAL.rows
         same_length = BatchShape(rows if shape.rows > 1 else 1, shape.length)
         below = max((window for window in model.windows if window <= shape.length), default=0)
@@ -273,7 +272,7 @@ class StoredStep:
         return work
 
     def states(self, optimizer: OptimizerName) -> ModelStates:
-        """What the adapters and this optimizer hold between steps."""
+        """Return the state held by the adapters and this optimizer between steps."""
         name = f"states {optimizer}"
         if part := self.file.parts.get(name):
             states = read_states(*part)
@@ -283,13 +282,13 @@ class StoredStep:
         return self._targets.states(states) if self._targets else states
 
     def _recorded_with(self, savers: tuple[str, ...]) -> tuple[str, ...]:
-        """Savers of the recorded step: where no modules share an input, to share copies of it does nothing."""
+        """Return the savers of the recorded step: sharing input copies has no effect unless modules share an input."""
         if self._targets and savers and COPIES not in savers:
             return *(name for name in savers if name == ROUTED), COPIES, *(name for name in savers if name != ROUTED)
         return savers
 
     def _add(self, name: str, part: Part) -> None:
-        if self.file.text["versions"] != versions():  # it shipped, and does not mix with what is recorded now
+        if self.file.text["versions"] != versions():  # a shipped file must not mix with new recordings
             self.file = StepFile(self.file.key)
         self.file.parts[name] = part
         self._changed = True

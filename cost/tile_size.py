@@ -1,4 +1,4 @@
-"""How many tokens a tile of the loss has, in a run and while small steps are recorded."""
+"""Tokens per tile of the loss, in a run and in recorded small steps."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from ..common.arrays import IntArray
 from .recording import BatchShape
 
 TILES, LEAST_TOKENS = 16, 128
-"""Into how many tiles the tokens of a batch are divided, and the tokens that a tile has at least: a product with fewer
-rows takes more time for each, since it reads the whole weight."""
+"""Number of tiles per batch, and the least tokens of a tile: products with fewer rows take longer per row, since each
+reads the whole weight.
+"""
 
 
 RECORDED_TILES = 3
-"""Tiles of a small step that is recorded. The second shows what is left of the first; with three, and a token more in
-each, no two of the small batches have tiles in the ratio of their tokens, so that a tile is told from what has a share
-of all tokens."""
+"""Number of tiles in a recorded small step. The second shows the remains of the first. With three tiles, each one token
+larger, no two small batches have tiles in the ratio of their tokens, which separates tiles from storages proportional
+to all tokens.
+"""
 
 
 @dataclass(frozen=True)
 class TileSize:
-    """How many tokens a tile has.
+    """Number of tokens per tile.
 
     Attributes:
-        parts: tiles of a large batch.
-        least: tokens of a tile, unless the batch has fewer.
-        most: tokens of a tile; None for no limit.
+        parts: number of tiles in a large batch.
+        least: least tokens of a tile, unless the batch has fewer.
+        most: most tokens of a tile; None for no limit.
     """
 
     parts: int = TILES
@@ -36,21 +38,21 @@ class TileSize:
     most: int | None = None
 
     def of(self, tokens: int) -> int:
-        """The tokens of a tile of so many tokens."""
+        """Return the tile size for a number of tokens."""
         wanted = max(-(-tokens // self.parts), self.least)
         return max(min(wanted, tokens, self.most or tokens), 1)
 
 
 def recorded_tile(tokens: int) -> int:
-    """The same while a small step is recorded; see `RECORDED_TILES`."""
+    """Return the tile size in a recorded small step; see `RECORDED_TILES`."""
     return max(min(-(-tokens // RECORDED_TILES) + 1, tokens), 1)
 
 
 @dataclass(frozen=True)
 class TileTokens:
-    """How many tokens of a batch the tiles divide: for each row, `of_token` of each token and `of_row`.
+    """Tokens of a batch that are divided into tiles: for each row, `of_token` per token and `of_row`.
 
-    A tile of a real step has `size` of them.
+    In a real step, `size` sets the tokens per tile.
     """
 
     of_token: float
@@ -58,26 +60,26 @@ class TileTokens:
     size: TileSize
 
     def tile(self, shape: BatchShape) -> int:
-        """The tokens of a tile with a batch of this shape."""
+        """Return the tokens of a tile for a batch of this shape."""
         return self.size.of(round(shape.rows * (self.of_token * shape.length + self.of_row)))
 
     def tiles(self, rows: IntArray, lengths: IntArray) -> IntArray:
-        """The same for many shapes, by their rows and lengths, all int64 (shapes,)."""
+        """Return the same for many shapes, given rows and lengths, all int64 (shapes,)."""
         tokens = np.round(rows * (self.of_token * lengths + self.of_row)).astype(np.int64)
         wanted = np.maximum(-(-tokens // self.size.parts), self.size.least)
         return np.maximum(np.minimum(wanted, np.minimum(tokens, self.size.most or tokens)), 1)
 
 
 class LossTiles:
-    """The tiles of the loss while steps of a batch are recorded.
+    """Tiles of the loss in recorded steps of a batch.
 
     Args:
         whole: the shape of the whole batch.
 
     Attributes:
-        whole: that shape.
-        divided: by the shape of a batch, the tokens that its step has divided into tiles.
-        size: of the tiles of a real step.
+        whole: the shape of the whole batch.
+        divided: number of tokens divided into tiles, by batch shape.
+        size: tile size of a real step.
     """
 
     whole: BatchShape
@@ -89,19 +91,19 @@ class LossTiles:
         self.whole = whole
 
     def tile(self, shape: BatchShape) -> int:
-        """The tokens of a tile in the step of this shape that was recorded."""
+        """Return the tokens of a tile in the recorded step of this shape."""
         tokens = self.divided[shape]
         return self.size.of(tokens) if shape == self.whole else recorded_tile(tokens)
 
     def last(self, shape: BatchShape) -> int:
-        """The same of the last tile, if tiles do not overlap."""
+        """Return the same for the last tile, if tiles do not overlap."""
         return self.divided[shape] % self.tile(shape) or self.tile(shape)
 
     def tokens(self, shapes: Sequence[BatchShape]) -> TileTokens | None:
-        """How the tokens of tiles follow from the shape of a batch; None if a step has no tiles.
+        """Fit the tiles' tokens to the batch shape; None if a step has no tiles.
 
         Args:
-            shapes: of three batches that were recorded: small, shorter, and with one row more than that.
+            shapes: shapes of three recorded batches: small, shorter, and the latter with one more row.
         """
         if any(shape not in self.divided for shape in shapes):
             return None
@@ -113,5 +115,5 @@ class LossTiles:
 
 
 def loss_tokens(shape: BatchShape) -> int:
-    """The tokens of a batch that have a next one, for which there is a loss."""
+    """Return the number of tokens with a successor, and thus a loss."""
     return shape.rows * max(shape.length - 1, 1)

@@ -1,14 +1,14 @@
-"""The loss of a causal language model in tiles of its tokens: no tensor of all logits stays for the backward pass.
+"""Tiled loss of a causal language model: no tensor of all logits is kept for the backward pass.
 
-transformers' loss holds the logarithms of all probabilities beside the logits, and its backward pass two more tensors
-of that size. Here one tile of them at a time is there. The operators are torch's own, row by row.
+transformers' loss stores all log-probabilities in addition to the logits, and its backward pass two more tensors of
+that size. Here they exist one tile at a time. The operators are torch's own, row by row.
 
-Where the output layer is frozen, which it is under LoRA, its product belongs to the tiles (`cost/later_logits.py`): the
-logits are never there as a whole, and the gradient of the last hidden states is made in the forward pass, tile by tile.
-Else the logits are there once, and their gradient takes their place in the backward pass. A product of fewer rows may
-round otherwise than one of all rows.
+With a frozen output layer, as under LoRA, tiles include its product (`cost/later_logits.py`): the full logits never
+exist, and the forward pass computes the gradient of the last hidden states tile by tile. Otherwise the logits exist
+once, and their gradient overwrites them in the backward pass. A product of fewer rows may round differently from one of
+all rows.
 
-How large tiles are is said in `cost/tile_size.py`; TRL's own are in `cost/loss_tiles.py`.
+`cost/tile_size.py` defines tile sizes; `cost/loss_tiles.py` covers TRL's.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ..errors import UnsupportedError
 from .tile_size import RECORDED_TILES, TileSize, recorded_tile
 
 RECORDING: ContextVar[bool] = ContextVar("RECORDING", default=False)
-"""Whether a small step is recorded, which has `RECORDED_TILES` tiles however few its tokens are."""
+"""True while recording a small step, which always has `RECORDED_TILES` tiles."""
 
 _REDUCTIONS = {"mean": 1, "sum": 2}
 
 
 @dataclass
 class Expected:
-    """The gradient of the loss with which the last backward pass began, where the next one is expected to begin.
+    """The initial gradient of the last backward pass, expected again in the next one.
 
-    Gradients of hidden states are made in the forward pass with it. If another one comes, they are made once more.
+    The forward pass uses it for gradients of hidden states. If the actual one differs, they are computed again.
     """
 
     gradient: float = 1.0
@@ -48,13 +48,13 @@ class Expected:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """The product of hidden states and the output layer, and what is done to each of its numbers afterwards.
+    """The product of hidden states and the output layer, followed by elementwise operations.
 
     Attributes:
-        head: the layer.
-        expected: see there.
-        autocast: the precision of the product under autocast; None without.
-        steps: functions of a tensor of any shape, number by number.
+        head: the output layer.
+        expected: see `Expected`.
+        autocast: precision of the product under autocast; None without.
+        steps: elementwise functions of a tensor.
     """
 
     head: nn.Linear
@@ -63,30 +63,30 @@ class Product:
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
 
     def weight(self) -> torch.Tensor:
-        """The layer's weight, (vocabulary, width), in the precision of the product: one copy for all tiles."""
+        """Return the layer's weight, (vocabulary, width), in the product's precision: one copy for all tiles."""
         weight: torch.Tensor = self.head.weight
         return weight if self.autocast is None else weight.to(self.autocast)
 
     def of(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The logits, (..., vocabulary), of hidden states, (..., width)."""
+        """Return the logits, (..., vocabulary), of hidden states, (..., width)."""
         bias: torch.Tensor | None = self.head.bias
-        if self.autocast is not None:  # what autocast does, wherever this runs
+        if self.autocast is not None:  # replicates autocast outside its context
             hidden, bias = hidden.to(self.autocast), None if bias is None else bias.to(self.autocast)
         return self.after(nn.functional.linear(hidden, weight, bias))
 
     def after(self, product: torch.Tensor) -> torch.Tensor:
-        """What is done to the product."""
+        """Apply the elementwise operations to the product."""
         for step in self.steps:
             product = step(product)
         return product
 
     def then(self, step: Callable[[torch.Tensor], torch.Tensor]) -> Product:
-        """The same with a step more."""
+        """Append an elementwise operation."""
         return replace(self, steps=(*self.steps, step))
 
 
 _NONE = -100
-"""The target of tokens that do not count, among places of one class: whatever number the loss ignores may be 0."""
+"""Target of ignored tokens in the one-class view: the loss's own `ignore_index` may be 0."""
 
 
 class TiledCrossEntropy(torch.autograd.Function):
@@ -96,14 +96,14 @@ class TiledCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str
     ) -> torch.Tensor:
-        """The loss, a scalar."""
+        """Return the loss, a scalar."""
         place = torch.where(target == ignore_index, 0, target)
         found = logits.new_empty(len(target))
         for tile in _tiles(len(target)):
             picked = _picked(torch.log_softmax(tile.of(logits), 1), tile.of(place))
             tile.of(found).copy_(picked)
         zero = torch.where(target == ignore_index, _NONE, 0)
-        # `data` holds the values alone, so that it can be told whether anyone else does.
+        # `data` holds the values without the graph, so other holders can be detected.
         ctx.logits, ctx.target, ctx.place, ctx.found = logits.data, target, place, found
         ctx.settings = ignore_index, reduction
         return nn.functional.nll_loss(found[:, None], zero, ignore_index=_NONE, reduction=reduction)
@@ -111,10 +111,10 @@ class TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The gradient of the logits.
+        """Return the gradient of the logits.
 
         Raises:
-            UnsupportedError: the logits are no longer those of the forward pass.
+            UnsupportedError: the logits changed since the forward pass.
         """
         logits, target, place = ctx.logits, ctx.target, ctx.place
         ignore_index, reduction = ctx.settings
@@ -129,7 +129,7 @@ class TiledCrossEntropy(torch.autograd.Function):
             )
             of_logits = torch.ops.aten._log_softmax_backward_data(of_logarithms, logarithms, 1, logits.dtype)
             tile.fresh(tile.of(result)).copy_(tile.fresh(of_logits))
-            del logarithms, of_logarithms, of_logits  # before those of the next tile are made
+            del logarithms, of_logarithms, of_logits  # before those of the next tile are created
         same = torch.isclose(found, ctx.found, rtol=0, atol=0, equal_nan=True).all()
         if not same.is_meta and not bool(same):
             raise UnsupportedError(
@@ -142,15 +142,15 @@ class TiledCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class HeadLoss:
-    """A cross entropy of rows of hidden states, whose logits are made tile by tile.
+    """A cross entropy of rows of hidden states, with logits computed tile by tile.
 
     Attributes:
-        product: makes logits of hidden states.
+        product: computes logits from hidden states.
         target: int64 (tokens,).
-        ignore_index: the target of tokens that have no loss.
-        reduction: "mean" or "sum" of the tokens' losses.
-        divisor: of that; None for none.
-        with_gradient: whether the gradient of the hidden states is made as well.
+        ignore_index: target of tokens without a loss.
+        reduction: "mean" or "sum" over tokens.
+        divisor: divides the loss; None for none.
+        with_gradient: whether to compute the gradient of the hidden states too.
     """
 
     product: Product
@@ -163,15 +163,15 @@ class HeadLoss:
     def run(
         self, hidden: torch.Tensor, gradient: float, result: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Make the logits of each tile.
+        """Compute the logits of each tile.
 
         Args:
             hidden: rows of hidden states, (tokens, width).
-            gradient: of the loss.
-            result: where the gradient of the hidden states goes, of their shape; a new tensor by default.
+            gradient: gradient of the loss.
+            result: receives the gradient of the hidden states, in their shape; a new tensor by default.
 
         Returns:
-            The logarithm of each target's probability, (tokens,), and the gradient if there is one.
+            The log-probability of each target, (tokens,), and the gradient, if requested.
         """
         target, ignore, tokens = self.target, self.ignore_index, len(self.target)
         weight, place = self.product.weight(), torch.where(target == ignore, 0, target)
@@ -183,7 +183,7 @@ class HeadLoss:
             with torch.set_grad_enabled(self.with_gradient), _own_graph():
                 logits = self.product.of(rows, weight)
                 logits = logits.float() if precise else logits
-            edge = get_gradient_edge(logits) if result is not None else None  # it holds no numbers
+            edge = get_gradient_edge(logits) if result is not None else None  # it holds no values
             values = torch.log_softmax(logits.detach(), 1)
             del logits
             if found is None or of_loss is None:
@@ -201,7 +201,7 @@ class HeadLoss:
                     (of_rows,) = torch.autograd.grad([edge], [rows], [of_logits])
                 tile.fresh(tile.of(result)).copy_(tile.fresh(of_rows))
                 del of_logits, of_rows
-            del edge, rows  # before those of the next tile are made
+            del edge, rows  # before those of the next tile are created
         assert found is not None, "there is always a tile"
         return found, result
 
@@ -209,12 +209,12 @@ class HeadLoss:
 class TiledHeadLoss(torch.autograd.Function):
     """A `HeadLoss` of rows of hidden states, (tokens, width).
 
-    The gradient of the hidden states is made in the forward pass, with the gradient of the loss that is expected.
+    The forward pass computes the gradient of the hidden states from the expected gradient of the loss.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, loss: HeadLoss) -> torch.Tensor:
-        """The loss, a scalar."""
+        """Return the loss, a scalar."""
         lower = autocast_dtype(hidden)
         ctx.loss, ctx.expected = loss, loss.product.expected.gradient
         ctx.autocast = partial(torch.autocast, _autocast_kind(hidden), lower, enabled=lower is not None)
@@ -228,8 +228,8 @@ class TiledHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        """The gradient of the hidden states."""
-        result, ctx.result = ctx.result, None  # the context lives as long as the loss does
+        """Return the gradient of the hidden states."""
+        result, ctx.result = ctx.result, None  # the context lives as long as the loss
         value = ctx.expected if gradient.is_meta else float(gradient)
         if result is None or value != ctx.expected:
             (hidden,) = ctx.saved_tensors
@@ -241,12 +241,12 @@ class TiledHeadLoss(torch.autograd.Function):
 
 
 def _own_graph() -> AbstractContextManager[None]:
-    """Keep what is saved here from hooks, such as those that move it to the CPU: the graph of a tile ends at once."""
+    """Hide saved tensors from hooks, such as offloading to the CPU: a tile's graph is short-lived."""
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach()  # a node that held its own output with its graph would hold itself
+    return tensor.detach()  # a node holding its own output with its graph would keep itself alive
 
 
 def _autocast_kind(tensor: torch.Tensor) -> str:
@@ -255,9 +255,9 @@ def _autocast_kind(tensor: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Tile:
-    """A tile: its first row, its rows, and how many of them an earlier tile has had.
+    """A tile: its first row, its number of rows, and the rows shared with an earlier tile.
 
-    Rows are taken by `narrow`, which is the same operator for any of them, so that steps of any size are alike.
+    Uses `narrow`, the same operator for any rows, so steps of all sizes look alike.
     """
 
     start: int
@@ -265,16 +265,16 @@ class _Tile:
     done: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of the tile."""
+        """Return the rows of the tile."""
         return tensor.narrow(0, self.start, self.size)
 
     def fresh(self, rows: torch.Tensor) -> torch.Tensor:
-        """Those of its rows that no earlier tile has had."""
+        """Return its rows not covered by an earlier tile."""
         return rows.narrow(0, self.done, self.size - self.done)
 
 
 def _tiles(tokens: int) -> Iterator[_Tile]:
-    """All tiles of so many tokens, of equal size, so that the last ones may overlap or have nothing fresh."""
+    """Yield equally sized tiles of the tokens; the last ones may overlap or contain nothing new."""
     recorded = RECORDING.get()
     size = recorded_tile(tokens) if recorded else TileSize().of(tokens)
     for number in range(RECORDED_TILES if recorded else -(-tokens // size)):
@@ -287,5 +287,5 @@ def _picked(logarithms: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def _held_once(tensor: torch.Tensor) -> bool:
-    """Whether no other tensor has the same storage; it and the object that asks count."""
+    """True if no other tensor shares the storage; the tensor and its query count as two."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) <= 2

@@ -23,17 +23,17 @@ LossFunction = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
-    """A training step that a loop takes.
+    """A training step of a loop.
 
     Attributes:
         model: the PEFT model, on its device.
         loss: the loss of a batch.
-        optimizer: decides the bytes of state; AdamW's two tensors count without one.
-        rows_per_example: rows of a batch that one example takes; see `reshaped`.
-        accumulates: whether gradients are there all the time, because they are kept over several batches of each step.
-        bucket_copies: how often the loop holds all gradients besides, all the time, to send them to other processes.
-        message_bytes: bytes of the model's buffers on their way to other processes while a forward pass runs.
-        offloads: whether inputs of checkpointed layers lie in main memory until they run again.
+        optimizer: sets the bytes of state; None means AdamW's two tensors.
+        rows_per_example: rows of a batch per example; see `reshaped`.
+        accumulates: whether gradients always exist, because they accumulate over several batches per step.
+        bucket_copies: number of permanent extra copies of all gradients, for communication with other processes.
+        message_bytes: bytes of the model's buffers in transit to other processes during a forward pass.
+        offloads: whether inputs of checkpointed layers stay in main memory until recomputation.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class TrainingStep:
 
 
 def checked_loss(loss: LossFunction) -> LossFunction:
-    """A loss that raises UnsupportedError where the function returns something else than a tensor of one number."""
+    """Wrap a loss to raise UnsupportedError unless it returns a one-element tensor."""
 
     def checked(batch: Any) -> torch.Tensor:
         value = loss(batch)
@@ -63,9 +63,9 @@ def checked_loss(loss: LossFunction) -> LossFunction:
 
 
 def model_loss(model: nn.Module) -> LossFunction:
-    """The loss that a transformers model returns for a batch that holds labels.
+    """Return the loss function of a transformers model, for batches with labels.
 
-    The function raises UnsupportedError if the model returns none.
+    It raises UnsupportedError if the model returns no loss.
     """
 
     def loss(batch: Any) -> torch.Tensor:
@@ -83,14 +83,14 @@ def model_loss(model: nn.Module) -> LossFunction:
 
 
 CHECKPOINTING = {"use_reentrant": False}
-"""How segments run again: reentrant checkpointing would need inputs with gradients, which a frozen base has not."""
+"""Checkpointing options: the reentrant variant needs inputs with gradients, which a frozen base lacks."""
 
 
 _OF_BITSANDBYTES: dict[str, str] = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
 def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantization = "none") -> None:
-    """Raise UnsupportedError if the library that an optimizer or a quantisation needs is missing."""
+    """Raise UnsupportedError if the library needed by an optimizer or a quantisation is missing."""
     if optimizer == "adamw4bit" and find_spec("torchao") is None:
         raise UnsupportedError("The optimizer adamw4bit needs torchao: pip install torchao.")
     needing = [f"optimizer {optimizer}"] if optimizer in _OF_BITSANDBYTES else []
@@ -100,7 +100,7 @@ def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantizati
 
 
 def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of that name with the Trainer's settings, over all parameters that train; see `check_installed`."""
+    """Return an optimizer over all trained parameters, with the Trainer's settings; see `check_installed`."""
     check_installed(name)
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":
@@ -117,7 +117,7 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
     if name == "adamw4bit":
         four_bits: torch.optim.Optimizer = importlib.import_module("torchao.optim").AdamW4bit(trains, lr=1e-4)
         return four_bits
-    if trains[0].is_meta:  # torch knows no fused kernel for the meta device, which stands for one that has it
+    if trains[0].is_meta:  # torch has no fused kernel for the meta device, unlike the emulated one
         hollow = torch.optim.AdamW(trains, lr=1e-4)
         hollow.defaults["fused"] = True
         return hollow
@@ -125,7 +125,7 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
 
 
 def has_checkpointing(base: Any) -> bool:
-    """Whether the class of a transformers model has gradient checkpointing."""
+    """True if a transformers model class supports gradient checkpointing."""
     return bool(getattr(base, "supports_gradient_checkpointing", False))
 
 
@@ -136,16 +136,16 @@ def check_checkpointing(base: Any) -> None:
 
 
 def switch_checkpointing(base: Any, wanted: bool, *, reentrant: bool = False) -> None:
-    """Switch gradient checkpointing of a transformers model on or off; raise UnsupportedError if it has none.
+    """Turn a transformers model's gradient checkpointing on or off; raises UnsupportedError if unsupported.
 
-    Reentrant checkpointing needs inputs with gradients, which a frozen base does not have: it is asked for them.
+    Reentrant checkpointing needs inputs with gradients, which a frozen base lacks, so it enables them.
     """
     check_checkpointing(base)
     # Its name from transformers 5.20 on, and before.
     name = "activation_checkpointing" if hasattr(base, "activation_checkpointing_enable") else "gradient_checkpointing"
     if wanted:
         getattr(base, f"{name}_enable")(CHECKPOINTING | {"use_reentrant": reentrant})
-        for layer in inner_layers(base):  # it runs again with the layer around it
+        for layer in inner_layers(base):  # recomputed with the enclosing layer
             layer.gradient_checkpointing = False
         release_inputs(base)
     else:
@@ -153,21 +153,21 @@ def switch_checkpointing(base: Any, wanted: bool, *, reentrant: bool = False) ->
 
 
 def inner_layers(model: nn.Module) -> set[GradientCheckpointingLayer]:
-    """Layers that can be checkpointed and lie inside of another one, as in Zamba 2."""
+    """Return checkpointable layers nested in another one, as in Zamba 2."""
     layers = {module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
     return {inner for layer in layers for inner in layers & set(layer.modules()) - {layer}}
 
 
 def is_reentrant(function: Any) -> bool:
-    """Whether a module's checkpointing function is reentrant: torch's is by default, and transformers binds options."""
+    """True if a module's checkpointing function is reentrant: torch's default; transformers binds options."""
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
 def release_inputs(model: nn.Module) -> None:
-    """Let the model's inputs require no gradients any more, unless its checkpointing is reentrant and needs them.
+    """Stop the model's inputs from requiring gradients, unless reentrant checkpointing needs them.
 
-    transformers makes them require gradients under either checkpointing. Then every layer below the lowest adapter
-    holds tensors for the backward pass, which runs down to the embeddings for nothing.
+    transformers enables them under either variant. Every layer below the lowest adapter would then save tensors for a
+    backward pass that needlessly runs down to the embeddings.
     """
     functions = (vars(module).get(CHECKPOINT) for module in model.modules())
     if any(function is not None and is_reentrant(function) for function in functions):
@@ -179,23 +179,23 @@ def release_inputs(model: nn.Module) -> None:
 
 
 def requires_grad_hook(hook: object) -> bool:
-    """Whether a forward hook makes a module's output require gradients, as transformers and PEFT install them."""
+    """True if a forward hook makes outputs require gradients, as installed by transformers and PEFT."""
     return "require_grad" in getattr(hook, "__name__", "")
 
 
 CHECKPOINT = "_gradient_checkpointing_func"
-"""Where transformers keeps a module's checkpointing function."""
+"""Attribute with a module's checkpointing function in transformers."""
 
 
 @contextmanager
 def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
-    """Replace transformers' checkpointing function by another one inside.
+    """Replace transformers' checkpointing function inside the context.
 
-    It stays replaced where a step switches checkpointing off and on again, which gives every module another function.
+    The replacement survives a step that turns checkpointing off and on, which reassigns the modules' functions.
 
     Args:
-        modules: those that have such a function.
-        run: called with whether the function is reentrant, and then with what the function is called with.
+        modules: the modules with such a function.
+        run: called with the function's reentrancy, followed by its call arguments.
     """
     functions = [vars(module)[CHECKPOINT] for module in modules]
     kinds, marked = {type(module) for module in modules}, _Marked(modules, run)
@@ -205,13 +205,13 @@ def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> It
         yield
     finally:
         for kind in kinds:
-            delattr(kind, CHECKPOINT)  # no class of transformers has one of its own
+            delattr(kind, CHECKPOINT)  # no transformers class defines its own
         for module, function in zip(modules, functions, strict=True):
             setattr(module, CHECKPOINT, function)
 
 
 class _Marked:
-    """The checkpointing function of all modules of a class, as an attribute that hides those of the modules."""
+    """The checkpointing function of all modules of a class, as an attribute that shadows those of instances."""
 
     def __init__(self, modules: Sequence[nn.Module], run: Callable[..., Any]) -> None:
         self._modules, self._run = {id(module) for module in modules}, run

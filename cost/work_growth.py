@@ -1,4 +1,4 @@
-"""What a step computes on a batch of any shape, from three lengths."""
+"""The computation of a step on a batch of any shape, from three lengths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .step_time import StepWork
 from .tile_size import LEAST_TOKENS, TILES
 
 MASK_ALIGNMENT = 16
-"""The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
+"""The memory-efficient kernel copies a mask unless its row length is a multiple of this."""
 
 
 def counted_shapes(shape: BatchShape) -> tuple[BatchShape, ...]:
-    """The shapes that are counted: that of a recording, a half of its length, and about three quarters.
+    """Return the counted shapes: that of a recording, half its length, and about three quarters.
 
-    The last two differ by a multiple of `MASK_ALIGNMENT`, so that rows of a mask are aligned in both or in neither.
-    There are so many rows that the loss has all its tiles.
+    The last two differ by a multiple of `MASK_ALIGNMENT`, so mask rows are aligned in both or in neither. Rows are
+    numerous enough for the loss to have all its tiles.
     """
     half = max(shape.length // 2, 2)
     between = half + shape.length // 64 * MASK_ALIGNMENT if shape.length >= 64 else max(shape.length // 4, 2)
@@ -30,13 +30,13 @@ def counted_shapes(shape: BatchShape) -> tuple[BatchShape, ...]:
 
 @dataclass(frozen=True, eq=False)
 class WorkGrowth:
-    """What a step computes, operator by operator, at `counted_shapes`, or at one shape of which alone it tells.
+    """The computation of a step per operator, at `counted_shapes`, or at the only supported shape.
 
     Attributes:
-        shapes: at which it was counted.
-        work: at the first of them.
+        shapes: the counted shapes.
+        work: the work at the first of them.
         flops: floating-point operations of each operator at each shape, (shapes, operators).
-        moved: bytes that it reads and writes, (shapes, operators).
+        moved: bytes it reads and writes, (shapes, operators).
     """
 
     shapes: tuple[BatchShape, ...]
@@ -46,7 +46,7 @@ class WorkGrowth:
 
     @classmethod
     def of(cls, shapes: Sequence[BatchShape], works: Sequence[StepWork]) -> WorkGrowth | None:
-        """The growth that counts at these shapes tell; None if they are not of the same operators."""
+        """Fit the growth to counts at these shapes; None if their operators differ."""
         first, *others = works
         for other in others:
             if first.needed != other.needed or not all(
@@ -57,13 +57,13 @@ class WorkGrowth:
         return cls(tuple(shapes), first, flops, moved)
 
     def at(self, shape: BatchShape) -> StepWork:
-        """What the step computes on a batch of this shape."""
+        """Return the computation of the step on a batch of this shape."""
         if shape == self.shapes[0]:
             return self.work
         return replace(self.work, flops=self._grown(self.flops, shape), moved=self._grown(self.moved, shape))
 
     def _grown(self, counted: FloatArray, shape: BatchShape) -> FloatArray:
-        """A constant part, and two that grow with the rows: in proportion to the length, and to its square."""
+        """Extrapolate a constant and two parts per row: proportional to the length, and to its square."""
         powers = np.array([[1, each.rows * each.length, each.rows * each.length**2] for each in self.shapes])
         parts = np.linalg.solve(powers.astype(np.float64), counted)
         here = np.array([1, shape.rows * shape.length, shape.rows * shape.length**2], dtype=np.float64)

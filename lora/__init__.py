@@ -1,1 +1,1 @@
-"""Where a rank changes: target modules, resizing of LoRA pairs, the optimizer's state, signals and adapter files."""
+"""Rank changes: target modules, resizing of LoRA pairs, optimizer state, signals and adapter files."""

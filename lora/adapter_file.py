@@ -1,15 +1,14 @@
-"""Reads and checks saved LoRA adapters, and exports them for other programs, without the base model.
+"""Read and check saved LoRA adapters, and export them for other programs, without the base model.
 
-PEFT scales each module by that module's alpha / rank (rsLoRA: alpha / sqrt(rank)). Other programs do not, without a
-warning:
+PEFT scales each module by its own alpha / rank (rsLoRA: alpha / sqrt(rank)). Other programs silently differ:
 
 * llama.cpp scales each module by the adapter's single alpha / the module's rank
   (`llama_adapter_lora_weight::get_scale`);
 * vLLM allocates the adapter's r for all modules and scales them by its alpha / r; only recent versions read
   `rank_pattern` and `alpha_pattern` (`vllm/lora/peft_helper.py`).
 
-`export_padded` writes a file that all three read alike. `export_rank_pattern` and `rank_pattern_yaml` give the
-configuration of a fresh fine-tune at the same ranks.
+`export_padded` writes a file that works identically in all three. `export_rank_pattern` and `rank_pattern_yaml` return
+the configuration of a fresh fine-tune at the same ranks.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MOST_CONFIG_BYTES = 2**24
-"""Bytes of an adapter's configuration, at most; that with a rank for each of 50,000 modules has a quarter of it."""
+"""Maximum size of an adapter's configuration in bytes; ranks for 50,000 modules take a quarter of it."""
 
 MOST_PATTERN, MOST_REPEATS = 1000, 2
-"""Characters of a pattern of module names, and how often it may repeat something without bound."""
+"""Maximum length of a pattern of module names, and maximum number of unbounded repeats in it."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -60,7 +59,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (str, list),
     "modules_to_save": (list,),
 }
-"""Types of settings that are read or passed on; each may be missing or None."""
+"""Types of the settings that are read or passed on; each may be missing or None."""
 
 _REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\}|(?<!\()\?)")
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
@@ -71,14 +70,14 @@ PAIR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The content of an adapter's folder.
+    """The contents of an adapter folder.
 
     Attributes:
         config: the configuration.
-        tensors: by key.
-        ranks: by module name; of fused experts by the parameter's name ("model.layers.0.mlp.experts.down_proj").
-        alphas: likewise.
-        stacks: by what the file calls a module that holds experts: the parameter's name, and how many experts.
+        tensors: tensors by key.
+        ranks: ranks by module name, or parameter name for fused experts ("model.layers.0.mlp.experts.down_proj").
+        alphas: alphas by the same names.
+        stacks: parameter name and number of experts, by the file's name of a module that holds experts.
     """
 
     config: LoraConfig
@@ -88,19 +87,19 @@ class SavedAdapter:
     stacks: dict[str, tuple[str, int]]
 
     def scale(self, name: str) -> float:
-        """The factor by which PEFT multiplies B A of this module; 0 at rank 0."""
+        """Return the factor by which PEFT multiplies this module's B A; 0 at rank 0."""
         rank = self.ranks[name]
         root = math.sqrt(rank) if self.config.use_rslora else rank
         return self.alphas[name] / root if rank else 0.0
 
     def settings(self, names: tuple[str, ...]) -> dict[str, object]:
-        """The named settings of the configuration that are switched on; a setting that PEFT lacks counts as off."""
+        """Return the enabled settings among those named; settings unknown to PEFT count as disabled."""
         values = {name: getattr(self.config, name, None) for name in names}
         return {name: value for name, value in values.items() if value}
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Read an adapter's configuration and weights, and check that they agree.
+    """Read an adapter's configuration and weights, and check their consistency.
 
     Raises:
         ConfigError: the two disagree about a rank.
@@ -133,10 +132,10 @@ def read_adapter(folder: Path) -> SavedAdapter:
 def _turned(
     folder: Path, tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file of PEFT before 0.19, laid out as later ones read them: A reads inputs, but in Llama 4.
+    """Convert tensors from PEFT before 0.19 to the later layout: A reads the inputs, except in Llama 4.
 
-    The older A belongs to the first axis of the experts' weights. Widths tell which one that is: what goes into
-    `gate_up_proj` comes out of `down_proj`, and half of what comes out of the one goes into the other.
+    The older A belongs to the first axis of the experts' weights. Widths identify it: the input width of `gate_up_proj`
+    is the output width of `down_proj`, whose input width is half the output width of `gate_up_proj`.
 
     Raises:
         UnsupportedError: not both of these have adapters.
@@ -170,7 +169,7 @@ _STACKED = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def _parameter_of(module: str, config: LoraConfig) -> str | None:
-    """The parameter of which a module of the file holds the adapter; None if it is none that holds experts."""
+    """Return the parameter adapted by a module of the file; None if it holds no experts."""
     stem = module.replace(".base_layer", "")
     names = [f"{stem}.{leaf}" for leaf in _STACKED]
     wrapped = [name for name in names if _is_parameter(name, config)]
@@ -179,18 +178,18 @@ def _parameter_of(module: str, config: LoraConfig) -> str | None:
 
 
 def _is_parameter(name: str, config: LoraConfig) -> bool:
-    """Whether a name is one of the parameters that a configuration adapts."""
+    """True if the configuration adapts a parameter of this name."""
     return any(name == each or name.endswith(f".{each}") for each in config.target_parameters or ())
 
 
 def _resolve(pattern: dict[str, float] | None, name: str, default: float) -> float:
-    """The value of the first pattern that matches a module, as PEFT looks it up."""
+    """Return the value of the first pattern that matches a module, following PEFT's lookup."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 
 def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Rank by module name, from the shapes of A (rank, ...) and B (..., rank)."""
+    """Return the rank by module name, from the shapes of A (rank, ...) and B (..., rank)."""
     sides: dict[str, dict[str, int]] = {}
     for key, tensor in tensors.items():
         match = PAIR_KEY.fullmatch(key)
@@ -207,7 +206,7 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
-    """The configuration, and whether adapters of experts are laid out as PEFT had them before 0.19."""
+    """Return the configuration, and whether adapters of experts have the layout of PEFT before 0.19."""
     path = folder / CONFIG_NAME
     values = _read_file(path, lambda: read_object(path, MOST_CONFIG_BYTES))
     if values.get("peft_type") not in list(PeftType):
@@ -224,12 +223,12 @@ def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
             f"{path} has target_parameters {', '.join(others)}, which are not known. Known: those that end in "
             f"{', '.join(_STACKED)}."
         )
-    version = str(values.get("peft_version") or "0.17")  # which did not write its own
+    version = str(values.get("peft_version") or "0.17")  # 0.17 did not write its version
     return config, bool(config.target_parameters) and bool(re.match(r"0\.(\d|1[0-8])(\D|$)", version))
 
 
 def _check_types(path: Path, values: Mapping[str, object]) -> None:
-    """Refuse settings of other types than PEFT writes, which would find their way into files for other programs."""
+    """Refuse settings with types PEFT does not write, before they reach files for other programs."""
     for name, kinds in _TYPES.items():
         value = values.get(name)
         known = value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
@@ -238,7 +237,7 @@ def _check_types(path: Path, values: Mapping[str, object]) -> None:
 
 
 def _check_patterns(path: Path, name: str, patterns: object) -> None:
-    """Refuse regular expressions that may take for ever; module names and simple patterns are matched at once."""
+    """Refuse regular expressions with possibly exponential time; names and simple patterns match at once."""
     if not isinstance(patterns, dict):
         raise RunFolderError(f"{path} is corrupt or foreign: {name} is {shown(patterns)}, no values by module.")
     for pattern in patterns:
@@ -264,22 +263,22 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_file(path: Path, read: Callable[[], T]) -> T:
-    """Return what `read` reads from a file; raise RunFolderError if the file is missing or corrupt."""
+    """Return the result of `read` on a file; raise RunFolderError if the file is missing or corrupt."""
     if not path.is_file():
         raise RunFolderError(f"There is no {path}. Name a folder that `save_pretrained` of a PEFT model wrote.")
     try:
         return read()
-    except RecursionError as error:  # PEFT tries again without the setting that it does not know, for ever
+    except RecursionError as error:  # PEFT retries endlessly without an unknown setting
         raise RunFolderError(f"{path} is corrupt or foreign: it holds settings inside a setting.") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise RunFolderError(f"{path} is corrupt or foreign: {first_line(error)}") from error
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM allows for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
+"""Values allowed by vLLM for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 MOST_PADDED_BYTES = 2**33
-"""Bytes of a padded adapter, at most."""
+"""Maximum size of a padded adapter in bytes."""
 
 _OTHER_FORMS = (
     "use_dora",
@@ -292,7 +291,7 @@ _OTHER_FORMS = (
     "alora_invocation_tokens",
     "layer_replication",
 )
-"""Settings of LoraConfig under which a module computes something else than W x + s B A x."""
+"""LoraConfig settings under which a module does not compute W x + s B A x."""
 
 _AXOLOTL_KEYS = {
     "modules_to_save": "lora_modules_to_save",
@@ -302,23 +301,23 @@ _AXOLOTL_KEYS = {
     "layer_replication": "peft_layer_replication",
     "trainable_token_indices": "peft_trainable_token_indices",
 }
-"""Axolotl's key for each setting of LoraConfig that it passes on (src/axolotl/utils/schemas/peft.py)."""
+"""Axolotl's key for each LoraConfig setting that it passes on (src/axolotl/utils/schemas/peft.py)."""
 
 
 def export_padded(
     adapter_folder: str | Path, output_folder: str | Path, rank: int | None = None, *, per_expert: bool = False
 ) -> Path:
-    """Write an adapter in which every module has the same rank and the scale 1, for PEFT, vLLM and llama.cpp.
+    """Write an adapter with equal ranks and scale 1 in every module, for PEFT, vLLM and llama.cpp.
 
     A is padded with zero rows and B with zero columns. B and its bias (`lora_bias`) are multiplied by the module's
     scale and keep their dtype. All other tensors are copied. A module without a pair stays without one.
 
     Args:
-        adapter_folder: a LoRA adapter as `save_pretrained` writes it.
+        adapter_folder: a LoRA adapter written by `save_pretrained`.
         output_folder: a folder that is empty or does not exist.
         rank: the rank of all modules, one of `VLLM_RANKS`; by default the smallest that fits.
-        per_expert: write a pair for each matrix of each expert (experts.0.gate_proj), as models have them in which
-            experts are modules, instead of one for all; for models whose gate and up are the halves of gate_up_proj.
+        per_expert: write a pair for each matrix of each expert (experts.0.gate_proj), for models with experts as
+            modules, instead of one for all; for models with gate and up as the halves of gate_up_proj.
 
     Returns:
         The output folder.
@@ -356,12 +355,12 @@ def export_padded(
 
 
 def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
-    """The configuration that starts a fresh fine-tune at an adapter's ranks and scalings.
+    """Return the configuration for a fresh fine-tune at an adapter's ranks and scalings.
 
-    It lists exactly the modules that have a pair, by full name; all other settings are the adapter's.
+    It lists exactly the modules with a pair, by full name; all other settings are the adapter's.
 
     Args:
-        adapter_folder: a LoRA adapter as `save_pretrained` writes it.
+        adapter_folder: a LoRA adapter written by `save_pretrained`.
 
     Raises:
         ConfigError: weights and configuration disagree, or every module is at rank 0.
@@ -375,12 +374,12 @@ def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
 
 
 def pattern_config(config: LoraConfig, all_ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """A configuration that adapts the modules of a rank above 0, each at its rank and alpha, and no others.
+    """Return a configuration that adapts exactly the modules with rank above 0, each at its rank and alpha.
 
     Args:
-        config: has all other settings.
-        all_ranks: by the full name of a module; one is above 0 at least.
-        alphas: of those modules.
+        config: provides all other settings.
+        all_ranks: ranks by full module name; at least one is above 0.
+        alphas: alphas of those modules.
     """
     ranks = {name: rank for name, rank in all_ranks.items() if rank}
     widest = max(ranks, key=ranks.__getitem__)
@@ -403,7 +402,7 @@ def pattern_config(config: LoraConfig, all_ranks: Mapping[str, int], alphas: Map
 
 
 def rank_pattern_yaml(adapter_folder: str | Path) -> str:
-    """`export_rank_pattern` as lines of an axolotl config file; see `axolotl_yaml`.
+    """Return `export_rank_pattern` as lines of an axolotl config file; see `axolotl_yaml`.
 
     Takes the same folder as `export_rank_pattern`, and raises the same errors.
     """
@@ -411,10 +410,10 @@ def rank_pattern_yaml(adapter_folder: str | Path) -> str:
 
 
 def axolotl_yaml(config: LoraConfig) -> str:
-    """A `pattern_config` as lines of an axolotl config file; comments list what axolotl cannot express.
+    """Return a `pattern_config` as lines of an axolotl config file; comments list what axolotl cannot express.
 
     Axolotl's keys are `lora_rank_pattern` and `lora_alpha_pattern` (axolotl-ai-cloud/axolotl#3673, July 2026). Their
-    values are whole and positive, so a fractional alpha is rounded.
+    values are positive integers, so a fractional alpha is rounded.
     """
     alphas = {key: max(1, round(alpha)) for key, alpha in config.alpha_pattern.items()}
     optional = {key: getattr(config, name, None) for name, key in _AXOLOTL_KEYS.items()}
@@ -454,7 +453,7 @@ def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
 
 
 def _padded_rank(highest: int, wanted: int | None) -> int:
-    """The rank to pad to: `wanted`, or the smallest that vLLM allows and that is not below `highest`."""
+    """Return the rank to pad to: `wanted`, or the smallest vLLM allows from `highest` on."""
     if wanted is not None and wanted not in VLLM_RANKS:
         raise ConfigError(f"vLLM has no slot for rank {wanted}. Allowed: {', '.join(map(str, VLLM_RANKS))}.")
     fitting = [rank for rank in VLLM_RANKS if rank >= highest and wanted in (None, rank)]
@@ -465,7 +464,7 @@ def _padded_rank(highest: int, wanted: int | None) -> int:
 
 
 def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
-    """Refuse an adapter that takes too much memory when it is padded: a pair of rank 0 can claim any width."""
+    """Refuse an adapter too large once padded: a pair of rank 0 can claim any width."""
     taken = 0
     for key, tensor in adapter.tensors.items():
         match = PAIR_KEY.fullmatch(key)
@@ -481,7 +480,7 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
 
 
 def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """One tensor of the file, padded to `rank`; B and its bias are scaled, tensors outside of pairs unchanged."""
+    """Pad one tensor of the file to `rank`; scales B and its bias, and leaves tensors outside pairs unchanged."""
     match = PAIR_KEY.fullmatch(key)
     if match is None:
         return tensor
@@ -495,7 +494,7 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
         )
     if kind == ".bias":
         return new
-    if side == "A":  # the expert is slowest here, and fastest in B
+    if side == "A":  # the expert axis is slowest here, and fastest in B
         each = new.reshape(experts, -1, new.shape[1])
         return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(0, 1).contiguous()
     each = new.reshape(new.shape[0], -1, experts)
@@ -503,7 +502,7 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
 
 
 def _split(tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]) -> dict[str, torch.Tensor]:
-    """The same with a pair for each expert's matrices: A of gate and up is that of both, B a half of it each."""
+    """Return the same with a pair for each expert's matrices: gate and up share A, and each take half of B."""
     found: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         match = PAIR_KEY.fullmatch(key)

@@ -1,13 +1,13 @@
-"""Adapters as decisions see them: one interface for a PEFT model and for stacked adapters, and signals of each module.
+"""One interface to adapters for decisions, for PEFT models and stacked adapters, and the signals of each module.
 
-Signals tell how much each target module would gain from training, measured on its LoRA pair and gradients. g is the
-gradient of B at one optimiser step; means are over the steps of an interval between two decisions. The first three find
-planted changes where plain gradient norms do not (docs/experiments.md):
+Signals estimate each target module's benefit from training, based on its LoRA pair and gradients. g is the gradient of
+B at one optimizer step; means cover the steps between two decisions. The first three detect planted changes that plain
+gradient norms miss (docs/experiments.md):
 
-* *component sensitivity*: mean over the components j of abs(b_j . G a_j), where G is the mean gradient of delta W: how
-  strongly the loss depends on one of the adapter's present components;
-* *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2: how far the batches agree, from 0 to 1;
-* *relative change*: norm(delta W) / norm(W): how far training has changed the module.
+* *component sensitivity*: mean over the components j of abs(b_j . G a_j), with the mean gradient G of delta W: the
+  loss's dependence on one of the adapter's current components;
+* *gradient signal-to-noise*: norm(mean g)^2 / mean norm(g)^2: agreement of the batches, from 0 to 1;
+* *relative change*: norm(delta W) / norm(W): the module's change through training.
 
 The last two serve other methods:
 
@@ -15,8 +15,8 @@ The last two serve other methods:
 * *importance*: sum over the entries of B of abs(b * mean g), over its rank, as in AdaLoRA (Zhang et al., 2023, arXiv
   2303.10512).
 
-Sensitivity, gradient norm and importance are as they would be at the scaling of rank 8: gradients grow with the scaling
-(`lora/peft_config.py`), and a module would seem worth less the more rank it has.
+Sensitivity, gradient norm and importance are normalised to the scaling of rank 8: gradients grow with the scaling
+(`lora/peft_config.py`), so a module would otherwise seem worth less at higher rank.
 """
 
 from abc import ABC, abstractmethod
@@ -36,14 +36,15 @@ from .spec import REFERENCE_RANK
 from .targets import TargetModule, base_norm
 
 LEAST_PRECISION = torch.float32
-"""In which gradients are summed at least: sums in bfloat16 no longer grow after some 256 terms, and squares of small
-gradients are 0 in float16."""
+"""Least precision of gradient sums: bfloat16 sums stop growing after some 256 terms, and squares of small gradients
+vanish in float16.
+"""
 
 SIGNALS = ("sensitivity", "snr", "relative_change", "gradient_norm", "importance")
 
 
 def base_norms(targets: Sequence[TargetModule]) -> torch.Tensor:
-    """Frobenius norm of each module's frozen weight, at least 1e-12, fp64 (modules,)."""
+    """Return the Frobenius norm of each module's frozen weight, at least 1e-12, fp64 (modules,)."""
     return torch.tensor([base_norm(target.layer) for target in targets], dtype=torch.float64).clamp_min(1e-12)
 
 
@@ -55,12 +56,12 @@ def pair_signals(
     count: int,
     base_norms: torch.Tensor,
 ) -> torch.Tensor:
-    """The signals of one interval, (modules, len(SIGNALS)).
+    """Return the signals of one interval, (modules, len(SIGNALS)).
 
     Args:
-        factors: A (rank, d_in) and B (d_out, rank) of each module; of experts a matrix each, in a first axis.
-        scalings: the factor by which each B A is multiplied, and what it would be at `REFERENCE_RANK`.
-        sums: gradient of each B, summed over the interval's steps, of the shape of B.
+        factors: A (rank, d_in) and B (d_out, rank) of each module; for experts, one matrix each along a first axis.
+        scalings: the scaling of each B A, and its value at `REFERENCE_RANK`.
+        sums: gradient of each B, summed over the interval's steps, in the shape of B.
         squares: squared norm of the gradient of each B, summed over the steps, (modules,).
         count: number of steps in the interval.
         base_norms: norm of each frozen weight, fp64 (modules,).
@@ -85,8 +86,8 @@ class Meter(ABC):
     """Averages the gradients of B over an interval, and computes the signals of one run at its end.
 
     Attributes:
-        values: the latest signals, float64 (modules, len(SIGNALS)); NaN before the first read. A module at rank 0
-            keeps its last values.
+        values: the latest signals, float64 (modules, len(SIGNALS)); NaN before the first read. A module at rank 0 keeps
+            its last values.
         age: decisions since each module's values were fresh, int64 (modules,).
     """
 
@@ -110,7 +111,7 @@ class Meter(ABC):
 
     @abstractmethod
     def _update(self) -> IntArray:
-        """Update `values`, and return the indices of the modules that have fresh ones."""
+        """Update `values`, and return the indices of the modules with fresh ones."""
 
 
 class SignalMeter(Meter):
@@ -130,7 +131,7 @@ class SignalMeter(Meter):
         self._squares: list[torch.Tensor] = []
 
     def accumulate(self) -> None:
-        """Add the gradients of one optimiser step; call before they are cleared. Ignores a step that is not finite."""
+        """Add the gradients of one optimizer step, before they are cleared. Ignores non-finite steps."""
         gradients = [g for target in self._adapted if (g := target.weight_b.grad) is not None]
         if not gradients or len(gradients) < len(self._adapted):
             return
@@ -157,11 +158,11 @@ class SignalMeter(Meter):
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers at present."""
+        """Return the current bytes of the buffers."""
         return sum(total.untyped_storage().nbytes() for total in self._sums)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that `load_state_dict` needs to continue within an interval, as tensors."""
+        """Return everything `load_state_dict` needs to continue within an interval, as tensors."""
         state = {
             "values": torch.from_numpy(self.values.copy()),
             "age": torch.from_numpy(self.age.copy()),
@@ -173,7 +174,7 @@ class SignalMeter(Meter):
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict`; the targets must have the ranks of the time when it was made.
+        """Continue from `state_dict`; the targets must have the ranks at which it was created.
 
         Raises:
             LookupError, TypeError, ValueError: the state is of other modules or ranks, or damaged.
@@ -191,14 +192,14 @@ class SignalMeter(Meter):
 
 
 def _stored(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a state, if it has this shape and type; ValueError otherwise."""
+    """Return a tensor of a state; raises ValueError unless it has this shape and type."""
     if tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}, not {tuple(shape)} and {dtype}")
     return tensor
 
 
 def signal_buffer_bytes(targets: Sequence[TargetModule]) -> FloatArray:
-    """Bytes of `SignalMeter`'s buffers for one rank on each module: the summed gradient of B, float64 (modules,)."""
+    """Return the bytes of `SignalMeter`'s buffers per rank of each module: summed gradient of B, float64 (modules,)."""
     sizes = [torch.promote_types(target.weight_b.dtype, LEAST_PRECISION).itemsize for target in targets]
     return np.array([target.d_out * size for target, size in zip(targets, sizes, strict=True)], dtype=np.float64)
 
@@ -212,20 +213,20 @@ class Adapters(Protocol):
 
     @property
     def meter(self) -> Meter:
-        """Measures the signals of these adapters."""
+        """The meter for the signals of these adapters."""
 
     @property
     def ranks(self) -> IntArray:
         """Current ranks, int64 (modules,)."""
 
     def set_ranks(self, ranks: IntArray, optimizer: torch.optim.Optimizer | None, *, seed: int, step: int) -> None:
-        """Give the modules new ranks, int64 (modules,), and map the optimiser's state; stacked adapters ignore it.
+        """Set new ranks, int64 (modules,), and map the optimizer state; stacked adapters ignore the optimizer.
 
-        `seed` and `step`, the number of optimiser steps done, decide fresh directions.
+        `seed` and `step`, the number of completed optimizer steps, determine fresh directions.
         """
 
     def non_finite(self, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """Names of modules whose factors, gradients or optimiser state hold NaN or infinity."""
+        """Return the names of modules with NaN or infinity in factors, gradients or optimizer state."""
 
 
 class PeftAdapters:

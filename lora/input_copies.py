@@ -1,12 +1,12 @@
-"""What adapters hold of their inputs: one copy for all that read it, or what an activation function makes it of.
+"""Saved inputs of adapters: one shared copy, or the inputs of the activation function they come from.
 
 PEFT casts the input of each adapted module to the precision of its adapter, and under autocast each product with a
-factor casts once more. The query, key and value of a layer read one tensor, and hold three copies of it for the
-backward pass. Here the first of them makes the copy and the others take it. Each still has a node of its own in
-autograd's graph, so gradients are rounded and added as before: they are the same bit for bit.
+factor casts again. The query, key and value of a layer read one tensor, and hold three copies of it for the backward
+pass. Here the first module creates the copy and the others reuse it. Each keeps its own node in autograd's graph, so
+gradients are rounded and accumulated as before: they are bitwise identical.
 
-The adapter below a gate, `act(gate) * up`, holds the product, and autograd both factors and the gate. All of it follows
-from `gate` and `up`, so the second part of this file holds these two alone.
+The adapter below a gate, `act(gate) * up`, saves the product, and autograd saves both factors and the gate. All of it
+follows from `gate` and `up`, so the second part of this file only saves these two.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from transformers.activations import ACT2CLS
 from ..common.devices import autocast_dtype, without_autocast
 
 CAST = "_cast_input_dtype"
-"""The method by which PEFT's layers cast their inputs."""
+"""The method with which PEFT's layers cast their inputs."""
 
 _COPY = "_rankpilot_copy"
-"""The attribute of an input that holds its copy. It lives as long as the input's Python object does."""
+"""Attribute of an input that holds its copy, for the lifetime of the input's Python object."""
 
 
 def share_input_copies(model: nn.Module) -> Callable[[], None]:
-    """Let the plain LoRA layers of a model share copies of their inputs; returns what undoes it.
+    """Let the plain LoRA layers of a model share copies of their inputs; returns a function to undo it.
 
-    Left out are layers that drop inputs at random, whose copies differ, and variants such as DoRA.
+    Layers with input dropout are excluded, since their copies differ, and so are variants such as DoRA.
     """
     layers = [
         module
@@ -61,18 +61,18 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 
 def cast_once(inputs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """An input in the precision in which the product with an adapter's factor is computed.
+    """Cast an input to the precision of the product with an adapter's factor.
 
     Args:
         inputs: of shape (..., d_in).
-        dtype: of the factor. Under autocast, products are in autocast's precision instead.
+        dtype: dtype of the factor. Under autocast, autocast's precision takes its place.
     """
     if inputs is None:
         return None
     wanted = autocast_dtype(inputs) or dtype
     if inputs.dtype == wanted:
         return inputs
-    if torch.compiler.is_compiling() or inputs.is_inference():  # the compiler finds equal casts by itself
+    if torch.compiler.is_compiling() or inputs.is_inference():  # the compiler merges equal casts itself
         return inputs.to(wanted)
     version, copy = getattr(inputs, _COPY, (None, None))
     if copy is None or copy.dtype != wanted or version != inputs._version:
@@ -85,7 +85,7 @@ def cast_once(inputs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor |
 
 
 class _Cast(torch.autograd.Function):
-    """A cast whose result is there already."""
+    """A cast with an existing result."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
@@ -103,24 +103,24 @@ ACTIVATIONS = frozenset(entry[0] if isinstance(entry, tuple) else entry for entr
 """The activation functions of transformers' models."""
 
 LEAN = frozenset(ACT2CLS[name] for name in ("silu", "swish", "gelu", "gelu_pytorch_tanh"))
-"""Those of one operator, which saves its input alone."""
+"""Single-operator activations, which only save their input."""
 
 PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul}
 
 _RECIPE = "_rankpilot_recipe"
-"""The attribute of a tensor that holds its `Recipe`. It lives as long as the tensor's Python object does."""
+"""Attribute of a tensor that holds its `Recipe`, for the lifetime of the tensor's Python object."""
 
 Make = Callable[..., torch.Tensor]
 Steps = list[tuple[Make, int]]
-"""What makes each of some tensors, and of how many sources."""
+"""Functions that each compute a tensor, and their number of sources."""
 
 
 def run_activations_again(model: nn.Module) -> Callable[[], None]:
-    """Let readers of an activation function's result hold the function's input instead; returns what undoes it.
+    """Save the input of an activation function in place of its result; returns a function to undo it.
 
-    The input is there anyway. Readers are the product of a gate with its other half, and the factors A of plain LoRA
-    layers. In the backward pass, each runs the function again. Nodes of autograd's graph are those of before, so
-    gradients are the same bit for bit.
+    The input is saved anyway. Consumers of the result are the product of a gate with its other half, and the factors A
+    of plain LoRA layers. Each recomputes the function in the backward pass. Nodes in autograd's graph stay the same, so
+    gradients are bitwise identical.
     """
     forwards: dict[nn.Module, Make] = {}
     for module in model.modules():
@@ -141,12 +141,12 @@ def run_activations_again(model: nn.Module) -> Callable[[], None]:
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How cheap operators make a tensor of others.
+    """Recomputes a tensor from others with cheap operators.
 
     Attributes:
-        make: makes it of the sources.
-        sources: tensors that the backward pass holds anyway.
-        versions: of the tensor and its sources when it was made.
+        make: computes it from the sources.
+        sources: tensors saved for the backward pass anyway.
+        versions: versions of the tensor and its sources at creation.
     """
 
     make: Make
@@ -155,7 +155,7 @@ class Recipe:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Recipe:
-        """That of a tensor; the tensor itself where none is known, or something was changed since."""
+        """Return a tensor's recipe; the tensor itself if none is known, or anything changed since."""
         found: Recipe | None = vars(tensor).get(_RECIPE)
         if found is None or found.versions != _versions(tensor, *found.sources):
             return cls(_itself, (tensor,), ())
@@ -167,23 +167,23 @@ def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 
 def _noted(tensor: torch.Tensor, make: Make, *sources: torch.Tensor) -> torch.Tensor:
-    """The tensor, which knows from now on how it was made."""
+    """Attach a recipe to a tensor, and return it."""
     vars(tensor)[_RECIPE] = Recipe(make, sources, _versions(tensor, *sources))
     return tensor
 
 
 def _activated(function: Make, lean: bool, inputs: torch.Tensor) -> torch.Tensor:
-    """The result of an activation function."""
+    """Return the result of an activation function."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.is_inference():
         return function(inputs)
     result = function(inputs) if lean else _again(function, partial(_by_autograd, function), inputs)
-    if result.dtype != inputs.dtype:  # of autocast, which is over in the backward pass
+    if result.dtype != inputs.dtype:  # cast by autocast, which is off in the backward pass
         return result
     return _noted(result.as_subclass(_Activated), function, inputs)
 
 
 class _Activated(torch.Tensor):
-    """The result of an activation function, whose products know their factors."""
+    """The result of an activation function; its products remember their factors."""
 
     @classmethod
     def __torch_function__(
@@ -202,7 +202,7 @@ def _are_alike(one: torch.Tensor, other: Any) -> bool:
 
 
 def _product(factor: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """The product of an input with a factor A, which has no bias, (..., d_in) and (rank, d_in)."""
+    """Return the product of an input with a bias-free factor A, (..., d_in) and (rank, d_in)."""
     same = inputs.dtype == (autocast_dtype(inputs) or factor.weight.dtype)
     if _RECIPE in vars(inputs) and same and torch.is_grad_enabled():
         return _again(_linear, partial(_by_autograd, _linear), inputs, factor.weight)
@@ -235,7 +235,7 @@ def _multiplied(steps: Steps, *sources: torch.Tensor) -> torch.Tensor:
 
 
 Gradients = Callable[[list[torch.Tensor], list[bool], torch.Tensor], Iterable[torch.Tensor | None]]
-"""The gradients of a function's inputs: of the inputs, of which of them are asked for, and of the result's gradient."""
+"""Returns input gradients, given the inputs, a mask of the requested ones, and the result's gradient."""
 
 
 def _factors_gradients(factors: list[torch.Tensor], asked: list[bool], gradient: torch.Tensor) -> Any:
@@ -257,7 +257,7 @@ def _again(function: Make, gradients: Gradients, *inputs: torch.Tensor) -> torch
 
 
 class _Again(torch.autograd.Function):
-    """A function that holds what its inputs are made of, and makes them again in the backward pass."""
+    """A function that saves the sources of its inputs, and recomputes the inputs in the backward pass."""
 
     @staticmethod
     def forward(

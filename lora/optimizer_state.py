@@ -1,13 +1,13 @@
-"""Carries an optimiser's state through a change of rank.
+"""Carry optimizer state through a change of rank.
 
-The gradient of a re-factored pair is a linear map of the old one: with A' = Q A and B' = B P, the chain rule gives
-g_A' = P^T g_A and g_B' = g_B Q^T on the remaining directions. First moments take the same map, second moments the
-map with squared entries, and the step count stays. Where a parameter is divided by a number because its scaling grows
-by it, gradients grow by it too (`scale_state`).
+The gradient of a re-factored pair is a linear map of the old one: with A' = Q A and B' = B P, the chain rule gives g_A'
+= P^T g_A and g_B' = g_B Q^T on the remaining directions. First moments follow the same map, second moments the map with
+squared entries, and the step count stays. Where a growing scaling divides a parameter by a factor, its gradients grow
+by that factor too (`scale_state`).
 
-A table has the layout of each known optimiser: which tensors are first or second moments, and how they are stored. A
-moment that is mapped wrongly would do harm without an error, so under any other optimiser a parameter of a new shape
-begins with new state. Third-party optimisers are recognised by name, so none of them needs to be installed.
+A table holds the layout of each known optimizer: its first and second moments, and their storage. A wrongly mapped
+moment would cause silent harm, so parameters of a new shape start with new state under any other optimizer. Third-party
+optimizers are recognised by name, so they need not be installed.
 """
 
 import copy
@@ -25,28 +25,29 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UnsupportedError
 
 Moment = Literal["first", "second", "direction", "change"]
-"""What a state tensor is: an average of gradients, of their squares, of gradients without their size (divided by the
-root of their squares), or of changes of the parameter."""
+"""Meaning of a state tensor: an average of gradients, of their squares, of normalised gradients (divided by the root of
+their squares), or of parameter changes.
+"""
 
 State = dict[str, torch.Tensor]
 
 LOW_BIT_BLOCK = 256
-"""Number of values that share one scale in the 8-bit states of bitsandbytes."""
+"""Number of values per scale in bitsandbytes' 8-bit states."""
 
 
 class StateForm:
-    """The form in which an optimiser stores a moment: an ordinary tensor, if no subclass says otherwise."""
+    """Storage of a moment in an optimizer: an ordinary tensor, unless a subclass differs."""
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
         """Return the moment `state[key]` as an ordinary float tensor."""
         return state[key]
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Store a moment of a new shape in the form that the optimiser would give it."""
+        """Store a moment of a new shape in the optimizer's own format."""
         state[key] = value.to(state[key].dtype)
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of one moment of a parameter with the shape and dtype of `like`."""
+        """Return the bytes of one moment of a parameter with the shape and dtype of `like`."""
         return like.nbytes
 
 
@@ -59,13 +60,13 @@ class TorchaoForm(StateForm):
         return moment if type(moment) is torch.Tensor else moment.dequantize()
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Quantise the moment as the optimiser does."""
+        """Quantise the moment as the optimizer does."""
         state[key] = optimizer._new_buffer(torch.empty_like(value, dtype=parameter.dtype), key == "exp_avg")
         state[key].copy_(value)
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of codes and scales, and of the table of codes, of which each moment has one."""
-        with torch.device("cpu" if like.is_meta else like.device):  # the table of codes has contents
+        """Return the bytes of codes, scales, and the code table of each moment."""
+        with torch.device("cpu" if like.is_meta else like.device):  # the code table has contents
             moment = optimizer._new_buffer(torch.empty(like.shape, dtype=like.dtype), True)
         if type(moment) is torch.Tensor:
             return like.nbytes
@@ -75,11 +76,11 @@ class TorchaoForm(StateForm):
 class BitsandbytesForm(StateForm):
     """bitsandbytes' states: fp32, or 8-bit codes in blocks with one scale each.
 
-    Paged states become ordinary ones at the first change of rank, as they do when bitsandbytes loads a checkpoint.
+    Paged states become ordinary at the first change of rank, as when bitsandbytes loads a checkpoint.
     """
 
     def read(self, parameter: torch.Tensor, state: State, key: str) -> torch.Tensor:
-        """Return the dequantised moment on the parameter's device; paged states report the CPU as theirs."""
+        """Return the dequantised moment on the parameter's device; paged states claim to be on the CPU."""
         from bitsandbytes.functional import dequantize_blockwise
 
         moment = state[key].to(parameter.device)
@@ -92,7 +93,7 @@ class BitsandbytesForm(StateForm):
         return value
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
-        """Quantise the moment to 8 bits, or store fp32 if it is too small for the optimiser to use 8 bits."""
+        """Quantise the moment to 8 bits, or store fp32 if it is below the optimizer's 8-bit threshold."""
         paged = optimizer.page_mng.paged_tensors
         paged[:] = [tensor for tensor in paged if tensor is not state[key]]
         scales, codes = f"absmax{key[-1]}", f"qmap{key[-1]}"
@@ -107,7 +108,7 @@ class BitsandbytesForm(StateForm):
         state[key], state[scales] = _nearest_codes(value.float(), state[codes])
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of codes and scales, or of fp32 values."""
+        """Return the bytes of codes and scales, or of fp32 values."""
         count = like.numel()
         return count + 4 * -(-count // LOW_BIT_BLOCK) if self._low_bit(optimizer, like, count) else 4 * count
 
@@ -118,7 +119,7 @@ class BitsandbytesForm(StateForm):
 
 
 def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (uint8) and block scales of block-wise quantisation (Dettmers et al., 2022, arXiv:2110.02861)."""
+    """Return codes (uint8) and scales of block-wise quantisation (Dettmers et al., 2022, arXiv:2110.02861)."""
     # The library's CPU kernel turns an exact 0 into a small number, but the state of a new direction must be 0.
     blocks = nn.functional.pad(value.flatten(), (0, -value.numel() % LOW_BIT_BLOCK)).view(-1, LOW_BIT_BLOCK)
     scales = blocks.amax(dim=1).clamp_min(0)
@@ -132,14 +133,14 @@ def _nearest_codes(value: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class StateLayout:
-    """The state that an optimiser keeps for one parameter.
+    """The optimizer state of one parameter.
 
     Attributes:
-        moments: by key of the state, the moment that a tensor of the parameter's shape is.
-        factored: by key, second moments averaged over one axis (Shazeer and Stern, 2018, arXiv:1804.04235): the axis
-            of the parameter that remains, and the axis of the state tensor that it became.
-        form: the form in which `moments` are stored.
-        count: number of moments under the optimiser's settings; all of `moments` by default.
+        moments: the kind of moment in each tensor of the parameter's shape, by state key.
+        factored: second moments averaged over one axis, by key (Shazeer and Stern, 2018, arXiv:1804.04235): the
+            remaining axis of the parameter, and its axis in the state tensor.
+        form: storage format of `moments`.
+        count: number of moments under the optimizer's settings; all of `moments` by default.
     """
 
     moments: Mapping[str, Moment]
@@ -148,7 +149,7 @@ class StateLayout:
     count: Callable[[Mapping[str, Any]], int] | None = None
 
     def bytes_of(self, optimizer: Any, like: torch.Tensor) -> int:
-        """Bytes of state for a parameter with the shape and dtype of `like`."""
+        """Return the bytes of state for a parameter with the shape and dtype of `like`."""
         count = self.count(optimizer.defaults) if self.count else len(self.moments)
         if not self.factored or like.dim() < 2:
             return count * self.form.size(optimizer, like)
@@ -187,13 +188,13 @@ _BITSANDBYTES: dict[str, dict[str, Moment]] = {
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser inside accelerate's wrapper."""
+    """Return the optimizer inside accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
 def layout_of(optimizer: torch.optim.Optimizer) -> StateLayout | None:
-    """The layout of this optimiser's state; None if it is not known."""
+    """Return the layout of this optimizer's state; None if unknown."""
     inner = unwrap_optimizer(optimizer)
     if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
         return None  # its variance is a difference of two moments, which the map could make negative
@@ -214,7 +215,7 @@ def _find(optimizer: torch.optim.Optimizer) -> StateLayout | None:
 
 
 def _defines_step(kind: type) -> bool:
-    """Whether a class defines `step` itself. Torch puts a wrapped copy of an inherited `step` into every class."""
+    """True if a class defines `step` itself. Torch wraps an inherited `step` into every class."""
     step = vars(kind).get("step")
     return step is not None and bool(inspect.unwrap(step).__qualname__ == f"{kind.__qualname__}.step")
 
@@ -224,15 +225,15 @@ Fill = Literal["zero", "mean"]
 
 @dataclass(frozen=True, eq=False)
 class StateMap:
-    """How the rank axis of a parameter's state changes.
+    """The change of the rank axis in a parameter's state.
 
     Attributes:
         axis: the parameter's rank axis, 0 for A and 1 for B.
         rank: the new rank.
         matrix: the map, shape (rank, old rank); None keeps all old directions and appends new ones.
-        fresh: bool (rank,): directions that start anew in place of negligible ones; None if there are none.
-        fill_second: initial second moment of new directions: "mean" is the mean over the old ones, which gives the
-            first steps their usual size; "zero" is 0.
+        fresh: directions that restart in place of negligible ones, bool (rank,); None if there are none.
+        fill_second: initial second moment of new directions: "mean" is the mean over the old ones, which keeps the
+            first steps at their usual size; "zero" is 0.
     """
 
     axis: Literal[0, 1]
@@ -242,7 +243,7 @@ class StateMap:
     fill_second: Fill = "zero"
 
     def apply(self, state: torch.Tensor, *, second: bool, axis: int | None = None) -> torch.Tensor:
-        """A first or `second` moment after the change, in its dtype.
+        """Return a first or `second` moment after the change, in its dtype.
 
         `state` has the parameter's shape, or is averaged over one axis; `axis` is its rank axis if not the parameter's.
         """
@@ -266,7 +267,7 @@ class StateMap:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UnsupportedError if the optimiser can neither carry state through a change of rank nor begin with none."""
+    """Raise UnsupportedError if the optimizer can neither carry state through a rank change nor start without it."""
     inner = unwrap_optimizer(optimizer)
     device = next(parameter.device for group in inner.param_groups for parameter in group["params"])
     if layout_of(inner) is None and _after_a_step(inner, torch.empty(4, 4, device=device)) is None:
@@ -277,7 +278,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) -> int:
-    """Bytes of optimiser state for a parameter with the shape and dtype of `like`; None counts as AdamW."""
+    """Return the bytes of state for a parameter with the shape and dtype of `like`; None counts as AdamW."""
     if optimizer is None:
         return 2 * like.nbytes
     inner, layout = unwrap_optimizer(optimizer), layout_of(optimizer)
@@ -291,18 +292,18 @@ def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) 
 
 
 _MEASURED: WeakKeyDictionary[torch.optim.Optimizer, dict[Any, int]] = WeakKeyDictionary()
-"""Bytes of state that optimisers of unknown layout have made, by the shape and dtype of the parameter."""
+"""Measured bytes of state of optimizers with unknown layout, by the parameter's shape and dtype."""
 
 
 def _after_a_step(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> int | None:
-    """Bytes of state after a step of a copy of this optimiser that has one new parameter; None if it cannot step.
+    """Return the bytes of state after a step of a copy of this optimizer on one new parameter; None if it fails.
 
-    One that holds another optimiser, which the copy would step, or that ends what it holds outside of Python, has none.
+    Also None if it wraps another optimizer, which the copy would step, or resources outside Python.
     """
     held = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
     if held or hasattr(type(optimizer), "__del__"):
         return None
-    for device in ("meta", "cpu", like.device):  # on the meta device nothing is computed, and some read numbers
+    for device in ("meta", "cpu", like.device):  # the meta device computes nothing, but some optimizers read values
         parameter = nn.Parameter(torch.ones(like.shape, dtype=like.dtype, device=device))
         parameter.grad = torch.ones_like(parameter)
         probe = object.__new__(type(optimizer))
@@ -310,10 +311,10 @@ def _after_a_step(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> int |
         vars(probe).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(optimizer).items()})
         vars(probe).update(state=defaultdict(dict), param_groups=groups)
         vars(probe).update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
-        try:  # methods of the class: those of the object may be a scheduler's, which step the original
-            getattr(type(optimizer), "train", id)(probe)  # of schedule-free ones
+        try:  # methods of the class: a scheduler may have patched the instance's, which step the original
+            getattr(type(optimizer), "train", id)(probe)  # of schedule-free optimizers
             type(optimizer).step(probe)
-        except Exception:  # whatever the step of a stranger raises
+        except Exception:  # any error of a third-party step
             continue
         tensors = [t for t in tree_leaves(dict(probe.state[parameter])) if isinstance(t, torch.Tensor) and t.dim()]
         return sum(tensor.nbytes for tensor in tensors)
@@ -321,9 +322,9 @@ def _after_a_step(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> int |
 
 
 def last_direction(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
-    """Where the last step of one of Adam's kin came from: its mean gradient over its root mean square.
+    """Return the direction of an Adam-like optimizer's last step: mean gradient over root mean square.
 
-    The step went the opposite way, by the learning rate. None before a first step, and of optimizers without both.
+    The step was the negative direction times the learning rate. None before a first step, and for other optimizers.
     """
     inner = unwrap_optimizer(optimizer)
     layout, state = _find(inner), inner.state.get(parameter)
@@ -335,9 +336,9 @@ def last_direction(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) ->
 
 
 def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, change: StateMap) -> None:
-    """Map the optimiser's state of `parameter`; call before the parameter itself gets its new shape.
+    """Map the optimizer state of `parameter`; call before the parameter itself gets its new shape.
 
-    State that holds a tensor of the parameter's shape which is in no layout is deleted, so that it begins as new.
+    State is deleted, and starts anew, if it contains a tensor of the parameter's shape outside any layout.
     """
     if optimizer is None:
         return
@@ -356,11 +357,11 @@ def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, 
 
 
 _POWERS: dict[Moment, int] = {"first": 1, "second": 2, "direction": 0, "change": -1}
-"""The power of the factor by which gradients grow, by which each moment grows."""
+"""Power with which each moment scales if gradients grow by a factor."""
 
 
 def scale_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, factor: float) -> None:
-    """Let a parameter's state follow a division of the parameter by `factor`, by which its gradients grow."""
+    """Adjust a parameter's state after division of the parameter by `factor`, which scales up its gradients."""
     if optimizer is None or factor == 1:
         return
     inner = unwrap_optimizer(optimizer)
@@ -372,12 +373,12 @@ def scale_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter
         if isinstance(state.get(key), torch.Tensor) and _POWERS[moment]:
             scaled = layout.form.read(parameter, state, key) * factor ** _POWERS[moment]
             layout.form.write(inner, parameter, state, key, scaled)
-    for key in layout.factored.keys() & state.keys():  # u and v stand for u v^T / mean(u)
+    for key in layout.factored.keys() & state.keys():  # u and v represent u v^T / mean(u)
         state[key] = state[key] * factor**2
 
 
 def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: StateMap) -> None:
-    """Map a second moment that is stored as two averages u and v, and stands for u v^T / mean(u)."""
+    """Map a factored second moment, stored as two averages u and v that represent u v^T / mean(u)."""
     # A zero average would make the first steps of new directions huge.
     change = replace(change, fill_second="mean")
     for key, (parameter_axis, axis) in layout.factored.items():
@@ -391,9 +392,9 @@ def _map_factored(layout: StateLayout, state: dict[str, torch.Tensor], change: S
 
 
 def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Delete the state of parameters that have other shapes than when it was made, as after a load of other ranks.
+    """Delete the state of parameters whose shape has changed since, as after loading other ranks.
 
-    torch's fused AdamW would read beyond its end without an error.
+    torch's fused AdamW would silently read out of bounds.
     """
     inner = unwrap_optimizer(optimizer)
     layout = layout_of(inner)
@@ -410,14 +411,14 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
 
 
 class OptimizerSnapshot:
-    """The state that parameters have now, which can be given back to them after any changes of rank.
+    """A snapshot of optimizer state, restorable after any changes of rank.
 
-    Tensors as large as the parameter wait in main memory, so that a smaller plan frees their bytes on the device.
+    Tensors as large as the parameter move to main memory, so a smaller plan frees their bytes on the device.
 
     Args:
-        optimizer: whose state it is; None for none.
-        parameters: whose state is kept.
-        steps: whether the optimizer steps in between, which writes into its state; changes of rank replace tensors.
+        optimizer: the optimizer with the state; None for none.
+        parameters: parameters whose state is kept.
+        steps: whether the optimizer steps in between, modifying its state in place; changes of rank replace tensors.
     """
 
     def __init__(
@@ -432,14 +433,14 @@ class OptimizerSnapshot:
             )
 
     def put_back(self) -> None:
-        """Give it back; this can be done once."""
+        """Restore the state; works once."""
         for parameter, values in self._before.items():
             self._state.pop(parameter, None)
             if values is not None:
                 self._state[parameter] = {k: v if at is None else v.to(at) for k, (v, at) in values.items()}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What `load_state_dict` needs, as tensors and JSON values; None where the optimizer keeps something else."""
+        """Return what `load_state_dict` needs, as tensors and JSON values; None if the state holds anything else."""
         every: dict[str, dict[str, Any] | None] = {
             str(i): None if values is None else {k: v for k, (v, _) in values.items()}
             for i, values in enumerate(self._before.values())
@@ -448,7 +449,7 @@ class OptimizerSnapshot:
         return every if all(type(v) in plain for values in every.values() for v in (values or {}).values()) else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep what `state_dict` told instead, on the devices on which such state lies now."""
+        """Replace the snapshot by that of `state_dict`, on the devices that hold such state now."""
         for index, (parameter, now) in enumerate(self._before.items()):
             values = state[str(index)]
             places = {k: at or getattr(v, "device", None) for k, (v, at) in (now or {}).items()}
@@ -458,15 +459,15 @@ class OptimizerSnapshot:
 
 
 def _in_main_memory(value: Any, parameter: nn.Parameter, copies: bool) -> tuple[Any, torch.device | None]:
-    """A value of the state, and the device to which it belongs if it was moved from there."""
+    """Return a state value in main memory, and its original device if it was moved."""
     if type(value) is torch.Tensor and value.numel() == parameter.numel():
-        paged = getattr(value, "is_paged", False)  # bitsandbytes' memory of both, which says that it is the CPU's
+        paged = getattr(value, "is_paged", False)  # bitsandbytes' unified memory, which claims to be on the CPU
         return value.to("cpu", copy=copies), parameter.device if paged else value.device
     return copy.deepcopy(value) if copies else value, None
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
-    """Delete the optimiser's state of these parameters, so that they start as new ones."""
+    """Delete the optimizer state of these parameters, so they start as new ones."""
     if optimizer is not None:
         for parameter in parameters:
             unwrap_optimizer(optimizer).state.pop(parameter, None)

@@ -1,13 +1,13 @@
-"""What PEFT knows of adapters: fresh ones, their scaling, and the ranks in the configuration of a model.
+"""PEFT's view of adapters: fresh adapters, their scaling, and the ranks in a model's configuration.
 
 PEFT builds an adapter from `adapter_config.json` before it reads the weights, so the configuration must hold each
 module's rank and alpha (`sync_config`). An unchanged model refuses weights of another rank; after `make_resizable` it
 loads them, as resuming and `load_best_model_at_end` need.
 
-The scaling is the factor s in delta W = s B A. At a constant s a module learns faster the more rank it has: under Adam
-each of its r components takes steps of the same size. At a constant alpha, s = alpha / r, the best learning rate hardly
-depends on the rank (docs/learning-rate.md). So alpha stays when a rank changes, as PEFT's `rank_pattern` has it: s is
-alpha / r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
+The scaling is the factor s in delta W = s B A. At a constant s a module learns faster at higher rank: under Adam each
+of its r components takes steps of the same size. At a constant alpha, s = alpha / r, the best learning rate hardly
+depends on the rank (docs/learning-rate.md). Rank changes therefore keep alpha, as in PEFT's `rank_pattern`: s is alpha
+/ r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
 """
 
 import copy
@@ -44,16 +44,16 @@ def fresh_adapters(
     target_parameters: str = "",
     **options: Any,
 ) -> PeftModel:
-    """The model with fresh LoRA adapters.
+    """Return the model with fresh LoRA adapters.
 
     Args:
         base: the model.
         name: the model's name, for errors.
         peft_type: PEFT's `task_type`; None for none.
-        new_head: whether the model's head is new, and trains whole.
-        target_modules: "all-linear" or names separated by commas. Where "all-linear" cannot take all, a warning tells
-            what it leaves out.
-        target_parameters: fused experts that get adapters: "all-experts", names separated by commas, or none.
+        new_head: whether the model's head is new, and trained fully.
+        target_modules: "all-linear" or names separated by commas. If "all-linear" cannot cover all modules, a warning
+            lists the exceptions.
+        target_parameters: fused experts to adapt: "all-experts", names separated by commas, or none.
         options: further arguments of LoraConfig, such as r and lora_alpha.
 
     Raises:
@@ -68,15 +68,15 @@ def fresh_adapters(
         lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
         return get_peft_model(base, lora)
     except (ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:
-        said = " ".join(re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).split())  # no module with all in it
+        said = " ".join(re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).split())  # drop the module's repr
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={shown(target_modules)}: {said}") from error
 
 
 def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
-    """The names of parameters that hold experts, as PEFT compares them with the ends of whole names."""
+    """Return the names of parameters that hold experts; PEFT compares them with the ends of full names."""
     experts = {id(parameter) for parameter in fused_experts(base)}
     paths = [path for path, parameter in base.named_parameters() if id(parameter) in experts]
-    quantised = [  # of which PEFT compares whole names
+    quantised = [  # PEFT compares their full names
         f"{path}.{name}"
         for path, module in base.named_modules()
         if hasattr(module, "parametrizations")
@@ -98,16 +98,16 @@ def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
 
 
 def fused_experts(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """The parameters, below a module or its own, that each hold the matrices of several experts."""
+    """Yield the parameters of a module and its submodules that each hold the matrices of several experts."""
     for part in module.modules() if recurse else (module,):
         if type(part).__name__.endswith("Experts"):
             yield from (parameter for parameter in part.parameters(recurse=False) if parameter.dim() == 3)
 
 
 def prepare_quantised(model: nn.Module) -> None:
-    """Freeze a quantised model, and keep in fp32 what is not quantised, as PEFT prepares it, except fused experts.
+    """Freeze a quantised model, and keep unquantised weights in fp32 as PEFT does, except fused experts.
 
-    PEFT's `prepare_model_for_kbit_training` casts them as well: they are most of a mixture's weights.
+    PEFT's `prepare_model_for_kbit_training` also casts those, which are most of a mixture's weights.
     """
     experts = {id(parameter) for parameter in fused_experts(model)}
     for parameter in model.parameters():
@@ -118,10 +118,10 @@ def prepare_quantised(model: nn.Module) -> None:
 
 
 def left_out(base: nn.Module) -> dict[str, str]:
-    """Modules that "all-linear" leaves out with all below them, by name, with the reason; empty for most models.
+    """Return modules that "all-linear" excludes with everything below them, and the reasons; usually empty.
 
     Args:
-        base: with or without adapters.
+        base: the model, with or without adapters.
     """
     found: dict[str, str] = {}
     config, inside = getattr(base, "config", None), {id(module) for module in base.modules()}
@@ -144,11 +144,11 @@ def left_out(base: nn.Module) -> dict[str, str]:
 
 
 _READ_PAST = ("x_proj", "dt_proj", "out_proj")
-"""Layers of Mamba whose weights its kernels read, past an adapter."""
+"""Mamba layers whose kernels read the weights directly, bypassing an adapter."""
 
 
 def _all_linear(base: nn.Module) -> str | list[str]:
-    """What "all-linear" stands for: itself, or names where some layers can have no adapter, which a warning tells."""
+    """Resolve "all-linear": itself, or names if some layers support no adapter, which a warning lists."""
     reasons = left_out(base)
     if not reasons:
         return "all-linear"
@@ -157,7 +157,7 @@ def _all_linear(base: nn.Module) -> str | list[str]:
     linear = (name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
     named = [name for name in linear if not f"{name}.".startswith(without)]
     config = LoraConfig(target_modules=named)
-    with suppress(ImportError):  # from PEFT 0.19 on, some names stand for experts wherever they are
+    with suppress(ImportError):  # from PEFT 0.19 on, some names always refer to experts
         conversion: Any = import_module("peft.utils.transformers_weight_conversion")
         conversion.convert_peft_config_for_transformers(config, base, None)
     kept = sorted(config.target_modules or ())
@@ -171,11 +171,11 @@ def _all_linear(base: nn.Module) -> str | list[str]:
 
 
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head", "projector")
-"""Names of heads in models whose base model is no module of the name that their class tells."""
+"""Names of heads in models without a base model module of the name given by their class."""
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """The names of the modules beside the base model that hold weights, such as "classifier"."""
+    """Return the names of modules outside the base model with weights, such as "classifier"."""
     with_weights = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
     if model.base_model_prefix in with_weights:
         return [name for name in with_weights if name != model.base_model_prefix]
@@ -183,18 +183,18 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, Any]:
-    """The arguments of LoraConfig that let new heads train whole, without adapters in them."""
+    """Return LoraConfig arguments to train new heads fully, without adapters in them."""
     heads = head_names(base)
-    # PEFT does this by itself for the usual names.
+    # PEFT does this itself for the usual names.
     if not heads or (peft_type == "SEQ_CLS" and set(heads) <= {"classifier", "score"}):
         return {}
     return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
 
 
 def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
-    """Names in a list that is separated by commas, or a regular expression for whole names, as PEFT takes them.
+    """Parse a comma-separated list of names, or a regular expression for full names, as PEFT accepts them.
 
-    Names that the model has not are passed over, as PEFT does, as long as it has one of them.
+    As in PEFT, missing names are ignored if at least one exists.
 
     Raises:
         UnknownNameError: none is a module that can be adapted.
@@ -231,7 +231,7 @@ def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
 
 
 def absent_targets(model: nn.Module) -> list[str]:
-    """Names among the target modules of a PEFT model's adapter that the model has not."""
+    """Return the target module names of a PEFT model's adapter that do not exist in the model."""
     peft_model = unwrap(model)
     names = getattr(peft_model.peft_config[peft_model.active_adapter], "target_modules", None)
     named = [] if names is None or isinstance(names, str) else sorted({*names} - {DUMMY_TARGET_MODULES})
@@ -239,7 +239,7 @@ def absent_targets(model: nn.Module) -> list[str]:
 
 
 def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:
-    """Say what stays when the ranks of these modules change. It changes nothing now."""
+    """Choose what future rank changes of these modules keep constant. It changes nothing now."""
     for target in targets:
         names: set[str] = target.layer.__dict__.setdefault(CONSTANT_SCALING, set())
         (names.add if scaling == "constant" else names.discard)(target.adapter)
@@ -247,9 +247,9 @@ def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:
 
 @contextmanager
 def reference_scaling(targets: Sequence[TargetModule]) -> Iterator[None]:
-    """Let modules have the scaling of `REFERENCE_RANK` meanwhile, whatever their rank; no rank may change.
+    """Use the scaling of `REFERENCE_RANK` for all modules inside the context; ranks must not change.
 
-    Probes compare modules, so all have one scaling there.
+    Probes compare modules, so they need a common scaling.
     """
     before = [target.scaling for target in targets]
     for target in targets:
@@ -262,11 +262,12 @@ def reference_scaling(targets: Sequence[TargetModule]) -> Iterator[None]:
 
 
 _SETTINGS, _RESIZABLE = "_rankpilot_user_settings", "_rankpilot_resizable"
-"""Attributes of a PEFT model: by adapter its configuration, and what its user had set or the hooks of its modules."""
+"""Attributes of a PEFT model that hold, by adapter, its configuration with the user's settings, and module hooks."""
 
 MANY_MODULES = 256
 """From this number on, modules of one rank share a pattern. PEFT tries every pattern on every module, and Python's `re`
-caches 512 of them: with more, loading an adapter takes minutes."""
+caches 512 of them: with more, loading an adapter takes minutes.
+"""
 
 
 def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
@@ -274,7 +275,7 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
     Adapted modules get anchored `rank_pattern` entries, and `alpha_pattern` entries unless all have `lora_alpha`;
     modules at rank 0 are listed in `exclude_modules`. The user's patterns are removed: PEFT sorts patterns on saving,
-    and uses the first that matches.
+    and uses the first match.
     """
     peft_model = unwrap(model)
     adapter = targets[0].adapter
@@ -303,7 +304,7 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
 
 def config_for_others(model: PeftModel, adapter: str) -> LoraConfig:
-    """A copy of an adapter's configuration for a fresh fine-tune, which trains the biases that its user named."""
+    """Copy an adapter's configuration for a fresh fine-tune, including the biases its user trains."""
     config: LoraConfig = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = False
     config.bias = model.__dict__[_SETTINGS][adapter][3]
@@ -311,10 +312,10 @@ def config_for_others(model: PeftModel, adapter: str) -> LoraConfig:
 
 
 def _own_config(model: Any, adapter: str) -> Any:
-    """The configuration of an adapter, which belongs to it alone from now on.
+    """Return the configuration of an adapter, made exclusive to it.
 
-    PEFT copies none: a user may make further models of the same, and TRL's reference adapters have that of the adapter
-    beside them.
+    PEFT copies none: users may create several models from one, and TRL's reference adapters share that of the trained
+    adapter.
     """
     configs, own = model.peft_config, model.__dict__.setdefault("_rankpilot_configs", {})
     before = configs[adapter]
@@ -328,7 +329,7 @@ def _own_config(model: Any, adapter: str) -> Any:
 
 
 def _patterns(values: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's pattern dictionary for values by module name."""
+    """Build PEFT's pattern dictionary for values by module name."""
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value if len(values) >= MANY_MODULES else name, []).append(name)
@@ -337,7 +338,7 @@ def _patterns(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _excluded(user: Any, dropped: list[str]) -> Any:
-    """The user's `exclude_modules` (a regular expression or names) and the dropped modules, as one setting."""
+    """Merge the user's `exclude_modules` (a regular expression or names) and the dropped modules."""
     if not dropped:
         return user
     # The result is a regular expression, because PEFT would match a name in a list with the end of any longer name.
@@ -352,8 +353,8 @@ def _excluded(user: Any, dropped: list[str]) -> Any:
 def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """Let the target modules load factors of any rank, and leave rank-0 factors out of saved adapters.
 
-    Idempotent. After a load, call `finish_load` before training starts. This also calls `guard_base`, so call it
-    before the first evaluation.
+    Idempotent. After a load, call `finish_load` before training starts. This also calls `guard_base`, so call it before
+    the first evaluation.
 
     Raises:
         UnsupportedError: see `guard_base`.
@@ -373,7 +374,7 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
 
 def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:
-    """Find the target modules, choose their scaling and let them load any ranks; call before a checkpoint is loaded."""
+    """Find the target modules, choose their scaling and let them load any ranks; call before loading a checkpoint."""
     targets = find_target_modules(model)
     choose_scaling(targets, scaling)
     make_resizable(model, targets)
@@ -383,8 +384,8 @@ def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:
 class _LoadHook:
     """Resizes every pair to its rank in a state dict, before torch compares shapes.
 
-    The hook is on the whole model, because a single layer sees only its part of the state dict: it could not tell an
-    adapter in which this module has rank 0 from other weights.
+    The hook is on the whole model, because a single layer only sees its part of the state dict: it could not
+    distinguish an adapter with this module at rank 0 from other weights.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule]) -> None:
@@ -418,7 +419,7 @@ class _LoadHook:
                 resize(target, rank)
             if weight_a is None:  # a strict load needs all keys; torch passes a copy of the dictionary, so it may grow
                 state |= {key: value.detach() for key, value in keys.items()}
-        # A Trainer that resumes builds its optimizer now, and expects all parameters of the run that it resumes.
+        # A resuming Trainer creates its optimizer now, and expects all parameters of the original run.
         let_train([target for target, _, _ in loads], trains)
         sync_config(module, self.targets)
 
@@ -426,9 +427,9 @@ class _LoadHook:
 def _omit_rank_0(
     target: TargetModule, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it, and name its bias as there is none.
+    """Remove a rank-0 pair from the state dict, since plain PEFT cannot load it, and rename its bias accordingly.
 
-    Experts get one of rank 1 that is zero: PEFT wraps both parameters of a layer, and excludes none.
+    Experts get a zero pair of rank 1 instead: PEFT wraps both parameters of a layer, and excludes none.
     """
     if target.exists and target.rank == 0:
         for name in target.parameters:
@@ -440,11 +441,11 @@ def _omit_rank_0(
 
 
 def let_train(targets: Sequence[TargetModule], trains: bool = True) -> None:
-    """Let all adapters require gradients, those at rank 0 too, which may get rank: for the optimizer made next.
+    """Make all adapters require gradients, including those at rank 0 that may grow, for the next optimizer.
 
     Args:
-        targets: whose adapters.
-        trains: whether they do; if not, none does.
+        targets: modules of the adapters.
+        trains: whether they require gradients; if not, none does.
     """
     for target in targets:
         for parameter in target.parameters.values():
@@ -460,7 +461,7 @@ def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 
 
 def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
-    """The current rank of each target module, by module name."""
+    """Return the current rank of each target module, by module name."""
     return {target.name: target.rank for target in targets}
 
 
@@ -474,18 +475,17 @@ PATTERN = (
 def start_kept(
     model: torch.nn.Module, targets: Sequence[TargetModule], fresh: bool, note: Callable[[str], None]
 ) -> Iterator[None]:
-    """Let adapters that have not trained keep the directions that they were given, whatever ranks they get inside.
+    """Keep the initial directions of untrained adapters through rank changes inside the context.
 
-    A module has as many of its rows of A as its new rank allows (of EVA's, arXiv 2410.07170, these are the most
-    important ones), and random ones beyond; the function stays. So a run whose plan is that of its LoraConfig begins
-    as it would without rankpilot. A `rank_pattern` gives way to the first plan, which is told, and so do starts in
-    which both factors hold numbers.
+    A module keeps as many rows of A as its new rank allows (for EVA, arXiv 2410.07170, the most important ones), and
+    random ones beyond; the function stays. A run planned at the ranks of its LoraConfig thus starts as it would without
+    rankpilot. The first plan overrides a `rank_pattern` and initialisations with two nonzero factors, and reports it.
 
     Args:
         model: holds the adapters.
         targets: the target modules.
-        fresh: keep nothing, since adapters are to begin anew.
-        note: tells a line.
+        fresh: keep nothing, since adapters start anew.
+        note: called with each line to report.
     """
     peft_model, adapter = unwrap(model), targets[0].adapter
     config, synced = peft_model.peft_config[adapter], peft_model.__dict__.get(_SETTINGS, {})
@@ -508,5 +508,5 @@ def start_kept(
 
 
 def _drawn(target: TargetModule) -> torch.Tensor:
-    """The factor that a start draws, (experts, rank, width); the other one is zero."""
+    """Return the randomly initialised factor, (experts, rank, width); the other one is zero."""
     return target.weight_b.detach().mT[None] if target.embedding else target.each_a(target.weight_a.detach())

@@ -1,13 +1,13 @@
-"""Changes the rank of LoRA pairs during training; the function and the optimiser's state carry over.
+"""Change the rank of LoRA pairs during training, preserving the function and optimizer state.
 
 For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 
 * *shrink* to k: B A becomes its best rank-k approximation, and A and B each take the root of its singular values;
 * *grow*: one side of the new directions is random, the other zero, so the function does not change;
-* *drop* to rank 0: A and B become empty, and stay the same parameter objects so that they can grow again;
-* the scaling becomes s' = alpha / r' (`lora/peft_config.py`), and the side that starts at zero, B, is multiplied by
-  s / s', so the function does not change (on embeddings it is A);
-* the optimiser's moments follow the same linear maps (`lora/optimizer_state.py`).
+* *drop* to rank 0: A and B become empty, and stay the same parameter objects so they can grow again;
+* the scaling becomes s' = alpha / r' (`lora/peft_config.py`), and the side that starts at zero, B, is multiplied by s /
+  s', so the function does not change (on embeddings it is A);
+* the optimizer's moments follow the same linear maps (`lora/optimizer_state.py`).
 """
 
 import hashlib
@@ -26,22 +26,22 @@ from .spec import REFERENCE_RANK
 from .targets import TargetModule, check_ranks, real_weight
 
 NEGLIGIBLE = 1e-6
-"""A direction whose singular value is below this share of the largest counts as unused, and starts anew."""
+"""A direction with a singular value below this share of the largest counts as unused, and starts anew."""
 
 WELL_CONDITIONED = 1e-4
-"""Cholesky is used where the smallest diagonal entry over the largest is above this: errors are about 1e-8 in fp64."""
+"""Cholesky is used if the ratio of smallest to largest diagonal entry is above this: errors are about 1e-8 in fp64."""
 
 BEFORE_THE_RUN = -1
-"""The step that seeds the first directions, so that growth at step 0 draws others."""
+"""The step that seeds the first directions; growth at step 0 draws others."""
 
 
 def shrink_maps(
     weights_a: Sequence[torch.Tensor], weights_b: Sequence[torch.Tensor], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The linear maps A' = Q A and B' = B P to the best rank-k approximation of each B A (Eckart and Young, 1936).
+    """Return linear maps A' = Q A, B' = B P to the best rank-k approximation of each B A (Eckart and Young, 1936).
 
-    Triangular factors of B and A^T leave the r x r core R_B R_A^T = U S V^T; then P = R_A^T V_k S_k^-1/2 and
-    Q = S_k^-1/2 U_k^T R_B. The dense product is never formed.
+    Triangular factors of B and A^T leave the r x r core R_B R_A^T = U S V^T; then P = R_A^T V_k S_k^-1/2 and Q =
+    S_k^-1/2 U_k^T R_B. The dense product is never formed.
 
     Args:
         weights_a: A of each pair, fp64 of shape (r, d_in), with one r for all.
@@ -50,7 +50,7 @@ def shrink_maps(
 
     Returns:
         P of the n pairs, fp64 (n, r, k); Q, fp64 (n, k, r); and bool (n, k), False for a negligible direction, whose
-        column of P and row of Q are zero.
+            column of P and row of Q are zero.
     """
     core_a, core_b = _cores([weight.mT for weight in weights_a]), _cores(weights_b)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
@@ -62,7 +62,7 @@ def shrink_maps(
 
 
 def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
-    """R of the QR decomposition of each (d, r) matrix, up to signs, as (n, r, r); zero in rows beyond d."""
+    """Return R of the QR decomposition of each (d, r) matrix, up to signs, as (n, r, r); zero in rows beyond d."""
     # Cholesky is faster but squares the condition number, so nearly singular matrices (those with new directions, for
     # example) go through Householder's QR.
     grams = torch.stack([factor.mT @ factor for factor in tall])
@@ -79,17 +79,17 @@ def _cores(tall: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def growth_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A generator that depends only on seed, step and module, so that every process draws the same directions."""
+    """Return a generator seeded by seed, step and module only, so every process draws the same directions."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def fresh_directions(target: TargetModule, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """New directions as PEFT initialises them: random in one factor, zero in the other.
+    """Return new directions as PEFT initialises them: random in one factor, zero in the other.
 
     Returns:
         Rows of A, (experts, count, d_in), and columns of B, (experts, d_out, count). On linear layers A is uniform in
-        +-1/sqrt(d_in) and B zero; on embeddings B is standard normal and A zero.
+            +-1/sqrt(d_in) and B zero; on embeddings B is standard normal and A zero.
     """
     a, b = target.weight_a, target.weight_b
     if target.embedding:
@@ -102,14 +102,14 @@ def fresh_directions(target: TargetModule, count: int, generator: torch.Generato
 
 
 def norms_of(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The norm of each tensor as one float32 tensor, on the device of the first; (tensors,)."""
+    """Return the norm of each tensor as one float32 tensor, on the device of the first; (tensors,)."""
     return torch.stack([norm.float().to(tensors[0].device) for norm in torch._foreach_norm(tensors)])
 
 
 def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Replace a parameter's tensor and clear its gradient; object, hooks and optimiser group stay."""
+    """Replace a parameter's tensor and clear its gradient; object, hooks and optimizer group stay."""
     parameter.grad = None
-    torch.clear_autocast_cache()  # it may hold a cast of the tensor that goes
+    torch.clear_autocast_cache()  # it may hold a cast of the old tensor
     with torch.no_grad():
         parameter.set_(value.contiguous())  # type: ignore[call-overload]
 
@@ -120,13 +120,14 @@ BATCHED_ELEMENTS = 2**22
 """Pairs are decomposed in batches of about this many elements, 32 MiB in fp64."""
 
 _FILLS: dict[bool, tuple[Fill, Fill]] = {False: ("zero", "mean"), True: ("mean", "zero")}
-"""Initial second moments of fresh directions of A and B, by whether the module is an embedding. At first only the zero
-side gets gradients, and "mean" keeps its steps from being huge."""
+"""Initial second moments of fresh directions of A and B, for modules other than embeddings and for embeddings. At first
+only the zero side gets gradients, and "mean" keeps its steps from being huge.
+"""
 
 
 @dataclass(frozen=True)
 class RankChange:
-    """The change of one module's rank; `note` says why it did not get the wanted one, and is empty if it did."""
+    """The rank change of one module; `note` explains a deviation from the requested rank, and is otherwise empty."""
 
     name: str
     before: int
@@ -143,20 +144,20 @@ def set_ranks(
     seed: int = 0,
     step: int = 0,
 ) -> list[RankChange]:
-    """Give the named modules new ranks. Modules shrink before others grow, so memory stays within the larger plan's.
+    """Set new ranks of the named modules. Modules shrink before others grow, so memory stays within the larger plan's.
 
-    A rank above min(d_in, d_out) is lowered to it. A module whose factors, gradients or optimiser state hold NaN or
-    infinity keeps its rank, unless it is to be dropped. Each such case has a note in the result; one warning lists all.
+    A rank above min(d_in, d_out) is lowered to it. A module with NaN or infinity in factors, gradients or optimizer
+    state keeps its rank, unless it is to be dropped. Each such case has a note in the result; one warning lists all.
 
     Args:
         targets: all target modules of the adapter.
-        ranks: new rank by module name; modules that are not named keep theirs.
-        optimizer: the optimiser whose state is mapped. Without one, only the weights change.
-        seed: decides the random side of new directions, together with `step` and the module's name.
-        step: the training step at which the change happens.
+        ranks: new rank by module name; other modules keep theirs.
+        optimizer: the optimizer whose state is mapped. Without one, only the weights change.
+        seed: determines the random side of new directions, together with `step` and the module's name.
+        step: the training step of the change.
 
     Returns:
-        One entry for each module whose rank changed or differs from the wanted one, those that shrank first.
+        One entry for each module with a changed or deviating rank; shrunken ones come first.
 
     Raises:
         UnknownNameError, ConfigError, UnsupportedError: see `check_ranks` and `check_optimizer`; no rank has changed.
@@ -193,7 +194,7 @@ def _change(target: TargetModule, before: int, wanted: int, broken: bool) -> Ran
 
 
 def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None = None) -> list[str]:
-    """Names of modules whose factors, gradients or optimiser state hold NaN or infinity."""
+    """Return the names of modules with NaN or infinity in factors, gradients or optimizer state."""
     state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
     tensors: list[torch.Tensor] = []
     modules: list[int] = []
@@ -212,7 +213,7 @@ def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer
 
 
 def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> None:
-    """Give every module a new pair with B A = 0, of rank `rank` or its highest; no optimiser may hold state of them."""
+    """Give every module a new pair with B A = 0, of `rank` or its highest; no optimizer may hold its state."""
     for target in targets:
         width = min(rank, target.max_rank)
         new = fresh_directions(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
@@ -222,7 +223,7 @@ def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> Non
 
 @torch.no_grad()
 def is_trained(target: TargetModule) -> bool:
-    """Whether a module's adapter changes its function: B A, or the bias of B, is not zero."""
+    """True if a module's adapter changes its function: B A or the bias of B is nonzero."""
     if target.bias is not None and bool(target.bias.any()):
         return True
     a, b = target.each_a(target.weight_a.detach()).double(), target.each_b(target.weight_b.detach()).double()
@@ -231,7 +232,7 @@ def is_trained(target: TargetModule) -> bool:
 
 
 def resize(target: TargetModule, rank: int) -> None:
-    """Give a module zero factors of another rank, into which values can be loaded."""
+    """Give a module zero factors of another rank, to load values into."""
     _write(target, *target.zeros(rank))
     if rank == 0:
         reset_extras(target)
@@ -245,7 +246,7 @@ def _write(target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor)
 
 @torch.no_grad()
 def reset_extras(target: TargetModule) -> None:
-    """Set bias and magnitude to PEFT's initial values, which do not change the module's function."""
+    """Reset bias and magnitude to PEFT's initial values, which do not change the module's function."""
     if target.bias is not None:
         target.bias.zero_()
     if target.magnitude is not None:
@@ -291,7 +292,7 @@ def _shrink(
 ) -> None:
     for group, rank in _batches(moves):
         each = [(t.each_a(t.weight_a.detach()).double(), t.each_b(t.weight_b.detach()).double()) for t in group]
-        # A and B are balanced as they would be if all had the scaling of one rank.
+        # A and B are balanced as if all modules had the scaling of one rank.
         shares = [target.scaling / (target.scaling_at(REFERENCE_RANK) or 1.0) for target in group]
         scaled = [pair * share for (_, b), share in zip(each, shares, strict=True) for pair in b]
         counts = [target.experts for target in group]
@@ -303,7 +304,7 @@ def _shrink(
             if fresh is not None:
                 generator = growth_generator(seed, step, target.name)
                 drawn_a, drawn_b = fresh_directions(target, int(fresh.sum(1).max()), generator)
-                place = fresh.cumsum(1) - 1  # of each fresh direction among those that are drawn
+                place = fresh.cumsum(1) - 1  # index of each fresh direction among the drawn ones
                 number, direction = fresh.nonzero(as_tuple=True)
                 new_a[number, direction] = drawn_a[number, place[fresh]]
                 new_b[number, :, direction] = drawn_b[number, :, place[fresh]]
@@ -314,12 +315,12 @@ def _shrink(
 
 
 def _state_map(axis: Literal[0, 1], each: torch.Tensor, fresh: torch.Tensor | None, fill: Fill) -> StateMap:
-    """How state follows a map for each expert, (experts, new rank, old rank); `fresh` is bool (experts, new rank)."""
+    """Return the state map for a map per expert, (experts, new rank, old rank); `fresh` is bool (experts, new rank)."""
     experts, new, old = each.shape
     if experts == 1:
         return StateMap(axis, new, each[0], None if fresh is None else fresh[0], fill)
     number = torch.arange(experts, device=each.device)
-    if axis == 0:  # the expert is slowest in A, and fastest in B
+    if axis == 0:  # the expert axis is slowest in A, and fastest in B
         whole = each.new_zeros(experts, new, experts, old)
         whole[number, :, number] = each
     else:
@@ -330,7 +331,7 @@ def _state_map(axis: Literal[0, 1], each: torch.Tensor, fresh: torch.Tensor | No
 
 
 def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
-    """Batches of modules with equal device, old rank and new rank, and that new rank; see `BATCHED_ELEMENTS`."""
+    """Yield batches of modules with equal device, old rank and new rank, and the new rank; see `BATCHED_ELEMENTS`."""
 
     def kind(move: tuple[TargetModule, int]) -> tuple[str, int, int]:
         target, rank = move
@@ -376,7 +377,7 @@ def _grow(
 def _write_scaled(
     target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Write factors that are meant for the present scaling with that of their rank, which is above 0."""
+    """Write factors given at the current scaling, rescaled to that of their rank, which is above 0."""
     after = target.scaling_at(len(weight_a) // target.experts)
     factor = after / target.scaling if after else 1.0  # a scaling of 0 stays 0
     if target.embedding:

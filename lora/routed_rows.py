@@ -1,11 +1,11 @@
-"""Adapters of fused experts on the rows that a router sends to each expert.
+"""Run adapters of fused experts on the rows routed to each expert.
 
-PEFT adapts a parameter that holds the matrices of all experts (`target_parameters`) by making the effective weights of
-all of them, W + s B A, in each forward pass; their gradient is as large. Here each expert's rows, which are sorted by
-expert anyway, go through W, and through A and B beside it. It is the same function of the same factors, so the adapter
-is saved and loaded as PEFT's. Numbers are rounded otherwise: x W + s (x A) B in place of x (W + s B A).
+PEFT adapts a parameter with the matrices of all experts (`target_parameters`) by computing the effective weights of all
+of them, W + s B A, in each forward pass; their gradient is as large. Here each expert's rows, already sorted by expert,
+go through W and, in parallel, through A and B. It is the same function of the same factors, so the adapter is saved and
+loaded as PEFT's. Only rounding differs: x W + s (x A) B in place of x (W + s B A).
 
-A direction that is zero in A and in B stays so, with a gradient of zero: an expert can have less than the common rank.
+A direction with zeros in A and in B stays zero, with zero gradient: an expert can have less than the common rank.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch.nn import functional
 from transformers.integrations.moe import _grouped_mm
 
 ALIGNMENT = 16
-"""Products of groups take factors whose rows are multiples of so many bytes."""
+"""Row size in bytes of factors in grouped products must be a multiple of this."""
 
 ROWS = "_rankpilot_rows"
-"""The attribute of a wrapped parameter that holds its `_Pair`."""
+"""Attribute of a wrapped parameter that holds its `_Pair`."""
 
 
 def route_rows(model: nn.Module) -> Callable[[], None]:
-    """Let adapters of experts run on routed rows alone; returns what undoes it.
+    """Run adapters of experts on routed rows only; returns a function to undo it.
 
-    Layers that are not alone with one active, unmerged adapter go PEFT's way, and so do experts of other forms.
+    Layers without exactly one active, unmerged adapter keep PEFT's way, and so do experts of other forms.
     """
     inner = {id(m.base_layer) for m in model.modules() if isinstance(m, ParamWrapper)}
     outer = [
@@ -54,13 +54,13 @@ def route_rows(model: nn.Module) -> Callable[[], None]:
 
 
 def parts_of(layer: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules in which the adapter of a layer computes: the layer, and its pair on routed rows if it has one."""
+    """Return the modules that compute a layer's adapter: the layer, and its pair on routed rows, if any."""
     pair = vars(layer).get(ROWS)
     return (layer,) if pair is None else (layer, pair)
 
 
 def _wrappers(outer: ParamWrapper) -> list[ParamWrapper]:
-    """The wrappers of one layer's experts, the outermost first."""
+    """Return the wrappers of one layer's experts, the outermost first."""
     found = [outer]
     while isinstance(found[-1].base_layer, ParamWrapper):
         found.append(found[-1].base_layer)
@@ -68,7 +68,7 @@ def _wrappers(outer: ParamWrapper) -> list[ParamWrapper]:
 
 
 def _form(experts: nn.Module) -> Callable[..., torch.Tensor] | None:
-    """What runs experts of this form on routed rows; None if it is not known."""
+    """Return the function that runs experts of this form on routed rows; None if unknown."""
     if hasattr(experts, "_apply_gate") and hasattr(experts, "has_bias"):
         plain = experts.has_gate and not getattr(experts, "has_post_expert_norm", False)
         return _sorted_rows if plain and not experts._is_expert_parallel else None
@@ -90,19 +90,19 @@ def _forward(outer: ParamWrapper, x: torch.Tensor, *arguments: Any, **options: A
 
 
 class _Pair(nn.Module):
-    """The adapter of one parameter, as a module, so that what it computes is known as its own."""
+    """The adapter of one parameter as a module, so its computation is attributed to it."""
 
     def __init__(self, wrapper: ParamWrapper) -> None:
         super().__init__()
-        vars(self)["wrapper"] = wrapper  # it is no part of this module
+        vars(self)["wrapper"] = wrapper  # not registered as a submodule
 
     def forward(self, result: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
         """Add s (x A) B to the product of rows with the experts' weights.
 
         Args:
-            result: (rows, d_out), or (experts, rows, d_out) where `offsets` is None.
+            result: (rows, d_out), or (experts, rows, d_out) if `offsets` is None.
             rows: (rows, d_in), sorted by expert, or (experts, rows, d_in).
-            offsets: where the rows of each expert end, int32 (experts,).
+            offsets: end of each expert's rows, int32 (experts,).
         """
         wrapper: ParamWrapper = vars(self)["wrapper"]
         (adapter,) = wrapper.active_adapters
@@ -136,14 +136,14 @@ def _product(experts: Any, pairs: dict[str, _Pair], name: str, rows: torch.Tenso
 def _sorted_rows(
     experts: Any, pairs: dict[str, _Pair], hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Experts as transformers has them, after `grouped_mm_experts_forward` of its `integrations/moe.py`.
+    """Run experts in transformers' layout, following `grouped_mm_experts_forward` in `integrations/moe.py`.
 
     Args:
         experts: the module.
         pairs: adapters by the parameter's name.
         hidden: (tokens, width).
-        index: of the experts of each token, int64 (tokens, chosen).
-        weights: of their results, (tokens, chosen).
+        index: experts of each token, int64 (tokens, chosen).
+        weights: weights of their results, (tokens, chosen).
     """
     chosen = index.shape[-1]
     numbers, order = index.reshape(-1).sort()
@@ -165,7 +165,7 @@ def _sorted_rows(
 
 
 def _all_rows(experts: Any, pairs: dict[str, _Pair], hidden: torch.Tensor) -> torch.Tensor:
-    """Experts of Llama 4: each has rows for all tokens, (experts x tokens, width)."""
+    """Run experts of Llama 4: each has rows for all tokens, (experts x tokens, width)."""
     rows = hidden.view(experts.num_experts, -1, experts.hidden_size)
     made = torch.bmm(rows, experts.gate_up_proj)
     made = pairs["gate_up_proj"](made, rows.to(made.dtype), None) if "gate_up_proj" in pairs else made

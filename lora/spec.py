@@ -1,6 +1,6 @@
-"""What plans need to know of LoRA, without the model: target modules, the ladder of ranks, and names of scalings.
+"""LoRA definitions for planning without the model: target modules, the ladder of ranks, and names of scalings.
 
-Nothing here loads torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..errors import ConfigError
 DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 REFERENCE_RANK = 8
-"""The rank that people use most. Shares of bytes and of time are relative to this rank on every target module."""
+"""The most common rank. Shares of bytes and time are relative to this rank on every target module."""
 
 
 @dataclass(frozen=True)
 class RankLadder:
-    """The allowed ranks in rising order. A rung is the index of a rank.
+    """The allowed ranks in ascending order. A rung is the index of a rank.
 
     Attributes:
-        ranks: strictly rising, starting at 0 (the module is not adapted).
+        ranks: strictly ascending, starting at 0 (the module is not adapted).
 
     Raises:
-        ConfigError: there are fewer than two ranks, or they do not rise strictly from 0.
+        ConfigError: there are fewer than two ranks, or they do not ascend strictly from 0.
 
     Example:
         >>> RankLadder().step(8, +2).item()
@@ -57,15 +57,15 @@ class RankLadder:
         return ranks
 
     def rung(self, ranks: IntArray | int) -> IntArray:
-        """The highest rung whose rank is not above each given rank, int64 of the shape of `ranks`."""
+        """Return the highest rung with a rank not above each given one, int64 in the shape of `ranks`."""
         return np.asarray(np.searchsorted(self.array, ranks, side="right") - 1, dtype=np.int64)
 
     def rung_above(self, ranks: IntArray) -> IntArray:
-        """The lowest rung whose rank is not below each given rank, or the top one, int64 of the shape of `ranks`."""
+        """Return the lowest rung with a rank not below each given one, or the top, int64 in the shape of `ranks`."""
         return np.asarray(np.minimum(np.searchsorted(self.array, ranks), self.top), dtype=np.int64)
 
     def step(self, ranks: IntArray | int, deltas: IntArray | int) -> IntArray:
-        """The ranks `deltas` rungs above the rungs of `ranks` (below if negative), clipped to the ladder's ends."""
+        """Return the ranks `deltas` rungs above those of `ranks` (below if negative), clipped to the ladder."""
         return np.asarray(self.array[np.clip(self.rung(ranks) + deltas, 0, self.top)])
 
 
@@ -75,11 +75,10 @@ class ModuleSpec:
 
     Attributes:
         name: full name inside the base model, as in `LoraConfig.rank_pattern`.
-        block: index of the model layer that holds the module, 0 nearest to the input.
-        d_in: input width (of an embedding: its vocabulary; of experts: of all together); a rank has so many weights
-            in A.
-        d_out: output width, likewise; a rank has so many weights in B.
-        experts: how many matrices have a pair each, all of one rank.
+        block: index of the enclosing model layer, 0 nearest to the input.
+        d_in: input width (vocabulary for an embedding; total over experts): weights in A per rank.
+        d_out: output width, likewise: weights in B per rank.
+        experts: number of matrices with a pair each, all of one rank.
     """
 
     name: str
@@ -90,12 +89,12 @@ class ModuleSpec:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that can add anything: min(d_in, d_out), of one expert."""
+        """The largest useful rank: min(d_in, d_out), of one expert."""
         return min(self.d_in, self.d_out) // self.experts
 
 
 def is_pattern(target_modules: str) -> bool:
-    """Whether target modules are a regular expression: it has what no name of a module has."""
+    """True if target modules are a regular expression, with characters that module names lack."""
     return re.search(r"[\\*+?|()\[\]^$]", target_modules) is not None
 
 
@@ -104,9 +103,9 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?[^\]]*\]|[()|]|(?<!\()[*+?][*+?]?|\{\d*,?\d*\}
 
 
 def is_slow_pattern(pattern: str) -> bool:
-    """Whether a regular expression may match without end: it repeats a group, or has many repeats on one way."""
+    """True if a regular expression may backtrack excessively: it repeats a group, or has many repeats on one path."""
     repeats, last = 0, ""
-    groups = [(0, 0)]  # repeats before each open group, and the most on a way through it so far
+    groups = [(0, 0)]  # repeats before each open group, and the most on a path through it so far
     for token in _TOKEN.finditer(pattern):
         kind, before = token[0][0], pattern[token.start() - 1]
         if kind in "*+?{":
@@ -125,13 +124,13 @@ def is_slow_pattern(pattern: str) -> bool:
 
 
 def absent(names: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """Those of the names in a list of target modules that no path ends in: PEFT passes over them if others match."""
+    """Return the names in a target module list that end no path; PEFT ignores them if others match."""
     ends = tuple(f".{path}" for path in paths)
     return [name for name in names if not any(end.endswith(f".{name}") for end in ends)]
 
 
 Scaling = Literal["alpha", "constant"]
-"""What stays when a rank changes: "alpha", or the scaling itself ("constant")."""
+"""Quantity kept when a rank changes: "alpha", or the scaling itself ("constant")."""
 
 
 def check_scaling(scaling: object) -> None:
@@ -144,12 +143,12 @@ def check_scaling(scaling: object) -> None:
 
 
 def highest_ranks(targets: Sequence[ModuleSpec]) -> IntArray:
-    """The highest rank that each module can have, int64 (modules,)."""
+    """Return the highest possible rank of each module, int64 (modules,)."""
     return np.array([target.max_rank for target in targets], dtype=np.int64)
 
 
 def check_rank(rank: int, targets: Sequence[ModuleSpec]) -> None:
-    """Raise ConfigError for a rank that none of the modules can have."""
+    """Raise ConfigError for a rank that exceeds the maximum of every module."""
     widest = max(target.max_rank for target in targets)
     if rank > widest:
         raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {rank}.")

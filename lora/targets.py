@@ -1,7 +1,7 @@
-"""A model's target modules, the modules with a LoRA pair, and the frozen weights below their adapters.
+"""Target modules of a model, the modules with a LoRA pair, and the frozen weights below their adapters.
 
-Target modules are checked: their ranks must be able to change. The frozen model may be quantised (bitsandbytes,
-torchao, optimum-quanto). Its parameters then hold codes or packed bytes, which must be dequantised before use.
+Target modules are checked: their ranks must be changeable. The frozen model may be quantised (bitsandbytes, torchao,
+optimum-quanto). Its parameters then hold codes or packed bytes, which must be dequantised before use.
 """
 
 import math
@@ -30,13 +30,13 @@ def guard_base(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on the CPU; call before the first evaluation. Idempotent.
 
     On CPUs with AVX512-BF16, the first forward pass in evaluation mode repacks each `Linear4bit` for fast inference
-    (bitsandbytes 0.50, `Linear4bit.forward`). A repacked layer has no backward pass: adapters below it get no gradient,
-    without an error. Any `state_dict()` unpacks it, but with block scales that are rounded to bfloat16 and, without
-    double quantisation, transposed: other weights. The guard makes evaluation on such a CPU slower, and equal to what
-    training computes. Other layers do not change.
+    (bitsandbytes 0.50, `Linear4bit.forward`). A repacked layer has no backward pass: adapters below it silently get no
+    gradient. Any `state_dict()` unpacks it, but with block scales rounded to bfloat16 and, without double quantisation,
+    transposed: other weights. The guard makes evaluation on such a CPU slower, but consistent with training. Other
+    layers do not change.
 
     Raises:
-        UnsupportedError: a layer has been repacked already, so its weights are no longer those that were loaded.
+        UnsupportedError: a layer has been repacked already, so its weights differ from the loaded ones.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
@@ -53,17 +53,17 @@ def guard_base(model: nn.Module) -> None:
 
 
 def scale_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """What bitsandbytes keeps beside the weight of a quantised layer, outside of parameters and buffers."""
+    """Yield bitsandbytes' tensors for a quantised layer outside parameters and buffers."""
     weight = getattr(module, "weight", None)
     if get_bnb_param_type(weight):
         yield from _held(module)
         yield from _held(weight)
-    elif hasattr(module, "quant_state"):  # the parametrisation of a parameter that is no layer's weight
+    elif hasattr(module, "quant_state"):  # the parametrisation of a parameter other than a layer's weight
         yield from _held(module)
 
 
 def _held(holder: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an object's attributes, and in those of quantisation states among them."""
+    """Yield the tensors in an object's attributes, and in quantisation states among them."""
     for value in vars(holder).values():
         if isinstance(value, torch.Tensor):
             yield value
@@ -72,7 +72,7 @@ def _held(holder: Any) -> Iterator[torch.Tensor]:
 
 
 def base_norm(layer: LoraLayer) -> float:
-    """Frobenius norm of a layer's frozen weight; takes the layers of `real_weight`, and raises its errors."""
+    """Return the Frobenius norm of a layer's frozen weight; takes layers and raises errors as `real_weight`."""
     weight = real_weight(layer)
     # Squares of half-precision values would overflow or vanish, so they are summed in single precision.
     return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
@@ -80,11 +80,11 @@ def base_norm(layer: LoraLayer) -> float:
 
 @torch.no_grad()
 def real_weight(layer: LoraLayer) -> torch.Tensor:
-    """The frozen weight of a linear layer (quantised or not), a Conv1D or an embedding.
+    """Return the frozen weight of a linear layer (quantised or not), a Conv1D or an embedding.
 
     Returns:
         The weight in the base layer's orientation, in a floating-point dtype of at least 16 bits. A plain weight is
-        returned itself, not copied.
+            returned itself, not copied.
 
     Raises:
         UnsupportedError: the weight is stored in an unknown form.
@@ -100,7 +100,7 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
         weight = dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     elif weight is not None:
         weight = dequantize_module_weight(base).detach()
-        if isinstance(weight, DTensor):  # each process has a part, and all are here
+        if isinstance(weight, DTensor):  # sharded over processes, and gathered here
             weight = weight.full_tensor()
         elif type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
             weight = weight.dequantize()
@@ -115,7 +115,7 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
 
 
 CONSTANT_SCALING = "_rankpilot_constant_scaling"
-"""Attribute of a PEFT layer: its adapters whose scaling stays when a rank changes; see `lora/peft_config.py`."""
+"""Attribute of a PEFT layer: its adapters with a constant scaling under rank changes; see `lora/peft_config.py`."""
 
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of `init_lora_weights` that subtract the first adapter from the frozen weights."""
@@ -136,7 +136,7 @@ class TargetModule(ModuleSpec):
     embedding: bool = False
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is the same object: pairs of two models differ, even if names and widths are the same."""
+        """Compare by identity: pairs of two models differ, even with equal names and widths."""
         return self is other
 
     def __hash__(self) -> int:
@@ -144,17 +144,17 @@ class TargetModule(ModuleSpec):
 
     @property
     def exists(self) -> bool:
-        """Whether the adapter is still there: PEFT can delete it."""
+        """True if the adapter still exists: PEFT can delete it."""
         return self.adapter in (self.layer.lora_embedding_A if self.embedding else self.layer.lora_A)
 
     @property
     def weight_a(self) -> nn.Parameter:
-        """A, shape (rank, d_in); of experts (experts x rank, width), the expert slowest."""
+        """A, shape (rank, d_in); for experts (experts x rank, width), the expert axis slowest."""
         return self._weight(self.layer.lora_embedding_A if self.embedding else self.layer.lora_A)
 
     @property
     def weight_b(self) -> nn.Parameter:
-        """B, shape (d_out, rank); of experts (width, rank x experts), the expert fastest."""
+        """B, shape (d_out, rank); for experts (width, rank x experts), the expert axis fastest."""
         return self._weight(self.layer.lora_embedding_B if self.embedding else self.layer.lora_B)
 
     def _weight(self, factors: Any) -> nn.Parameter:
@@ -177,7 +177,7 @@ class TargetModule(ModuleSpec):
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name inside the layer: A, B, then bias and magnitude if the module has them."""
+        """The adapter's parameters by name inside the layer: A, B, then bias and magnitude if present."""
         key = "lora_embedding_{}.{}" if self.embedding else "lora_{}.{}.weight"
         named = {key.format("A", self.adapter): self.weight_a, key.format("B", self.adapter): self.weight_b}
         if self.bias is not None:
@@ -188,45 +188,45 @@ class TargetModule(ModuleSpec):
 
     @property
     def rank(self) -> int:
-        """Current rank; 0 means that the module is not adapted."""
+        """Current rank; 0 means the module is not adapted."""
         return int(self.weight_a.shape[0]) // self.experts
 
     def zeros(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of another rank, all zero."""
+        """Return A and B of another rank, all zero."""
         count, a, b = self.experts, self.weight_a, self.weight_b
         return a.new_zeros(count * rank, self.d_in // count), b.new_zeros(self.d_out // count, rank * count)
 
     def each_a(self, like_a: torch.Tensor) -> torch.Tensor:
-        """A tensor of A's shape as one of a matrix for each expert, (experts, rank, width); a view."""
+        """View a tensor of A's shape as one matrix per expert, (experts, rank, width)."""
         return like_a.reshape(self.experts, like_a.shape[0] // self.experts, like_a.shape[1])
 
     def each_b(self, like_b: torch.Tensor) -> torch.Tensor:
-        """A tensor of B's shape likewise, (experts, width, rank); a view."""
+        """View a tensor of B's shape as one matrix per expert, (experts, width, rank)."""
         rank = like_b.shape[1] // self.experts
         return like_b.reshape(like_b.shape[0], rank, self.experts).permute(2, 0, 1)
 
     @staticmethod
     def joined(each_a: torch.Tensor, each_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of a matrix for each expert; see `each_a` and `each_b`."""
+        """Return A and B from one matrix per expert; see `each_a` and `each_b`."""
         return each_a.flatten(0, 1), each_b.permute(1, 2, 0).flatten(1)
 
     @property
     def scaling(self) -> float:
-        """The factor by which B A is multiplied, now."""
+        """The current factor on B A."""
         return float(self.layer.scaling[self.adapter])
 
     @property
     def alpha(self) -> float:
-        """PEFT's `lora_alpha` of this module: by default what stays when its rank changes."""
+        """PEFT's `lora_alpha` of this module, by default kept when its rank changes."""
         alpha: float = self.layer.lora_alpha[self.adapter]
         return alpha
 
     def alpha_at(self, rank: int) -> float:
-        """What `alpha` is after a change to this rank."""
+        """Return `alpha` after a change to this rank."""
         return self.scaling * self._root(rank) if self._constant_scaling else self.alpha
 
     def scaling_at(self, rank: int) -> float:
-        """What `scaling` is after a change to this rank: alpha / rank, unless the scaling is to stay; 0 counts as 1."""
+        """Return `scaling` after a change to this rank: alpha / rank, unless it is constant; rank 0 counts as 1."""
         return self.scaling if self._constant_scaling else self.alpha / self._root(rank)
 
     @property
@@ -234,18 +234,18 @@ class TargetModule(ModuleSpec):
         return self.adapter in self.layer.__dict__.get(CONSTANT_SCALING, ())
 
     def _root(self, rank: int) -> float:
-        """What PEFT divides alpha by."""
+        """Return PEFT's divisor of alpha."""
         return math.sqrt(max(rank, 1)) if self.layer.use_rslora.get(self.adapter) else max(rank, 1)
 
 
 def _layer_key(name: str) -> str:
-    """The name of the layer that holds a module: up to the first number, or the parent if there is none."""
+    """Return the name of the layer with a module: up to the first number, or the parent if there is none."""
     match = re.match(r"(.*?\.\d+)(\.|$)", name)
     return match.group(1) if match else name.rpartition(".")[0]
 
 
 def is_router(name: str, module: nn.Module) -> bool:
-    """Whether a module chooses which experts a token gets; `name` is its path inside the model."""
+    """True if a module routes tokens to experts; `name` is its path inside the model."""
     return "Router" in type(module).__name__ or ".router." in f".{name}."
 
 
@@ -268,7 +268,7 @@ def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
 
 
 def _refuse_config(config: LoraConfig) -> None:
-    """Raise UnsupportedError for settings under which an adapter of changed ranks could not be loaded."""
+    """Raise UnsupportedError for settings that keep an adapter of changed ranks from being loaded."""
     if str(config.init_lora_weights).lower().startswith(CHANGES_THE_BASE):
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
@@ -305,16 +305,16 @@ def _refuse_shards(targets: Sequence[TargetModule]) -> None:
 
 
 def _without_tied(targets: Sequence[TargetModule]) -> list[TargetModule]:
-    """The target modules whose pair is theirs alone: one that two modules share keeps the rank of its LoraConfig."""
+    """Return the target modules with an exclusive pair: a shared pair keeps the rank of its LoraConfig."""
     addresses = [[weight.data_ptr() for weight in (target.weight_a, target.weight_b)] for target in targets]
     count = Counter(chain.from_iterable(addresses))  # 0 if a tensor is empty or on the meta device
     return [t for t, each in zip(targets, addresses, strict=True) if all(not a or count[a] == 1 for a in each)]
 
 
 def find_target_modules(model: nn.Module) -> list[TargetModule]:
-    """All target modules of the active adapter, in the order in which the model lists them.
+    """Return all target modules of the active adapter, in model order.
 
-    Modules that share one pair (`ensure_weight_tying`) are none of them.
+    Modules that share one pair (`ensure_weight_tying`) are excluded.
 
     Args:
         model: a PeftModel, possibly wrapped.
@@ -357,14 +357,14 @@ def find_target_modules(model: nn.Module) -> list[TargetModule]:
 
 
 def tied_pairs(model: PeftModel, targets: Sequence[TargetModule]) -> dict[str, LoraLayer]:
-    """The layers by name with a pair of the same adapter that are none of its target modules: see `_without_tied`."""
+    """Return layers by name with a pair of the same adapter outside its target modules: see `_without_tied`."""
     known, adapter = {id(target.layer) for target in targets}, targets[0].adapter
     layers = (item for item in model.get_base_model().named_modules() if isinstance(item[1], LoraLayer))
     return {name: layer for name, layer in layers if adapter in layer.r and id(layer) not in known}
 
 
 def unwrap(model: nn.Module) -> PeftModel:
-    """The PeftModel inside wrappers such as those of DistributedDataParallel and torch.compile.
+    """Return the PeftModel inside wrappers such as those of DistributedDataParallel and torch.compile.
 
     Raises:
         UnsupportedError: the model holds no PeftModel.
@@ -381,7 +381,7 @@ def unwrap(model: nn.Module) -> PeftModel:
 
 
 def wrappers_of(model: nn.Module) -> list[nn.Module]:
-    """A model, what it wraps, what that wraps, and so on; a PeftModel is the last if there is one."""
+    """Return a model and everything it successively wraps, up to the first PeftModel."""
     found = [model]
     while not isinstance(found[-1], PeftModel):
         inner = getattr(found[-1], "_orig_mod", None) or getattr(found[-1], "module", None)
@@ -399,7 +399,7 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
         ConfigError: a rank is negative.
         UnsupportedError: an adapter is merged into the frozen weights.
     """
-    names = dict.fromkeys(target.name for target in targets)  # in the model's order, which the error shows
+    names = dict.fromkeys(target.name for target in targets)  # in the model's order, for the error
     for name, rank in ranks.items():
         if name not in names:
             raise UnknownNameError.of("target module", name, names)
@@ -419,7 +419,7 @@ def check_unmerged(targets: Iterable[TargetModule]) -> None:
 
 
 def check_trains(targets: Iterable[TargetModule]) -> None:
-    """Raise UnsupportedError if a pair of rank 1 or more is frozen (requires_grad is False) or switched off."""
+    """Raise UnsupportedError if a pair of rank 1 or more is frozen (requires_grad is False) or disabled."""
     for target in targets:
         if target.layer.disable_adapters:
             raise UnsupportedError(
@@ -435,6 +435,6 @@ def check_trains(targets: Iterable[TargetModule]) -> None:
 
 
 def other_trainable(model: nn.Module, targets: Iterable[TargetModule]) -> list[nn.Parameter]:
-    """Trainable parameters other than A and B of `targets`, such as a classifier in `modules_to_save`, or biases."""
+    """Return trainable parameters other than A and B of `targets`, such as a classifier in `modules_to_save`."""
     pairs = {id(weight) for target in targets for weight in (target.weight_a, target.weight_b)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in pairs]

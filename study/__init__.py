@@ -1,1 +1,1 @@
-"""What can be learned from runs: their page, why their decisions were taken, where the bytes go."""
+"""Reports on runs: their page, the reasons for their decisions, and their memory by layer and kind."""

@@ -1,4 +1,4 @@
-"""What steps of rows of known lengths take in parts, beside the padded rectangle, before any of them runs."""
+"""Predict steps run in parts on rows of known lengths, compared with padded rectangles."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_STEPS = 500
-"""Steps that are looked at, at most: the first ones of one order of the rows."""
+"""Maximum number of evaluated steps: the first ones of one order of the rows."""
 
 MOST_BYTES = 2**26
-"""Of a file of lengths."""
+"""Maximum size of a file of lengths in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepsOfLengths:
-    """What steps of rows of known lengths take. Seconds are by published rates; their ratios are what counts.
+    """Predictions for steps on rows of known lengths. Seconds use published rates; only their ratios matter.
 
     Attributes:
-        steps: that were looked at.
-        rows: of each.
+        steps: number of evaluated steps.
+        rows: rows per step.
         longest: tokens of the longest row.
         fits: tokens of the longest row that fits alone with all layers checkpointed; `longest` if all do.
-        too_long: steps with a row that does not fit alone.
+        too_long: steps with a row too long to fit alone.
         rectangle_too_large: steps that do not fit as a rectangle with all layers checkpointed.
-        rectangle_layers: layers that are checkpointed in every rectangle, so that the largest one fits.
-        parts: of a step in the mean.
-        layers: checkpointed layers of a part in the mean, by its tokens.
-        time: seconds in parts over seconds of rectangles.
-        padding_saved: the share of the padding that does not run.
-        rectangle_bytes: at the peak of each rectangle, (steps,).
-        parts_bytes: at the peak of each step in parts, NaN where a row does not fit, (steps,).
-        limit: bytes that a step may take; infinite without a limit.
-        filling_tokens: tokens below which a part takes no less time on this device.
+        rectangle_layers: layers checkpointed in every rectangle for the largest one to fit.
+        parts: mean number of parts per step.
+        layers: mean number of checkpointed layers of a part, weighted by tokens.
+        time: seconds in parts divided by seconds of rectangles.
+        padding_saved: share of the padding that is not computed.
+        rectangle_bytes: peak bytes of each rectangle, (steps,).
+        parts_bytes: peak bytes of each step in parts, NaN if a row does not fit, (steps,).
+        limit: bytes available to a step; infinite without a limit.
+        filling_tokens: tokens below which smaller parts are not faster on this device.
     """
 
     steps: int
@@ -78,7 +78,7 @@ class StepsOfLengths:
 
 
 def read_lengths(path: Path) -> IntArray:
-    """The tokens of rows from a file: whole numbers between spaces, commas or line ends, or a list in JSON.
+    """Read the tokens per row from a file: whole numbers separated by spaces, commas or line ends, or a JSON list.
 
     Raises:
         DataError: it holds something else, or nothing.
@@ -98,13 +98,13 @@ def read_lengths(path: Path) -> IntArray:
 
 
 def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
-    """The tokens of rows from a file of lengths, or of a data set's column.
+    """Return the tokens per row from a file of lengths, or from a column of a data set.
 
     Args:
         given: the file, or DATASET:COLUMN, as rotten-tomatoes:text or rows.jsonl:prompt. A column holds texts, or lists
             of tokens.
         model: name of the model whose tokenizer counts the tokens of texts.
-        max_length: at which rows are cut, as training cuts them; 0 for nowhere.
+        max_length: length at which training truncates rows; 0 for none.
 
     Raises:
         DataError, UnknownNameError, AssetError: there is no such file, data set, column or tokenizer, or a row holds
@@ -146,15 +146,15 @@ def _tokenizer(model: str) -> Any:
 
 
 def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> StepsOfLengths:
-    """What steps take whose rows have these lengths, drawn in an order that the seed decides.
+    """Predict steps on rows with these lengths, drawn in a seeded order.
 
     Args:
-        outlook: of the step, on a card, or with a budget of bytes, or without a limit.
+        outlook: outlook of the step, on a card, with a budget of bytes, or without a limit.
         lengths: tokens of each row of the data set, int64 (rows,), at least one.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
-        UnsupportedError: the operations of the model depend on its data, so that other shapes are not known.
+        UnsupportedError: the model's operations depend on its data, so other shapes are unknown.
     """
     memory, ranks = outlook.memory, (outlook.best or outlook.main).ranks
     whole = BatchShape(rows := memory.shape.rows, int(lengths.max()))
@@ -181,7 +181,7 @@ def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
 
 
 def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSeconds, layers: int) -> StepsOfLengths:
-    """The steps of these batches, int64 (steps, rows); see `StepsOfLengths`."""
+    """Return the steps of these batches, int64 (steps, rows); see `StepsOfLengths`."""
     steps, rows = batches.shape
     longest, every = batches.max(axis=1), bytes_of.levels[-1]
     rectangles = np.full(steps, rows)
@@ -218,7 +218,7 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
 
 
 def lengths_table(found: StepsOfLengths) -> Table:
-    """Steps in parts beside padded rectangles."""
+    """Return a table of steps in parts and padded rectangles."""
     table = make_table(
         f"{plural(found.steps, 'step')} of {found.rows} rows of these lengths, at most {found.longest:,} tokens",
         ("step", "time", "highest peak", "checkpointed layers", "steps that do not fit"),
@@ -238,7 +238,7 @@ def lengths_table(found: StepsOfLengths) -> Table:
 
 
 def lengths_text(found: StepsOfLengths) -> str:
-    """What parts bring, in a line or two."""
+    """Describe the benefit of parts in a line or two."""
     padding = f"Parts leave out {found.padding_saved:.0%} of the padding."
     fits = "Every row fits alone" if found.fits == found.longest else f"A row of up to {found.fits:,} tokens fits alone"
     longest = f" {fits}." if found.limit < np.inf else ""
@@ -251,7 +251,7 @@ def lengths_text(found: StepsOfLengths) -> str:
 
 
 def lengths_picture(found: StepsOfLengths) -> Figure:
-    """Draw the bytes of each step as a rectangle and in parts, in the order of the rectangles, and the limit."""
+    """Draw the bytes of each step as a rectangle and in parts, sorted by rectangle, and the limit."""
     order = np.argsort(found.rectangle_bytes)
     title = f"In parts, steps take {found.time:.2f} of the time, without {found.padding_saved:.0%} of their padding"
     note = f"{found.rows} rows a step; a rectangle has {found.rectangle_layers} layers checkpointed in every step"
@@ -268,7 +268,7 @@ def lengths_picture(found: StepsOfLengths) -> Figure:
 
 
 def lengths_figures(found: StepsOfLengths) -> dict[str, Any]:
-    """All figures, as JSON values; a limit that is infinite is null."""
+    """Return all figures as JSON values; an infinite limit is null."""
     values = asdict(found) | {"limit": None if np.isinf(found.limit) else found.limit}
     values["rectangle_bytes"] = found.rectangle_bytes.tolist()
     values["parts_bytes"] = [None if np.isnan(peak) else peak for peak in found.parts_bytes.tolist()]

@@ -12,7 +12,7 @@ from ..data.task import Task
 from ..errors import ConfigError, shown
 
 MOST_LABELS = 1_000_000
-"""Classes, at most."""
+"""Maximum number of classes."""
 
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
@@ -22,50 +22,50 @@ _OF_CARD = (
 )
 
 _OF_DATA = ("labels", "text_column", "label_column", "seed")
-"""Settings that a card's answer, of full rows and the model's own head, does not read."""
+"""Settings ignored for a card, which assumes full rows and the model's own head."""
 
 
 @dataclass(frozen=True)
 class MemoryConfig(StepConfig):
-    """The training step that `rankpilot memory` looks at: a model with an adapter, on a batch.
+    """The training step of `rankpilot memory`: a model with an adapter, on a batch.
 
     Attributes:
-        model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
-        data: a packaged data set, a Hugging Face id, a local file or folder; its longest rows make the batch. Without
-            data, the batch holds random token ids, and all its rows have the full length.
+        model: a packaged model (listed by rankpilot assets), a Hugging Face id or a local folder.
+        data: a packaged data set, a Hugging Face id, a local file or folder; its longest rows form the batch. Without
+            data, the batch holds random token ids, and all rows have the full length.
         rank: rank of the adapter on every target module.
-        task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
-            data decide, or else the model's architecture.
+        task: classification, regression, token-classification, seq2seq or causal-lm; by default inferred from the
+            columns of the data, or else from the model's architecture.
         labels: number of classes or tags, for a classification without data.
-        budget: also show which plans the rules make inside this budget, and what fits it: "24GiB" for all that the
-            device holds, "6GiB step", "80%" of what plain LoRA takes (rank 8 on all modules), "300k params" or "auto"
-            (90 % of what is free on the device).
-        measure: also run real steps, and show measured beside predicted bytes.
+        budget: also show the plans of the rules within this budget, and the choices that fit: "24GiB" for the whole
+            device, "6GiB step", "80%" of plain LoRA (rank 8 on all modules), "300k params" or "auto" (90 % of the free
+            memory on the device).
+        measure: also run real steps, and show measured bytes next to predicted ones.
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of random token ids and fresh adapters.
         trainer: further settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true
             assistant_only_loss=true label_smoothing_factor=0.1.
-        device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Nothing
-            is downloaded but a configuration that rankpilot does not know. MODEL is then a short name ("qwen3-8b"), a
-            Hugging Face id, a folder or a config.json.
-        device_memory: the same for a card of which you tell the memory: "24GiB".
-        gpus: so many such cards train together, each with a batch of its own; all figures are per GPU.
-        sharding: what they share: ddp, nothing; zero2, the optimizer's state; fsdp2 and zero3, the frozen model and
-            what trains.
-        dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
-            With bf16, steps compute under bf16 autocast.
-        lora_dropout: the share of an adapter's inputs that is dropped at random; its masks and products take bytes.
-        experts: how a quantised model keeps fused experts: as transformers does, in 16 bits; as axolotl's
-            quantize_moe_experts; or as Unsloth.
-        attention: how attention is computed on the card: eager, sdpa, flash (2 or 3), flex, or math, which is what
-            sdpa is on most AMD cards.
-        loss: model, with all logits; chunked, as TRL's SFTTrainer; cut, as cut cross-entropy.
+        device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Downloads
+            nothing but a configuration unknown to rankpilot. MODEL is then a short name ("qwen3-8b"), a Hugging Face
+            id, a folder or a config.json.
+        device_memory: the same for a card given by its memory: "24GiB".
+        gpus: number of such cards that train together, each with its own batch; all figures are per GPU.
+        sharding: state shared by the GPUs: ddp, nothing; zero2, the optimizer state; fsdp2 and zero3, the frozen model
+            and all trained parameters.
+        dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 if the card supports it.
+            With bf16, steps run under bf16 autocast.
+        lora_dropout: dropout rate on an adapter's inputs; its masks and products use memory.
+        experts: storage of fused experts in a quantised model: as in transformers, in 16 bits; as in axolotl's
+            quantize_moe_experts; or as in Unsloth.
+        attention: attention implementation on the card: eager, sdpa, flash (2 or 3), flex, or math, which sdpa uses on
+            most AMD cards.
+        loss: model, with all logits; chunked, as in TRL's SFTTrainer; cut, as in cut cross-entropy.
         reentrant: gradient checkpointing with use_reentrant=True.
-        packed: a row holds several texts, and may be longer than the model has positions.
-        offload: saved activations go to main memory (activation_offloading of TRL and axolotl).
-        expandable_segments: torch's allocator is set to them, so that it keeps hardly more than tensors take.
-        os: of the machine with the card; on Windows memory spills into main memory without an error.
+        packed: a row holds several texts, and may exceed the model's positions.
+        offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
+        expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
+        os: operating system of the machine with the card; on Windows memory spills into main memory without an error.
 
     Raises:
         ConfigError: a value is out of range, or options contradict each other.
@@ -100,12 +100,12 @@ class MemoryConfig(StepConfig):
 
     @property
     def of_card(self) -> dict[str, Any]:
-        """The settings that are of a card and are no setting of the step, as `memory_of` takes them."""
+        """Settings of the card rather than the step, as arguments of `memory_of`."""
         return {name: getattr(self, name) for name in _OF_CARD}
 
     @property
     def card(self) -> str | None:
-        """The card that is asked about; None to look at the model where it is."""
+        """The card in question; None to examine the model on its own device."""
         return self.device or self.device_memory
 
     def __post_init__(self) -> None:

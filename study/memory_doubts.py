@@ -1,6 +1,6 @@
-"""What an answer about a card rests on that nobody has held against runs, or only against few, and how it may be wrong.
+"""Assumptions of an answer about a card that few or no runs have verified, and the possible errors.
 
-Figures are of the runs in benchmarks/published_peaks/axolotl.csv (`python -m benchmarks published`).
+Figures refer to the runs in benchmarks/published_peaks/axolotl.csv (`python -m benchmarks published`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from ..common.text import format_bytes
 from ..cost.outlook import Outlook
 
 Direction = Literal["more", "less", "either"]
-"""How a run may differ: it takes more than predicted, less, or nobody knows."""
+"""Direction in which a run may differ: more than predicted, less, or unknown."""
 
 LOGIT_BYTES = 12
-"""Bytes of a token and a word where all logits are there: in 16 bits and in fp32, each with its gradient."""
+"""Bytes per token and vocabulary entry with full logits: in 16 bits and in fp32, each with its gradient."""
 
 SHORT = 512
-"""Tokens up to which scores of eager attention take little."""
+"""Tokens up to which scores of eager attention are small."""
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """Something that an answer rests on.
+    """An assumption of an answer.
 
     Attributes:
-        what: it is, and what is known of it.
-        direction: how a run may differ from what is predicted.
+        what: the assumption and the evidence.
+        direction: direction in which a run may differ from the prediction.
     """
 
     what: str
@@ -36,12 +36,12 @@ class Doubt:
 
 
 def doubts(outlook: Outlook) -> list[Doubt]:
-    """What the answer rests on; nothing for a model that is here, whose own steps are recorded."""
+    """Return the assumptions of an answer; none for a loaded model, whose own steps are recorded."""
     return list(_doubts(outlook)) if outlook.card else []
 
 
 def doubts_text(outlook: Outlook) -> str:
-    """The same in one line; empty if there is none."""
+    """Return the same in one line; empty if there are none."""
     words = {"more": "A run may take more", "less": "A run may take less", "either": "A run may take more or less"}
     found = doubts(outlook)
     parts = []
@@ -81,7 +81,7 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
 
 
 def of_loading(outlook: Outlook) -> Iterator[str]:
-    """What another way to load and to run the model would take, where it takes much less."""
+    """Suggest other ways to load and run the model, if they use much less memory."""
     step, settings = outlook.step, outlook.settings
     loaded, how = step.loaded, settings.quantization
     if how != "none" and step.model.fused and loaded.experts == "transformers":

@@ -1,4 +1,4 @@
-"""A model that is here, as `rankpilot memory` looks at it: with the data and the Trainer of `rankpilot finetune`."""
+"""Memory of a loaded model for `rankpilot memory`, with the data and Trainer of `rankpilot finetune`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -58,12 +58,12 @@ class StepSetup:
     """One training step, ready to run.
 
     Attributes:
-        config: what was asked for.
+        config: the requested settings.
         task: the task of the model's head.
-        model: with adapters of the rank that was asked for, in training mode, on its device.
+        model: the model with adapters of the requested rank, in training mode, on its device.
         targets: its target modules.
-        run: the fine-tune of which this is a step.
-        batch: the largest batch that training would see.
+        run: the fine-tune this step belongs to.
+        batch: the largest training batch.
     """
 
     config: MemoryConfig
@@ -74,24 +74,24 @@ class StepSetup:
     batch: Batch
 
     def measure_memory(self, tell: Tell, how: str = "", batch: Batch | None = None) -> MemoryModel:
-        """The byte model of this step as it is set up now, without signal buffers.
+        """Return the byte model of this step in its current state, without signal buffers.
 
         Args:
-            tell: called with a few words on what happens next.
-            how: the step is taken, in words.
-            batch: another batch than the largest one.
+            tell: called with a short progress message.
+            how: description of the step for the message.
+            batch: a batch to use in place of the largest one.
         """
         tell(f"measuring a few small steps {how}".rstrip())
         return run_memory(self.run, self.targets, self.batch if batch is None else batch)
 
 
 def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
-    """Where the bytes of a training step go on a model that is here, and what other choices would take.
+    """Return the memory of a training step of a loaded model, and of other choices.
 
-    `tell` is called with a few words on what happens next.
+    `tell` is called with short progress messages.
 
     Raises:
-        RankPilotError: see `set_up`; also if checkpointing is asked for and the model does not support it.
+        RankPilotError: see `set_up`; also if checkpointing is requested and the model does not support it.
         BudgetError: no plan fits the budget.
     """
     setup = set_up(config, tell)
@@ -133,7 +133,7 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
 
 
 def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterator[tuple[str, BatchShape, MemoryModel]]:
-    """Half the rows, and half the tokens. Where the operations depend on the data, the step is calibrated anew."""
+    """Yield half the rows, and half the tokens. Data-dependent operations need a new calibration."""
     shape = memory.shape
     fewer = BatchShape(max(1, shape.rows // 2), shape.length)
     shorter = BatchShape(shape.rows, -(-shape.length // 2))
@@ -149,7 +149,7 @@ def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterato
 
 
 def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
-    """The step with the exact savers that a run inside the budget has, and the budget's limit."""
+    """Return the step with the exact savers of a run within the budget, and the budget's limit."""
     config, targets = setup.config, setup.targets
     checkpointed = ", with gradient checkpointing" if config.gradient_checkpointing is True else ""
     tell(f"measuring a few small steps, without and with each exact saver{checkpointed}")
@@ -169,7 +169,7 @@ def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
 
 
 def _rules(setup: StepSetup, memory: MemoryModel, limit: Limit | None) -> dict[str, IntArray]:
-    """The plans of the placement rules inside the budget by name; BudgetError if no plan fits."""
+    """Return the plans of the placement rules within the budget by name; BudgetError if no plan fits."""
     if limit is None:
         return {}
     cost = memory.cost() if limit.unit == "bytes" else ParameterCost.of(setup.targets)
@@ -180,9 +180,9 @@ def _rules(setup: StepSetup, memory: MemoryModel, limit: Limit | None) -> dict[s
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
-    """Load the model and the data that a configuration names, and make the Trainer that would fine-tune it.
+    """Load the configured model and data, and create the Trainer to fine-tune it.
 
-    `tell` is called with a few words on what happens next.
+    `tell` is called with short progress messages.
 
     Raises:
         UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
@@ -215,7 +215,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
 
 
 def measure_step(setup: StepSetup) -> MeasuredStep:
-    """Train one step, which makes the optimizer's state, then measure further steps. The adapters change."""
+    """Train one step to create optimizer state, then measure further steps. The adapters change."""
     _step(setup)
     state = state_bytes(setup.model, setup.run.optimizer, gradients=False)
     if setup.run.device.type == "cuda":
@@ -244,16 +244,16 @@ def _step(setup: StepSetup) -> None:
 
 
 def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:
-    """The settings of the fine-tune that takes this step."""
+    """Return the settings of the fine-tune this step belongs to."""
     names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed", "trainer"]
     shared = {name: getattr(config, name) for name in names}
-    return FinetuneConfig(config.model, config.data or "", learning_rate=1e-3, **shared)  # no rate takes memory
+    return FinetuneConfig(config.model, config.data or "", learning_rate=1e-3, **shared)  # the rate costs no memory
 
 
 def default_task(config: Any) -> Task:
-    """The task that a model with this configuration is usually fine-tuned for.
+    """Return the usual fine-tuning task for a model with this configuration.
 
-    The name of its head decides. If it names none, models that only read from left to right generate.
+    The name of its head decides. Without one, models that only read from left to right generate.
     """
     for architecture in config.architectures or ():
         if architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -275,13 +275,13 @@ def default_task(config: Any) -> Task:
 
 
 def _random_workload(config: MemoryConfig, architecture: Any, task: Task) -> Workload:
-    """Full rows of random tokens, as many as a batch has."""
+    """Return a batch of full rows of random tokens."""
     labels = tuple(f"class {number}" for number in range(1 if task == "regression" else config.labels))
     columns = _random_columns(config, architecture, task)
     rows = Dataset.from_dict({name: values.tolist() for name, values in columns.items()})
     if task != "causal-lm":
         return Workload(task, None, rows, rows, _collate, labels)
-    # SFTTrainer insists on a tokenizer, which has nothing to do.
+    # SFTTrainer insists on a tokenizer, although it has no use here.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")), pad_token="")
     return Workload(task, tokenizer, rows, rows, _collate, (), Texts(rows, rows, is_chat=False))
 
@@ -292,7 +292,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict[str, torch.Tensor]:
-    """Rows of ordinary token ids, without ids that the model reads as padding or as an end, and their labels."""
+    """Return rows of ordinary token ids, excluding padding and end tokens, and their labels."""
     check_reads_tokens(architecture, config.model)
     text = architecture.get_text_config()
     special: set[int] = set()

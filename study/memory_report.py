@@ -1,6 +1,6 @@
-"""An `Outlook` for people, and what `rankpilot memory` writes of it, memory.json and memory.png.
+"""Report on an `Outlook`, and the files of `rankpilot memory`: memory.json and memory.png.
 
-It has the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
+It contains the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ WORDS: dict[Kind, str] = {
     "signals": "signal buffers",
     "others": "what trains outside the adapter",
 }
-"""The kinds of bytes, for people."""
+"""Display names of the kinds of bytes."""
 
 HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
 
 HELD_BACK = 0.05, 8 * 2**20
-"""Resident memory beyond the peak by this share of it and by these bytes is worth a note."""
+"""Resident memory beyond the peak deserves a note above this share of it and these bytes."""
 
 
 def headline(outlook: Outlook) -> str:
-    """A line of whether it fits, its bytes, and what was asked; empty without a card, or where nothing fits."""
+    """Return a line with the verdict, bytes and request; empty without a card, or if nothing fits."""
     best, card = outlook.best, outlook.card
     if card is None or best is None or best.use is None:
         return ""
@@ -62,7 +62,7 @@ def headline(outlook: Outlook) -> str:
 
 
 def subject(outlook: Outlook, config: MemoryConfig) -> str:
-    """What was looked at, in one line."""
+    """Return the subject in one line."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
     billions = step.model.parameters / 1e9
     where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
@@ -90,11 +90,11 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
 
 
 _AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offload", "offloaded activations"))
-"""Settings of `LoadedAs` that are told where they are set."""
+"""Settings of `LoadedAs` to mention when set."""
 
 
 def _absent_text(outlook: Outlook) -> str:
-    """Target modules that were asked for and are not there."""
+    """Return the requested target modules that do not exist."""
     asked = outlook.settings.target_modules
     names = [] if asked == "all-linear" or is_pattern(asked) else [name.strip() for name in asked.split(",")]
     missing = absent(names, (target.name for target in outlook.step.targets))
@@ -102,7 +102,7 @@ def _absent_text(outlook: Outlook) -> str:
 
 
 def _experts_text(outlook: Outlook) -> str:
-    """How a quantised model keeps fused experts."""
+    """Describe how a quantised model stores fused experts."""
     bits = outlook.settings.quantization
     return {
         "transformers": "experts in 16 bits, as transformers leaves them",
@@ -112,13 +112,13 @@ def _experts_text(outlook: Outlook) -> str:
 
 
 def _prepared(prepares: bool) -> str:
-    """How a quantised model is prepared."""
+    """Describe how a quantised model is prepared."""
     how = "after" if prepares else "without"
     return f"{how} prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
 
 
 def _offload_text(outlook: Outlook) -> str:
-    """What inputs of checkpointed layers in main memory would bring, where not all layers fit without."""
+    """Describe the benefit of offloading checkpointed inputs, if not all layers fit without it."""
     if (found := brought_by_offloading(outlook)) is None:
         return ""
     return (
@@ -129,7 +129,7 @@ def _offload_text(outlook: Outlook) -> str:
 
 
 def verdict_text(outlook: Outlook) -> str:
-    """What came out, in a few sentences: on a card whether it fits, else where the bytes are."""
+    """Return the result in a few sentences: on a card whether it fits, else the bytes by kind."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
     other = "less with --no-prepare-kbit, as under TRL's SFTTrainer" if prepares else "more with --prepare-kbit"
     prepared = "" if how == "none" else f" The model in {how} trains {_prepared(prepares)} ({other})."
@@ -141,7 +141,7 @@ def verdict_text(outlook: Outlook) -> str:
 
 
 def _fit(outlook: Outlook) -> str:
-    """Whether the choices fit the card."""
+    """Describe whether the choices fit the card."""
     assert outlook.card is not None, "there is no card"
     best, card = outlook.best, outlook.card
     if best is None:
@@ -181,7 +181,7 @@ def _finding(outlook: Outlook) -> str:
 
 
 def _largest_text(outlook: Outlook) -> str:
-    """What to do where the batch that was asked for does not fit."""
+    """Suggest a remedy if the requested batch does not fit."""
     fitting = [cell for cell in outlook.grid if cell.checkpointed is not None]
     if not fitting:
         linear = 2 * outlook.step.model.fused < outlook.step.model.parameters
@@ -193,7 +193,7 @@ def _largest_text(outlook: Outlook) -> str:
 
 
 def _time_text(outlook: Outlook, best: Choice) -> str:
-    """A plan of fewer layers that is quicker than the best one, for comparison."""
+    """Name a faster plan with fewer layers than the best one, for comparison."""
     if best.time is None:
         return ""
     text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
@@ -205,7 +205,7 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
 
 
 def choice_text(outlook: Outlook, choice: Choice) -> str:
-    """A choice in words."""
+    """Describe a choice in words."""
     if choice.label:
         return choice.label
     where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
@@ -214,25 +214,25 @@ def choice_text(outlook: Outlook, choice: Choice) -> str:
 
 
 def _activations(outlook: Outlook) -> bool:
-    """Whether every choice has selective checkpointing."""
+    """True if every choice uses selective checkpointing."""
     return any(each.name == ACTIVATIONS for each in outlook.step.saved)
 
 
 def _checkpointed_text(outlook: Outlook, count: int, activations: bool) -> str:
-    """What is checkpointed, in words: how many layers, and whether activations are."""
+    """Describe the checkpointing: the number of layers, and selective checkpointing of activations."""
     every = len(outlook.checkpointable)
     layers = [] if not count else ["checkpointing" if count == every else f"{count} of {every} layers checkpointed"]
     return " and ".join([*layers, *([ACTIVATIONS] if activations else [])]) or "no checkpointing"
 
 
 def row_label(outlook: Outlook, choice: Choice) -> str:
-    """Which layers have adapters under a choice, or what else it is."""
+    """Return the layers with adapters under a choice, or its label."""
     where = choice.label or ("all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers")
     return f"{where}, as asked" if choice.kind == "asked" else where
 
 
 def choice_table(outlook: Outlook) -> Table:
-    """All choices: the bytes of a step, and of the card or beside rank 8 on all modules; fits and time, if known."""
+    """Tabulate all choices: bytes of a step, share of the card or of rank 8 on all modules; fit and time, if known."""
     first, card = outlook.choices[0], outlook.card is not None
     unit, size = byte_unit(outlook.limit_bytes or outlook.reference_bytes)
     columns = ["adapters", "rank", "checkpointed", "step", *(["on card", "spare"] if card else ["of rank 8"])]
@@ -258,7 +258,7 @@ def choice_table(outlook: Outlook) -> Table:
 
 
 def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
-    """A head and a row for each step of plain LoRA, without exact savers and with them."""
+    """Return a header and a row for each plain LoRA step, without exact savers and with them."""
     unit, size = byte_unit(saved[0].step_bytes)
     rows = [[f"step, in {unit}", "no checkpointing", "all checkpointed"]]
     for number, each in enumerate(saved):
@@ -268,7 +268,7 @@ def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
 
 
 def saver_table(saved: Sequence[Saved]) -> Table:
-    """The same for a terminal."""
+    """Return the same as a terminal table."""
     head, *rows = saver_rows(saved)
     table = make_table("The same losses in fewer bytes: plain LoRA, rank 8 on all modules", head, first_wraps=True)
     for name, *peaks in rows:
@@ -277,7 +277,7 @@ def saver_table(saved: Sequence[Saved]) -> Table:
 
 
 def grid_table(outlook: Outlook) -> Table:
-    """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
+    """Tabulate the batches that fit the card, with all layers at the requested rank, by tokens and rows."""
     cells = outlook.grid
     rows = sorted({cell.shape.rows for cell in cells})
     fits = f"so that rank {outlook.rank} on all layers fits ({outlook.slack:.0%} to spare)"
@@ -295,7 +295,7 @@ def _cell_text(cell: GridCell) -> str:
 
 
 def notes(outlook: Outlook) -> Iterator[str]:
-    """Where the bytes of the main choice are, and how to read the rest."""
+    """Yield the bytes of the main choice by kind, and notes on reading the rest."""
     breakdown = outlook.breakdown(outlook.main)
     kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
     parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
@@ -330,7 +330,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
 
 
 def remarks(outlook: Outlook) -> Iterator[str]:
-    """What a real step took, and what could not be shown."""
+    """Yield the measurements of a real step, and omissions from the report."""
     if outlook.card and not outlook.checkpointable:
         yield f"{outlook.step.model.kind} does not support gradient checkpointing."
     if outlook.card:
@@ -340,14 +340,14 @@ def remarks(outlook: Outlook) -> Iterator[str]:
 
 
 def _moment_text(label: str) -> str:
-    """The name of a moment of the step, without the names of the wrappers."""
+    """Return the name of a moment of the step, without the names of the wrappers."""
     phase, colon, place = label.partition(": ")
     place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
     return f"{phase}: {place or 'loss'}" if colon else phase
 
 
 def _measured(outlook: Outlook) -> Iterator[str]:
-    """A real step beside the prediction; nothing if none was taken."""
+    """Compare a real step with the prediction; yields nothing without one."""
     if (measured := outlook.measured) is None:
         return
     predicted = outlook.choices[0].step_bytes
@@ -370,7 +370,7 @@ def _measured(outlook: Outlook) -> Iterator[str]:
 
 
 def configuration_text(outlook: Outlook) -> str:
-    """The best choice as Python: a LoraConfig, and what belongs into the training arguments.
+    """Return the best choice as Python code: a LoraConfig, and the relevant training arguments.
 
     Raises:
         BudgetError: nothing fits.
@@ -384,7 +384,7 @@ def configuration_text(outlook: Outlook) -> str:
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
-    activations = _activations(outlook)  # which are checkpointed only where a run chooses what is
+    activations = _activations(outlook)  # only used if a run selects the checkpointed layers
     checkpointed = not activations and 0 < len(best.checkpointed) == len(outlook.checkpointable)
     narrow, model = _narrow_ranks(outlook, best), outlook.step.model
     lines = [
@@ -421,9 +421,9 @@ def configuration_text(outlook: Outlook) -> str:
 
 
 def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
-    """The ranks of modules that are narrower than the rank of a choice, as `LoraConfig.rank_pattern` has them.
+    """Return the ranks of modules narrower than the rank of a choice, for `LoraConfig.rank_pattern`.
 
-    By the end of their names ("k_proj") where all adapted modules of that end have one rank, else by the whole name.
+    Keys are the ends of their names ("k_proj") if all adapted modules with that end have one rank, else full names.
     """
     ranks = {target.name: int(rank) for target, rank in zip(outlook.step.targets, choice.ranks, strict=True) if rank}
     ends: dict[str, set[int]] = {}
@@ -436,12 +436,13 @@ def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
 
 
 SCHEMA = 1
-"""The version of what `figures` returns, which docs/command-line.md describes: fields may be added to it, and one that
-is renamed or taken out makes a new version."""
+"""The version of the result of `figures`, described in docs/command-line.md: adding fields keeps it, renaming or
+removing one increments it.
+"""
 
 
 def figures(outlook: Outlook) -> dict[str, Any]:
-    """All figures, as JSON values."""
+    """Return all figures as JSON values."""
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
     of_card = {} if card is None else {
         "card": card.name,
@@ -493,7 +494,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
 
 
 def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
-    """The figures of one choice."""
+    """Return the figures of one choice."""
     return {
         "kind": choice.kind,
         "label": choice_text(outlook, choice),
@@ -513,7 +514,7 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
 def write_memory_report(
     outlook: Outlook, config: MemoryConfig, folder: Path, lengths: StepsOfLengths | None = None
 ) -> str:
-    """Write memory.json and, with matplotlib, memory.png and that of lengths; returns a line about them.
+    """Write memory.json and, with matplotlib, memory.png and the picture of lengths; returns a line about them.
 
     Existing files are replaced.
     """
@@ -521,7 +522,7 @@ def write_memory_report(
 
     told = figures(outlook)
     if lengths:
-        from .lengths import lengths_figures, lengths_picture  # which load torch
+        from .lengths import lengths_figures, lengths_picture  # these import torch
 
         told["lengths"] = lengths_figures(lengths)
     write_json(folder / "memory.json", told)
@@ -535,7 +536,7 @@ def write_memory_report(
 
 
 def picture_labels(outlook: Outlook) -> list[str]:
-    """What the bars of the choices are called."""
+    """Return the labels of the choices' bars."""
     again = len(outlook.checkpointable)
     return [
         row_label(outlook, choice)

@@ -1,4 +1,4 @@
-"""The study page as one file, which fetches nothing: its data as plain JSON, with its text, style and code."""
+"""The study page as one self-contained file: its data as plain JSON, with its text, style and code."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ MOST_CHARACTERS = 2_000_000
 FACTS = (
     "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "filled", "kept", "correction",
 )  # fmt: skip
-"""Facts of a decision that a page shows as they are; see `DecisionRecord.facts`."""
+"""Facts of a decision shown unchanged; see `DecisionRecord.facts`."""
 
 ROW_CHARACTERS = 50
-"""Characters of JSON that a module takes at a decision, measured."""
+"""Measured characters of JSON per module at a decision."""
 
 MOST_POINTS = 1500
-"""More than a wide screen has room for; longer curves are thinned to this."""
+"""More points than fit on a wide screen; longer curves are thinned to this number."""
 
 MOST_PLANS = 24
-"""Plans of one decision that a page shows, the best for the goal."""
+"""Maximum number of plans of one decision on a page, the best for the goal."""
 
 NOT_MEASURED = 'not measured: no counter can be read (on NVIDIA: pip install -e ".[energy]")'
 
@@ -62,11 +62,12 @@ _KEPT = ("verdict", "sentences", "policy", "first", "goal", "parts", "what_ifs")
 
 
 def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | None]) -> dict[str, Any]:
-    """What a page about some runs shows.
+    """Return the contents of a page about some runs.
 
     Args:
         runs: one at least.
-        explanations: of each run's decisions in any order, see docs/study.md; None for a decision or a run without.
+        explanations: explanations of each run's decisions in any order, see docs/study.md; None for a decision or run
+            without.
     """
     rows = sum(len(record.modules) for run in runs for record in run.decisions)
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
@@ -105,11 +106,11 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
 
 
 def _settings(run: RunData) -> dict[str, str]:
-    """The settings of a run as its folder gives them, values as text."""
+    """Return the settings of a run from its folder, values as text."""
     path = run.folder / "config.json"
     try:
         config = read_json(path) if path.is_file() else {}
-    except ValueError:  # cut off in the middle, or no JSON
+    except ValueError:  # truncated, or not JSON
         config = {}
     if not isinstance(config, dict):
         config = {}
@@ -121,10 +122,10 @@ def _settings(run: RunData) -> dict[str, str]:
 
 
 def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
-    """What a run was measured on and who counted its energy, in words, by name; empty for runs before 0.2.
+    """Describe the hardware of a run and its energy meter, by name; empty for runs before 0.2.
 
     Args:
-        result: of one run, as `summary.json` has it.
+        result: result of one run in `summary.json`.
     """
     facts = result.get("hardware")
     if not facts:
@@ -138,13 +139,13 @@ def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _adapter(run: RunData) -> dict[str, str] | None:
-    """Where the adapter is, how plain PEFT loads and merges it, and how it is exported; None if there is none."""
+    """Return the adapter's path, and code to load, merge and export it; None if there is none."""
     folder = run.adapter
     if folder is None:
         return None
     try:
         config = read_object(folder / ADAPTER_CONFIG)
-    except (OSError, ValueError):  # a stranger's, or cut off in the middle
+    except (OSError, ValueError):  # foreign, or truncated
         config = {}
     base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs", _outputs(folder, config))
     loader = LOADERS.get(str(config.get("task_type")), "AutoPeftModel") if base else "PeftModel"
@@ -161,7 +162,7 @@ def _adapter(run: RunData) -> dict[str, str] | None:
 
 
 def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
-    """How many outputs the head has that was saved with an adapter, if any: those of `out_proj`, or the fewest."""
+    """Return the outputs of the head saved with an adapter, if any: those of `out_proj`, or the fewest."""
     names = config.get("modules_to_save")
     if not str(config.get("task_type")).endswith("_CLS") or not isinstance(names, list):
         return None
@@ -176,7 +177,7 @@ def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
 
 
 def _time_limit(settings: Mapping[str, str]) -> float | None:
-    """The limit of a step's time in seconds; None without one, or if it is a share."""
+    """Return the step time limit in seconds; None without one, or if it is a share."""
     try:
         limit = TimeBudget.parse(settings["time"])
     except (KeyError, BudgetError):
@@ -185,7 +186,7 @@ def _time_limit(settings: Mapping[str, str]) -> float | None:
 
 
 def _curves(run: RunData) -> dict[str, Any]:
-    """Losses, costs and times over the steps."""
+    """Return losses, costs and times by step."""
     losses = {}
     for name in run.metrics:
         parts = {"train": curve(run.points(name, "loss")), "held_out": curve(run.points(name, "eval_loss"))}
@@ -206,7 +207,7 @@ def _curves(run: RunData) -> dict[str, Any]:
 
 
 def _sentences(run: RunData) -> dict[str, str]:
-    """What each picture shows, in words."""
+    """Describe each picture in words."""
     said = {"costs": cost_sentence(run)} if run.limits else {}
     if run.decisions:
         modules = run.decisions[-1].modules
@@ -234,7 +235,7 @@ def _decisions(run: RunData, modules: Modules, explained: Explanations, by_type:
 
 
 def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict[str, Any]:
-    """What is known of a decision, without what only single modules have."""
+    """Return the facts of a decision, without those of single modules."""
     facts = record.facts()
     return {
         "number": record.number,
@@ -254,7 +255,7 @@ def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict
 
 
 def _of_single_modules(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict[str, Any]:
-    """Reasons as (feature, standard deviations), notes, and pinned modules."""
+    """Return reasons as (feature, standard deviations), notes, and pinned modules."""
     reasons: list[list[list[float]]] = [[] for _ in modules.shown]
     for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
         reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
@@ -274,9 +275,9 @@ class Modules:
     """The modules of a log, or their types; S of them are shown.
 
     Attributes:
-        shown: each as the page gets it: its name, the same shortened (label), its layer, block and type, and how many
-            modules it stands for.
-        slots: which of them each module is, at each decision, int (modules,) for a decision.
+        shown: entries for the page: name, shortened name (label), layer, block, type, and number of modules
+            represented.
+        slots: entry of each module at each decision, int (modules,) per decision.
     """
 
     shown: list[dict[str, Any]]
@@ -284,11 +285,11 @@ class Modules:
 
     @classmethod
     def of(cls, records: Sequence[DecisionRecord], by_type: bool) -> Modules:
-        """The modules of some decisions, which need not all be about the same ones.
+        """Collect the modules of some decisions, which may differ between decisions.
 
         Args:
-            records: of the decisions.
-            by_type: show one for all modules of a type.
+            records: records of the decisions.
+            by_type: show one entry per module type.
         """
         if not records:
             return cls([], ())
@@ -316,12 +317,12 @@ class Modules:
     def means(
         self, values: Sequence[float] | FloatArray | IntArray, slots: IntArray, digits: int = 2
     ) -> list[float | int | None]:
-        """Means over the rows of one decision, for each module that is shown; null where it has no row.
+        """Return means over the rows of one decision for each shown module; null without rows.
 
         Args:
-            values: of each row, (rows,); what is not finite is unknown.
-            slots: of each row, int (rows,).
-            digits: behind the point.
+            values: value of each row, (rows,); non-finite ones are unknown.
+            slots: entry of each row, int (rows,).
+            digits: digits after the decimal point.
         """
         counts = np.bincount(slots, minlength=len(self.shown))
         totals = np.bincount(slots, weights=np.asarray(values, dtype=np.float64), minlength=len(self.shown))
@@ -333,7 +334,7 @@ class Modules:
 
 
 def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """An explanation as the page gets it; None without one.
+    """Return an explanation for the page; None without one.
 
     Args:
         given: see docs/study.md; any key may be missing or None.
@@ -347,7 +348,7 @@ def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 {key: value for key, value in plan.items() if key != "ranks"} | {"taken": place == given.get("taken")}
             )
             for place, plan in enumerate(plans)
-            if place < MOST_PLANS or place == given.get("taken") or plan.get("fits") is False  # which is plain LoRA
+            if place < MOST_PLANS or place == given.get("taken") or plan.get("fits") is False  # this is plain LoRA
         ]
         kept |= {"plans": shown, "plans_in_all": len(plans)}
     return kept
@@ -357,14 +358,14 @@ def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def curve(points: Iterable[tuple[Any, Any]], of_each: Callable[[FloatArray], Any] = np.mean) -> dict[str, Any] | None:
-    """A curve as plain JSON; None without a point.
+    """Return a curve as plain JSON; None without a point.
 
     Args:
-        points: (step, value), in any order; of a step that comes twice, as after a resumption, the later value counts.
-        of_each: what stands for the points that a thinned curve draws as one.
+        points: (step, value), in any order; for repeated steps, as after a resumption, the later value counts.
+        of_each: reduces the points that a thinned curve merges.
 
     Returns:
-        "x", steps rising, "y", values or null where one is not finite, and "each", the points that one stands for.
+        "x", ascending steps, "y", values or null if not finite, and "each", the number of points merged into one.
     """
     known = {float(step): float(value) for step, value in points if is_number(step) and is_number(value)}
     if not known:
@@ -379,17 +380,17 @@ def curve(points: Iterable[tuple[Any, Any]], of_each: Callable[[FloatArray], Any
 
 
 def numbers(values: Sequence[float] | FloatArray, digits: int | None = 2) -> list[float | int | None]:
-    """Values as short JSON: whole ones as integers, others rounded, and null for what is not finite.
+    """Return values as short JSON: integers if whole, rounded otherwise, and null if not finite.
 
     Args:
         values: any shape (n,).
-        digits: behind the point; None for six significant ones.
+        digits: digits after the decimal point; None for six significant ones.
     """
     return [_short(value, digits) for value in np.asarray(values, dtype=np.float64).tolist()]
 
 
 def plain(value: Any) -> Any:
-    """A value of lists, dicts and scalars as JSON can write it: null for what is not finite."""
+    """Convert lists, dicts and scalars to valid JSON values: null for non-finite numbers."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -422,11 +423,11 @@ SCRIPTS = (
     "decisions.js",
     "page.js",
 )
-"""In the order in which they run; each uses what those before it define."""
+"""In execution order; each uses definitions of those before it."""
 
 
 def study_html(data: Mapping[str, Any]) -> str:
-    """The page of some runs.
+    """Return the page of some runs.
 
     Args:
         data: see `page_data`.
@@ -438,7 +439,7 @@ def study_html(data: Mapping[str, Any]) -> str:
         "script": "\n".join(_asset(name) for name in SCRIPTS),
         "data": base64.b64encode(packed).decode("ascii"),
     }
-    # In one pass: what is put in may look like a place to put something.
+    # In one pass: inserted text may look like a placeholder.
     return re.sub(r"\{\{(style|script|data)\}\}", lambda match: parts[match[1]], _asset("page.html"))
 
 
@@ -447,7 +448,7 @@ def write_page(data: Mapping[str, Any], path: Path) -> None:
 
     Args:
         data: see `page_data`.
-        path: of the page; a file that is there is replaced.
+        path: path of the page; an existing file is replaced.
     """
     write_text(path, study_html(data))
 

@@ -1,9 +1,9 @@
-"""The pictures: ranks over the steps of a run, the memory of a training step, the learning curve of a policy.
+"""Pictures: ranks over the steps of a run, the memory of a training step, and a policy's learning curve.
 
-Ranks of many modules have a panel for each kind of module, in it a row for each layer. Memory is drawn as bytes by
-layer and kind, beside what other choices would take.
+With many modules, ranks get a panel per kind of module, with a row per layer. Memory is drawn by layer and kind, next
+to the memory of other choices.
 
-All are drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
+All pictures use the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
 README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
 """
 
@@ -26,7 +26,7 @@ from ..cost.breakdown import Breakdown, Kind
 from ..cost.outlook import Outlook
 from ..lora.spec import DEFAULT_RANKS
 
-if TYPE_CHECKING:  # the memory of a step is drawn without torch
+if TYPE_CHECKING:  # the memory picture does not need torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -43,27 +43,27 @@ KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "signals": (drawing.COLORS[1], "signal buffers"),
     "others": (drawing.FAINT, "outside the adapter"),
 }
-"""Colour and label of each kind: what the adapter itself takes is green."""
+"""Colour and label of each kind: the adapter itself is green."""
 
 VISIBLE = 0.002
-"""A kind with a larger share of the peak than this gets a name in the picture."""
+"""Smallest share of the peak for a kind to be named in the picture."""
 
 RESERVED = "#c9ccd1"
-"""What the allocator reserves on a card beside the tensors of a step, and the margin of the prediction."""
+"""Colour of the allocator's reserve beyond the tensors of a step, and of the prediction's margin."""
 
 ALIKE = 0.005
 """Neighbouring layers whose bytes differ by less than this share of the largest are one bar."""
 
 
 def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
-    """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes that each choice takes.
+    """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes of each choice.
 
-    The line is the budget; on a card, it is what the frozen model and the context leave of the card's memory.
+    The line is the budget; on a card, it is the memory left by the frozen model and the context.
 
     Args:
-        outlook: of a step.
-        labels: of its choices.
-        note: what was looked at, in small type.
+        outlook: outlook of a step.
+        labels: labels of its choices.
+        note: the subject, in small type.
     """
     breakdowns = [outlook.breakdown(choice) for choice in outlook.choices]
     main = outlook.choices.index(outlook.main)
@@ -96,7 +96,7 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
 
 
 def _alike(breakdown: Breakdown) -> list[tuple[int, int]]:
-    """The first and the last of neighbouring layers that take the same, from the bottom."""
+    """Return the first and last of neighbouring layers with the same bytes, from the bottom."""
     groups: list[tuple[int, int]] = []
     most = ALIKE * breakdown.bytes.sum(axis=1).max()
     for layer, row in enumerate(breakdown.bytes):
@@ -123,7 +123,7 @@ def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, i
 
 
 def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> str:
-    """Bars of the choices, their figures in columns beside them, and a line; returns the line's name, if any."""
+    """Draw bars of the choices, with figures in columns and a line; returns the line's name, if any."""
     choices, limit, card = outlook.choices, outlook.limit_bytes, outlook.card
     held = choices[0].use.base_bytes + choices[0].use.context_bytes if choices[0].use else 0
     wholes = np.array([choice.use.total_bytes - held if choice.use else choice.step_bytes for choice in choices])
@@ -152,7 +152,7 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
 
 
 def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:
-    """One bar a row, its kinds side by side; returns where the bars end, (rows,)."""
+    """Draw one bar per row, with kinds side by side; returns the ends of the bars, (rows,)."""
     left = np.zeros(len(rows))
     for kind, widths in sizes.items():
         axes.barh(rows, widths, left=left, color=KIND_COLORS[kind][0], height=0.78, linewidth=0)
@@ -172,7 +172,7 @@ def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
 
 
 def _scale(largest: float) -> tuple[float, str]:
-    """A divisor and its binary unit, so that the largest value has few digits before the point."""
+    """Return a divisor and its binary unit, to give the largest value few digits before the point."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if largest >= 1024**power:
             return float(1024**power), unit
@@ -180,11 +180,11 @@ def _scale(largest: float) -> tuple[float, str]:
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns of episodes over the rounds of training an agent, and what the agent gains on validation tasks.
+    """Draw returns of episodes over an agent's training rounds, and its gain on validation tasks.
 
     Args:
-        rows: of progress.jsonl. Those with "over_rule", "over_rule_p10" and "over_rule_p90" are of rounds, those with
-            "validation" tell by how much the loss was above the rule's, in hundredths of its log.
+        rows: rows of progress.jsonl. Those with "over_rule", "over_rule_p10" and "over_rule_p90" are rounds; those with
+            "validation" hold the loss above the rule's, in hundredths of its log.
     """
     rounds = [row for row in rows if "over_rule" in row]
     checks = drawing.finite_points([(row["round"], -row["validation"]) for row in rows if "validation" in row])
@@ -212,7 +212,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def learning_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a training of an agent brought; see `learning_curve`."""
+    """Describe the result of training an agent; see `learning_curve`."""
     checks = [(row["validation"], row["round"]) for row in rows if "validation" in row]
     if not checks:
         return f"An agent was trained in {plural(sum('over_rule' in row for row in rows), 'round')}"
@@ -226,17 +226,17 @@ PICTURE = "ranks.png"
 
 ROW_INCHES = 0.19
 MOST_LABELLED_ROWS = 72
-"""Above this many modules there is no row for each."""
+"""Number of modules above which they share rows."""
 
 PANELS_IN_A_ROW = 8
 PANEL_ROW_INCHES = 0.045, 0.16
 """Least and largest height of a panel's row."""
 LABEL_INCHES = 0.14
-"""Height that a name of a layer takes."""
+"""Height of a layer's name."""
 MOST_LINES = 6
-"""Up to so many decisions have a line through the panel."""
+"""Maximum number of decisions drawn as lines through the panel."""
 ONE_LINE = 16
-"""Letters of a name above a panel."""
+"""Maximum length of a name on one line above a panel."""
 OTHER = "other"
 
 
@@ -247,8 +247,8 @@ class _Rows:
     Attributes:
         ranks: (modules, changes).
         names: short names.
-        edges: row at which each layer begins, and the number of rows at the end.
-        edge_steps: step at which each column begins, and the last step.
+        edges: first row of each layer, and the total number of rows.
+        edge_steps: first step of each column, and the last step.
     """
 
     ranks: IntArray
@@ -258,14 +258,14 @@ class _Rows:
 
 
 def write_rank_picture(run: RunData) -> Path | None:
-    """Write ranks.png into a run's folder; None without decisions, where all ranks are alike, or modules are not."""
+    """Write ranks.png into a run's folder; None without decisions, or if ranks are equal or modules differ."""
     decisions, steps = run.decisions, [record.step for record in run.decisions]
     if len({record.modules for record in decisions}) != 1:
         return None
     ranks = np.stack([record.rank_after for record in decisions])
     if steps[0] > 0:  # before the first decision
         ranks, steps = np.vstack([decisions[0].rank_before, ranks]), [0, *steps]
-    if np.unique(ranks).size == 1:  # a sheet of one colour; its sentence tells as much
+    if np.unique(ranks).size == 1:  # a sheet of one colour; its sentence suffices
         return None
     figure = rank_heatmap(steps, ranks, decisions[0].modules, decisions[0].problem.blocks, run.steps)
     return drawing.save_figure(figure, run.folder / PICTURE)
@@ -274,17 +274,17 @@ def write_rank_picture(run: RunData) -> Path | None:
 def rank_heatmap(
     steps: Sequence[int], ranks: IntArray, modules: Sequence[str], blocks: IntArray, total_steps: int
 ) -> Figure:
-    """Rank of each module over the run; layers as in the network, its output at the top.
+    """Draw the rank of each module over the run, layers as in the network with its output at the top.
 
     Args:
-        steps: steps at which ranks took effect, rising, (changes,).
+        steps: steps at which ranks took effect, ascending, (changes,).
         ranks: ranks from that step on, int (changes, modules).
         modules: full names, (modules,).
         blocks: layer of each module, 0 at the bottom, int (modules,).
-        total_steps: where the run ends.
+        total_steps: the last step of the run.
     """
     ranks = np.asarray(ranks)
-    from .verdict import ranks_sentence  # which loads torch
+    from .verdict import ranks_sentence  # imports torch
 
     title, rungs = ranks_sentence(ranks, modules), _rungs(ranks)
     if len(modules) > MOST_LABELLED_ROWS:
@@ -313,14 +313,14 @@ def rank_heatmap(
 
 
 def _rungs(ranks: IntArray) -> list[int]:
-    """Ranks of the colour key: the ladder up to the highest rank in use, and to 8 at least."""
+    """Return the ranks of the colour key: the ladder up to the highest rank in use, at least 8."""
     highest = max(int(ranks.max(initial=0)), 8)
     rungs = [rank for rank in DEFAULT_RANKS if rank <= highest]
     return rungs if rungs[-1] == highest else [*rungs, highest]
 
 
 def _write_ranks(axes: Axes, rows: _Rows) -> None:
-    """Number the cells where a rank is new, if the cell is wide enough."""
+    """Label the cells with new ranks, if they are wide enough."""
     steps, total = rows.edge_steps, rows.edge_steps[-1]
     for column, (left, right) in enumerate(pairwise(steps)):
         if right - left < 0.03 * total:
@@ -331,9 +331,9 @@ def _write_ranks(axes: Axes, rows: _Rows) -> None:
 
 
 def _draw_labels(axes: Axes, rows: _Rows) -> None:
-    """Kinds beside their rows, layers as groups left of them."""
+    """Draw kinds next to their rows, with layers as groups to their left."""
     middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
-    # A module outside the layers has its name beside its row already.
+    # A module outside the layers already has its name next to its row.
     layers = [rows.names[low].layer for low in rows.edges[:-1]]
     axes.tick_params(axis="y", labelsize=8.5)
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
@@ -348,7 +348,7 @@ def _draw_labels(axes: Axes, rows: _Rows) -> None:
 
 
 def _draw_decisions(axes: Axes, rows: _Rows) -> None:
-    """A line and, above the picture, the step of each change; steps that would overlap stay unnamed."""
+    """Draw a line and, above the picture, the step of each change; overlapping steps stay unlabelled."""
     total = rows.edge_steps[-1]
     marks = axes.secondary_xaxis("top")
     labels, previous = [], -total
@@ -373,9 +373,9 @@ class _Grid:
 
     Attributes:
         layers: name of each layer, its first at the bottom.
-        kinds: ranks of each kind of module, (layers, changes); the mean where a layer has several such modules.
-        shared: whether a cell stands for several modules.
-        edge_steps: step at which each column begins, and the last step.
+        kinds: ranks of each kind of module, (layers, changes); the mean if a layer has several such modules.
+        shared: whether a cell represents several modules.
+        edge_steps: first step of each column, and the last step.
     """
 
     layers: list[str]
@@ -393,7 +393,7 @@ def _rank_panels(
     title: str,
     rungs: Sequence[int],
 ) -> Figure:
-    """Rank of each kind of module in each layer over the run; `rungs` are the ranks of the colour key."""
+    """Draw the rank of each kind of module in each layer over the run; `rungs` are the ranks of the colour key."""
     grid = _grid(np.asarray(ranks), short_names(modules), np.asarray(blocks), [*steps, total_steps])
     lines = math.ceil(len(grid.kinds) / PANELS_IN_A_ROW)
     columns = math.ceil(len(grid.kinds) / lines)
@@ -420,7 +420,7 @@ def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_st
     order, rows = np.unique(blocks, return_inverse=True)
     kinds = module_kinds(names)
     within = {kind: {row for row, other in zip(rows, kinds, strict=True) if other == kind} for kind in set(kinds)}
-    # Panels for modules that one layer alone has would be empty, so they share one.
+    # Panels for modules in a single layer would be empty, so they share one.
     rare = {kind for kind in within if len(within[kind]) == 1}
     if 1 < len(rare) < len(within):
         kinds = [OTHER if kind in rare else kind for kind in kinds]
@@ -437,7 +437,7 @@ def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_st
 
 
 def module_kinds(names: Sequence[ShortName]) -> list[str]:
-    """The kind of each module, the same in all layers and for all experts: such as "mlp.up_proj"."""
+    """Return the kind of each module, equal across layers and experts: such as "mlp.up_proj"."""
     full = [_without_numbers(name.kind) for name in names]
     different = list(dict.fromkeys(full))
     ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
@@ -445,12 +445,12 @@ def module_kinds(names: Sequence[ShortName]) -> list[str]:
 
 
 def _without_numbers(kind: str) -> str:
-    """The kind of a module without the number of an expert: "experts.3.up_proj" -> "experts.up_proj"."""
+    """Return the kind of a module without the expert number: "experts.3.up_proj" -> "experts.up_proj"."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", "", kind).lstrip(".") or kind
 
 
 def _draw_panel(axes: Axes, kind: str, cells: FloatArray, edge_steps: Sequence[int], row_inches: float) -> None:
-    """Draw one kind of module, in rows of a height."""
+    """Draw one kind of module, with rows of a given height."""
     total = edge_steps[-1]
     drawing.draw_cells(axes, cells, edge_steps, gap=0.5 if len(cells) <= 60 else 0.0, hatched=False)
     axes.set_title(_in_two_lines(kind), fontsize=9 if len(kind) <= ONE_LINE else 8, color=drawing.INK, pad=8)
@@ -469,6 +469,6 @@ def _draw_panel(axes: Axes, kind: str, cells: FloatArray, edge_steps: Sequence[i
 
 
 def _in_two_lines(kind: str) -> str:
-    """A long name of a kind, broken at its last dot."""
+    """Break a long name of a kind at its last dot."""
     first, dot, last = kind.rpartition(".")
     return f"{first}{dot}\n{last}" if dot and len(kind) > ONE_LINE else kind

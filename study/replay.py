@@ -1,9 +1,9 @@
-"""Decisions of a log taken again: by the policy that took them, by another one, or with one thing changed.
+"""Repeat logged decisions with the original policy, another one, or a single change.
 
-A question names what is changed. Its amounts are whole steps of a size of its own, so that what a statement says is
-exactly what was tried. A coarse grid of amounts finds one that changes the decision, and bisection the first step at
-which it does. The decision is taken again at that amount and at one step less; a statement says no more than these two
-gave. Between the amounts of the grid a decision may change and change back, which would not be seen.
+A question names the change. Its amounts are whole steps of a fixed size, so answers state exactly what was tried. A
+coarse grid of amounts finds one that changes the decision, and bisection the first such step. The decision is repeated
+at that amount and at one step less; an answer claims no more than these two show. A decision that changes and changes
+back between grid amounts goes unnoticed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]
 
 @dataclass(frozen=True, eq=False)
 class DecidedAgain:
-    """A logged decision and a policy that takes it again; see `redecide`.
+    """A logged decision and a policy to repeat it; see `redecide`.
 
     Attributes:
         logged: the decision.
-        policy: decides.
+        policy: the deciding policy.
     """
 
     logged: DecisionRecord
@@ -44,22 +44,22 @@ class DecidedAgain:
 
     @property
     def observation(self) -> Observation:
-        """What the policy sees."""
+        """The policy's input."""
         return self.logged.observation
 
     @cached_property
     def decision(self) -> Decision:
-        """The decision as it is taken now."""
+        """The repeated decision."""
         return self.policy.decide(self.observation)
 
     @cached_property
     def ranks(self) -> IntArray:
-        """Those of the plan to which it leads, int64 (modules,)."""
+        """Ranks of the resulting plan, int64 (modules,)."""
         return decided_plan(self.logged.problem, self.decision).ranks
 
     @cached_property
     def differences(self) -> tuple[str, ...]:
-        """What differs from the log, in words; empty if all is equal, bit for bit."""
+        """Differences from the log, in words; empty if all is bitwise equal."""
         then, now = self.logged, self.decision
         found = [
             name
@@ -83,14 +83,14 @@ class DecidedAgain:
 
 
 def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
-    """Take a logged decision again, with the goal of the log.
+    """Repeat a logged decision with the logged goal.
 
     Args:
-        logged: the decision, as `DecisionLog.logged` gives it.
-        policy: who decides now.
+        logged: the decision, from `DecisionLog.logged`.
+        policy: the deciding policy.
 
     Raises:
-        ConfigError: no policy decided there.
+        ConfigError: the decision was not made by a policy.
     """
     if logged.correction:
         raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
@@ -104,10 +104,10 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
-    """What would have been seen with other signals: each as a log, centred again over the modules.
+    """Return the observation with shifted signals, each as a log and centred again over the modules.
 
     Args:
-        observation: at a decision.
+        observation: the observation at a decision.
         shifts: added to the signals, (modules, len(SIGNALS)).
     """
     modules = observation.modules.copy()
@@ -117,7 +117,7 @@ def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
 
 
 def with_bounds(observation: Observation, module: int, least: int = 0, most: int = sys.maxsize) -> Observation:
-    """The same decision where one module must have this rank at least, and may have that one at most."""
+    """Return the same decision with a least and a most rank for one module."""
     problem = observation.problem
     low = (np.zeros_like(problem.ranks) if problem.low is None else problem.low).copy()
     high = (problem.max_ranks if problem.high is None else problem.high).copy()
@@ -127,7 +127,7 @@ def with_bounds(observation: Observation, module: int, least: int = 0, most: int
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """One decision of a run beside that of another policy on the same state.
+    """A logged decision compared with another policy's in the same state.
 
     Attributes:
         logged: the decision.
@@ -139,7 +139,7 @@ class Agreement:
 
     @property
     def same(self) -> int:
-        """How many modules have the same rank in both."""
+        """Number of modules with the same rank in both."""
         return int((self.logged.rank_after == self.other).sum())
 
     @property
@@ -148,7 +148,7 @@ class Agreement:
         return float(plan_distance(self.other, self.logged.rank_after))
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the same as JSON values."""
         logged = self.logged
         rows = zip(logged.modules, logged.rank_after.tolist(), self.other.tolist(), strict=True)
         return {
@@ -162,13 +162,13 @@ class Agreement:
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """A run beside another policy, decision by decision.
+    """A run compared with another policy, decision by decision.
 
     Attributes:
-        run: name of the policy that decided in the run.
-        policy: name of the other one.
-        agreements: of the decisions that could be taken again.
-        lacking: why others could not, a line each.
+        run: name of the run's policy.
+        policy: name of the other policy.
+        agreements: results for the repeatable decisions.
+        lacking: reasons for missing ones, a line each.
     """
 
     run: str
@@ -177,12 +177,12 @@ class Replay:
     lacking: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the same as JSON values."""
         rows = [agreement.to_json() for agreement in self.agreements]
         return {"run": self.run, "policy": self.policy, "decisions": rows, "lacking": list(self.lacking)}
 
     def table(self) -> Table:
-        """One row for each decision, and below them what is lacking."""
+        """Return a table with one row per decision, and the missing ones below."""
         columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"of {self.policy}")
         rows = [
             (
@@ -203,11 +203,11 @@ class Replay:
 def replay(log: DecisionLog, policy: Policy) -> Replay:
     """Let a policy or rule decide in every state of a logged run.
 
-    It decides from the ranks that the run had, so its decisions do not add up to a run of its own.
+    Each decision starts from the run's own ranks, so they do not form a run of their own.
 
     Args:
-        log: of the run.
-        policy: decides.
+        log: log of the run.
+        policy: the deciding policy.
 
     Raises:
         RunFolderError: there is no log, or it cannot be read.
@@ -222,23 +222,23 @@ def replay(log: DecisionLog, policy: Policy) -> Replay:
 Kind = Literal["signals", "budget", "most", "least", "tolerance"]
 
 SIZES = {"signals": 0.01, "budget": 0.001, "tolerance": 0.001}
-"""How large a step is: in the log of signals, as a share of the budget, in log loss. Bounds go rung by rung."""
+"""Step sizes: in the log of signals, as a share of the budget, in log loss. Bounds move rung by rung."""
 
 GRID = (2, 5, 10, 20, 50, 100, 200, 400)
-"""The amounts that are tried first, in steps. Of bounds every rung is tried."""
+"""Amounts to try first, in steps. Bounds try every rung."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is changed, and what is to change by it.
+    """A change, and its intended effect.
 
     Attributes:
-        kind: "signals" of modules (all of them by the same amount, in log), "budget", the "most" or the "least" rank of
-            one module, or the "tolerance" of a goal of cost.
-        direction: 1 for more, -1 for less; of the bounds "most" goes down and "least" goes up whatever this is.
-        modules: numbers of the modules whose signals or bound are changed.
-        label: what people call them.
-        target: number of the module whose rank is to change; None for that of any module.
+        kind: "signals" of modules (all by the same amount, in log), "budget", the "most" or the "least" rank of one
+            module, or the "tolerance" of a goal of cost.
+        direction: 1 for more, -1 for less; ignored for bounds: "most" decreases and "least" increases.
+        modules: indices of the modules with changed signals or bound.
+        label: their display name.
+        target: index of the module whose rank should change; None for any module.
     """
 
     kind: Kind
@@ -248,10 +248,10 @@ class Question:
     target: int | None = None
 
     def again(self, case: DecidedAgain, steps: int) -> DecidedAgain:
-        """The decision after a change by so many steps.
+        """Repeat the decision after a change by this many steps.
 
         Raises:
-            ConfigError: the tolerance of a decision that follows no goal of cost.
+            ConfigError: a tolerance was asked about, but the decision has no goal of cost.
         """
         if steps == 0:
             return case
@@ -270,7 +270,7 @@ class Question:
         return replace(case, logged=replace(case.logged, observation=changed))
 
     def amount(self, case: DecidedAgain, steps: int) -> float:
-        """What so many steps are: the shift of the signals, or the budget, bound or tolerance that they lead to."""
+        """Return the size of a number of steps: the signals' shift, or the resulting budget, bound or tolerance."""
         problem = case.observation.problem
         if self.kind == "most":
             return float(problem.ladder.array[problem.tops[self.modules[0]] - steps])
@@ -284,25 +284,25 @@ class Question:
         return problem.limit * (1 + change)
 
     def amounts(self, case: DecidedAgain) -> Sequence[int]:
-        """The amounts that are tried first, in steps, rising."""
+        """Return the amounts to try first, in ascending steps."""
         if self.kind in ("most", "least"):
             problem, module = case.observation.problem, self.modules[0]
             return range(1, int(problem.tops[module] - problem.bottoms[module]) + 1)
         return [steps for steps in GRID if self.kind != "tolerance" or 0 <= self.amount(case, steps) <= 1]
 
     def answers(self, before: IntArray, after: IntArray) -> bool:
-        """Whether the ranks differ where they are to."""
+        """True if the intended ranks differ."""
         moved = before != after
         return bool(moved.any() if self.target is None else moved[self.target])
 
 
 @dataclass(frozen=True, eq=False)
 class WhatIf:
-    """The smallest change that was found, and what it does.
+    """The smallest change found, and its effect.
 
     Attributes:
-        question: what is changed.
-        steps: by how many steps; one step less does not do it.
+        question: the change.
+        steps: number of steps; one step less has no effect.
         before: ranks without the change, int64 (modules,).
         after: ranks with it, int64 (modules,).
         text: the answer in words.
@@ -316,7 +316,7 @@ class WhatIf:
 
     @property
     def side_effects(self) -> int:
-        """How many other modules have another rank: not those that were changed, or whose rank was to change."""
+        """Number of other modules with changed ranks, excluding the changed modules and the target."""
         target = self.question.target
         asked = self.question.modules if target is None else (target,)
         moved = self.before != self.after
@@ -324,7 +324,7 @@ class WhatIf:
         return int(moved.sum())
 
     def holds(self, case: DecidedAgain) -> bool:
-        """Whether deciding again gives just this, at the change and at one step less of it."""
+        """True if repeated decisions reproduce this, at the change and at one step less."""
         plans = [self.question.again(case, steps).ranks for steps in (self.steps, self.steps - 1)]
         same = np.array_equal(plans[0], self.after) and np.array_equal(case.ranks, self.before)
         changed, unchanged = (self.question.answers(self.before, plan) for plan in plans)
@@ -332,7 +332,7 @@ class WhatIf:
 
 
 def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
-    """The smallest change that answers a question; None if none of the grid does.
+    """Return the smallest change that answers a question; None if no grid amount does.
 
     Raises:
         ConfigError: see `Question.again`.
@@ -379,7 +379,7 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
     amount, less = question.amount(case, steps), question.direction * (steps - 1)
 
     def but(before: str) -> str:
-        """What one step less does."""
+        """Describe the effect of one step less."""
         if steps == 1:
             return "the smallest step that was tried"
         return f"{before} {'changes nothing' if question.target is None else 'leaves its rank as it is'}"
@@ -401,7 +401,7 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
 
 
 def usual_questions(case: DecidedAgain) -> list[Question]:
-    """What people ask first: the budget and the tolerance, or signals and a bound of the module of the highest rank."""
+    """Return common questions: budget and tolerance, or signals and a bound of the highest-rank module."""
     found = case.decision.choice
     kinds: list[Kind] = ["budget", "tolerance"] if found and found.goal.saves else ["budget"]
     questions = [Question(kind, direction) for kind in kinds for direction in (-1, 1)]

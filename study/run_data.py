@@ -1,12 +1,12 @@
-"""What the folder of a run holds, checked before it is shown: the folder may be a stranger's.
+"""Read the folder of a run, and validate it before display: the folder may be untrusted.
 
-Three kinds of folder have a decision log, and each may be of a run that goes on:
+Three kinds of folder have a decision log, and each may belong to an ongoing run:
 
     the folder of `rankpilot finetune`     decisions/  metrics-NAME.jsonl  summary.json  rankpilot/adapter/
     the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
     a decision log                         decisions.jsonl ...
 
-`unusual_features` tells in which features a module stands out among all.
+`unusual_features` finds the features in which a module stands out.
 """
 
 import math
@@ -34,16 +34,16 @@ UNUSUAL = 1.0
 
 
 def unusual_features(names: Sequence[str], values: NDArray[np.floating]) -> list[list[tuple[str, float]]]:
-    """For each module the two features that are farthest from the mean of all modules, farthest first.
+    """Return each module's two features farthest from the mean of all modules, farthest first.
 
     Features with fewer than three different values (flags) and distances below `UNUSUAL` are left out.
 
     Args:
-        names: of the features.
-        values: (modules, features); what is not finite is unknown.
+        names: names of the features.
+        values: (modules, features); non-finite ones are unknown.
 
     Returns:
-        For each module up to two pairs (feature, distance in standard deviations).
+        Up to two pairs (feature, distance in standard deviations) per module.
     """
     kept, distances = [], []
     for name, column in zip(names, values.T.astype(np.float64), strict=True):
@@ -69,24 +69,24 @@ _RESULTS = (
     "held_out_loss", "held_out_accuracy", "adapter_parameters", "peak_bytes", "budget_bytes", "median_step_s",
     "train_s", "steps", "energy_joules",
 )  # fmt: skip
-"""Results of a run that are numbers, or unknown."""
+"""Numeric or unknown results of a run."""
 
 _SETUP = ("seed", "held_out_rows", "largest_class", "outputs", "steps")
-"""What a summary tells as numbers beside them."""
+"""Further numbers in a summary."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """What a folder says about a run.
+    """The contents of a run's folder.
 
     Attributes:
         folder: the folder.
         summary: results and settings by name; empty before the end of `rankpilot finetune`, and in other folders.
-        metrics: losses and measured peaks by step, for each run of which the folder has them.
-        decisions: of the decision log; none without one that can be read.
-        missing: what a page has to leave out, and why, a few words each.
-        control: the actions that moved the learning rate, as (step, factor, new rate, whether it went back).
-        broken: the steps that left something which is not finite, and whether each was undone.
+        metrics: losses and measured peaks by step, for each run in the folder.
+        decisions: records of the decision log; empty without a readable one.
+        missing: omissions from a page and their reasons, a few words each.
+        control: changes of the learning rate, as (step, factor, new rate, whether it was restored from a copy).
+        broken: steps with non-finite results, and whether each was undone.
     """
 
     folder: Path
@@ -99,12 +99,12 @@ class RunData:
 
     @property
     def first(self) -> Choice | None:
-        """What the policy computed at the first decision; None where that is unknown."""
+        """The policy's computation at the first decision; None if unknown."""
         return self.decisions[0].choice if self.decisions and self.decisions[0].number == 0 else None
 
     @property
     def saved(self) -> tuple[Saved, ...]:
-        """What a step of plain LoRA takes without exact savers and with them; empty where nothing lowers it."""
+        """Memory of a plain LoRA step without exact savers and with them; empty if nothing lowers it."""
         saved = self.decisions[0].saved if self.decisions else ()
         return saved if len(saved) > 1 or (saved and saved[0].again_bytes) else ()
 
@@ -121,27 +121,27 @@ class RunData:
 
     @property
     def limits(self) -> Points:
-        """(step, budget from that step on, in `unit`): a run may be resumed with another one. Empty if unknown."""
+        """(step, budget from that step on, in `unit`): a resumed run may change it. Empty if unknown."""
         limits = [(record.step, record.problem.limit) for record in self.decisions]
         known = self.results.get(PILOT, {}).get("budget_bytes")
         return limits or ([(0, known)] if known else [])
 
     @property
     def steps(self) -> int:
-        """The last step that the folder speaks of."""
+        """The last step mentioned in the folder."""
         rows = [row["step"] for row in self.metrics.get(PILOT, ()) if "step" in row]
         return max([*rows, *(record.step + 1 for record in self.decisions)], default=0)
 
     @property
     def adapter(self) -> Path | None:
-        """The folder of the trained adapter, or else of the last checkpoint that has one."""
+        """The folder of the trained adapter, or of the last checkpoint with one."""
         checkpoints = (*_checkpoints(self.folder / PILOT), *_checkpoints(self.folder))
         folders = [self.folder / PILOT / "adapter", self.folder, *checkpoints]
         return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
 
     @property
     def predicted_of(self) -> str:
-        """What the predicted cost of a plan is of: where steps ran in parts, of the least that a part can be."""
+        """Display name of the predicted cost: for steps in parts, that of the smallest possible part."""
         rows = self.results.get(PILOT, {}), *self.metrics.get(PILOT, ())
         alone = any("parts" in row for row in rows)
         return "predicted cost with the longest row alone" if alone else "predicted cost"
@@ -151,15 +151,15 @@ class RunData:
         return [(record.step, record.predicted_cost) for record in self.decisions]
 
     def points(self, run: str, key: str) -> Points:
-        """(step, value) of each line of a run's metrics that has the value."""
+        """Return (step, value) for each line of a run's metrics with the value."""
         return [
             (row["step"], row[key]) for row in self.metrics.get(run, ()) if "step" in row and row.get(key) is not None
         ]
 
     def peaks(self) -> dict[str, Points]:
-        """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions.
+        """(step, peak bytes) of each measured run; an ongoing run uses those of its decisions.
 
-        None under a budget of parameters, beside which bytes say nothing.
+        Empty under a budget of parameters, where bytes are irrelevant.
         """
         if self.unit != "bytes":
             return {}
@@ -171,13 +171,13 @@ class RunData:
 
 
 def log_of(folder: Path) -> DecisionLog | None:
-    """The decision log of a run's folder, or the folder itself if it is one; None if there is none."""
+    """Return the decision log in a run's folder, or of the folder itself; None if there is none."""
     logs = [DecisionLog(path) for path in (folder / "decisions", folder)]
     return next((log for log in logs if len(log)), None)
 
 
 def find_log(folder: Path) -> DecisionLog:
-    """As `log_of`; RunFolderError if there is none."""
+    """Like `log_of`, but raises RunFolderError if there is none."""
     log = log_of(folder)
     if log is None:
         raise RunFolderError(f"{folder} holds no decision log: there is neither decisions/{LINES} nor {LINES}.")
@@ -185,7 +185,7 @@ def find_log(folder: Path) -> DecisionLog:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read what a folder holds.
+    """Read the contents of a folder.
 
     Raises:
         RunFolderError: it has neither a decision log nor the summary of a fine-tune.
@@ -219,7 +219,7 @@ def read_run(folder: Path) -> RunData:
 
 
 def _read_control(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """`control` and `broken` of a run by name; empty where nothing controlled it and nothing broke."""
+    """Return `control` and `broken` of a run by name; empty without control and failures."""
     try:
         rows = read_json_lines(folder / CONTROL)
         moves = tuple(
@@ -235,7 +235,7 @@ def _read_control(folder: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def control_sentence(run: RunData) -> str:
-    """How the learning rate was corrected while the run went on; empty where it was not."""
+    """Describe corrections of the learning rate during the run; empty without any."""
     if not run.control:
         return ""
     moves = [
@@ -248,10 +248,10 @@ def control_sentence(run: RunData) -> str:
 
 
 def moves_sentence(record: DecisionRecord, predicted_of: str) -> str:
-    """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed.
+    """Describe a decision: moved modules, cost of the plan, and ranks changed by the budget.
 
     Args:
-        record: of the decision.
+        record: record of the decision.
         predicted_of: see `RunData.predicted_of`.
     """
     before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
@@ -268,7 +268,7 @@ def moves_sentence(record: DecisionRecord, predicted_of: str) -> str:
 
 
 def rates_sentence(record: DecisionRecord) -> str:
-    """At what learning rate the plan trains, beside plain LoRA's; empty where they are the same, or unknown."""
+    """Describe the plan's learning rate relative to plain LoRA's; empty if equal or unknown."""
     rates = record.rates
     if rates is None or math.isclose(*rates, rel_tol=0.01):
         return ""
@@ -276,12 +276,12 @@ def rates_sentence(record: DecisionRecord) -> str:
 
 
 def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
-    """The unusual features of each module at a decision; see `unusual_features`."""
+    """Return the unusual features of each module at a decision; see `unusual_features`."""
     return unusual_features(MODULE_FEATURES, record.observation.modules)
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
-    """A name for each run: that of its folder, with as much of the path as tells it from the others."""
+    """Return a unique name per run: that of its folder, with as much of the path as needed."""
     paths = [run.folder.resolve() for run in runs]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
@@ -307,7 +307,7 @@ def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
 
 
 def _said(error: Exception) -> str:
-    """What an error says of a file, for people."""
+    """Describe an error about a file."""
     return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
 
 
@@ -326,7 +326,7 @@ def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) 
 
 
 def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
-    """The losses that a Trainer logged up to its last checkpoint."""
+    """Read the losses logged by a Trainer up to its last checkpoint."""
     for path in (folder / "trainer_state.json", *(path / "trainer_state.json" for path in _checkpoints(folder))):
         if not path.is_file():
             continue
@@ -340,23 +340,23 @@ def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
-    """The checkpoints of a Trainer, the last one first."""
+    """Yield the checkpoints of a Trainer, the last one first."""
     numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
     yield from (path for _, path in sorted(((int(n), path) for n, path in numbered if n.isdecimal()), reverse=True))
 
 
 def number_rows(lines: Iterable[Any]) -> list[dict[str, Any]]:
-    """The numbers of each line of metrics by name, and its times of steps; lines of something else are left out."""
+    """Return the numbers of each metrics line by name, and its step times; invalid lines are left out."""
     objects = [line for line in lines if isinstance(line, dict)]
     rows = [{key: value for key, value in line.items() if _belongs(key, value)} for line in objects]
     return [row for row in rows if is_number(row.get("step", 0)) and 0 <= row.get("step", 0) <= MOST_NUMBER]
 
 
 def check_summary(summary: Any) -> None:
-    """Refuse a summary whose values are not those of a run.
+    """Validate the value types of a summary.
 
     Raises:
-        TypeError, KeyError, AttributeError: something is of another type, or missing.
+        TypeError, KeyError, AttributeError: a value has the wrong type, or is missing.
     """
     for name, run in summary["runs"].items():
         _check_numbers(run, _RESULTS, f"{shown(name)}: ")
@@ -377,7 +377,7 @@ def check_summary(summary: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, of a size that floating-point numbers have; NaN and infinity are."""
+    """True if a value is a number within floating-point range, including NaN and infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) <= MOST_NUMBER

@@ -1,8 +1,7 @@
-"""Settings of `rankpilot memory` from the file with which another program trains: axolotl, TRL or LLaMA-Factory.
+"""Derive settings of `rankpilot memory` from a training file of axolotl, TRL or LLaMA-Factory.
 
-The file is read as it is. What decides bytes is translated, with that program's own defaults; what decides none, such
-as data and rates, is passed over; what is not priced, and what that program does not know, is told by name. The keys of
-each program stand in trainer_keys.json.
+Keys that affect memory are translated, with the program's own defaults. Keys that do not, such as data and rates, are
+ignored; unpriced and unknown ones are reported by name. trainer_keys.json lists the keys of each program.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from ..common.files import parse_yaml, read_text
 from ..errors import MOST_NAME, ConfigError, shown
 
 MOST_BYTES = 2**20
-"""Bytes of a file, at most; reading them takes some seconds."""
+"""Maximum size of a file in bytes; reading it takes some seconds."""
 
 
 @dataclass(frozen=True)
 class TrainerFile:
-    """What a file says.
+    """The contents of a file.
 
     Attributes:
-        program: whose it is.
-        settings: by name, of `MemoryConfig`.
-        unread: keys that the program does not know, so that what they do is not counted.
-        unpriced: what changes the memory of a step and is not counted: keys, some with a reason.
+        program: its program.
+        settings: settings of `MemoryConfig`, by name.
+        unread: keys unknown to the program, whose effect is not counted.
+        unpriced: keys with an uncounted effect on memory, some with a reason.
     """
 
     program: str
@@ -42,7 +41,7 @@ class TrainerFile:
     unpriced: tuple[str, ...] = ()
 
     def remarks(self, path: str) -> Iterator[str]:
-        """A line for each kind of key that is not counted."""
+        """Yield a line for each kind of uncounted key."""
         if self.unpriced:
             yield f"Changes memory in {path}, and is not priced: {', '.join(self.unpriced)}."
         if self.unread:
@@ -55,15 +54,15 @@ class TrainerFile:
 
 
 KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("trainer_keys.json").read_text("utf-8"))
-"""What is known of a program's keys, by program.
+"""Known keys of each program.
 
-version: of the program, for which the lists were made.
-priced: what the readers below ask for.
-unpriced: what changes bytes, by the value that changes none: null for all that is off, "=key" for the value of another
-    key, "<key" for no more than it.
-harmless, older: what touches no memory; the latter is of earlier versions.
-renamed: keys of earlier versions that this one does not read, by what they are called now.
-refused: keys of other trainings, which are not priced at all, with the trainings that know them.
+version: version of the program covered by the lists.
+priced: keys used by the readers below.
+unpriced: keys that affect memory, with their neutral value: null for any disabled value, "=key" for the value of
+    another key, "<key" for at most that value.
+harmless, older: keys without an effect on memory; the latter belong to earlier versions.
+renamed: keys of earlier versions no longer read, by their current name.
+refused: keys of other, unpriced kinds of training, with the kinds that use them.
 """
 
 
@@ -71,7 +70,7 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     """Read a YAML file of axolotl, TRL or LLaMA-Factory.
 
     Raises:
-        ConfigError: it is missing, no YAML, of another program, or of a training that is not LoRA on one language
+        ConfigError: it is missing, not YAML, of another program, or of a training other than LoRA on one language
             model.
     """
     try:
@@ -112,22 +111,22 @@ def _program(values: Mapping[str, Any]) -> str:
 
 
 class _Keys:
-    """The settings of a file, and notes of what in them is not priced."""
+    """The settings of a file, and notes on unpriced ones."""
 
     def __init__(self, values: dict[str, Any], path: str) -> None:
         self.values = {key: value for key, value in values.items() if value is not None}
         self.empty, self.path, self.notes = set(values) - set(self.values), path, list[str]()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a key."""
+        """Return the value of a key."""
         return self.values.get(name, default)
 
     def flag(self, name: str, default: bool = False, *words: str) -> bool:
-        """A switch, which `words` turn on as well."""
+        """Return a switch, also enabled by any of `words`."""
         return self.switch(name, self.get(name, default), *words)
 
     def switch(self, name: str, value: Any, *words: str) -> bool:
-        """What a value switches, which may be written as text; ConfigError if it is none."""
+        """Parse a switch, possibly given as text; ConfigError if invalid."""
         word = value.strip().lower() if isinstance(value, str) else value
         if (isinstance(word, bool | int) and word in (0, 1)) or word in ("true", "yes", "on", *words):
             return bool(word)
@@ -136,18 +135,18 @@ class _Keys:
         raise ConfigError(f"{self.path}: {name} is {', '.join(('true', 'false', *words))}; got {shown(value)}.")
 
     def any(self, *names: str) -> bool:
-        """Whether one of some switches is on; all are read, since each may be wrong."""
+        """True if any of the switches is on; reads all of them, to validate each."""
         return True in [self.flag(name) for name in names]
 
     def word(self, name: str, default: str | None = None) -> str:
-        """A name in small letters; empty for none."""
+        """Return a name in lower case; empty for none."""
         value = self.get(name)
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{self.path}: {name} is a name; got {shown(value)}.")
         return (value or default or "").lower()
 
     def number(self, name: str, default: float, least: int = 1) -> Any:
-        """A number, whole where the default is; it may be written as text (2e-4)."""
+        """Return a number, an integer if the default is one; accepts text (2e-4)."""
         value = self.get(name, default)
         try:
             found = type(default)(value)
@@ -160,14 +159,14 @@ class _Keys:
         return found
 
     def names(self, name: str, default: str | None = None) -> list[str] | str | None:
-        """Names of modules, or one text: names between commas, or a regular expression."""
+        """Return module names, or one text: comma-separated names, or a regular expression."""
         value = self.get(name, default)
         if value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_name, value))):
             return value or None
         raise ConfigError(f"{self.path}: {name} is a name or a list of names; got {shown(value)}.")
 
     def changes(self, name: str, rule: Any) -> bool:
-        """Whether a key that is not priced has a value that changes bytes (see `KEYS`)."""
+        """True if an unpriced key has a value that affects memory (see `KEYS`)."""
         value, other = self.get(name), self.get(rule[1:]) if isinstance(rule, str) else None
         if value is None or rule is None:
             off = isinstance(value, str) and value.lower() in ("false", "no", "none", "")
@@ -177,14 +176,14 @@ class _Keys:
         return bool(value) != bool(other) if str(rule).startswith("=") else value != rule
 
     def model(self, name: str) -> str | None:
-        """The name of the model; None where the command line has to give it."""
+        """Return the model's name; None if the command line must provide it."""
         value = self.get(name)
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigError(f"{self.path}: {name} is the name of a model or a folder; got {shown(value)}.")
         return value
 
     def refuse(self, what: str, do: str = "Measure it in your own trainer: rankpilot.attach(trainer)") -> ConfigError:
-        """The error for a training that cannot be priced."""
+        """Return the error for an unsupported kind of training."""
         return ConfigError(f"{self.path} {what}. Here rankpilot prices SFT with LoRA or QLoRA. {do}.")
 
 
@@ -209,7 +208,7 @@ def _optimizer(keys: _Keys, name: str, default: str) -> str:
 
 
 def _attention(keys: _Keys, key: str, default: str | None = None) -> str | None:
-    """`MemoryConfig.attention` for the name of an implementation; one that is not known is noted."""
+    """Return `MemoryConfig.attention` for an implementation's name; unknown ones are noted."""
     name = keys.word(key, default)
     for part, found in (("flash", "flash"), ("fa2", "flash"), ("fa3", "flash"), ("flex", "flex"), ("sage", "flash")):
         if part in name:
@@ -224,15 +223,15 @@ def _is_name(value: object) -> bool:
 
 
 def _names(keys: _Keys, name: str, default: str | None = None) -> str | None:
-    """Names of modules as one text, or a regular expression as it is."""
+    """Return module names as one text, or a regular expression unchanged."""
     given = keys.names(name, default)
-    if isinstance(given, str):  # a model is built without its vision tower where it can be, and then has no such part
+    if isinstance(given, str):  # models are built without a vision tower if possible, and then lack this part
         return re.sub(r"(model\\?\.)language_model(\\?\.)", r"\1(language_model\2)?", given)
     return ",".join(given) if given else None
 
 
 def _adapter(keys: _Keys, *, use_dora: str, modules_to_save: str) -> dict[str, Any]:
-    """Further arguments of `LoraConfig`, by the keys that the program has for them."""
+    """Return further arguments of `LoraConfig`, from the program's own keys."""
     found: dict[str, Any] = {"use_dora": True} if keys.flag(use_dora) else {}
     saved = keys.names(modules_to_save)
     saved = saved.split(",") if isinstance(saved, str) else saved
@@ -240,10 +239,10 @@ def _adapter(keys: _Keys, *, use_dora: str, modules_to_save: str) -> dict[str, A
 
 
 def _quantization(keys: _Keys) -> str | None:
-    """How the frozen model is stored.
+    """Return the quantisation of the frozen model.
 
     Raises:
-        ConfigError: both of two ways are asked for.
+        ConfigError: two conflicting ones are requested.
     """
     four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     if four and eight:
@@ -252,7 +251,7 @@ def _quantization(keys: _Keys) -> str | None:
 
 
 def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> dict[str, Any]:
-    """The shape of a batch; packed rows of a batch become one where a kernel tells texts apart."""
+    """Return the shape of a batch; packed rows become one row if a kernel separates texts."""
     rows = keys.number(batch, default)
     shape = {"batch_size": 1, "max_length": rows * length} if flat else {"batch_size": rows, "max_length": length}
     return shape | {"packed": flat, "accumulation": keys.number("gradient_accumulation_steps", 1)}
@@ -269,7 +268,7 @@ def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
 
 
 def _sharding(keys: _Keys) -> str | None:
-    """What several GPUs share, which a number of them has to be given for."""
+    """Return the sharding between several GPUs; their number must be given separately."""
     for name, kinds in (("fsdp", bool | str | list), ("fsdp_config", str | dict), ("deepspeed", str | dict)):
         value = keys.get(name)
         names = value if isinstance(value, list) else ()
@@ -343,7 +342,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
 
 
 _DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-"""What TRL calls precisions; most models are saved in bfloat16, which "auto" takes."""
+"""TRL's names of precisions; "auto" takes bfloat16, in which most models are saved."""
 
 
 def _trl(keys: _Keys) -> dict[str, Any]:

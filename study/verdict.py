@@ -1,4 +1,4 @@
-"""What a reader of a page has to know first: whether the run is good for anything, and its results beside others."""
+"""The essentials of a run's page: problems with the run, and its results compared with others."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ RISE = 0.01
 DIVERGED = 0.05
 """A training that ends this share above its start has diverged; below it, the loss only did not fall."""
 BLOWN_UP = 10
-"""A held-out loss that is so many times the first training loss is that of a run that diverged."""
+"""A held-out loss this many times the first training loss indicates divergence."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Verdict:
     """Sentences for the top of a page.
 
     Attributes:
-        warnings: what is wrong with the run, the worst first, and what it lost beside others.
-        caveats: why what was expected of it may not be so.
-        results: what came out.
+        warnings: problems with the run, the worst first, and its losses against others.
+        caveats: reasons to doubt what was expected of it.
+        results: the outcome.
     """
 
     warnings: tuple[str, ...]
@@ -41,7 +41,7 @@ class Verdict:
 
 
 def verdict(run: RunData) -> Verdict:
-    """What is wrong with a run, and what came out of it."""
+    """Return the problems and the outcome of a run."""
     others = {name: _against(run, name, what) for name, what in ((UNIFORM, "uniform ranks"), (ALL_LINEAR, PLAIN))}
     losses = [words for name, words in others.items() if _change(run, name) > RISE]
     gains = [words for words in others.values() if words not in losses]
@@ -57,7 +57,7 @@ def verdict(run: RunData) -> Verdict:
 
 
 def _diverged(run: RunData) -> str:
-    """Whether a loss or gradient is not finite, or the training loss ends above its start."""
+    """Report a non-finite loss or gradient, or a training loss that ends above its start."""
     if ended := [at for at, undone in run.broken if not undone]:
         return (
             f"The run diverged: losses, gradients or weights were not finite up to step {ended[0]}, where it ended. "
@@ -85,9 +85,9 @@ def _diverged(run: RunData) -> str:
 
 
 def rise_of(losses: Points) -> tuple[float, float]:
-    """The loss at the start and at the end of a training, each the mean of a fifth of it.
+    """Return the loss at the start and at the end of a training, each the mean of a fifth of it.
 
-    Both are that of the start if noise can explain why the end is higher.
+    Returns the start twice if noise can explain a higher end.
 
     Args:
         losses: (step, loss), all finite.
@@ -97,13 +97,13 @@ def rise_of(losses: Points) -> tuple[float, float]:
         return 0.0, 0.0
     part = max(1, len(values) // 5)
     start, end = float(values[:part].mean()), float(values[-part:].mean())
-    # Of the difference of two such means. The median, since a run that diverges jumps; a few points tell no noise.
+    # Of the difference of two such means. The median, since a diverging run jumps; a few points show no noise.
     noise = 1.05 * float(np.median(np.abs(np.diff(values)))) * math.sqrt(2 / part) if len(values) > 5 else 0.0
     return (start, end) if end - start > 2 * noise or end < start else (start, start)
 
 
 def _guesses(run: RunData) -> str:
-    """Whether the accuracy is that of always naming the most frequent class, within a standard error, or below it."""
+    """Report an accuracy within a standard error of always predicting the most frequent class, or below."""
     accuracy = run.results.get(PILOT, {}).get("held_out_accuracy")
     rows, largest = (run.summary.get(key) for key in ("held_out_rows", "largest_class"))
     if accuracy is None or not rows or not largest or accuracy > largest + math.sqrt(largest * (1 - largest) / rows):
@@ -150,12 +150,12 @@ def _misses_goal(run: RunData) -> str:
 
 
 def _promise(run: RunData) -> str:
-    """What the policy expected of its first plan."""
+    """Return the policy's expectation of its first plan."""
     return run.first.promise() if run.first and not run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:
-    """The last held-out loss, for a run without a summary."""
+    """Return the last held-out loss, for a run without a summary."""
     points = run.points(PILOT, "eval_loss")
     if run.results or not points:
         return ""
@@ -163,18 +163,18 @@ def _ending(run: RunData) -> str:
 
 
 def _change(run: RunData, name: str) -> float:
-    """By what share the held-out loss of the run is above that of another one in its folder; NaN if unknown."""
+    """Return the relative difference of held-out losses to another run in the folder; NaN if unknown."""
     loss, reference = (run.results.get(each, {}).get("held_out_loss") for each in (PILOT, name))
     return math.nan if loss is None or not reference else loss / reference - 1
 
 
 def _against(run: RunData, name: str, what: str) -> str:
-    """How the losses of the run and of another one in its folder compare, and what the run took beside it.
+    """Compare the losses and costs of the run with another one in its folder.
 
     Args:
         run: the run.
-        name: of the other one.
-        what: it is, in words.
+        name: name of the other one.
+        what: description of the other one.
     """
     mine, other = (run.results.get(each, {}) for each in (PILOT, name))
     change = _change(run, name)
@@ -206,7 +206,7 @@ def _against(run: RunData, name: str, what: str) -> str:
 
 
 def loss_sentence(lasts: Mapping[str, float]) -> str:
-    """What the last held-out losses of runs say about the first run."""
+    """Compare the first run's last held-out loss with those of other runs."""
     if not lasts:
         return "Training loss; no held-out loss was measured"
     (run, value), *others = lasts.items()
@@ -222,7 +222,7 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
 
 
 def cost_sentence(run: RunData) -> str:
-    """Whether a run keeps to its budget, and how near it comes; empty without a budget."""
+    """Describe whether a run keeps to its budget, and its closest approach; empty without a budget."""
     limits, predicted = finite_points(run.limits), finite_points(run.predicted())
     peaks = {name: finite_points(points) for name, points in run.peaks().items()}
     measured = [(name, points) for name, points in peaks.items() if len(points)]
@@ -244,12 +244,12 @@ def cost_sentence(run: RunData) -> str:
 
 
 def _most(points: FloatArray, limits: FloatArray, unit: str) -> tuple[str, float]:
-    """The cost that took the largest share of the budget in force, and that share.
+    """Return the cost with the largest share of the budget in force, and that share.
 
     Args:
         points: (step, cost), (points, 2).
         limits: the budget at each of them, (points,).
-        unit: of both.
+        unit: unit of both.
     """
     most = int(np.argmax(points[:, 1] / limits))
     cost, limit = float(points[most, 1]), float(limits[most])
@@ -257,21 +257,21 @@ def _most(points: FloatArray, limits: FloatArray, unit: str) -> tuple[str, float
 
 
 def in_force(changes: FloatArray, steps: FloatArray) -> FloatArray:
-    """What each of some steps was run under, (steps,).
+    """Return the value in force at each step, (steps,).
 
     Args:
-        changes: (step, value from that step on), by step. A change takes effect after its step.
-        steps: numbers of steps, the first being 1. Before the first change its value counts.
+        changes: (step, value from that step on), in step order. A change takes effect after its step.
+        steps: step numbers, starting at 1. The first value also applies before its change.
     """
     rows = np.searchsorted(changes[:, 0], steps, side="left") - 1
     return np.asarray(changes[np.maximum(rows, 0), 1])
 
 
 def ranks_sentence(ranks: IntArray, modules: Sequence[str]) -> str:
-    """Which module's rank changed the most during a run, and how concentrated the final ranks are.
+    """Describe the module with the largest rank change in a run, and the concentration of final ranks.
 
     Args:
-        ranks: after each decision, int (decisions, modules).
+        ranks: ranks after each decision, int (decisions, modules).
         modules: full names.
     """
     first, final = ranks[0], ranks[-1]
@@ -301,7 +301,7 @@ def _end(count: int) -> str:
 class _Measure:
     """One row of the comparison; `better` is +1 if high values are good, -1 if low ones are, else 0.
 
-    `text` writes a value, in the unit of the run's budget where that matters.
+    `text` formats a value, in the unit of the run's budget if relevant.
     """
 
     label: str
@@ -324,7 +324,7 @@ _MEASURES = (
 
 
 def summary_table(*runs: RunData) -> Table:
-    """The comparison for a terminal: one column for each run, the best values bold."""
+    """Return the comparison for a terminal: one column per run, the best values bold."""
     subjects = {subject(run) for run in runs}
     table = make_table(escape(subjects.pop()) if len(subjects) == 1 else "", ["", *_columns(runs)], first_wraps=True)
     for label, cells, best in comparison_rows(runs):
@@ -334,15 +334,15 @@ def summary_table(*runs: RunData) -> Table:
 
 
 def subject(run: RunData) -> str:
-    """What was trained on what; empty if the folder does not tell."""
+    """Return the model and data of a run; empty if unknown."""
     return " on ".join(str(run.summary[key]) for key in ("model", "data") if run.summary.get(key))
 
 
 def comparison_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[int]]]:
-    """Label, cells and the indices of the best cells of each row; no cell is best where all read the same.
+    """Return label, cells and indices of the best cells of each row; none is best if all read the same.
 
     Args:
-        runs: whose results are the columns, one after another.
+        runs: runs whose results form the columns, in order.
     """
     rows, results = [], list(_columns(runs).values())
     for measure in _MEASURES:
@@ -361,7 +361,7 @@ def comparison_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[i
 
 
 def _columns(runs: Sequence[RunData]) -> dict[str, Mapping[str, Any]]:
-    """The results of each run by the head of its column, with the name of the folder where there are several."""
+    """Return the results of each run by column title, with the folder name if there are several."""
     folders = [f"{name}: " for name in run_names(runs)] if len(runs) > 1 else [""]
     columns: dict[str, Mapping[str, Any]] = {}
     for folder, run in zip(folders, runs, strict=True):

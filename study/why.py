@@ -1,4 +1,4 @@
-"""Why a decision was taken: which plan won, what it is expected to lose, and what became of it."""
+"""Explain a decision: the winning plan, its expected loss, and the outcome."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ RATE_TOLD = {
     DOUBLED: ", and doubled the learning rate",
     UNDO: ", and went back to the last copy at a quarter of the learning rate",
 }
-"""What a decision did to the learning rate beside ranks."""
+"""Changes to the learning rate by a decision, in addition to ranks."""
 
 SHOWN = 3
-"""Plans and parts that a sentence names at most."""
+"""Maximum number of plans and parts named in a sentence."""
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Why a decision of a log was taken.
+    """An explanation of a logged decision.
 
     Attributes:
         logged: the decision.
-        what_ifs: what would have changed the decision.
-        notes: sentences on what is not known, and why.
+        what_ifs: changes that would have altered the decision.
+        notes: sentences on unknowns and their reasons.
     """
 
     logged: DecisionRecord
@@ -65,7 +65,7 @@ class Explanation:
         return f"{taken}{_against_plain(logged, found)}."
 
     def sentences(self) -> list[str]:
-        """The explanation in plain English, the most important first; the verdict is not repeated."""
+        """Return the explanation in plain English, the most important first, without the verdict."""
         logged, found = self.logged, self.logged.choice
         told = [] if found is None else list(_of_choice(logged, found))
         told += [rates_sentence(logged), plain_text(logged.saved) if logged.saved else ""]
@@ -73,7 +73,7 @@ class Explanation:
         return [*filter(None, told), *(answer.text for answer in self.what_ifs), *self.notes]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values, for pages."""
+        """Return everything as JSON values, for pages."""
         logged, found = self.logged, self.logged.choice
         return {
             "decision": logged.number,
@@ -96,14 +96,14 @@ def explanations(
     """Explain every decision of a log.
 
     Args:
-        log: of a run.
-        policy: that decided; see `explain`.
-        what_ifs: also take decisions again with something changed.
-        on_progress: called with (decisions done, decisions in all).
+        log: log of a run.
+        policy: the deciding policy; see `explain`.
+        what_ifs: also repeat decisions with changes.
+        on_progress: called with (decisions done, total decisions).
 
     Returns:
-        By decision, what `Explanation.to_json` gives; less where less is known, with a sentence why. None for a number
-        of which the log holds no decision.
+        The result of `Explanation.to_json` by decision; less, with a reason, if less is known. None for a number
+            without a decision in the log.
 
     Raises:
         RunFolderError: there is no log, or it cannot be read.
@@ -121,9 +121,9 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
     """Explain one decision.
 
     Args:
-        logged: the decision, as `DecisionLog.logged` gives it.
-        policy: who decided; by default the policy that ships with rankpilot, or the rule of that name.
-        what_ifs: also look for what would have changed the decision.
+        logged: the decision, from `DecisionLog.logged`.
+        policy: the deciding policy; by default the policy shipped with rankpilot, or the rule of that name.
+        what_ifs: also search for changes that would have altered the decision.
     """
     found = Explanation(logged)
     if logged.correction:
@@ -144,7 +144,7 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
 
 
 def best_first(found: Choice) -> IntArray:
-    """The plans by what the goal asks for, int64 (P,): the cheapest within the tolerance, then those of least loss."""
+    """Sort plans by the goal, int64 (P,): the cheapest within the tolerance, then those of least loss."""
     wanted = found.goal.saves & found.within_tolerance
     cautious = np.where(found.fits, found.cautious, np.inf)
     return np.lexsort((cautious, np.where(wanted, found.goal_costs, np.inf)))
@@ -154,7 +154,7 @@ def best_first(found: Choice) -> IntArray:
 
 
 def _against_plain(logged: DecisionRecord, found: Choice) -> str:
-    """What the plan that is taken loses or saves beside plain LoRA."""
+    """Compare the chosen plan with plain LoRA."""
     unfit = "" if found.fits[0] else ", which does not fit"
     if not found.goal.saves:
         expected, surely = (percent(float(values[found.taken])) for values in (found.expected, found.surely))
@@ -168,7 +168,7 @@ def _against_plain(logged: DecisionRecord, found: Choice) -> str:
 
 
 def _cost(logged: DecisionRecord, found: Choice, plan: int) -> str:
-    """What the goal counts of a plan, with its unit."""
+    """Return a plan's cost under the goal, with its unit."""
     cost = float(found.goal_costs[plan])
     return f"{1e3 * cost:.4g} ms" if found.goal.kind == "time" else cost_text(cost, logged.problem.cost.unit)
 
@@ -191,7 +191,7 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
 
 
 def _parts(found: Choice) -> list[tuple[str, float]]:
-    """What each feature adds to the expected log loss of the plan taken, the largest first; zeros are left out."""
+    """Return each feature's share of the chosen plan's expected log loss, largest first; zeros are left out."""
     named = zip(FEATURES, found.parts[found.taken].tolist(), strict=True)
     return sorted(((name, value) for name, value in named if value), key=lambda part: -abs(part[1]))
 
@@ -208,7 +208,7 @@ def _runners_up(logged: DecisionRecord, found: Choice) -> str:
 
 
 def _of_budget(logged: DecisionRecord) -> list[str]:
-    """What became of the ranks that the policy asked for: clipped to the ladder and the bounds, then to the budget."""
+    """Describe changes to the policy's requested ranks: clipping to the ladder and bounds, then to the budget."""
     asked, clipped, got = logged.rank_wanted, logged.rank_clipped, logged.rank_after
     if np.array_equal(asked, got):
         return ["Every module got the rank that the policy asked for."]
@@ -235,7 +235,7 @@ def _of_budget(logged: DecisionRecord) -> list[str]:
 
 
 def _choice_json(found: Choice) -> dict[str, Any]:
-    """The plans, the best for the goal first, and the parts of the one that was taken."""
+    """Return the plans, the best for the goal first, and the parts of the chosen one."""
     order = best_first(found)
     seconds, saves = found.seconds, found.goal.saves
     plans = [
