@@ -47,7 +47,7 @@ STRANGE_SPREAD = 3.0
 labels (docs/experiments.md)."""
 
 OF_AN_OCTAVE = 0.5
-"""Further relative growth of the spread per doubling of width, layers or steps beyond the known range."""
+"""Growth of that minimum factor per doubling of width, layers or steps beyond the known range, as a share of it."""
 
 KINDS = {"MLP": True, "attention": False}
 """Kinds of modules, mapped to True if they have the wide inner side of their layer."""
@@ -103,7 +103,7 @@ def outputs(observation: Observation) -> dict[str, BoolArray]:
 
 
 def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
-    """Yield plans by name: unmodified plain LoRA, then plans within the bounds, int64 (modules,), ignoring the limit."""
+    """Yield plans by name: plain LoRA unclipped, then plans within bounds, int64 (modules,), ignoring the limit."""
     problem = observation.problem
     yield PLAIN, plain_lora(problem)
     yield PLAIN_WITHIN, _within(problem, plain_lora(problem))
