@@ -132,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """Convert dicts, tuples, paths and scalars to their form after a JSON round trip: tuples to lists, paths to text."""
+    """Convert dicts, tuples, paths and scalars as a JSON round trip would: tuples to lists, paths to text."""
     if isinstance(value, dict):
         return {key: as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
