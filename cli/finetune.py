@@ -19,8 +19,7 @@ class Finetune(FinetuneConfig):
     """Fine-tune a model with LoRA at ranks a policy decides for its modules, within a hard budget.
 
     The run uses the transformers Trainer and PEFT, and plain PEFT loads the resulting adapter. The run's folder
-    contains all settings (config.json), every decision (JSON lines), the adapter, and a page about all of it
-    (study.html).
+    contains all settings (config.json), every decision (JSON lines), the adapter, and a summary page (study.html).
 
     Attributes:
         output: folder of the run.

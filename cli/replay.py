@@ -23,7 +23,7 @@ class ReplayOptions:
 
     Attributes:
         run: the folder of the run.
-        policy: "default", "agent", the folder of a trained policy, or a rule such as union; by default the run's
+        policy: "default", "agent", the folder of a trained policy, or a rule such as union; default: the run's
             policy.
         json: print the agreement as JSON.
     """

@@ -156,7 +156,7 @@ class RunRecord:
         return float(np.std(np.log(self.losses)) / math.sqrt(len(self.losses))) if self.losses else 0.0
 
     def take(self, action: int, *, undone: bool = False) -> None:
-        """Apply an action and start a new window; `UNDO` always goes back, other actions only if `undone` is true."""
+        """Record an action and start a new window; `UNDO` goes back, other actions only if the run was `undone`."""
         self.moved += CHANGES[action]
         self.changed |= action != KEEP
         self._undone = undone or action == UNDO
