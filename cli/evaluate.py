@@ -20,8 +20,8 @@ class Evaluate:
 
     A POLICY is "default", "agent", the folder of a trained policy, or a rule: left-alone, rate, halving, union,
     uniform, top-down, signal-mean. Tasks come from four regimes: few ranks, a wrong learning rate, a changing budget
-    and text, and none of these. Each figure is the held-out loss relative to the first policy, in % above
-    it, with the 95 % interval of a bootstrap over tasks: below 0 is better, and an interval containing 0 is inconclusive.
+    and text, and none of these. Each figure is the held-out loss relative to the first policy, in % above it, with
+    the 95 % interval of a bootstrap over tasks: below 0 is better, and an interval containing 0 is inconclusive.
 
     Attributes:
         output: folder of the comparison: rows.jsonl has one line per run.

@@ -23,8 +23,7 @@ class ReplayOptions:
 
     Attributes:
         run: the folder of the run.
-        policy: "default", "agent", the folder of a trained policy, or a rule such as union; default: the run's
-            policy.
+        policy: "default", "agent", the folder of a trained policy, or a rule such as union; default: the run's own.
         json: print the agreement as JSON.
     """
 
