@@ -1,7 +1,7 @@
-"""rankpilot plans the memory and time of a LoRA fine-tune before its first step, and keeps it inside a budget.
+"""rankpilot plans the memory and time of a LoRA fine-tune before its first step, and keeps it within a budget.
 
-The names below are loaded when first used, so that `import rankpilot` loads no other library. `import rankpilot.env`
-registers the Gymnasium environment, and so does the first use of `ENV_ID`.
+The names below are imported lazily, so `import rankpilot` loads no other library. `import rankpilot.env`, or the first
+use of `ENV_ID`, registers the Gymnasium environment.
 """
 
 from importlib import import_module
@@ -65,7 +65,7 @@ _LAZY = {
     "save_checkpoint": ".finetune.loop_checkpoint",
     "static_plan": ".finetune.allocate",
 }
-"""The module of each public name."""
+"""Module of each public name."""
 
 __all__ = [
     "ENV_ID",

@@ -1,20 +1,20 @@
-"""Every error that rankpilot raises on purpose, under one base.
+"""All errors raised by rankpilot on purpose, under one base.
 
     RankPilotError
-    ├── ConfigError        a setting is out of range or contradicts another        (ValueError)
-    ├── UnknownNameError   a name that is not among the allowed ones               (LookupError)
-    ├── BudgetError        a budget that cannot be read or that no plan fits       (ValueError)
-    ├── UnsupportedError   a model, adapter or optimizer that cannot be handled    (TypeError)
-    ├── DataError          a data set that is empty, too short or malformed        (ValueError)
-    ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
+    ├── ConfigError        a setting out of range or in conflict with another      (ValueError)
+    ├── UnknownNameError   a name not among the allowed ones                       (LookupError)
+    ├── BudgetError        an unreadable budget, or one too small for any plan     (ValueError)
+    ├── UnsupportedError   an unsupported model, adapter or optimizer              (TypeError)
+    ├── DataError          an empty, too short or malformed data set               (ValueError)
+    ├── NonFiniteError     a NaN or infinite loss or weight                        (ArithmeticError)
     ├── NoGradientError    a run whose adapters receive no gradients               (RuntimeError)
-    ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
-    ├── RunFolderError     a run or adapter that exists, is missing or is cut off  (OSError)
-    ├── AssetError         a packaged model or data set that is not at hand        (OSError)
-    ├── WorkerError        work at which worker processes ended again and again    (RuntimeError)
-    └── ProcessError       processes of one run that no longer hold the same       (RuntimeError)
+    ├── PolicyFileError    a corrupt, foreign or too new policy file               (ValueError)
+    ├── RunFolderError     an existing, missing or truncated run or adapter        (OSError)
+    ├── AssetError         a packaged model or data set that is not available      (OSError)
+    ├── WorkerError        work whose worker processes died repeatedly             (RuntimeError)
+    └── ProcessError       processes of one run that are out of sync               (RuntimeError)
 
-Each also inherits the builtin in brackets, so that code that knows nothing of rankpilot can catch it.
+Each also inherits from the builtin in parentheses, so code without rankpilot imports can catch it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 MOST_NAME = 200
-"""Characters of a name for which others like it are looked up; a longer one is no slip of a pen."""
+"""Maximum length of a name to look up similar names for; a longer one is not a typo."""
 
 
 MOST_LINE = 500
-"""Characters of another library's error that are shown; it may have all of a file in it."""
+"""Characters shown of another library's error; it may quote a whole file."""
 
 
 class RankPilotError(Exception):
     """Base of all errors raised on purpose by rankpilot."""
 
     def __str__(self) -> str:
-        """The message alone (KeyError-like bases would quote it)."""
+        """Return the plain message (KeyError-like bases would quote it)."""
         return str(self.args[0]) if self.args else ""
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, as part of one line: its first line, or its kind if it says nothing."""
+    """First line of another library's error, or its type if it has no message."""
     lines = str(error).splitlines()
     if not lines:
         return type(error).__name__
@@ -49,24 +49,24 @@ def first_line(error: Exception) -> str:
 
 
 NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter", "os error ")
-"""What the errors of safetensors, tokenizers and `torch.save` say when a disk is full; they are no OSErrors."""
+"""Fragments of safetensors, tokenizers and `torch.save` errors on a full disk; they are not OSErrors."""
 
 CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
 
 
 def not_written(error: Exception) -> bool:
-    """Whether the system has refused to write a file."""
+    """True if the system refused to write a file."""
     return isinstance(error, OSError) or any(words in str(error) for words in NOT_WRITTEN)
 
 
 def shown(value: object) -> str:
-    """A value as errors show it: long texts, lists and deep ones are cut, so that it is short whatever was given."""
+    """Format a value for errors: long texts, lists and deep nesting are cut, so the result is always short."""
     return _SHORT.repr(value)
 
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        """A whole number; Python refuses to write out those of thousands of digits."""
+        """Format an integer; Python refuses to print thousands of digits."""
         return repr(x) if abs(x) < 10**self.maxlong else f"a whole number of {x.bit_length()} bits"
 
 
@@ -75,21 +75,21 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class ConfigError(RankPilotError, ValueError):
-    """A setting is out of range or contradicts another one."""
+    """A setting out of range or in conflict with another one."""
 
 
 class UnknownNameError(RankPilotError, LookupError):
-    """A name that is not among the allowed ones."""
+    """A name not among the allowed ones."""
 
     @classmethod
     def of(cls, kind: str, given: object, allowed: Iterable[str], hint: str = "") -> UnknownNameError:
         """Build the error with the nearest allowed names.
 
         Args:
-            kind: what the name stands for, e.g. "target module".
-            given: the name that was passed.
-            allowed: every name that would be accepted.
-            hint: a sentence about what else is possible.
+            kind: kind of name, e.g. "target module".
+            given: the given name.
+            allowed: all allowed names.
+            hint: a sentence about alternatives.
         """
         names = list(allowed)
         short = isinstance(given, str) and len(given) <= MOST_NAME
@@ -105,11 +105,11 @@ class UnknownNameError(RankPilotError, LookupError):
 
 
 class BudgetError(RankPilotError, ValueError):
-    """A budget that cannot be read, or that no plan fits."""
+    """An unreadable budget, or one too small for any plan."""
 
 
 class UnsupportedError(RankPilotError, TypeError):
-    """A model, adapter or optimizer whose ranks cannot be changed safely."""
+    """A model, adapter or optimizer without support for safe rank changes."""
 
 
 _EXTRAS = {
@@ -118,18 +118,18 @@ _EXTRAS = {
     "Training, --lengths, and models or settings whose steps do not ship need torch and transformers: pip install "
     "'rankpilot[train]'.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
 }
-"""What to do where one of some packages is missing, which an extra installs."""
+"""Advice for missing packages, by the packages an extra installs."""
 
 
 @contextmanager
 def naming_extras(hint: str = "") -> Iterator[None]:
-    """Where a package of an extra is missing, let the error name the extra.
+    """Name the extra in the error if one of its packages is missing.
 
     Args:
         hint: how to do without it.
 
     Raises:
-        UnsupportedError: a package of an extra, such as torch or gymnasium, is imported and not installed.
+        UnsupportedError: a package of an extra, such as torch or gymnasium, is imported but not installed.
     """
     try:
         yield
@@ -142,11 +142,11 @@ def naming_extras(hint: str = "") -> Iterator[None]:
 
 
 class DataError(RankPilotError, ValueError):
-    """A data set that is empty, too short or malformed."""
+    """An empty, too short or malformed data set."""
 
 
 class NonFiniteError(RankPilotError, ArithmeticError):
-    """A loss, weight or gradient that is NaN or infinite."""
+    """A NaN or infinite loss, weight or gradient."""
 
 
 class NoGradientError(RankPilotError, RuntimeError):
@@ -154,20 +154,20 @@ class NoGradientError(RankPilotError, RuntimeError):
 
 
 class PolicyFileError(RankPilotError, ValueError):
-    """A policy file that is corrupt, foreign, or of another schema version."""
+    """A corrupt or foreign policy file, or one of another schema version."""
 
 
 class RunFolderError(RankPilotError, OSError):
-    """A folder of a run or an adapter that exists already, is missing, or is incomplete."""
+    """A run or adapter folder that already exists, is missing, or is incomplete."""
 
 
 class AssetError(RankPilotError, OSError):
-    """A packaged model or data set that is neither cached nor downloadable."""
+    """A packaged model or data set, neither cached nor downloadable."""
 
 
 class WorkerError(RankPilotError, RuntimeError):
-    """Work at which worker processes ended again and again."""
+    """Work whose worker processes died repeatedly."""
 
 
 class ProcessError(RankPilotError, RuntimeError):
-    """Processes of one run that no longer hold the same, or of which the first has failed."""
+    """Processes of one run that are out of sync, or whose first process has failed."""

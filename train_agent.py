@@ -1,8 +1,8 @@
-"""Train an agent that steers ranks and learning rate of fine-tunes while they go: `python train_agent.py --help`.
+"""Train an agent to steer ranks and learning rate during fine-tunes: `python train_agent.py --help`.
 
-It begins as a copy of a hand rule, and MaskablePPO goes on from there. A reward is how much lower the held-out loss is
-than under the rule, on the same task, seed and batches. What does best on validation tasks is saved: a folder of
-safetensors and JSON that `rankpilot.attach(trainer, policy="runs/policy")` takes.
+The agent starts as a clone of a hand-written rule, and MaskablePPO improves on it. The reward is the reduction in
+held-out loss relative to the rule, on the same task, seed and batches. The best policy on validation tasks is saved as
+a folder of safetensors and JSON, for `rankpilot.attach(trainer, policy="runs/policy")`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
 
 SOFT = 5.0
-"""PPO gets arcsinh of rewards over this, in hundredths of the log loss: no single run decides."""
+"""Scale of the arcsinh transform of PPO's rewards, in hundredths of the log loss; it limits outliers."""
 
 CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
 
 
 class Progress(BaseCallback):
-    """After each round a row of progress.jsonl, validation if it is due, and a checkpoint."""
+    """After each round, append a row to progress.jsonl, validate if due, and write a checkpoint."""
 
     def __init__(self, options: Train, tell: Callable[[str], object]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Progress(BaseCallback):
         self._ruled, self._returns = list[Row](), np.zeros(0)
 
     def _on_step(self) -> bool:
-        self._returns = SOFT * np.sinh(self.locals["rewards"])  # those of the last step count, where episodes end
+        self._returns = SOFT * np.sinh(self.locals["rewards"])  # episodes end at the last step, so its rewards count
         return True
 
     def _on_rollout_end(self) -> None:
@@ -62,16 +62,16 @@ class Progress(BaseCallback):
         self.logger.record("rollout/over_rule", row["over_rule"])
         self.write(row)
 
-    def _on_rollout_start(self) -> None:  # the update of the round before is done
+    def _on_rollout_start(self) -> None:  # the update of the previous round is done
         self._on_training_end()
-        set_random_seed(1000 * self.options.seed + self.done)  # so that a run that goes on draws the same
+        set_random_seed(1000 * self.options.seed + self.done)  # so that a resumed run draws the same
 
     def _on_training_end(self) -> None:
         more = {"done": self.done, "best": self.best}
         write_checkpoint(self.options.output / CHECKPOINT, cast(MaskablePPO, self.model), more)
 
     def validate(self) -> float:
-        """The held-out loss above the rule's on validation tasks, %; the network that did best is kept."""
+        """Held-out loss relative to the rule on validation tasks, in % above it; keeps the best network."""
         network: Any = self.model.policy.network
         self._ruled = self._ruled or list(compare({"rule": GROUP_RULES[self.options.rule]}, self._tasks))
         rows = list(compare({"agent": LearnedPolicy("agent", network, STEERING)}, self._tasks))
@@ -82,21 +82,21 @@ class Progress(BaseCallback):
         return score
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write a row down, and tell it."""
+        """Write and report a row."""
         files.append_json_line(self.options.output / PROGRESS, row)
         numbers = (f"{name} {value:.3g}" for name, value in row.items() if not name.startswith(("round", "train/")))
         self.tell(f"round {row['round']} of {self.options.rounds}: {', '.join(numbers)}")
 
 
 def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> Path:
-    """Train, and save the policy that did best on validation tasks; returns its folder.
+    """Train, and save the best policy on validation tasks; return its folder.
 
     Args:
-        options: how.
-        tell: called with a line for people after each round.
+        options: options of the training.
+        tell: called with a line of text after each round.
     """
     torch.set_num_threads(1)
-    FineTuneConfig(steps=options.steps, against=options.rule)  # refuses what no episode has, before a folder is made
+    FineTuneConfig(steps=options.steps, against=options.rule)  # refuses invalid settings before a folder is made
     settings = options.settings
     with files.open_run(options.output, settings, resume=options.resume):
         if (options.output / CARD).exists() and (had := read_card(options.output).get("rounds", 0)) >= options.rounds:
@@ -134,7 +134,7 @@ def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
+    """Run training with command-line options."""
     try:
         train(tyro.cli(Train, args=arguments), lambda line: sys.stdout.write(f"{line}\n"))
     except RankPilotError as error:

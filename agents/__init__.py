@@ -1,1 +1,1 @@
-"""What learns, and what was learned: the network of a policy and its files."""
+"""Trained agents: the network of a policy and its files."""

@@ -1,8 +1,8 @@
-"""The network of an agent: one set of weights for all groups of modules, so that it steers any model.
+"""The network of an agent: one set of weights shared by all groups of modules, so it can steer any model.
 
-Each group is a token: its features beside those of the run. Mean and maximum over the groups are the context. From its
-token and the context each group gets two scores, to grow and to give; the actions on the rate are scored from the
-context alone, and so is the value of the run.
+Each group is a token: its features concatenated with those of the run. Mean and maximum over the groups form the
+context. Each group gets two scores, to grow and to give, from its token and the context; the learning-rate actions and
+the value of the run are computed from the context alone.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ..decide.observation import RUN_FEATURES
 from ..errors import ConfigError, shown
 
 MOST_WIDTH = 8192
-"""The widest hidden layer: a policy's card asks for it before weights are read."""
+"""Maximum width of a hidden layer: a policy's card requests it before weights are read."""
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Size of a network.
+    """Configuration of a network.
 
     Attributes:
-        width: of every hidden layer.
+        width: width of every hidden layer.
 
     Raises:
         ConfigError: a value out of range.
@@ -40,10 +40,10 @@ class NetworkConfig:
 
 
 class GroupNetwork(nn.Module):
-    """Scores of all actions, and the value of the run.
+    """Compute the scores of all actions and the value of the run.
 
     Args:
-        config: its size.
+        config: configuration of the network.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -61,11 +61,11 @@ class GroupNetwork(nn.Module):
     def forward(
         self, groups: torch.Tensor, present: torch.Tensor, run: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (batch, 4 + 2 * groups), in the order of `GroupView`'s actions, and values (batch, 1).
+        """Return scores (batch, 4 + 2 * groups), in the order of `GroupView`'s actions, and values (batch, 1).
 
         Args:
             groups: features of each group, (batch, groups, len(GROUP_FEATURES)).
-            present: 1 for groups that there are, (batch, groups); the others have no part in the context.
+            present: 1 for existing groups, (batch, groups); the others are excluded from the context.
             run: features of the run, (batch, len(RUN_FEATURES)).
         """
         beside = run[:, None].expand(-1, groups.shape[1], -1)

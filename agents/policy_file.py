@@ -1,6 +1,6 @@
-"""A trained policy, and policies as folders with `policy.safetensors` and `card.json`.
+"""Trained policies, and their folders with `policy.safetensors` and `card.json`.
 
-Loading one never unpickles and runs no code of it.
+Loading a policy never unpickles anything and never runs code from the folder.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ SCHEMA = 6
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30
-"""Bytes of a card and of a file of weights, at most."""
+"""Maximum size of a card and of a weights file, in bytes."""
 
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedPolicy:
-    """Takes the action that its network scores highest, among those that are allowed.
+    """Takes the allowed action with the highest score of its network.
 
     Attributes:
         name: the name in logs and tables.
-        network: on the CPU and in evaluation mode.
-        schedule: when it was trained to decide.
-        sha256: of the file of weights; None for a policy that was not loaded from a file.
-        folder: from which it was loaded; None for one that was not.
+        network: the network, on the CPU and in evaluation mode.
+        schedule: decision schedule used in training.
+        sha256: hash of the weights file; None for a policy not loaded from a file.
+        folder: folder the policy was loaded from, or None.
     """
 
     steers_rate = True
@@ -64,7 +64,7 @@ class LearnedPolicy:
 
     @torch.no_grad()
     def scores(self, view: GroupView) -> torch.Tensor:
-        """The score of each action, (actions,); minus infinity for those that are not allowed."""
+        """Score of each action, (actions,); minus infinity for masked actions."""
         groups, run = torch.from_numpy(view.features)[None], torch.from_numpy(view.run)[None]
         scores: torch.Tensor = self.network(groups, torch.ones(groups.shape[:2]), run)[0][0]
         return scores.masked_fill(~torch.from_numpy(view.allowed), -torch.inf)
@@ -75,7 +75,7 @@ class LearnedPolicy:
         return int(self.scores(view).argmax())
 
     def decide(self, observation: Observation) -> Decision:
-        """Decide on one observation; the same observation always leads to the same decision."""
+        """Decide on one observation, deterministically."""
         view = GroupView.of(observation)
         return view.decision(self.act(view))
 
@@ -86,13 +86,13 @@ def save_policy(
     schedule: DecisionSchedule,
     provenance: dict[str, Any],
 ) -> Path:
-    """Write a policy. The files of one that is there already are replaced.
+    """Save a policy, overwriting an existing one.
 
     Args:
-        folder: of the policy.
-        network: of the policy.
-        schedule: when the policy was trained to decide.
-        provenance: further keys of the card: how the policy was trained, and with what result, as JSON values.
+        folder: folder of the policy.
+        network: network of the policy.
+        schedule: decision schedule used in training.
+        provenance: further keys of the card: training details and results, as JSON values.
 
     Returns:
         The folder.
@@ -120,26 +120,26 @@ def save_policy(
 
 
 SHIPPED = Path(__file__).with_name("shipped") / "agent"
-"""The trained policy that ships, under the name of its folder; docs/train-policy.md says how it was made."""
+"""The trained policy included in the package, named after its folder; for its training see docs/train-policy.md."""
 
 
 def _folder(given: str | Path) -> Path:
-    """The folder of a policy; one that is here goes before the one of that name that ships."""
+    """Folder of a policy; a local folder takes precedence over an included policy of the same name."""
     return SHIPPED if str(given) == SHIPPED.name and not Path(given).exists() else Path(given)
 
 
 def load_policy(given: str | Path | Policy) -> Policy:
-    """A policy by name or folder.
+    """Load a policy by name or folder.
 
     Args:
-        given: "default" for the policy that chooses a plan, "agent" for a trained one that ships, the name of a rule
-            ("signal-mean", "union"), the folder of a trained policy, a plan in a .yaml file, or a policy object, which
-            is returned.
+        given: "default" for the policy that chooses a plan, "agent" for the trained one included in the package, the
+            name of a rule ("signal-mean", "union"), the folder of a trained policy, a plan in a .yaml file, or a policy
+            object, returned unchanged.
 
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
         UnknownNameError: neither a rule nor a folder.
-        ConfigError: something else than a name, a path or a policy; or the file holds no plan.
+        ConfigError: not a name, a path or a policy; or the file holds no plan.
     """
     if not isinstance(given, str | Path):
         named = isinstance(getattr(given, "name", None), str)
@@ -174,17 +174,17 @@ def load_policy(given: str | Path | Policy) -> Policy:
     weights = _read_weights(folder, card)
     with torch.device("meta"):
         _check_weights(folder, GroupNetwork(config), weights)
-    with torch.random.fork_rng(devices=[]):  # networks draw weights, which the file replaces
+    with torch.random.fork_rng(devices=[]):  # networks draw initial weights, overwritten by the file
         network = GroupNetwork(config)
     network.load_state_dict(weights)
     return LearnedPolicy(_name(folder, card), network.eval(), _schedule(folder, card), card["sha256"], folder)
 
 
 def _name(folder: Path, card: dict[str, Any]) -> str:
-    """What a policy is called: a line of text, for people and logs; never a path.
+    """Display name of a policy: one line of text, for people and logs; never a path.
 
     Raises:
-        PolicyFileError: the card has another name.
+        PolicyFileError: the card has an invalid name.
     """
     name = card.get("name", folder.resolve().name)
     if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
@@ -195,7 +195,7 @@ def _name(folder: Path, card: dict[str, Any]) -> str:
 
 
 def _check_weights(folder: Path, network: nn.Module, weights: Weights) -> None:
-    """Refuse weights that are not those of a network on the meta device, which takes no memory.
+    """Check weights against a network on the meta device, which takes no memory.
 
     Raises:
         PolicyFileError: a name, shape or type differs, or a weight is NaN or infinite.
@@ -212,7 +212,7 @@ def _check_weights(folder: Path, network: nn.Module, weights: Weights) -> None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a policy folder, checked.
+    """Read and check the card of a policy folder.
 
     Raises:
         PolicyFileError: it is missing, unreadable, or belongs to another format, schema, feature set or ladder.
@@ -242,10 +242,10 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def policy_of(log: DecisionLog) -> Policy | None:
-    """Who decided in a run: the policy beside its log, or who has the name there; None where that cannot be read.
+    """Load the policy of a run: its copy next to the log, or the one named there; None if it cannot be read.
 
     Args:
-        log: of the run, with a decision at least.
+        log: log of the run, with at least one decision.
     """
     folder = log.folder / POLICY
     try:
@@ -255,7 +255,7 @@ def policy_of(log: DecisionLog) -> Policy | None:
 
 
 def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
-    """When a policy was trained to decide, or a plan file is read; the default schedule for all others."""
+    """Decision schedule of a trained policy or a plan file; the default schedule for all others."""
     if str(given) == DEFAULT or isinstance(given, PlanChooser):
         return ONCE
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given

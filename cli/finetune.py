@@ -16,16 +16,16 @@ from .study import write_study
 
 @dataclass(frozen=True)
 class Finetune(FinetuneConfig):
-    """Fine-tune a model with LoRA at the ranks that a policy decides for its modules, inside a hard budget.
+    """Fine-tune a model with LoRA at ranks a policy decides for its modules, within a hard budget.
 
-    The run uses the transformers Trainer and PEFT, and plain PEFT loads the adapter that comes out. The run's folder
-    holds all settings (config.json), every decision (JSON lines), the adapter, and a page about all of it (study.html).
+    The run uses the transformers Trainer and PEFT, and plain PEFT loads the resulting adapter. The run's folder
+    contains all settings (config.json), every decision (JSON lines), the adapter, and a summary page (study.html).
 
     Attributes:
         output: folder of the run.
         config: a JSON or YAML file of settings, such as the config.json of an earlier run. Options on the command line
             override it.
-        resume: continue an interrupted run in the same folder; a finished run is left as it is.
+        resume: continue an interrupted run in the same folder; a finished run is unchanged.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -36,7 +36,7 @@ class Finetune(FinetuneConfig):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command; options on the command line go before those of --config FILE."""
+    """Run the command; command-line options override those of --config FILE."""
     path = peek(arguments, "--config")
     base = Finetune(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)

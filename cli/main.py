@@ -1,7 +1,7 @@
-"""The command line: which command runs, what a mistake prints, and the exit status.
+"""The command line: dispatch to commands, error messages, and the exit status.
 
-Each command is a module of this package with a function `main(arguments)`, imported when it is
-asked for: showing help or refusing an option loads none of the libraries that training needs.
+Each command is a module of this package with a function `main(arguments)`, imported on demand: showing help or
+rejecting an option loads none of the libraries needed for training.
 """
 
 import os
@@ -28,23 +28,23 @@ COMMANDS = {
     "policy train": "train an agent that steers fine-tunes, on small ones",
     "policy evaluate": "compare policies and rules on the same small fine-tunes",
 }
-"""What each command does; the module that runs it is named after its last word."""
+"""Description of each command; its module is named after the command's last word."""
 
 OLD = {"allocate": "plan", "train": "policy train", "evaluate": "policy evaluate"}
-"""Commands of 0.2 that have another name now."""
+"""Commands of 0.2 that have since been renamed."""
 
 NO_MEMORY = ("out of memory", "can't allocate memory")
-"""What torch's errors say when a device, or the machine, has no memory left."""
+"""Fragments of torch's errors when a device, or the machine, is out of memory."""
 
 MOST_MESSAGE = 2000
-"""Characters of an error that are printed; it may name what was given, such as a path."""
+"""Maximum characters printed of an error; it may quote user input, such as a path."""
 
 RESUMABLE = ("policy train", "finetune")
-"""Commands that SIGTERM ends in order, so that they can go on."""
+"""Commands that shut down cleanly on SIGTERM and can be resumed."""
 
 
 def usage() -> str:
-    """The help of `rankpilot` itself, in rich's markup."""
+    """Help of `rankpilot` itself, in rich's markup."""
     commands = "\n".join(f"  [bold]rankpilot {name:<16}[/]{summary}" for name, summary in COMMANDS.items())
     return (
         "[bold]rankpilot[/] plans the memory and time of a LoRA fine-tune, and keeps it inside a budget.\n\n"
@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted, 143 after SIGTERM.
     """
-    of_group = arguments[:1] == ["policy"]  # commands of two words
+    of_group = arguments[:1] == ["policy"]  # two-word commands
     first = arguments[of_group : of_group + 1]
     if not first or first[0] in ("-h", "--help", "help"):
         console.print(usage(), highlight=False, soft_wrap=True)
@@ -76,12 +76,12 @@ def run(arguments: Sequence[str]) -> int:
             raise UnknownNameError.of("command", command, [OLD[command]] if command in OLD else COMMANDS)
         with naming_extras(), on_sigterm() if command in RESUMABLE else nullcontext():
             status: int | None = import_module(f".{command.split()[-1]}", __package__).main(rest)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of the process would complain
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids another error at interpreter exit
         return 1
     except RankPilotError as error:
         return _fail(str(error))
-    except OSError as error:  # a file in place of a folder, no permission, a full disk
+    except OSError as error:  # a file instead of a folder, no permission, a full disk
         place = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror or first_line(error)}{place}. {CHECK_PATH}")
     except Exception as error:
@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    """Print an error as one line; returns the exit status."""
+    """Print an error as one line; return the exit status."""
     if len(message) > MOST_MESSAGE:
         message = f"{message[:MOST_MESSAGE]} ..."
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)

@@ -27,37 +27,37 @@ SPILLS = (
     "On Windows the driver moves what does not fit the card into main memory, without an error: a step then takes many "
     "times as long. So keep to what fits, or switch that off (CUDA - Sysmem Fallback Policy)."
 )
-"""What to know where the card is in a machine with Windows."""
+"""Hint if the card is in a Windows machine."""
 
 FEW_COLLECTIONS = 100_000
-"""Objects after which Python looks for circles of them; an answer makes many objects, and none in circles."""
+"""Garbage-collection threshold in objects; an answer creates many objects, but no reference cycles."""
 
 NOTHING_FITS = 3
-"""The exit status where nothing fits the card."""
+"""Exit status if nothing fits the card."""
 
 
 @dataclass(frozen=True)
 class Memory(MemoryConfig):
-    """Show where the bytes of a LoRA training step go, and what each choice would save.
+    """Show the memory use of a LoRA training step, and the savings of each choice.
 
     A few small steps of the model are enough to predict the peak of a step, by kind of bytes and by layer; the frozen
-    model itself is shown apart. Most of the peak is held for the backward pass. It depends on the rows, the tokens and
-    how deep the lowest adapter sits, and hardly on the rank. So the command compares other ranks, fewer layers, smaller
-    batches and gradient checkpointing, without running them (--details). It trains nothing, and writes memory.json and
-    memory.png only into a folder that you name (--output).
+    model itself is shown separately. Most of the peak is held for the backward pass. It depends on the rows, the tokens
+    and the depth of the lowest adapter, and hardly on the rank. The command therefore compares other ranks, fewer
+    layers, smaller batches and gradient checkpointing, without running them (--details). It trains nothing, and writes
+    memory.json and memory.png only to a folder given by --output.
 
-    With --device or --device-memory the configuration of the model is enough: no weights are downloaded, and the
-    answer tells what fits that card, and what each choice costs. The exit status is 3 where nothing fits.
+    With --device or --device-memory the model's configuration is enough: no weights are downloaded, and the answer
+    lists the settings that fit that card, and the cost of each choice. The exit status is 3 if nothing fits.
 
     Attributes:
-        lengths: DATASET:COLUMN, whose texts the model's tokenizer counts, or a file with the tokens of each row, whole
-            numbers: also show what steps of such rows take in parts, beside padded ones (docs/parts.md), and the
-            longest row that fits. Rows longer than --max-length are cut.
+        lengths: DATASET:COLUMN with texts to tokenize, or a file with the number of tokens of each row, whole numbers:
+            also show the cost of steps on such rows in parts, compared with padded ones (docs/parts.md), and the
+            longest row that fits. Rows longer than --max-length are truncated.
         output: folder for the picture and all figures; without one, nothing is written.
-        details: print every choice, the batches that fit, and where the bytes are.
+        details: print every choice, the batches that fit, and the memory breakdown.
         json: print all figures as JSON, and nothing else.
-        config: a YAML file of axolotl, TRL or LLaMA-Factory, which is read as it is. Options given beside it, and
-            MODEL, go before what it says.
+        config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified. Options on the command line, and MODEL,
+            override it.
         python: print the LoraConfig and the training arguments of the best choice; for a card.
     """
 
@@ -78,7 +78,7 @@ class Memory(MemoryConfig):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Show where the bytes go, and write the picture; returns the exit status."""
+    """Show the memory use, and write the picture; return the exit status."""
     gc.set_threshold(FEW_COLLECTIONS)
     path = peek(arguments, "--config")
     file = None if path is None else _trainer_file(path, arguments)
@@ -95,16 +95,16 @@ def main(arguments: Sequence[str]) -> int:
     from ..study.memory_doubts import doubts_text
 
     if options.output:
-        refuse_file(options.output)  # now, and not after minutes of work
+        refuse_file(options.output)  # now, to fail early
     rows = None
-    if options.lengths is not None:  # now, and not after minutes of work
+    if options.lengths is not None:  # now, to fail early
         from ..study import lengths as of_lengths
 
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
     outlook = _of_card(options, options.card, file) if options.card else _here(options)
     found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
     told = not (options.json or (options.python and outlook.best))
-    if told:  # what is asked for first, and then what takes seconds more
+    if told:  # the requested answer first, then parts that take seconds more
         opening = report.headline(outlook) + report.subject(outlook, options)
         console.print(f"[bold]{escape(opening)}[/]", highlight=False)
         verdict = filter(None, (report.verdict_text(outlook), doubts_text(outlook)))
@@ -138,10 +138,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
-    """What a file says, where the command line gives what it has not.
+    """Read a trainer's file, with the command line filling in missing settings.
 
     Raises:
-        ConfigError: rows are not cut, and no length is given.
+        ConfigError: rows are not truncated, and no length is given.
     """
     from ..study.trainer_file import read_trainer_file
 
@@ -155,7 +155,7 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
 
 
 def _here(options: Memory) -> Outlook:
-    """Of the model where it is."""
+    """Outlook of the model on this machine."""
     from ..study.memory_here import memory_here
 
     quiet = options.json
@@ -163,14 +163,14 @@ def _here(options: Memory) -> Outlook:
 
 
 def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
-    """What the command line does not give: what a file says, and else the defaults."""
+    """Defaults of the command line: a file's settings, else the usual defaults."""
     if file is None:
         return Memory(model=tyro.MISSING)
     settings = {name: value for name, value in file.settings.items() if name not in _FURTHER}
     card = next((each for each in ("--device", "--device-memory") if peek(arguments, each)), None)
     if card is None:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
-    default = object.__new__(Memory)  # it is not checked before the command line has had its say
+    default = object.__new__(Memory)  # not checked before command-line options are applied
     for each in fields(Memory):
         object.__setattr__(default, each.name, settings.get(each.name, each.default))
     if "model" not in settings:
@@ -179,11 +179,11 @@ def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
 
 
 _FURTHER = ("adapter", "double_quantization")
-"""What a file says of settings that have no option."""
+"""Settings of a file without a command-line option."""
 
 
 def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
-    """Of the model's configuration on a card."""
+    """Outlook of the model's configuration on a card."""
     from ..cost.memory_of import memory_of
 
     settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)} | options.of_card
@@ -192,7 +192,7 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
     told = f"reading the step of {options.model} from its configuration ..."
-    with console.status(told) if console.is_terminal else nullcontext():  # which loads more of a library
+    with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
         return memory_of(
             _configured(options.model),
             card,
@@ -202,7 +202,7 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
 
 
 def _configured(model: str) -> str:
-    """A model whose configuration is known by name, or the folder of a packaged one."""
+    """Name of a model with a built-in configuration, or the folder of a packaged one."""
     from ..cost.known_models import short_name
 
     if short_name(model):

@@ -1,4 +1,4 @@
-"""What commands share: options in groups, settings from `--config FILE`, and work on a cluster with `--cluster`."""
+"""Shared parts of commands: grouped options, settings from `--config FILE`, and clusters with `--cluster`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRAINER_NAMES = {
     "best": "load_best_model_at_end",
     "alpha": "lora_alpha",
 }
-"""What transformers, TRL and PEFT call a setting that has a shorter name here; options have both."""
+"""Names in transformers, TRL and PEFT of settings with a shorter name here; options accept both."""
 
 GROUPS = {
     "plan": (
@@ -51,19 +51,19 @@ GROUPS = {
         "eval_every eval_batch_size best early_stopping compare_uniform compare_all_linear",
     ),
 }
-"""The groups of options in --help, what each is about, and its settings; all other settings come first."""
+"""Option groups in --help, with a description and their settings; all other settings come first."""
 
 
 def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, prog: str) -> Settings:
-    """Settings from the command line.
+    """Parse settings from the command line.
 
-    tyro shows a group for each dataclass inside another one. So the settings are read as such dataclasses.
+    tyro shows a group for each nested dataclass, so the settings are parsed as nested dataclasses.
 
     Args:
-        kind: their dataclass.
+        kind: dataclass of the settings.
         arguments: the command line.
-        default: what is not given; `tyro.MISSING` where it must be.
-        prog: the command, as --help has it.
+        default: default settings; `tyro.MISSING` for required ones.
+        prog: name of the command in --help.
     """
     hints, names = get_type_hints(kind, include_extras=True), [each.name for each in fields(kind)]
     groups: dict[str, Any] = {}
@@ -102,7 +102,7 @@ _TEXTS = tyro.constructors.PrimitiveConstructorSpec[Any](
 
 
 def _quick(hint: Any) -> Any:
-    """A type as tyro checks it by itself; for `X | Y` and `tuple[str, ...]` it would load typeguard, and asyncio."""
+    """Rewrite a type for tyro's own checks; for `X | Y` and `tuple[str, ...]` it would load typeguard, and asyncio."""
     if get_origin(hint) is Annotated:
         return Annotated[(_quick(hint.__origin__), *hint.__metadata__)]
     if isinstance(hint, UnionType):
@@ -111,16 +111,16 @@ def _quick(hint: Any) -> Any:
 
 
 def _attributes(kind: type) -> str:
-    """What the docstrings of a class and its bases say of attributes, as one section; a subclass has the last word."""
+    """Merge the attribute docs of a class and its bases into one section; subclasses take precedence."""
     docs = [re.search(r"^Attributes:\n((?: .*\n?|\n)+)", inspect.getdoc(base) or "", re.M) for base in kind.mro()[::-1]]
     return "Attributes:\n" + "".join(f"{found[1].rstrip()}\n" for found in docs if found)
 
 
 def peek(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option such as "--config", read ahead since it decides the defaults of the others.
+    """Value of an option such as "--config", read ahead because it determines the defaults of the others.
 
     Raises:
-        ConfigError: the option stands there without a value.
+        ConfigError: the option has no value.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(option, dest="value")
@@ -131,16 +131,16 @@ def peek(arguments: Sequence[str], option: str) -> str | None:
 
 
 def read_config_file(path: str | None) -> dict[str, Any]:
-    """The settings in a file, as JSON values; none without a file.
+    """Read the settings in a file, as JSON values; empty without a file.
 
     Raises:
-        ConfigError: the file is missing, no JSON or YAML, or holds no settings by name.
+        ConfigError: the file is missing, is not JSON or YAML, or holds no named settings.
     """
     if path is None:
         return {}
     try:
         values = _read(Path(path))
-    except (OSError, ValueError) as error:  # text that is no UTF-8 or no JSON is a ValueError
+    except (OSError, ValueError) as error:  # invalid UTF-8 or JSON is a ValueError
         raise ConfigError(f"Cannot read the config file {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"The config file {path} holds no settings by name: {shown(values)}.")
@@ -148,17 +148,17 @@ def read_config_file(path: str | None) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """The values in a JSON file, or in a YAML file by its suffix; ValueError if they cannot be read."""
+    """Read a JSON file, or a YAML file by its suffix; ValueError if it is invalid."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path)
-    from yaml import YAMLError  # of a library that takes a while to load
+    from yaml import YAMLError  # slow to import
 
     try:
         values = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     trainer = values.get("trainer") if isinstance(values, dict) else None
-    if isinstance(trainer, dict):  # as people write it there
+    if isinstance(trainer, dict):  # users write it there
         values["trainer"] = [
             f"{name}={value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)}"
             for name, value in trainer.items()
@@ -167,7 +167,7 @@ def _read(path: Path) -> Any:
 
 
 def with_file_settings(base: Settings, values: dict[str, Any], path: str | None) -> Settings:
-    """The settings `values` of the file at `path`; those that it lacks are as in `base`.
+    """Apply the settings `values` of the file at `path`; missing ones come from `base`.
 
     Raises:
         ConfigError: a setting is unknown, of the wrong type or out of range.

@@ -37,20 +37,18 @@ Form = Literal["plan", "peft", "axolotl", "llama-factory", "torchtune"]
 class Plan(FinetuneConfig):
     """Plan the ranks of a LoRA fine-tune before it begins, without training.
 
-    A few small steps measure what plans cost and which modules matter; then the policy decides once. The plan is the
-    one that `rankpilot finetune` with the same options would begin with. It comes as a static configuration for another
-    program, with the memory that a training step is predicted to take.
+    A few small steps measure the cost of plans and the importance of modules; then the policy decides once. The plan is
+    the first one `rankpilot finetune` would use with the same options. It is printed as a static configuration for
+    another program, with the predicted memory of a training step.
 
     Attributes:
-        form: the program that trains: plan, a file that you can edit and pass as --policy; peft, arguments of
-            LoraConfig, also for FSDP2, DeepSpeed and Unsloth; axolotl, lines for its config file; llama-factory and
-            torchtune, which have one rank for all modules: the nearest that they can express. By default plan if the
-            output is a .yaml file, else peft.
+        form: target program: plan, a file to edit and pass as --policy; peft, arguments of LoraConfig, also for FSDP2,
+            DeepSpeed and Unsloth; axolotl, lines for its config file; llama-factory and torchtune, limited to one rank
+            for all modules: the nearest equivalent. By default plan if the output is a .yaml file, else peft.
         output: write the lines to this new file; by default they are printed.
-        log: a new folder for the log of the decision, which `rankpilot study` explains.
-        frontier: also show the plans that are worth their cost: bytes, the time of a step, and the expected loss
-            against rank 8 on all modules, with its interval. The time is measured and counts in the decision, so the
-            plan may be another one.
+        log: a new folder for the decision log, to be explained by `rankpilot study`.
+        frontier: also show the plans worth their cost: bytes, step time, and the expected loss relative to rank 8 on
+            all modules, with its interval. Step times are measured and used in the decision, so the plan may differ.
         config: a JSON or YAML file of settings. Options on the command line override it.
     """
 
@@ -61,7 +59,7 @@ class Plan(FinetuneConfig):
     log: Path | None = None
     frontier: bool = False
     config: Path | None = None
-    # What only a training has; a file of settings may hold it.
+    # Training-only settings; a settings file may contain them.
     compare_uniform: tyro.conf.Suppress[bool] = False
     compare_all_linear: tyro.conf.Suppress[bool] = False
     eval_every: tyro.conf.Suppress[int] = 50
@@ -85,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     from ..data.assets import check_model
 
     check_model(options.model)
-    # What is printed without --output can go on into a file or a program.
+    # Output without --output can be piped to a file or a program.
     notes = Console(stderr=True) if options.output is None else console
     tell = partial(notes.rule, align="left")
     tell(LIBRARIES)
@@ -116,7 +114,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _frontier(plan: StaticPlan) -> Table:
-    """The plans that are worth their cost."""
+    """Table of the plans worth their cost."""
     assert plan.frontier is not None
     rows = [
         (
@@ -134,14 +132,14 @@ def _frontier(plan: StaticPlan) -> Table:
 
 
 def _note(plan: FrontierPlan) -> str:
-    """What is to be known of a plan of the frontier beside its figures."""
+    """Remark on a frontier plan, in addition to its figures."""
     if plan.taken:
         return ", taken"
     return "" if plan.fits else ", too large"
 
 
 def _peft(plan: StaticPlan) -> str:
-    """Arguments of `peft.LoraConfig`, as JSON."""
+    """Format the plan as arguments of `peft.LoraConfig`, in JSON."""
     config = plan.config
     names = ["r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"]
     names += ["exclude_modules", "target_modules", "modules_to_save", "task_type"]
@@ -157,7 +155,7 @@ def _axolotl(plan: StaticPlan) -> str:
 
 
 def _rate_line(plan: StaticPlan, name: str) -> str:
-    """The learning rate as a setting of that name; YAML reads 2e-05 as text."""
+    """Format the learning rate as a setting of that name; YAML reads 2e-05 as text."""
     rate = plan.learning_rate
     return "" if rate is None else f"{name}: {np.format_float_positional(float(f'{rate:.3g}'))}\n"
 
@@ -181,7 +179,7 @@ def _torchtune(plan: StaticPlan) -> str:
 
 
 def _one_rank(plan: StaticPlan, program: str) -> tuple[str, list[str], int, int]:
-    """For a program without ranks by module: a comment, the adapted kinds of modules, the mean rank and an alpha."""
+    """Return, for programs without per-module ranks: a comment, the adapted module kinds, the mean rank, an alpha."""
     adapted = {name: rank for name, rank in plan.ranks.items() if rank}
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
     rank = max(1, sum(adapted.values()) // sum(name.rpartition(".")[2] in kinds for name in plan.ranks))

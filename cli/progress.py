@@ -1,4 +1,4 @@
-"""What the commands print to, and progress bars."""
+"""Console output of the commands, and progress bars."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ console = Console()
 """Standard output."""
 
 LIBRARIES = "loading torch, transformers and PEFT"
-"""What a command says first that trains or plans: they take seconds."""
+"""First status message of commands that train or plan: these imports take seconds."""
 
 
 @contextmanager
 def stage_bar(title: str, first: str = "") -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar for work of several stages, the first named `first`, with the time left; `title` stands above.
+    """Progress bar for work in several stages, the first named `first`, with the time left; `title` is shown above it.
 
     Yields:
-        A function to call with (pieces done, pieces in all, name of the stage).
+        A function to call with (pieces done, total pieces, name of the stage).
     """
     from rich import progress
 
@@ -32,6 +32,6 @@ def stage_bar(title: str, first: str = "") -> Iterator[Callable[[int, int, str],
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for work of one kind; yields a function to call with (pieces done, pieces in all)."""
+    """Progress bar for a single stage; yields a function to call with (pieces done, total pieces)."""
     with stage_bar(title) as report:
         yield lambda done, total: report(done, total, "")

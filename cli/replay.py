@@ -16,14 +16,14 @@ from .progress import console
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """What another policy, or a rule, would have decided at the decisions of a run: where both agree, module by module.
+    """Compare a run's decisions with those of another policy or rule: agreement decision by decision, module by module.
 
-    Nothing is trained: each decision starts from what the run's own policy saw. With the policy that took them, all
-    decisions are equal, bit for bit. RUN is a folder that rankpilot study takes.
+    Nothing is trained: each decision starts from the observation logged in the run. With the run's own policy, all
+    decisions are equal, bit for bit. RUN is a folder accepted by rankpilot study.
 
     Attributes:
         run: the folder of the run.
-        policy: "default", "agent", the folder of a trained policy, or a rule such as union; by default who decided.
+        policy: "default", "agent", the folder of a trained policy, or a rule such as union; default: the run's own.
         json: print the agreement as JSON.
     """
 
@@ -33,7 +33,7 @@ class ReplayOptions:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Take the decisions again, and show where they agree."""
+    """Replay the decisions, and show the agreement."""
     options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot replay")
     from ..agents.policy_file import load_policy, policy_of
     from ..study.replay import replay

@@ -1,4 +1,4 @@
-"""`rankpilot study`, and the page that `finetune` writes at the end of a run."""
+"""`rankpilot study`, and the page written by `finetune` at the end of a run."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ if TYPE_CHECKING:
     from ..study.run_data import RunData
 
 PAGE = "study.html"
-"""The page's name in the folder of a run."""
+"""File name of the page in the folder of a run."""
 
 Depth = Literal["auto", "all", "plans", "none"]
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Write a page about one or several runs: one HTML file that a browser opens from disk, without a network.
+    """Write a page about one or more runs: a single HTML file, viewable in a browser offline.
 
-    It says first what came out, then shows ranks, losses, memory and time over the steps, every decision with its
-    reasons, and how the adapter is loaded; several runs stand side by side. RUN is the folder of rankpilot finetune,
-    the output folder of a Trainer with rankpilot.attach, or the folder of a decision log (decisions). A run may go on
-    meanwhile: what is not there yet is left out. In the folder of a run a picture of its ranks, ranks.png, lies beside
-    the page. docs/study.md says how to read it.
+    It starts with the results, then shows ranks, losses, memory and time over the steps, every decision with its
+    reasons, and how to load the adapter; several runs are shown side by side. RUN is the folder of rankpilot finetune,
+    the output folder of a Trainer with rankpilot.attach, or the folder of a decision log (decisions). Runs still in
+    progress are supported: missing data is left out. For a single run, a picture of its ranks, ranks.png, is written
+    next to the page. docs/study.md explains how to read it.
 
     Attributes:
         runs: the folders of the runs.
         output: the file of the page, study.html in the run's folder by default; with --json, that of the data.
-        json: give the data of the page as JSON instead, on standard output or in --output.
+        json: write the data of the page as JSON instead, to standard output or to --output.
         open: open the page in a browser.
-        explain: how much to say of each decision: plans, what was expected of each plan and why; all, also what would
-            have changed the decision; none. By default all for up to 12 decisions, plans for up to 200.
-        policy: the folder of the policy that decided, if neither the decision log has a copy of it nor rankpilot.
+        explain: level of detail for each decision: plans, the expectation for each plan and the reasons; all, also the
+            changes that would have led to another decision; none. By default all for up to 12 decisions, plans for up
+            to 200.
+        policy: the folder of the run's policy, if neither the decision log nor rankpilot has a copy.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -69,11 +70,11 @@ def main(arguments: Sequence[str]) -> None:
 def write_study(
     folders: Sequence[Path], output: Path | None = None, explain: Depth = "auto", policy: Path | None = None
 ) -> Path:
-    """Write the page of some runs and say what came out; returns the page.
+    """Write the page of some runs and print the results; return the path of the page.
 
     Args:
-        folders: of the runs, one at least.
-        output: the file of the page. Without it, the page and a picture of the ranks go into the folder of the run.
+        folders: folders of the runs, at least one.
+        output: the file of the page. By default, the page and a picture of the ranks are written to the run's folder.
         explain: see `StudyOptions`.
         policy: see `StudyOptions`.
     """
@@ -113,7 +114,7 @@ def _tell(*lines: str) -> None:
 
 
 def _check(options: StudyOptions) -> None:
-    """Refuse options that cannot be followed, before anything is read."""
+    """Reject invalid options before anything is read."""
     if not options.runs:
         raise ConfigError("No run was given. Pass the folder of a run, or those of several: rankpilot study RUN...")
     for folder in options.runs:
@@ -131,7 +132,7 @@ def _check(options: StudyOptions) -> None:
         return
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder. Pass the name of a file, such as {output / PAGE}.")
-    start = b"{" if options.json else b"<!DOCTYPE html>"  # so that nothing else of the user's is replaced
+    start = b"{" if options.json else b"<!DOCTYPE html>"  # so that no other file of the user is overwritten
     with output.open("rb") as stream:
         if stream.read(len(start)) != start:
             kind = "JSON" if options.json else "page"
@@ -139,7 +140,7 @@ def _check(options: StudyOptions) -> None:
 
 
 def _read(folders: Sequence[Path], explain: Depth, policy: Path | None) -> tuple[list[RunData], dict[str, Any]]:
-    """The runs, and the data of their page."""
+    """Read the runs, and the data of their page."""
     from ..study.page import page_data
     from ..study.run_data import read_run
 
@@ -148,7 +149,7 @@ def _read(folders: Sequence[Path], explain: Depth, policy: Path | None) -> tuple
 
 
 def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanations | None:
-    """Why each decision of a run was taken, see docs/study.md."""
+    """Explain each decision of a run, see docs/study.md."""
     from ..study.run_data import log_of
 
     log = log_of(run.folder)
@@ -162,7 +163,7 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
     from ..study.why import explanations
 
     policy = policy_of(log) if given is None else load_policy(given)
-    # On standard error, since standard output may be the data; nothing where nobody looks.
+    # To standard error, since standard output may hold the data; nothing if it is not a terminal.
     with tqdm(desc="explaining decisions", total=len(log), disable=None, leave=False) as bar:
         return explanations(log, policy, what_ifs=depth == "all", on_progress=lambda *_: bar.update())
 

@@ -1,4 +1,4 @@
-"""`rankpilot policy train`: the same as `python train_agent.py`, with a picture of what was learned."""
+"""`rankpilot policy train`: the same as `python train_agent.py`, plus a picture of the learning curve."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train_command(options: Train) -> None:
     from ..train_agent import PROGRESS, train
 
     folder = train(options, tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
-    load_policy(folder)  # whole, also where an earlier run has written it
+    load_policy(folder)  # check that it is complete, even if written by an earlier run
     rows = read_json_lines(folder / PROGRESS)
     save_figure(learning_curve(rows), folder / "learning_curve.png")
     console.print(f"{learning_sentence(rows)}.", markup=False, highlight=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""What every part of the package shares."""
+"""Utilities shared by all parts of the package."""

@@ -1,7 +1,7 @@
-"""Workers on the machines of a Ray cluster: all that knows Ray.
+"""Workers on the machines of a Ray cluster; the only module with Ray code.
 
-A worker is an actor that calls functions, one after another. When its node dies, Ray starts it on another one and
-repeats the call, so a call must say all that it takes to come to its result.
+A worker is an actor for calling functions, one after another. If its node dies, Ray restarts it on another one and
+repeats the call, so a call must carry everything needed to compute its result.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 from ..errors import ConfigError, UnsupportedError, first_line
 
 LOCAL, AUTO = "local", "auto"
-"""Addresses of a cluster that is started on this machine, and of the one that runs here."""
+"""Addresses to start a cluster on this machine, and to join the one running here."""
 
 CONNECT_SECONDS = 10.0
-"""A cluster answers within that time; Ray itself would try for many minutes."""
+"""Timeout for connecting to a cluster, in seconds; Ray itself would retry for many minutes."""
 
 
 class RayWorker:
-    """An actor with the part of `concurrent.futures.Executor` that vector environments need.
+    """An actor with the subset of `concurrent.futures.Executor` needed by vector environments.
 
     Args:
         ray: the library, connected.
-        last: whether the connection ends with this worker.
+        last: True to close the connection with this worker.
     """
 
     def __init__(self, ray: Any, *, last: bool) -> None:
@@ -37,43 +37,43 @@ class RayWorker:
 
     @classmethod
     def start(cls, address: str, count: int) -> Sequence[RayWorker]:
-        """So many workers on a cluster.
+        """Start workers on a cluster.
 
         Args:
-            address: "local" starts a cluster on this machine, and ends it with the workers; "auto" joins the one that
-                runs here, and HOST:PORT the one with that address, of which this machine must be a part.
-            count: of the workers; nodes take turns.
+            address: "local" starts a cluster on this machine, and ends it with the workers; "auto" joins the one
+                running here, and HOST:PORT the one at that address; this machine must be part of it.
+            count: number of workers, spread over the nodes.
 
         Raises:
             UnsupportedError: Ray is not installed.
-            ConfigError: no address, or no cluster there.
+            ConfigError: an invalid address, or no cluster there.
         """
         ray = _connected(address)
         return [cls(ray, last=number == count - 1) for number in range(count)]
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Call a function, pickled by its name, there; the future has its result, or its error."""
+        """Call a function remotely, pickled by name; the future holds its result or error."""
         future: Future[Any] = self._actor.call.remote(function, *arguments).future()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the actor, and the connection with the last one."""
+        """Stop the actor, and close the connection after the last one."""
         self._ray.kill(self._actor)
         if self._last:
             self._ray.shutdown()
 
 
 class _Actor:
-    """What an actor is."""
+    """Implementation of the actor."""
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
 def _connected(address: str) -> Any:
-    """Ray, connected to a cluster, or to one that it starts."""
-    # No reports of its use to its makers, nor a warning of what it will do later; and processes of a cluster that is
-    # started here run at this one's priority: at Ray's low one other work starves them.
+    """Return Ray, connected to an existing or new cluster."""
+    # No usage reports and no deprecation warnings; and processes of a cluster started here run at this process's
+    # priority: at Ray's low one, other work starves them.
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
         os.environ.setdefault(name, "0")
     try:
@@ -91,7 +91,7 @@ def _connected(address: str) -> Any:
 
 
 def _check_address(address: str) -> None:
-    """Refuse what is no address, and an address at which nothing answers."""
+    """Reject an invalid address, or one without a response."""
     if address in (LOCAL, AUTO):
         return
     if not re.fullmatch(r"[^\s:/]+:\d{1,5}", address):

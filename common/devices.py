@@ -1,8 +1,8 @@
-"""Which device to use, by name, and the energy that a run takes there, where hardware counts it.
+"""Select a device by name, and measure the energy of a run where the hardware counts it.
 
-Energy is never estimated. NVIDIA's library counts what a whole GPU has taken (`nvidia-ml-py`, from the Volta generation
-on). Linux counts what whole processors have taken (RAPL, the powercap interface), where it lets the user read that.
-Both count everything that runs there, and a processor's count leaves its memory out.
+Energy is never estimated. NVIDIA's library counts the energy of a whole GPU (`nvidia-ml-py`, from the Volta generation
+on). Linux counts the energy of whole processors (RAPL, the powercap interface), if the user may read it. Both count
+everything running there, and a processor's count excludes its memory.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..errors import ConfigError
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. ConfigError if there is no such device here."""
+    """Return the device of that name; "auto" prefers CUDA. ConfigError if there is no such device here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of being absent
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one per way of being absent
         raise ConfigError(f"No device {name!r} is at hand. Use cpu, or leave it at auto.") from error
     return torch.device(name)
 
 
 META_AUTOCAST: ContextVar[torch.dtype | None] = ContextVar("META_AUTOCAST", default=None)
-"""The precision of autocast on the meta device, of which torch knows nothing; see `cost/device_on_meta.py`."""
+"""Autocast dtype on the meta device, not supported by torch itself; see `cost/device_on_meta.py`."""
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """The precision of products with a tensor under the autocast of now; None where autocast leaves it alone."""
+    """Dtype of products with a tensor under the current autocast; None if autocast does not apply."""
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return None
@@ -47,7 +47,7 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Keep the precision of tensors inside, also where a caller's whole loop is under `torch.autocast`."""
+    """Keep the dtype of tensors inside the block, even within a caller's `torch.autocast`."""
     with ExitStack() as stack:
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -55,16 +55,16 @@ def without_autocast() -> Iterator[None]:
 
 
 POWERCAP = Path("/sys/class/powercap")
-"""Where Linux tells the energy of processors."""
+"""Linux folder with the processors' energy counters."""
 
 
 @dataclass(frozen=True, eq=False)
 class EnergyCounter:
-    """A counter of the hardware.
+    """A hardware energy counter.
 
     Attributes:
-        source: what is counted, in words.
-        joules: since some time before; never falls while the program runs.
+        source: description of the counted devices.
+        joules: joules since an arbitrary time; never decreases while the program runs.
     """
 
     source: str
@@ -72,17 +72,17 @@ class EnergyCounter:
 
 
 def find_energy_counter(device: torch.device, powercap: Path = POWERCAP) -> EnergyCounter | None:
-    """The counter of a device: of the GPU, or else of all processors; None where the machine does not tell.
+    """Return the counter of a device: of the GPU, or else of all processors; None if there is none.
 
     Args:
-        device: where a run trains.
-        powercap: the folder of Linux's counters.
+        device: device of the run.
+        powercap: folder of Linux's counters.
     """
     return _of_gpu(device) if device.type == "cuda" else _of_processors(powercap)
 
 
 def _of_gpu(device: torch.device) -> EnergyCounter | None:
-    with suppress(Exception):  # no library, no right to ask, or a GPU that does not count: each has errors of its own
+    with suppress(Exception):  # no library, no permission, or a GPU without a counter: each raises its own errors
         nvml: Any = import_module("pynvml")
         nvml.nvmlInit()
         properties = torch.cuda.get_device_properties(device)
@@ -99,7 +99,7 @@ def _of_processors(powercap: Path) -> EnergyCounter | None:
     packages = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
     try:
         counters = [_Package(path) for path in packages]
-    except (OSError, ValueError):  # the kernel lets root alone read them, as a rule
+    except (OSError, ValueError):  # usually readable by root only
         return None
     if not counters:
         return None
@@ -108,7 +108,7 @@ def _of_processors(powercap: Path) -> EnergyCounter | None:
 
 
 class _Package:
-    """The counter of one processor, which begins again at 0 after its largest value."""
+    """Counter of one processor; it wraps around to 0 after its largest value."""
 
     def __init__(self, folder: Path) -> None:
         self._file, self._total = folder / "energy_uj", 0
@@ -116,7 +116,7 @@ class _Package:
         self._last = int(self._file.read_text())
 
     def joules(self) -> float:
-        """Joules since this object was made; right if it is asked once an hour."""
+        """Joules since this object was made; correct if read at least once an hour."""
         now = int(self._file.read_text())
         self._total += (now - self._last) % (self._range + 1)
         self._last = now

@@ -1,7 +1,7 @@
-"""What all pictures share: size, colours, titles, how they are written, and the heat map of ranks.
+"""Shared parts of all pictures: size, colors, titles, file output, and the heat map of ranks.
 
-The scale of the heat map is fixed, so that a colour means the same rank in each picture, and neighbouring rungs differ
-equally. Rank 0 is grey, and hatched where there is room. Colours suit colour-blind readers (viridis).
+The color scale of the heat map is fixed, so a color means the same rank in every picture, with equal steps between
+neighboring rungs. Rank 0 is gray, and hatched if there is room. Colors suit color-blind readers (viridis).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import naming_extras
 from .arrays import FloatArray, IntArray
 from .files import atomic_path
 
-if TYPE_CHECKING:  # a run and its page need colours of ranks from here, and no matplotlib
+if TYPE_CHECKING:  # a run and its page need rank colors from here, without matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -28,23 +28,23 @@ DPI = 150
 INK, FAINT, RULE = "#333333", "#767676", "#bbbbbb"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BUDGET_RED = "#b00020"
-"""The line that no step may cross."""
+"""Color of the budget line."""
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG in one step, and return the path; equal figures give equal bytes."""
+    """Write a figure as PNG atomically, and return the path; equal figures give equal bytes."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", facecolor="white", metadata={"Software": None})
     return path
 
 
 def new_figure(height: float, title: str, note: str = "") -> Figure:
-    """An empty figure that lays itself out below its title.
+    """Create an empty figure with a title and automatic layout.
 
     Args:
         height: inches, title included.
-        title: the finding, one line; set smaller if it is long.
-        note: how to read the picture, in small grey type; smaller if it is long.
+        title: the finding, one line; in smaller type if it is long.
+        note: how to read the picture, in small gray type; smaller if it is long.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -65,7 +65,7 @@ def new_figure(height: float, title: str, note: str = "") -> Figure:
 
 
 def clean_axes(axes: Axes, title: str = "", pad: float = 6) -> Axes:
-    """Leave the left and bottom spine, small grey ticks and a faint grid; write a title, `pad` points above."""
+    """Keep the left and bottom spine, small gray ticks and a faint grid; add a title, `pad` points above."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(RULE)
@@ -85,18 +85,18 @@ def finite_points(points: Points) -> FloatArray:
 
 
 ABSENT = -1
-"""In place of a rank where there is no module."""
+"""Placeholder rank for a missing module."""
 RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Ranks whose colours are equally far apart: the default ladder. Ranks above the last look like it."""
+"""Ranks with equally spaced colors: the default ladder. Higher ranks use the last color."""
 NO_ADAPTER = "#e9e9e9"
 _GREY = int(NO_ADAPTER[1:3], 16) / 255
 _VIRIDIS = "e5e419 addc30 75d054 46c06f 27ad81 1f998a 25848e 2d718e 375b8d 414287 482979 460b5e"
-"""Of each rung: matplotlib's viridis, 12 places evenly from light to dark, without its ends."""
+"""Color of each rung: matplotlib's viridis at 12 evenly spaced points from light to dark, without its ends."""
 _CHANNELS = np.array([list(bytes.fromhex(color)) for color in _VIRIDIS.split()]).T / 255
 
 
 def rank_colors(ranks: IntArray | FloatArray) -> FloatArray:
-    """RGB of ranks in an array, (..., 3): grey for 0, white where there is no module, else from light to dark."""
+    """RGB of ranks in an array, (..., 3): gray for 0, white for a missing module, else from light to dark."""
     colors = np.stack([np.interp(ranks, RUNGS, channel) for channel in _CHANNELS], axis=-1)
     colors[ranks == 0] = _GREY
     colors[ranks == ABSENT] = 1.0
@@ -107,9 +107,9 @@ def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float],
     """Draw a cell for each rank, and white lines between the rows.
 
     Args:
-        axes: get the limits of the grid, without spines and tick marks.
-        ranks: ranks or means of ranks, (rows, columns), the first row at the bottom; `ABSENT` leaves a cell white.
-        edges: where each column begins, and where the last one ends, (columns + 1,).
+        axes: their limits are set to the grid, without spines and tick marks.
+        ranks: ranks or mean ranks, (rows, columns), the first row at the bottom; `ABSENT` leaves a cell white.
+        edges: start of each column, and end of the last one, (columns + 1,).
         gap: width of the lines, points; 0 for none.
         hatched: hatch the cells of rank 0.
     """
@@ -131,9 +131,9 @@ def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float],
 
 
 def write_rank(axes: Axes, rank: int, place: tuple[float, float], text: str = "", **style: Any) -> None:
-    """Write a rank, or a text in its place, into its cell in a colour that can be read there.
+    """Write a rank, or a text in its place, into its cell in a readable color.
 
-    The place is in data coordinates; `style` overrides the usual style of the text.
+    The place is in data coordinates; `style` overrides the default text style.
     """
     brightness = float(rank_colors(np.array([rank]))[0] @ (0.299, 0.587, 0.114))
     color = FAINT if rank == 0 else "white" if brightness < 0.5 else INK

@@ -1,11 +1,11 @@
-"""Files that are complete or absent, read within bounds; settings as JSON; and run folders.
+"""Atomic file writes and bounded reads; settings as JSON; and run folders.
 
-Each file is written to a temporary name and then renamed. What is read may be a stranger's (SECURITY.md): text, JSON,
-YAML with plain values alone, files of `torch.save`, and arrays with a description in safetensors files. The header of
-such a file tells the type and shape of each tensor, and the format's reader checks that together they take the bytes
-that follow: so no more is allocated than the file is long.
+Each file is written to a temporary name and then renamed. Files to read may be untrusted (SECURITY.md): text, JSON,
+YAML limited to plain values, `torch.save` files, and safetensors files of arrays with a description. The header of a
+safetensors file gives the type and shape of each tensor, and the format's reader checks their total size against the
+file: memory use is therefore limited to the file's size.
 
-One writer and one reader serve all dataclasses of settings.
+One writer and one reader serve all settings dataclasses.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def is_whole_archive(path: Path) -> bool:
-    """Whether a file that `torch.save` wrote is whole. It packs nothing, so no entry can be longer than the file.
+    """True if a `torch.save` file is complete. It is uncompressed, so no entry can be longer than the file.
 
     Raises:
         OSError, BadZipFile, NotImplementedError, RuntimeError, EOFError: it cannot be read as an archive.
@@ -54,11 +54,11 @@ def is_whole_archive(path: Path) -> bool:
 
 
 def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Tensors, numbers and texts from a file that `torch.save` wrote; objects of other kinds are refused.
+    """Load tensors, numbers and texts from a `torch.save` file; objects of other kinds are rejected.
 
     Raises:
-        DataError: an entry is torn, or unpacks to more than the file is long.
-        Exception: whatever zipfile and torch raise for other files.
+        DataError: an entry is truncated, or unpacks to more than the file's size.
+        Exception: any error of zipfile and torch for other files.
     """
     import torch
 
@@ -68,23 +68,23 @@ def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
 
 
 MOST_TEXT_BYTES = 2**26
-"""Bytes of a text or JSON file, at most; more are refused before they are read."""
+"""Maximum bytes of a text or JSON file, checked before reading."""
 
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 MOST_LINES_BYTES = 2**29
-"""Bytes of a file of JSON lines, at most."""
+"""Maximum bytes of a JSON-lines file."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
+    """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
-    It works for a file and for a folder; an existing file or folder of that name is replaced. A reader sees either the
-    old content or the new one, never a part of it. While a folder is replaced, there is none for a moment.
+    Works for files and folders; an existing one of that name is replaced. A reader sees either the old or the new
+    content, never a mix. While a folder is being replaced, it is briefly absent.
 
     Raises:
-        RunFolderError: the system refuses to write it, as on a full disk.
+        RunFolderError: the system refuses the write, for example on a full disk.
     """
     with writing(path), _whole(path) as temporary:
         yield temporary
@@ -92,7 +92,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise RunFolderError where the system refuses what the block writes to `path`, as on a full disk."""
+    """Raise RunFolderError if the system refuses the block's writes to `path`, for example on a full disk."""
     try:
         yield
     except Exception as error:
@@ -121,18 +121,18 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step."""
+    """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON in one step; NaN and infinity are refused."""
+    """Write `value` as indented JSON atomically; NaN and infinity are rejected."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def as_plain(value: Any) -> Any:
-    """A value of dicts, tuples, paths and scalars as it comes back from JSON: lists for tuples, text for paths."""
+    """Convert dicts, tuples, paths and scalars as a JSON round trip would: tuples to lists, paths to text."""
     if isinstance(value, dict):
         return {key: as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -141,7 +141,7 @@ def as_plain(value: Any) -> Any:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a named pipe to which nobody writes is then empty, and not waited for."""
+    """Open a file without blocking; a named pipe without a writer reads as empty."""
     if not hasattr(os, "O_NONBLOCK"):
         return os.open(path, flags)
     opened = os.open(path, flags | os.O_NONBLOCK)
@@ -150,7 +150,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a file; of a pipe or a device no more than `most` is read either.
+    """Read the content of a file; at most `most` bytes are read even from a pipe or a device.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -164,11 +164,11 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_TEXT_BYTES) -> str:
-    """The text of a file, without a byte order mark.
+    """Read the text of a file, without a byte order mark.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        DataError: it has more than `most` bytes, or is no text in UTF-8.
+        DataError: it has more than `most` bytes, or is not valid UTF-8.
     """
     try:
         return read_bytes(path, most).decode("utf-8-sig")
@@ -177,11 +177,11 @@ def read_text(path: Path, most: int = MOST_TEXT_BYTES) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is no JSON, is nested more deeply than Python reads, or has half of a surrogate pair in a text,
-            which no file could be written with.
+        ValueError: it is not JSON, exceeds Python's nesting limit, or contains half of a surrogate pair, impossible to
+            write to a file.
     """
     try:
         value = json.loads(text)
@@ -200,7 +200,7 @@ def read_json(path: Path, most: int = MOST_TEXT_BYTES) -> Any:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        DataError: it has more than `most` bytes, or is no JSON.
+        DataError: it has more than `most` bytes, or is not JSON.
     """
     text = read_text(path, most)
     try:
@@ -210,11 +210,11 @@ def read_json(path: Path, most: int = MOST_TEXT_BYTES) -> Any:
 
 
 def read_object(path: Path, most: int = MOST_TEXT_BYTES) -> dict[str, Any]:
-    """Read a JSON file that holds values by name.
+    """Read a JSON file containing an object.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        DataError: it has more than `most` bytes, is no JSON, or holds something else.
+        DataError: it has more than `most` bytes, is not JSON, or holds something else.
     """
     value = read_json(path, most)
     if not isinstance(value, dict):
@@ -225,7 +225,7 @@ def read_object(path: Path, most: int = MOST_TEXT_BYTES) -> dict[str, Any]:
 def append_json_line(path: Path, value: Any) -> None:
     """Append one JSON object and flush it to disk.
 
-    A last line that a killed process left incomplete is ended first; `read_json_lines` skips it.
+    An incomplete last line, left by a killed process, is terminated first; `read_json_lines` skips it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
@@ -239,15 +239,15 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write JSON objects, one a line, in one step; NaN and infinity are refused."""
+    """Write JSON objects atomically, one per line; NaN and infinity are rejected."""
     write_text(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSON-lines file; an absent file counts as empty.
+    """Read all complete lines of a JSON-lines file; a missing file counts as empty.
 
     Raises:
-        DataError: it has more than `MOST_LINES_BYTES`, or is no text in UTF-8.
+        DataError: it has more than `MOST_LINES_BYTES`, or is not valid UTF-8.
     """
     if not path.exists():
         return []
@@ -265,16 +265,16 @@ def sha256(path: Path) -> str:
 
 
 MOST_YAML_BYTES = 2**22
-"""Bytes of a YAML file, at most: reading takes some seconds for each MiB."""
+"""Maximum bytes of a YAML file: parsing takes some seconds per MiB."""
 
 _FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What PyYAML raises besides its own errors, for values such as `!!int ''` or a 13th month."""
+"""Errors raised by PyYAML besides its own, for values such as `!!int ''` or a 13th month."""
 
 
 @cache
 def _plain_loader() -> Any:
-    """PyYAML, and its safe loader without references: a few of them stand for more values than any memory holds."""
-    import yaml  # which takes a while, and most commands read none
+    """Return PyYAML, and its safe loader without references: a few of them can expand beyond any memory."""
+    import yaml  # slow to import, and most commands read no YAML
 
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
         def compose_node(self, parent: Any, index: Any) -> Any:
@@ -296,11 +296,11 @@ def _plain_loader() -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts, lists and scalars, each in one place only.
+    """Parse a YAML text: dicts, lists and scalars, without aliases.
 
     Raises:
-        YAMLError: it is no YAML, is nested more deeply than Python reads, has a key twice, references (`*name`), or
-            tags that ask for objects.
+        YAMLError: it is not YAML, exceeds Python's nesting limit, has a duplicate key, references (`*name`), or object
+            tags.
     """
     yaml, loader = _plain_loader()
     try:
@@ -312,33 +312,33 @@ def parse_yaml(text: str) -> Any:
 
 
 MOST_TENSOR_BYTES = 2**31
-"""Bytes of a file of tensors, at most."""
+"""Maximum bytes of a tensor file."""
 
 PICKLES = (b"PK", b"\x80")
-"""How files begin that `torch.save` and `pickle` write, which are never opened."""
+"""First bytes of `torch.save` and `pickle` files, never opened here."""
 
 
 def check_tensor_file(path: Path, most: int = MOST_TENSOR_BYTES) -> None:
-    """Refuse a file before it is opened as one of tensors.
+    """Check a file before opening it as a tensor file.
 
     Raises:
         OSError: there is no such file.
-        DataError: it is no file, has more than `most` bytes, or is a pickle.
+        DataError: it is not a regular file, has more than `most` bytes, or is a pickle.
     """
     size = path.stat().st_size
     if not path.is_file() or size > most:
         raise DataError(f"{path} is no file, or has more than {most:,} bytes, the most that is read of such a file.")
     with path.open("rb") as stream:
         head = stream.read(9)
-    if head.startswith(PICKLES) and head[8:] != b"{":  # the header follows its length, whose bytes may be any
+    if head.startswith(PICKLES) and head[8:] != b"{":  # the header follows its length, encoded in arbitrary bytes
         raise DataError(f"{path} is a pickle or zip file in disguise and was not opened.")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of a file, by name; only its header is read.
+    """Read the shapes of a file's tensors, by name, from the header alone.
 
     Raises:
-        DataError: the file is missing or no safetensors file.
+        DataError: the file is missing or not a safetensors file.
     """
     try:
         check_tensor_file(path, most=2**63)
@@ -349,10 +349,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """All arrays of a file by name, and the texts that describe them.
+    """Read all arrays of a file by name, and its metadata.
 
     Raises:
-        DataError: the file is missing, too large, no safetensors file, or holds types that numpy does not have.
+        DataError: the file is missing, too large, not a safetensors file, or holds types without a NumPy equivalent.
     """
     try:
         check_tensor_file(path)
@@ -365,16 +365,16 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
 
 
 def expanded(name: str) -> Path:
-    """A path with the home folder in place of ~; that of a user who is not there stays as it is."""
+    """Expand ~ to the home folder; the path of an unknown user is unchanged."""
     return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser would raise)
 
 
 CACHE_VARIABLE = "RANKPILOT_CACHE"
-"""Environment variable that moves the cache folder."""
+"""Environment variable for the cache folder."""
 
 
 def cache_folder() -> Path:
-    """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
+    """Folder for downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return (expanded(chosen) if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
 
@@ -382,25 +382,25 @@ def cache_folder() -> Path:
 CONFIG = "config.json"
 
 LOCK = ".lock"
-"""File in the folder that the process which uses it has locked. The system frees the lock when the process ends."""
+"""Lock file of the process using the folder. The system releases the lock when the process ends."""
 
 
 @contextmanager
 def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[None]:
-    """Claim a run folder for as long as the block lasts.
+    """Claim a run folder for the duration of the block.
 
     Args:
         folder: the run's folder.
-        config: what the run does, as JSON values; written there.
-        resume: go on with what is there; the settings must be the same.
+        config: settings of the run, as JSON values; written to the folder.
+        resume: continue an existing run; the settings must be the same.
 
     Raises:
         RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
     """
-    from filelock import FileLock, Timeout  # which loads asyncio
+    from filelock import FileLock, Timeout  # loads asyncio
 
     refuse_file(folder)
-    # A run that wrote no settings has left nothing but its lock.
+    # A run that wrote no settings has left only its lock.
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
     else:
@@ -414,13 +414,13 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
         ) from error
     try:
         if (folder / CONFIG).exists():
-            _check(folder, config, resume)  # once more: another process may have been faster
+            _check(folder, config, resume)  # again: another process may have been faster
         else:
             write_json(folder / CONFIG, config)
         try:
             yield
         except RankPilotError:
-            if {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:  # nothing is done: the name is free again
+            if {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:  # nothing is done: free the name again
                 (folder / CONFIG).unlink(missing_ok=True)
             raise
     except (KeyboardInterrupt, Terminated) as end:
@@ -431,7 +431,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
 
 
 def refuse_file(folder: Path) -> None:
-    """Raise RunFolderError where a folder is to be and a file is, or where none can be."""
+    """Raise RunFolderError if a file is in the folder's place, or the folder cannot be created."""
     if "\0" in str(folder):
         raise RunFolderError(f"{shown(str(folder))} is no name of a folder. Pass another one as --output.")
     if folder.exists() and not folder.is_dir():
@@ -439,7 +439,7 @@ def refuse_file(folder: Path) -> None:
 
 
 def _check(folder: Path, config: dict[str, Any], resume: bool) -> None:
-    """Refuse a folder that does not hold this run."""
+    """Raise RunFolderError if a folder does not hold this run."""
     if not resume:
         raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
     path = folder / CONFIG
@@ -458,26 +458,26 @@ def _check(folder: Path, config: dict[str, Any], resume: bool) -> None:
 
 
 MOST_LISTED = 20
-"""Keys of one kind that an error lists at most."""
+"""Maximum keys of one kind listed in an error."""
 
 
 def as_json(kind: type[DataclassInstance], settings: DataclassInstance) -> dict[str, Any]:
-    """Settings as JSON values: the fields of the dataclass `kind`, without those that a subclass of it adds."""
+    """Convert settings to JSON values: the fields of the dataclass `kind`, without those added by a subclass."""
     values = asdict(settings)
     return {field.name: as_plain(values[field.name]) for field in fields(kind)}
 
 
 def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None, complete: bool = False) -> Settings:
-    """Settings from what `as_json` made of them, or from a part of it.
+    """Restore settings from the output of `as_json`, or part of it.
 
     Args:
         kind: the dataclass.
         values: JSON values by key.
-        base: has the settings that `values` lacks; without it they are the class's defaults.
-        complete: refuse values that lack any key, even one with a default.
+        base: source of settings missing from `values`; default: the class's defaults.
+        complete: reject values with a missing key, even one with a default.
 
     Raises:
-        ConfigError: a key is unknown or missing, a value has the wrong type, or the class refuses it.
+        ConfigError: a key is unknown or missing, a value has the wrong type, or the class rejects it.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"settings are keys with values; got {shown(values)}.")
@@ -495,7 +495,7 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
 
 
 def _read(expected: Any, value: Any, name: str) -> Any:
-    """One value in the type that its field has; ConfigError if it does not have that type."""
+    """Convert one value to the type of its field; ConfigError if it has another type."""
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
@@ -533,7 +533,7 @@ _WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number",
 
 
 def _words(expected: Any) -> str:
-    """What a type is called in an error."""
+    """Name of a type in errors."""
     if get_origin(expected) is tuple:
         return f"a list, each item {_words(get_args(expected)[0])}"
     return _WORDS.get(expected, str(expected))

@@ -1,6 +1,6 @@
-"""The processes that train one model together: what one of them works out, all of them know.
+"""Communication between the processes training one model: results of one process are shared with all of them.
 
-Messages go from one host's memory to another's over gloo, so that no accelerator waits for them.
+Messages go between host memories over gloo, so no accelerator waits for them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .. import errors
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=2)
-"""How long a process waits for another, which may wait for a person. One that has died is noticed at once."""
+"""Timeout for another process, possibly waiting for a person. A dead process is noticed at once."""
 
 
 def is_first_process() -> bool:
-    """Whether a launcher such as torchrun has started no process before this one; before any group of them is there."""
+    """True for rank 0 of a launcher such as torchrun, or without a launcher; works before process groups exist."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Processes:
-    """The processes of one run. One that is alone sends nothing, and gets back what it passes in.
+    """The processes of one run. A single process sends nothing, and gets its own inputs back.
 
     All processes call the same methods in the same order.
 
     Attributes:
-        rank: the number of this process, from 0.
-        count: how many there are.
+        rank: rank of this process, from 0.
+        count: number of processes.
     """
 
     count: int
@@ -46,7 +46,7 @@ class Processes:
 
     @classmethod
     def of_this_run(cls) -> Processes:
-        """Those of torch's default process group, with a group of their own; alone, where there is none."""
+        """Processes of torch's default process group, in a new group; a single process if there is none."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
         default = dist.group.WORLD
@@ -58,15 +58,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that decides and writes."""
+        """True for the process that decides and writes."""
         return self.rank == 0
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What a function returns in the first process, in all of them; only there it is called.
+        """Call a function in the first process only, and return its result in all of them.
 
         Raises:
-            Exception: what it raised there, in all processes: of the same kind where it is one of rankpilot or of
-                Python, else a ProcessError with its text.
+            Exception: the function's error, in all processes: of the same type if it is from rankpilot or Python, else
+                a ProcessError with its text.
         """
         if self.count == 1:
             return work()
@@ -80,22 +80,22 @@ class Processes:
             self._sent(message)
             return result
         received: tuple[T, tuple[str, str] | None]
-        received = pickle.loads(self._sent(b""))  # noqa: S301 - from the first process of this run, as gradients are
+        received = pickle.loads(self._sent(b""))  # noqa: S301 - from the first process of this run, like gradients
         value, failure = received
         if failure is not None:
             raise _error_of(*failure)
         return value
 
     def most(self, *numbers: float) -> list[float]:
-        """The largest of each number over all processes."""
+        """Maximum of each number over all processes."""
         return self._reduced(numbers, dist.ReduceOp.MAX)
 
     def least(self, *numbers: float) -> list[float]:
-        """The smallest of each number over all processes."""
+        """Minimum of each number over all processes."""
         return self._reduced(numbers, dist.ReduceOp.MIN)
 
     def of_each(self, value: T) -> list[T]:
-        """The value of each process, in the order of their numbers."""
+        """Value of each process, in order of rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -111,7 +111,7 @@ class Processes:
         return result
 
     def _sent(self, message: bytes) -> bytes:
-        """The message of the first process."""
+        """Message of the first process."""
         size = torch.tensor([len(message)])
         dist.broadcast(size, src=0, group=self._group)
         content = torch.empty(int(size), dtype=torch.uint8)
@@ -122,15 +122,15 @@ class Processes:
 
 
 _known: dict[str, tuple[Any, Processes]] = {}
-"""The processes of the default group that was there last, so that each run has one group more and no new ones."""
+"""Processes of the latest default group, so each run adds only one group."""
 
 
 def _error_of(name: str, text: str) -> Exception:
-    """The error of another process."""
+    """Rebuild the error of another process."""
     kind = getattr(errors, name, None) or getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
             return kind(text)
-        except TypeError:  # it takes more than a text
+        except TypeError:  # its constructor takes more than a text
             pass
     return errors.ProcessError(f"The first process failed with {name}: {text}")

@@ -1,13 +1,13 @@
 """Figures with intervals, for comparisons of few runs.
 
-There are few runs of few tasks, so every figure comes with an interval; means come with the interquartile mean, which
-one run that went astray hardly moves (Agarwal et al., 2021, arXiv 2108.13264). Repetitions of a task are alike, so the
-bootstrap draws tasks, each with all its repetitions. Benchmarks of time use the same bootstrap: neighbours in time are
-alike, so it draws whole cycles of steps.
+With few runs of few tasks, every figure has an interval; means come with the interquartile mean, robust to a single
+failed run (Agarwal et al., 2021, arXiv 2108.13264). Repetitions of a task are correlated, so the bootstrap draws tasks,
+each with all its repetitions. Timing benchmarks use the same bootstrap: consecutive steps are correlated, so it draws
+whole cycles of steps.
 
-Plain quantiles of the draws are too narrow where tasks are few: of six tasks they hold the truth in 85 % of the cases.
-`estimate` goes further out, as far as Student's t does beyond the normal distribution (the expanded percentile
-interval of Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
+Plain quantiles of the draws are too narrow for few tasks: with six tasks they contain the truth in 85 % of the cases.
+`estimate` widens them by the ratio of Student's t to the normal distribution (the expanded percentile interval of
+Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +26,17 @@ DRAWS = 4000
 """Bootstrap draws."""
 
 Statistic = Callable[[FloatArray, IntArray], FloatArray]
-"""A figure of each draw, (draws,), from values, (runs,), and how often each run is in each draw, (draws, runs)."""
+"""Statistic of each draw, (draws,), from values, (runs,), and the count of each run in each draw, (draws, runs)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A figure with its 95 % interval; `f"{estimate:.3f}"` gives "1.042 (1.004 to 1.077)".
 
-    A single task tells no interval, so its figure stands alone.
+    For a single task there is no interval, and only the figure is shown.
 
     Attributes:
-        value: of all runs.
+        value: figure over all runs.
         low: lower end of the interval.
         high: upper end.
     """
@@ -58,15 +58,15 @@ def means(values: FloatArray, counts: IntArray) -> FloatArray:
 def estimate(
     values: Sequence[float] | FloatArray, tasks: Sequence[str | int], statistic: Statistic = means
 ) -> Estimate:
-    """A statistic of several runs, with the interval of a bootstrap over tasks.
+    """Compute a statistic of several runs, with a bootstrap interval over tasks.
 
-    With many tasks 2.5 % of the draws lie on either side, with few ones less: see the module. Below four tasks hardly
-    any do, and the interval is about as wide as the tasks are apart.
+    With many tasks, 2.5 % of the draws lie on either side, with few tasks fewer: see the module docstring. Below four
+    tasks hardly any do, and the interval is about as wide as the range of the tasks.
 
     Args:
-        values: one a run, (runs,), or (runs, ...) where the statistic takes that; at least one run.
-        tasks: the task of each run.
-        statistic: which figure.
+        values: one per run, (runs,), or (runs, ...) if the statistic supports it; at least one run.
+        tasks: task of each run.
+        statistic: the statistic.
     """
     array = np.asarray(values, dtype=np.float64)
     whole = np.ones((1, len(array)), dtype=np.int64)
@@ -77,21 +77,21 @@ def estimate(
 
 @cache
 def _tail(tasks: int) -> float:
-    """The share of the draws that an interval leaves out on either side; half of them for a single task."""
+    """Share of the draws outside the interval on either side; half of them for a single task."""
     if tasks < 2:
         return 0.5
     return float(ndtr(-stdtrit(tasks - 1, 0.975) * np.sqrt(tasks / (tasks - 1))))
 
 
 def _draws(tasks: Sequence[str | int]) -> IntArray:
-    """How often each run is in each bootstrap draw of tasks, (DRAWS, runs); always the same draws."""
+    """Count of each run in each bootstrap draw of tasks, (DRAWS, runs); deterministic."""
     _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
     return np.asarray(_task_draws(int(task_of.max()) + 1)[:, task_of])
 
 
 @lru_cache(maxsize=1)
 def _task_draws(count: int) -> IntArray:
-    """How often each of some tasks is in each draw, (DRAWS, count), read-only; the last is held for the next figure."""
+    """Count of each task in each draw, (DRAWS, count), read-only; the last result is cached."""
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.int64)
     drawn.flags.writeable = False
     return drawn

@@ -1,4 +1,4 @@
-"""What happens when the system asks a process to end (SIGTERM), as job schedulers do before they kill it."""
+"""Handling of SIGTERM, sent by job schedulers before they kill a process."""
 
 import signal
 import threading
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STATUS = 128 + signal.SIGTERM
-"""The exit status of a process that has ended because of SIGTERM: 143."""
+"""Exit status of a process ended by SIGTERM: 143."""
 
 
 class Terminated(SystemExit):
-    """The process was asked to end. Where nothing catches this, its exit status is 143."""
+    """Raised on SIGTERM. If uncaught, the exit status is 143."""
 
     def __init__(self) -> None:
         super().__init__(STATUS)
@@ -22,17 +22,17 @@ def terminate() -> None:
 
 
 def is_unhandled() -> bool:
-    """Whether SIGTERM would end this process at once: nobody handles it, and this thread may."""
+    """True if SIGTERM would end this process at once: there is no handler, and this thread may install one."""
     in_main = threading.current_thread() is threading.main_thread()
     return in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @contextmanager
 def on_sigterm(react: Callable[[], None] = terminate) -> Iterator[None]:
-    """Call a function when SIGTERM comes while the block runs; without an effect outside of the main thread.
+    """Call a function on SIGTERM while the block runs; no effect outside the main thread.
 
     Args:
-        react: what is called; by default it ends the block with Terminated.
+        react: function to call; by default it ends the block with Terminated.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,6 @@
 """Text for people: numbers with units, tables for a terminal, and short names of modules.
 
-A module's short name is the number of its layer and the shortest clear rest.
+A module's short name is its layer number and the shortest unambiguous rest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
     ]
     if len(set(names)) == len(set(modules)):
         return names
-    # Two stacks of layers, as in T5: their names tell which one.
+    # Two stacks of layers, as in T5: include the name of the stack.
     return [
         ShortName(f"{match['prefix'].split('.')[0]} {name.layer}" if match else "", rest)
         for match, name, rest in zip(matches, names, rests, strict=True)
@@ -49,15 +49,15 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
 
 
 def branches_to(name: str) -> list[str]:
-    """Names of the modules that hold a module, outermost first, and its own: "a", "a.b" and "a.b.c" for "a.b.c"."""
+    """Names of a module's ancestors, outermost first, and its own: "a", "a.b" and "a.b.c" for "a.b.c"."""
     parts = name.split(".")
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
-    """The shortest dotted ends that tell the names of one group apart, in order; a leading number gets its word.
+    """Shortest dotted suffixes that distinguish the names of one group, in order; a leading number keeps its word.
 
-    Equal names have equal ends, also in different groups. A name that a group holds twice is given in full.
+    Equal names have equal suffixes, even in different groups. A duplicate name in a group is given in full.
     """
     parts = {name: name.split(".") for name in names}
     sizes = dict.fromkeys(names, 1)
@@ -77,9 +77,9 @@ def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
 
 
 def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
-    """The shortest dotted ends of names that tell the modules of one layer apart, in order.
+    """Shortest dotted suffixes of names that distinguish the modules of one layer, in order.
 
-    What stands before the layer's number counts only where the rest is the same for two modules of one layer.
+    The part before the layer number is used only if the rest is the same for two modules of one layer.
     """
     ends = shortest_ends([re.sub(r"^.*?\b\d+\.(?=.)", "", name) for name in modules], layers)
     counts = Counter(zip(layers, ends, strict=True))
@@ -87,7 +87,7 @@ def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
 
 
 def layer_titles(layers: Sequence[str]) -> list[str]:
-    """Full names of layers as people say them: "layer 3", or the last part; in full where two would be alike."""
+    """Display names of layers: "layer 3", or the last part; in full to avoid duplicates."""
     numbers = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]
     pairs = zip(numbers, layers, strict=True)
     titles = [f"layer {number[1]}" if number else name.rpartition(".")[2] for number, name in pairs]
@@ -97,8 +97,8 @@ def layer_titles(layers: Sequence[str]) -> list[str]:
 def make_table(
     title: str, columns: Iterable[str], rows: Iterable[Sequence[str]] = (), *, first_wraps: bool = False
 ) -> Table:
-    """A table for people: the first column to the left, figures to the right; without a title if that is empty."""
-    from rich.table import Table  # a run needs names and units from here, and no terminal
+    """Build a table: the first column left-aligned, figures right-aligned; no title if it is empty."""
+    from rich.table import Table  # a run needs names and units from here, but no terminal
 
     table = Table(title=title or None, title_justify="left")
     for index, column in enumerate(columns):
@@ -112,7 +112,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_bytes(count: float, *, up: bool = False) -> str:
-    """A byte count for people, in binary units: 1536 -> '1.5 KiB'; rounded to four digits, upwards if asked."""
+    """Format a byte count in binary units: 1536 -> '1.5 KiB'; rounded to four digits, upwards if `up`."""
     unit, size = byte_unit(count)
     count /= size
     if up and count > 0:
@@ -122,7 +122,7 @@ def format_bytes(count: float, *, up: bool = False) -> str:
 
 
 def given_bytes(count: float) -> str:
-    """A byte count that a person gave, also in decimal units if it is round in these: 10**6 -> '1 MB (976.6 KiB)'."""
+    """Format a user's byte count, with decimal units if it is round in these: 10**6 -> '1 MB (976.6 KiB)'."""
     binary, (_, size) = format_bytes(count), byte_unit(count)
     for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
         if count >= 10**power:
@@ -133,28 +133,28 @@ def given_bytes(count: float) -> str:
 
 
 def byte_unit(count: float) -> tuple[str, int]:
-    """The binary unit in which people write a byte count, and its bytes: 3000 -> ('KiB', 1024)."""
+    """Usual binary unit for a byte count, and its bytes: 3000 -> ('KiB', 1024)."""
     power = sum(abs(count) >= 1024**step for step in range(1, len(_UNITS)))
     return _UNITS[power], 1024**power
 
 
 def cost_text(cost: float, unit: str) -> str:
-    """A cost with its unit: "96.5 MiB", "120,000 parameters"."""
+    """Format a cost with its unit: "96.5 MiB", "120,000 parameters"."""
     return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
 
 
 def plural(count: int, word: str) -> str:
-    """A count with its word: "1 run", "2 runs"."""
+    """Format a count with its noun: "1 run", "2 runs"."""
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def three_digits(value: float) -> str:
-    """A number with three digits, or with all of those before the point: 0.123, 12.3, 1,234."""
+    """Format a number with three digits, or with all digits before the decimal point: 0.123, 12.3, 1,234."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def part_of(count: float, limit: float, unit: str) -> str:
-    """A cost beside its limit, with the unit once: '12.1 of 12.3 GiB', '240,000 of 300,000 parameters'."""
+    """Format a cost and its limit, with the unit once: '12.1 of 12.3 GiB', '240,000 of 300,000 parameters'."""
     if unit != "bytes":
         return f"{count:,.0f} of {limit:,.0f} {unit}"
     name, size = byte_unit(limit)

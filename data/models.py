@@ -1,7 +1,7 @@
 """Models by packaged name, Hugging Face id or local folder, with fresh adapters.
 
-The frozen model may be stored in four or eight bits for each weight, by bitsandbytes. A GGUF file is converted once to
-what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
+The frozen model may be quantized to four or eight bits by bitsandbytes. A GGUF file is converted once to a folder with
+fp32 safetensors, for fine-tuning with transformers, PEFT and TRL.
 """
 
 import logging
@@ -40,14 +40,14 @@ Settings = TypeVar("Settings", bound=StepConfig)
 
 
 def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -> dict[str, Any]:
-    """The settings of `BitsAndBytesConfig` for a model, as JSON values; none without quantisation.
+    """Return `BitsAndBytesConfig` settings for a model, as JSON values; empty without quantization.
 
-    A head that trains stays as it is. Otherwise transformers chooses what does, such as the output layer.
+    A trainable head is not quantized. Otherwise transformers chooses the modules to skip, such as the output layer.
 
     Args:
         config: the model's configuration.
-        task: decides the head.
-        quantization: how weights are stored.
+        task: determines the head.
+        quantization: storage format of the weights.
     """
     if quantization == "none":
         return {}
@@ -59,14 +59,14 @@ def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -
 
 
 def _head_names(config: Any, task: Task) -> list[str]:
-    """The names of the modules beside the base model, from a model without weights."""
+    """Names of the modules outside the base model, from a model without weights."""
     with torch.device("meta"):
         model = getattr(transformers, KINDS[task].auto_class).from_config(config, trust_remote_code=False)
     return head_names(model)
 
 
 def loading_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for settings of `bitsandbytes_settings`, on the device of this machine."""
+    """Arguments of `from_pretrained` for `bitsandbytes_settings` settings, on this machine's device."""
     if not settings:
         return {}
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": find_device()}}
@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_model(name: str) -> str:
-    """The folder or hub id that a model name stands for.
+    """Resolve a model name to a folder or hub id.
 
     Raises:
         AssetError: a packaged model that cannot be downloaded, or a local folder that does not exist.
@@ -92,43 +92,43 @@ def resolve_model(name: str) -> str:
 
 
 def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
-    """What `load` returns for a model's folder or id; UnknownNameError or AssetError if there is no such model."""
+    """Call `load` on a model's folder or id; raise UnknownNameError or AssetError if there is no such model."""
     try:
         if not Path(place := resolve_model(name)).exists():
             try_hub_once()
         return load(place)
     except AssetError:
         raise
-    except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
+    except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # also for a damaged file
         of_config = isinstance(error, (*UNUSABLE, ConfigError, DataError)) or needs_code(error)
         raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
     except (UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
-            raise  # such as one that tells of too little memory
+            raise  # for example an out-of-memory error
         shapes = "do not have the shapes that its config.json says"
         wrong = "are damaged, or more than tensors" if isinstance(error, UnpicklingError) else shapes
         raise AssetError(f"The weights of {name!r} {wrong}. Get it again, with weights in safetensors.") from error
 
 
 def load_config(name: str) -> Any:
-    """A model's configuration; UnknownNameError or AssetError if there is no such model."""
+    """Load a model's configuration; UnknownNameError or AssetError if there is no such model."""
     config = _pretrained(name, read_configuration)
     check_sizes(config)
     return config
 
 
 def with_sizes(settings: Settings, model: str, task: Task) -> Settings:
-    """The settings of a step with the sizes that are usual for a task and a model in place of those that are 0."""
+    """Return the settings of a step, with sizes of 0 replaced by the defaults for the task and model."""
     positions = None if settings.max_length else positions_of(load_config(model))
     return settings.sized(continues=task == "causal-lm", positions=positions)
 
 
 def load_tokenizer(model: str, **options: Any) -> Any:
-    """A model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model.
+    """Load a model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model.
 
     Args:
         model: packaged name, Hugging Face id or local folder.
-        options: of `AutoTokenizer.from_pretrained`.
+        options: arguments of `AutoTokenizer.from_pretrained`.
     """
     tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options))
     if tokenizer.pad_token is None:
@@ -137,9 +137,9 @@ def load_tokenizer(model: str, **options: Any) -> Any:
 
 
 def class_end_token(model: str) -> int | None:
-    """The token that a classifier of this kind reads its answer from; None if it finds the end of a text by itself.
+    """Token a classifier of this kind reads its answer from; None if it finds the end of a text by itself.
 
-    Encoder-decoders read it from their end token, which each row must therefore hold once.
+    Encoder-decoders read it from their end token, so each row must contain it exactly once.
     """
     config = load_config(model)
     if not config.is_encoder_decoder:
@@ -160,28 +160,28 @@ def load_model(
     quantization: Quantization = "none",
     prepare_kbit: bool = True,
 ) -> PreTrainedModel:
-    """The model with the head that the task needs, in the dtype in which it was saved.
+    """Load the model with the head for the task, in its saved dtype.
 
-    A saved head of another size is replaced by a new one, and the log says so.
+    A saved head of another size is replaced by a new one, with a log message.
 
     Args:
         name: packaged name, Hugging Face id or local folder.
-        task: decides the head.
-        labels: names of the classes or tags; one name for regression; none for models that write text.
-        tokenizer: its padding token is set in a model that has none; without a tokenizer, token 0 is.
-        quantization: how the frozen weights are stored.
-        prepare_kbit: whether what is not quantised is then in fp32.
+        task: determines the head.
+        labels: names of the classes or tags; one name for regression; none for generative models.
+        tokenizer: source of the padding token for a model without one; without a tokenizer, token 0 is used.
+        quantization: storage format of the frozen weights.
+        prepare_kbit: convert parameters that are not quantized to fp32.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
         ConfigError: there is no model of this kind for the task, or its checkpoint has fewer bits already.
-        UnsupportedError: bitsandbytes, which quantises, is missing.
+        UnsupportedError: bitsandbytes, needed for quantization, is missing.
     """
     check_installed(quantization=quantization)
     config = load_config(name)
     _check_task(name, config, task)
     options = head_options(task, labels) | loading_options(bitsandbytes_settings(config, task, quantization))
-    if stored_method(config, quantization) == "mxfp4":  # which does not train
+    if stored_method(config, quantization) == "mxfp4":  # not trainable
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     auto = getattr(transformers, KINDS[task].auto_class)
 
@@ -191,7 +191,7 @@ def load_model(
     model, info = _pretrained(name, load)
     _report_new_head(name, model, info["mismatched_keys"])
     if quantization != "none":
-        guard_base(model)  # from being packed anew on the CPU
+        guard_base(model)  # from being repacked on the CPU
         if prepare_kbit:
             prepare_quantised(model)
     if model.config.pad_token_id is None:
@@ -200,7 +200,7 @@ def load_model(
 
 
 def head_options(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that make the head for a task, also in place of one of another size."""
+    """Arguments of `from_pretrained` to build the head for a task, replacing one of another size."""
     if not KINDS[task].has_head:
         return {}
     names = dict(enumerate(labels))
@@ -219,7 +219,7 @@ def _check_task(name: str, config: Any, task: Task) -> None:
 
 
 def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None:
-    """Log that a head was made anew; raise ConfigError if any other weight did not fit."""
+    """Log the creation of a new head; raise ConfigError if any other weight did not fit."""
     keys = sorted(key if isinstance(key, str) else key[0] for key in mismatched)
     heads = tuple(f"{head}." for head in head_names(model))
     foreign = [key for key in keys if not key.startswith(heads)]
@@ -230,18 +230,18 @@ def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None
 
 
 def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, **options: Any) -> PeftModel:
-    """The model with fresh LoRA adapters.
+    """Add fresh LoRA adapters to a model.
 
     Args:
         base: the model.
         name: the model's name, for errors.
-        task: decides which head is trained beside the adapters.
+        task: determines the head trained in addition to the adapters.
         target_modules: "all-linear" or names separated by commas.
         options: further arguments of LoraConfig, such as r and lora_alpha.
 
     Raises:
         UnknownNameError: there is no such module.
-        ConfigError: a module cannot carry an adapter.
+        ConfigError: a module does not support an adapter.
     """
     kind = KINDS[task]
     return fresh_adapters(base, name, kind.peft_type, new_head=kind.has_head, target_modules=target_modules, **options)

@@ -1,4 +1,4 @@
-"""Data sets out of packaged assets, as rows and as splits: real text where no model hub can be reached."""
+"""Data sets from packaged assets, as rows and as splits: real text for machines without access to a hub."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SENTIMENT = ("negative", "positive")
 R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
 DATASETS: dict[str, tuple[str, ...]] = {"rotten-tomatoes": SENTIMENT, "imdb": SENTIMENT, "reuters-r8": R8}
-"""Names that `load_packaged_dataset` accepts, and the classes of each."""
+"""Names accepted by `load_packaged_dataset`, with their classes."""
 
 OfficialSplit = Literal["reuters-r8", "20newsgroups"]
 _REVIEWS: dict[str, ReviewSource] = {"rotten-tomatoes": "rotten_tomatoes", "imdb": "imdb"}
 
 
 def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
-    """Film reviews in file order, which is by label, each text once (the first one is kept).
+    """Read film reviews in file order, which is by label, without duplicates (the first one is kept).
 
     Args:
         source: "imdb" (24,904 texts) or "rotten_tomatoes" (8,530).
@@ -46,7 +46,7 @@ def read_reviews(source: ReviewSource) -> list[dict[str, Any]]:
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows behind `load_packaged_dataset`, without the `datasets` library.
+    """Read the rows behind `load_packaged_dataset`, without the `datasets` library.
 
     Returns:
         {"train": rows, "validation": rows, "test": rows}, rows as in `read_reviews`: {"text": str, "label": int}.
@@ -64,14 +64,14 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def load_packaged_dataset(name: str) -> DatasetDict:
-    """A text classification data set with fixed splits.
+    """Load a text classification data set with fixed splits.
 
-    The split depends on the texts alone, so it is the same on every machine and with every library version.
+    The split depends only on the texts, so it is the same on every machine and with every library version.
 
     Returns:
-        Shuffled splits train, validation and test, with the columns text (str) and label (index of its class); no text
-        is in two of them. Reviews are split 80 / 10 / 10 % within each label. Reuters R8 has an official test part, and
-        a tenth of each label of the other part is for validation.
+        Shuffled splits train, validation and test, with the columns text (str) and label (class index); no text is in
+        two of them. Reviews are split 80 / 10 / 10 % within each label. Reuters R8 has an official test part, and a
+        tenth of each label of the other part is for validation.
 
     Raises:
         UnknownNameError, AssetError: no such data set, or its texts are neither cached nor downloadable.
@@ -84,11 +84,11 @@ def load_packaged_dataset(name: str) -> DatasetDict:
 
 
 def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, str]]:
-    """The official split of "reuters-r8", Reuters news by subject, or "20newsgroups", posts by group.
+    """Read the official split of "reuters-r8", Reuters news by subject, or "20newsgroups", posts by group.
 
     Returns:
-        {text: class} of the training half and of the held-out half. A post that went to several groups has the first
-        of them; a text that is in both halves is only in the held-out one.
+        {text: class} of the training half and of the held-out half. A post in several groups gets the first of them; a
+        text in both halves is kept only in the held-out one.
 
     Raises:
         UnknownNameError, AssetError: no such text, or it is neither cached nor downloadable.
@@ -106,9 +106,9 @@ def read_official_split(name: OfficialSplit) -> tuple[dict[str, str], dict[str, 
 
 
 def read_orange_table(path: Path) -> list[dict[str, str]]:
-    """Rows {column: text without blanks around it} of a `.tab` file of Orange: three header lines, the first has names.
+    """Read rows {column: stripped text} of an Orange `.tab` file: three header lines, the first with column names.
 
-    Rows in which a column is empty are dropped, as files may hold a blank row at either end.
+    Rows with an empty column are dropped, since files may have a blank row at either end.
     """
     with path.open(encoding="utf-8", newline="") as stream:
         columns, _, _, *lines = csv.reader(stream, delimiter="\t")
@@ -117,9 +117,9 @@ def read_orange_table(path: Path) -> list[dict[str, str]]:
 
 
 def _split(rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Put a tenth of each label aside for validation and, unless the test part is given, another tenth for the test."""
+    """Hold out a tenth of each label for validation and, unless the test part is given, another tenth for the test."""
 
-    # Ordered by a hash, since the stream of a random generator may change with NumPy's version.
+    # Ordered by a hash, since a random generator's stream may change with NumPy's version.
     def shuffled(part: Iterable[dict[str, Any]], purpose: str) -> list[dict[str, Any]]:
         return sorted(part, key=lambda row: hashlib.sha256(f"{purpose}:{row['text']}".encode()).digest())
 
@@ -132,13 +132,13 @@ def _split(rows: list[dict[str, Any]], test: list[dict[str, Any]] | None = None)
         parts["test"] += group[tenth:cut]
         parts["train"] += group[cut:]
     parts["test"] += test or []
-    # In the order of the first hash, each split would begin with rows of a single label: labels are cut one by one.
+    # Split label by label: in the order of the first hash, each split would begin with rows of a single label.
     return {split: shuffled(part, "order") for split, part in parts.items()}
 
 
 @functools.lru_cache(maxsize=1)
 def parse_reviews(path: Path) -> Mapping[str, Mapping[str, int]]:
-    """{source: {text: label}} of a file of reviews, in file order."""
+    """Parse a file of reviews to {source: {text: label}}, in file order."""
     reviews: dict[str, dict[str, int]] = {source: {} for source in get_args(ReviewSource)}
     with path.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):

@@ -1,4 +1,4 @@
-"""What a model is fine-tuned for, which settings need before any library is loaded."""
+"""Fine-tuning tasks, for settings used before any library is loaded."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +8,12 @@ Task = Literal["classification", "regression", "token-classification", "seq2seq"
 
 @dataclass(frozen=True)
 class TaskKind:
-    """How libraries call a task.
+    """Library names of a task.
 
     Attributes:
-        auto_class: the class of transformers that loads a model with the head for it.
+        auto_class: class of transformers to load a model with the matching head.
         peft_type: PEFT's `task_type`.
-        has_head: whether a head is trained beside the adapters.
+        has_head: True if a head is trained in addition to the adapters.
     """
 
     auto_class: str

@@ -1,4 +1,4 @@
-"""Data sets for a model, by packaged name, Hugging Face id or local path: the rows that a Trainer trains on."""
+"""Data sets for a model, by packaged name, Hugging Face id or local path, as rows for a Trainer."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,7 +46,7 @@ Encode = Callable[[Rows], dict[str, Any]]
 
 
 def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """The names of the classes in a column, and the number of each value.
+    """Class names in a column, and the class index of each value.
 
     Raises:
         DataError: a row has no class or a list of them, values are of several kinds, or all have the same class.
@@ -63,7 +63,7 @@ def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict
 
 
 def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """The names of the tags in a column of lists, and the number of each value.
+    """Tag names in a column of lists, and the tag index of each value.
 
     Raises:
         DataError: a row holds no lists, or lists of different lengths.
@@ -89,12 +89,12 @@ def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, .
 
 
 def _not_tag(value: Any) -> str | None:
-    """What a value is, if it is no tag."""
+    """Describe a value if it is not a tag."""
     return None if isinstance(value, (int, str)) else kind_of(value)
 
 
 def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Names and numbers of the values; a class feature has its own names, and numbers for values."""
+    """Names and indices of the values; a class feature has its own names, and indices for values."""
     distinct = set(values)
     kinds = sorted({"numbers" if isinstance(value, (int, float)) else "text" for value in distinct})
     if len(kinds) > 1:
@@ -131,9 +131,9 @@ def check_numbers(parts: list[Dataset], name: str) -> None:
 def labelled(
     tokenizer: Any, text: str, label: str, number: Callable[[Any], Any], length: int, end: int | None
 ) -> Encode:
-    """Tokenises texts, each with the number of its class or its amount.
+    """Tokenize texts, each with its class index or number.
 
-    `end` is the token that must be in each row exactly once, at its end; None if the model needs none.
+    `end` is a token required exactly once, at the end of each row; None if the model needs none.
     """
 
     def encode(rows: Rows) -> dict[str, Any]:
@@ -148,10 +148,10 @@ def labelled(
 
 
 def tagged(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], length: int) -> Encode:
-    """Tokenises lists of tokens; the first piece of each has the number of its tag, others have `IGNORED`.
+    """Tokenize lists of tokens; the first piece of each gets its tag index, others get `IGNORED`.
 
     Raises:
-        ConfigError: the tokenizer does not tell which token a piece belongs to.
+        ConfigError: the tokenizer does not map pieces to tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError("Token classification needs a fast tokenizer (tokenizer.json), which this model has not.")
@@ -170,7 +170,7 @@ def tagged(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], le
 
 
 def translated(tokenizer: Any, text: str, label: str, length: int) -> Encode:
-    """Tokenises texts and their targets; each target ends in the end token, if the tokenizer has one."""
+    """Tokenize texts and their targets; each target ends in the end token, if the tokenizer has one."""
     end = tokenizer.eos_token_id
 
     def encode(rows: Rows) -> dict[str, Any]:
@@ -184,14 +184,14 @@ def translated(tokenizer: Any, text: str, label: str, length: int) -> Encode:
 
 
 def blocks(tokenizer: Any, text: str, length: int) -> Encode:
-    """Tokenises texts as one stream, cut into rows of equal length."""
+    """Tokenize texts as one stream, split into rows of equal length."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def encode(rows: Rows) -> dict[str, Any]:
         stream = [token for ids in tokenizer(rows[text])["input_ids"] for token in (*ids, *end)]
         starts = range(0, len(stream) - length + 1, length)
         rows_of_tokens = [stream[start : start + length] for start in starts]
-        return {"input_ids": rows_of_tokens, "labels": rows_of_tokens}  # also where the end token is that of padding
+        return {"input_ids": rows_of_tokens, "labels": rows_of_tokens}  # even if the end token is the padding token
 
     return encode
 
@@ -200,11 +200,11 @@ _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 
 def load_splits(name: str) -> DatasetDict:
-    """The splits of a data set: packaged, a local file or folder, or a Hugging Face id.
+    """Load the splits of a data set: packaged, a local file or folder, or a Hugging Face id.
 
     Raises:
         UnknownNameError, AssetError: there is no such data set.
-        DataError: a local file that is empty or broken, or of a kind that cannot be read.
+        DataError: a local file is empty, broken, or in an unsupported format.
     """
     if name in DATASETS:
         return load_packaged_dataset(name)
@@ -227,7 +227,7 @@ def load_splits(name: str) -> DatasetDict:
         else:
             try_hub_once()
             loaded = load_dataset(name)
-    except Exception as error:  # datasets lets through what its many readers raise
+    except Exception as error:  # datasets passes on the errors of its many readers
         if is_local:
             reason = (_broken_line(path) if path.suffix == ".jsonl" else "") or _root(error)
             raise DataError(f"The data {path} cannot be read: {reason}") from error
@@ -236,7 +236,7 @@ def load_splits(name: str) -> DatasetDict:
 
 
 def _broken_line(path: Path) -> str:
-    """Which line of a JSONL file is no JSON, counted from 1; "" if all are. Arrow counts rows from 0."""
+    """Locate the first line of a JSONL file with invalid JSON, from 1; "" if there is none. Arrow counts from 0."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -248,26 +248,26 @@ def _broken_line(path: Path) -> str:
 
 
 def _root(error: BaseException) -> str:
-    """The first line of the error that a reader raised: datasets wraps it in general ones."""
+    """First line of a reader's root error: datasets wraps it in general ones."""
     causes = list(_chain(error))
-    # A reader that fails may try another way, which fails too: the first one that names a place is the most telling.
+    # A failing reader may try another way and fail again: the first error with a location is the most informative.
     placed = [cause for cause in causes if any(word in str(cause) for word in ("line", "row", "column"))]
     telling = (placed or causes)[-1]
     return first_line(telling) if isinstance(telling, Exception) else str(telling)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and all those from which it came."""
+    """Yield an error and all its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def held_out_split(splits: DatasetDict, train: Dataset, label: str | None) -> Dataset | None:
-    """The split that training never sees; None if there is none with labels.
+    """Return the held-out split; None if there is none with labels.
 
     Args:
-        splits: of the data set.
+        splits: splits of the data set.
         train: the split to train on.
         label: the column with labels, if there is one.
     """
@@ -279,7 +279,7 @@ def held_out_split(splits: DatasetDict, train: Dataset, label: str | None) -> Da
 
 
 def halves(part: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and a tenth of the rows that are held out; DataError if there are too few."""
+    """Split off a tenth of the rows as held-out; DataError if there are too few."""
     if len(part) < 2:
         raise DataError(f"A data set needs at least 2 rows; got {len(part)}.")
     parts = part.train_test_split(test_size=max(1, len(part) // 10), seed=seed)
@@ -287,7 +287,7 @@ def halves(part: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def _hides_labels(part: Dataset, label: str | None) -> bool:
-    """Whether no row has a label, or each has -1: contests keep those of the test split secret."""
+    """True if no row has a label, or each has -1: contests hide the labels of the test split."""
     if label is None or label not in part.column_names:
         return label is not None
     if not hasattr(part.features[label], "dtype"):  # lists
@@ -298,12 +298,12 @@ def _hides_labels(part: Dataset, label: str | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """What a language model learns, not tokenised, in the columns that TRL's SFTTrainer reads.
+    """Untokenized data for a language model, in the columns of TRL's SFTTrainer.
 
     Attributes:
         train: rows with the column `text`, or `messages`, or the columns `prompt` and `completion`.
-        held_out: rows that training never sees.
-        is_chat: whether they are conversations or instructions. Other texts may be joined and cut at any place.
+        held_out: held-out rows.
+        is_chat: True for conversations or instructions. Other texts may be joined and split anywhere.
     """
 
     train: Dataset
@@ -313,15 +313,15 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What a fine-tune trains on.
+    """Data of a fine-tune.
 
     Attributes:
-        task: what the model learns.
+        task: the task to learn.
         tokenizer: the model's tokenizer.
-        train: tokenised rows.
-        held_out: tokenised rows that training never sees.
-        collator: makes batches of them.
-        labels: names of the classes or tags; "value" for regression; empty for models that write text.
+        train: tokenized training rows.
+        held_out: tokenized held-out rows.
+        collator: collates rows to batches.
+        labels: names of the classes or tags; "value" for regression; empty for generative models.
         texts: the same rows for SFTTrainer; None unless the task is causal-lm.
     """
 
@@ -346,18 +346,19 @@ def load_workload(
     held_out_rows: int | None = None,
     seed: int = 0,
 ) -> Workload:
-    """Load and tokenise a data set for a model.
+    """Load and tokenize a data set for a model.
 
     Args:
-        model: name of the model, whose tokenizer is used.
+        model: name of the model; determines the tokenizer.
         data: name of the data set, see `load_splits`.
-        task: what the model learns; without it, the columns decide, see `find_columns`.
-        max_length: tokens in a row; longer texts are cut, or split for language modelling; 0 for the task's usual.
+        task: the task to learn; by default inferred from the columns, see `find_columns`.
+        max_length: tokens per row; longer texts are truncated, or split for language modeling; 0 for the task's
+            default.
         text_column: the column with the text, or with the tokens.
         label_column: the column with the class, the number, the tags or the target text.
-        train_rows: use at most so many training rows, drawn at random.
-        held_out_rows: use at most so many held-out rows, drawn at random.
-        seed: of these draws, and of a split if the data set has only one.
+        train_rows: maximum number of training rows, drawn at random.
+        held_out_rows: maximum number of held-out rows, drawn at random.
+        seed: seed of these draws, and of a split if the data set has only one.
 
     Raises:
         UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
@@ -387,14 +388,14 @@ def load_workload(
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """A data set on its way to a workload.
+    """A data set being converted to a workload.
 
     Attributes:
         model: name of the model.
         tokenizer: the model's tokenizer.
-        columns: what the data set is for.
-        length: tokens in a row, at most.
-        sources: whole splits, of which every row is checked under its number.
+        columns: task and columns of the data set.
+        length: maximum tokens per row.
+        sources: whole splits; every row is checked under its number there.
         parts: the training rows and the held-out rows among them.
     """
 
@@ -407,20 +408,20 @@ class _Reading:
 
     @property
     def text(self) -> str:
-        """The column with what the model reads."""
+        """Column with the model's input."""
         assert self.columns.text is not None
         return self.columns.text
 
     @property
     def label(self) -> str:
-        """The column with what the model predicts."""
+        """Column with the target."""
         assert self.columns.label is not None
         return self.columns.label
 
     def workload(
         self, encode: Encode, collator: Any, labels: tuple[str, ...] = (), cut: tuple[str, ...] = ()
     ) -> Workload:
-        """The workload, tokenised by `encode`, which cuts what is in the columns `cut`."""
+        """Build the workload, tokenized by `encode`, which truncates the columns `cut`."""
         sample = self.parts[0][:SAMPLED]
         for name in cut:
             words = isinstance(sample[name][0], list)
@@ -452,7 +453,7 @@ def _labelled(reading: _Reading, number: Callable[[Any], Any]) -> Encode:
 def _tags(reading: _Reading) -> Workload:
     names, numbers = tag_names(reading.sources, reading.text, reading.label)
     if getattr(reading.tokenizer, "add_prefix_space", None) is False:
-        # Byte-level tokenizers know words with the space in front of them, which tokens in a list lack.
+        # Byte-level tokenizers expect words with a leading space, absent from tokens in a list.
         reading = replace(reading, tokenizer=load_tokenizer(reading.model, add_prefix_space=True))
     encode = tagged(reading.tokenizer, reading.text, reading.label, numbers, reading.length)
     collator = transformers.DataCollatorForTokenClassification(reading.tokenizer)

@@ -1,1 +1,1 @@
-"""Deciding: rules and predictions, what they see, the log, what applies plans, what corrects the rate."""
+"""Decisions: rules, loss predictions, observations, the log, applying plans, and learning-rate control."""

@@ -1,7 +1,7 @@
-"""The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
+"""The link between decisions and tensors, shared by proxy episodes and real fine-tunes.
 
 `probe` runs a few small training steps before a run, measures the first signals on them, and undoes them.
-`PlanApplier` goes the same way at each decision: signals -> observation -> (a policy decides) -> a plan within the
+`PlanApplier` repeats one sequence at each decision: signals -> observation -> (a policy decides) -> a plan within the
 budget -> ranks.
 """
 
@@ -33,19 +33,19 @@ from .rate_control import RunRecord
 from .settings import DecisionSchedule
 
 FIRST_LOSSES = 5
-"""The first loss is the mean of this number of losses, from the probe's start; the last loss that of the last ones."""
+"""Number of losses averaged for the first loss, from the probe's start, and for the last loss, up to its end."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """What the probe measured.
+    """Measurements of the probe.
 
     Attributes:
         signals: (modules, len(SIGNALS)).
         first_loss: mean training loss of its first steps.
-        fall: share of the first loss by which the last one is lower; 0 where it is unknown.
-        predicted: share of the tokens whose prediction the loss counts, above 0: 1 where all are, as in language models
-            as a rule, and little where a whole text is classified.
+        fall: relative drop from the first loss to the last one; 0 if unknown.
+        predicted: share of tokens counted in the loss, above 0: usually 1 for language models, and small for
+            classification of whole texts.
     """
 
     signals: FloatArray
@@ -55,7 +55,7 @@ class ProbeResult:
 
     @classmethod
     def of(cls, signals: FloatArray, losses: Sequence[float]) -> ProbeResult:
-        """The result of a probe with these training losses, one a step."""
+        """Build the result of a probe from its training losses, one per step."""
         first, last = (float(np.mean(part)) for part in (losses[:FIRST_LOSSES], losses[-FIRST_LOSSES:]))
         return cls(signals, first, 1 - last / first if first > 0 else 0.0)
 
@@ -70,10 +70,10 @@ def probe(
     """Train the adapters for a few small steps, and measure the signals.
 
     Args:
-        targets: the target modules. Their adapters train; the caller resets or restores them afterwards.
-        optimizer: of the adapters' parameters, without state; of no use afterwards.
-        losses: for each step a function that runs the forward pass on a micro-batch and returns the loss.
-        max_grad_norm: gradients are clipped to this norm.
+        targets: the target modules. Their adapters are trained; the caller resets or restores them afterwards.
+        optimizer: optimizer of the adapters' parameters, without state; do not reuse it.
+        losses: for each step, a function to run the forward pass on a micro-batch and return the loss.
+        max_grad_norm: gradient clipping norm.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -106,21 +106,21 @@ class PlanApplier(Generic[AdaptersT]):
     """Observes one run's adapters and applies decisions to them.
 
     Args:
-        adapters: whose ranks are decided.
-        cost: what plans cost, signal buffers included. It may be replaced; the reference of the observation stays.
+        adapters: the adapters.
+        cost: cost of plans, signal buffers included. It may be replaced; the observation keeps its reference.
         limit: the hard budget, in the unit of `cost`.
-        schedule: when decisions fall.
+        schedule: times of the decisions.
         total_steps: optimizer steps of the run.
         probe_result: from `probe`.
-        rows: of an optimizer step, in all its batches.
-        low: the least rank of each module, int64 (modules,); 0 by default.
-        high: the largest, int64 (modules,); any by default.
-        seed: decides fresh rows on growth.
-        time: the limit of the time of a step; None for none.
-        reads: whether who decides reads signals. Else none are measured, and no plan pays for their buffers.
+        rows: rows per optimizer step, over all its micro-batches.
+        low: minimum rank of each module, int64 (modules,); 0 by default.
+        high: maximum rank of each module, int64 (modules,); unlimited by default.
+        seed: seeds fresh rows on growth.
+        time: limit on the time per step; None for no limit.
+        reads: True if the policy reads signals. Otherwise none are measured, and no plan pays for their buffers.
 
     Attributes:
-        notes: why a module was left out of the latest plan, by name.
+        notes: reason a module was left out of the latest plan, by name.
 
     Raises:
         BudgetError: no plan fits the limit.
@@ -182,47 +182,47 @@ class PlanApplier(Generic[AdaptersT]):
 
     @property
     def finished(self) -> bool:
-        """Whether every decision has been taken."""
+        """True if every decision has been taken."""
         return self.decision >= len(self.decision_steps)
 
     @property
     def measures(self) -> bool:
-        """Whether signals are measured until the next decision."""
+        """True if signals are measured until the next decision."""
         return self._reads and not self.finished
 
     @property
     def will_measure(self) -> bool:
-        """Whether signals are measured after the next decision; the last one may spend what their buffers took."""
+        """True if signals are measured after the next decision; the last one may spend the memory of their buffers."""
         return self._reads and self.decision < len(self.decision_steps) - 1
 
     @property
     def until(self) -> int:
-        """The optimizer step before which the next decision falls, or the end of the run."""
+        """Optimizer step before which the next decision falls, or the end of the run."""
         return self.total_steps if self.finished else self.decision_steps[self.decision]
 
     def due(self, step: int) -> bool:
-        """Whether the next decision falls before optimizer step `step` (counted from 0)."""
+        """True if the next decision falls before optimizer step `step` (counted from 0)."""
         return not self.finished and step >= self.decision_steps[self.decision]
 
     def problem(self) -> AllocationProblem:
-        """The plans that are possible at the next decision."""
+        """The plans allowed at the next decision."""
         return self._problem(buffers=self.will_measure)
 
     def problem_now(self) -> AllocationProblem:
-        """The plans that are possible until the next decision."""
+        """The plans allowed until the next decision."""
         return self._problem(buffers=self.measures)
 
     def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
-        """What plans cost until the next decision, without time.
+        """Cost of plans until the next decision, without time.
 
         Args:
-            cost: what plans cost, signal buffers included, if not what they cost in this run.
+            cost: cost of plans, signal buffers included; default: their cost in this run.
         """
         cost = cost or self.cost
         return cost if self.measures else self._without_buffers(cost)
 
     def fits(self, ranks: IntArray | None = None) -> bool:
-        """Whether a plan is within the limits until the next decision; `ranks` are the current ones by default."""
+        """True if a plan is within the limits until the next decision; default: the current ranks."""
         ranks = self.ranks if ranks is None else ranks
         return self.problem_now().fits(ranks) and (self.time is None or self.time.fits(ranks))
 
@@ -246,13 +246,13 @@ class PlanApplier(Generic[AdaptersT]):
     def observe(
         self, step: int, interval_loss: float | None = None, steps: RunRecord | None = None, schedule: float = 1.0
     ) -> Observation:
-        """Close the interval that ends before `step` and describe the next decision.
+        """Close the interval before `step` and return the observation for the next decision.
 
         Args:
             step: optimizer steps done.
             interval_loss: mean training loss since the last decision, if known.
-            steps: what the steps since then have shown; None where nothing reads them.
-            schedule: the schedule's learning rate now, as a share of its peak.
+            steps: features of the steps since then; None if the steps are not read.
+            schedule: the schedule's current learning rate, as a share of its peak.
         """
         if self.decision > 0:
             self.adapters.meter.read()
@@ -264,7 +264,7 @@ class PlanApplier(Generic[AdaptersT]):
         return self._observation(self.problem(), step, seen)
 
     def observation_now(self, step: int) -> Observation:
-        """The observation as things stand, without closing the interval."""
+        """Return the current observation, without closing the interval."""
         return self._observation(self.problem_now(), step)
 
     def _observation(self, problem: AllocationProblem, step: int, steps: FloatArray | None = None) -> Observation:
@@ -292,15 +292,15 @@ class PlanApplier(Generic[AdaptersT]):
         )
 
     def apply(self, decision: Decision, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
-        """Project a decision onto the budget and give the adapters their new ranks.
+        """Project a decision onto the budget and set the new ranks.
 
         Args:
-            decision: what is wanted.
-            step: optimizer steps done; decides fresh rows together with the seed.
-            optimizer: its state follows, unless the adapters keep their own.
+            decision: the wanted ranks.
+            step: optimizer steps done; seeds fresh rows together with the seed.
+            optimizer: its state is updated, unless the adapters keep their own.
 
         Returns:
-            The plan as applied.
+            The applied plan.
         """
         plan = self.propose(decision, optimizer)
         self._set(plan.ranks, step, optimizer)
@@ -309,7 +309,7 @@ class PlanApplier(Generic[AdaptersT]):
         return plan
 
     def _set(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Give the adapters ranks, int64 (modules,), and note how they moved."""
+        """Set the adapters' ranks, int64 (modules,), and record their moves."""
         if self.decision:
             ladder = self.problem().ladder
             self._moves.moved(ladder.rung(ranks) - ladder.rung(self.ranks))
@@ -321,12 +321,12 @@ class PlanApplier(Generic[AdaptersT]):
         optimizer: torch.optim.Optimizer | None = None,
         problem: AllocationProblem | None = None,
     ) -> Plan:
-        """The plan that `apply` would make of a decision, without making it.
+        """Return the plan `apply` would make of a decision, without applying it.
 
         Args:
-            decision: what is wanted.
-            optimizer: its state is looked at as well; modules that hold NaN or infinity keep their ranks.
-            problem: the plans that are possible; by default those of the next decision.
+            decision: the wanted ranks.
+            optimizer: its state is checked as well; modules with NaN or infinity keep their ranks.
+            problem: the allowed plans; default: those of the next decision.
         """
         problem = replace(problem or self.problem(), pinned=self._pin_broken(optimizer))
         if self.time:
@@ -334,14 +334,14 @@ class PlanApplier(Generic[AdaptersT]):
         return decided_plan(problem, decision)
 
     def stay(self) -> Plan:
-        """Take the ranks as they are for the next decision, also those that are on no ladder.
+        """Use the current ranks for the next decision, including ranks off the ladder.
 
         Raises:
-            BudgetError: they are above the limit.
+            BudgetError: they exceed the limit.
         """
         ranks = self.ranks
         cost = unit_cost(self.problem().cost, ranks)
-        if cost > 1.001 * self.limit:  # margins are rounded up, and a share of "100%" is to hold
+        if cost > 1.001 * self.limit:  # margins are rounded up, and a share of "100%" must fit
             raise BudgetError(
                 f"The ranks of the LoraConfig do not fit the budget, and they stay: they take "
                 f"{part_of(cost, self.limit, self.cost.unit)}. Lower r, raise the budget, or plan the ranks first with "
@@ -353,16 +353,16 @@ class PlanApplier(Generic[AdaptersT]):
     def set_plan(
         self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None, *, decides: bool = True
     ) -> None:
-        """Take exactly these ranks: none is lowered or raised, even if a part of the budget is left.
+        """Set exactly these ranks: none is lowered or raised, even with budget to spare.
 
         Args:
-            ranks: on the ladder, int64 (modules,). Modules that `propose` pinned keep their ranks of the proposal.
-            step: the optimizer steps before this change.
-            optimizer: its state follows.
-            decides: whether they are the next decision; else they come beside the schedule, which stays as it is.
+            ranks: on the ladder, int64 (modules,). Modules pinned by `propose` keep their proposed ranks.
+            step: optimizer steps before this change.
+            optimizer: its state is updated.
+            decides: count it as the next decision; otherwise the schedule is unchanged.
 
         Raises:
-            BudgetError: they are above the limit.
+            BudgetError: they exceed the limit.
         """
         problem = self.problem() if decides else self.problem_now()
         if unit_cost(problem.cost, ranks) > self.limit:
@@ -374,13 +374,13 @@ class PlanApplier(Generic[AdaptersT]):
         self.decision += decides
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
-        """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
+        """Shrink the ranks to fit a tighter limit; not counted as a decision. See `apply`."""
         plan = self.propose(decision_from_plan(wanted), optimizer, self.problem_now())
         self._set(plan.ranks, step, optimizer)
         return plan
 
     def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
-        """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
+        """Pin modules with NaN or infinity, warning once for each, and return their mask, (modules,)."""
         broken = self.adapters.non_finite(optimizer)
         fresh = sorted(set(broken) - self._warned)
         if fresh:
@@ -395,7 +395,7 @@ class PlanApplier(Generic[AdaptersT]):
         return np.isin(self.names, broken)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `from_state_dict` needs beside the adapters and their signals, as arrays and JSON values."""
+        """State for `from_state_dict`, except the adapters and their signals, as arrays and JSON values."""
         return {
             "cost": cost_state(self.cost),
             "reference_cost": self._reference_cost,
@@ -425,18 +425,18 @@ class PlanApplier(Generic[AdaptersT]):
         high: IntArray | None = None,
         reads: bool = True,
     ) -> PlanApplier[AdaptersT]:
-        """Continue from `state_dict`.
+        """Restore an applier from `state_dict`.
 
         Args:
-            state: what `state_dict` returned.
-            adapters: with the ranks and signals of that time.
-            schedule: see the class, as `low` and `high`.
-            low: the least rank of each module.
-            high: the largest rank of each module.
+            state: return value of `state_dict`.
+            adapters: the adapters, with their ranks and signals at the time of `state_dict`.
+            schedule: see the class; same for `low` and `high`.
+            low: minimum rank of each module.
+            high: maximum rank of each module.
             reads: see the class.
 
         Raises:
-            LookupError, TypeError, ValueError: it is no such state, or of another model.
+            LookupError, TypeError, ValueError: the state is invalid, or belongs to another model.
         """
         cost = cost_from_state(state["cost"])
         check_cost(cost, len(adapters.targets))

@@ -1,9 +1,9 @@
-"""What a first decision was chosen from: plans, what each is expected to lose or gain, and what it costs.
+"""The first decision's choice: candidate plans, their expected change in loss, and their costs.
 
-The decision, its log and every explanation read one `Choice`, so they cannot disagree. Log losses are beside plain
-LoRA, rank 8 on every target module, at its own best learning rate: 0.01 is 1 % more.
+The decision, its log and every explanation read one `Choice`, so they cannot disagree. Log losses are relative to plain
+LoRA, rank 8 on every target module, at its own best learning rate: 0.01 means 1 % more.
 
-The frontier has the plans that are worth their cost: no plan that costs less is expected to lose about as little.
+The frontier contains the plans worth their cost: no cheaper plan is expected to lose about as little.
 """
 
 from __future__ import annotations
@@ -21,40 +21,39 @@ from ..plan.goal import CAUTION, SURE, Goal
 from ..plan.worth import FEATURES
 
 PLAIN = "rank 8 on all modules"
-"""Plain LoRA, with which plans are compared, in words; the first plan of every choice. Modules that cannot have rank 8
-have their highest."""
+"""Description of plain LoRA, the baseline and first plan of every choice. Modules without rank 8 have their highest."""
 
 PLAIN_WITHIN = f"{PLAIN}, as far as bounds allow"
-"""Plain LoRA where it is not within the bounds, in words."""
+"""Description of plain LoRA clipped to the bounds."""
 
 COST_TIE = 0.01
-"""Plans whose costs differ by less, as a share, are tied under a goal of cost."""
+"""Relative cost difference below which plans are tied under a cost goal."""
 
 LEAST_GAIN = 0.005
-"""A plan of the frontier is expected to lose so much less than the cheaper ones."""
+"""Minimum expected gain of a frontier plan over all cheaper ones, in log loss."""
 
 MUCH = 0.01
-"""A loss that is expected to be higher by so much is worth a word on what helps."""
+"""Expected extra log loss above which the user gets a hint on how to reduce it."""
 
 MOST_LOG_LOSS = 20.0
-"""What a feature adds to a log loss is less, by far."""
+"""Loose upper bound on a feature's contribution to a log loss."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """One choice between P plans, of which the first is plain LoRA; L modules, F features.
+    """One choice between P plans, the first one plain LoRA; L modules, F features.
 
     Attributes:
-        names: of the plans, in words, (P,).
+        names: descriptions of the plans, (P,).
         plans: ranks, int64 (P, L).
-        parts: what each of `worth.FEATURES` adds to the expected log loss of each plan, (P, F).
-        spread: standard deviation of the log loss beside plain LoRA's, (P,); 0 for plain LoRA.
+        parts: contribution of each of `worth.FEATURES` to each plan's expected log loss, (P, F).
+        spread: standard deviation of the log loss relative to plain LoRA's, (P,); 0 for plain LoRA.
         costs: in the unit of the budget, (P,).
-        seconds: of a step, (P,); None where they are unknown.
-        fits: which plans are within budget, time and bounds, bool (P,). Others than plain LoRA always are.
-        goal: of the choice.
-        taken: number of the plan that is the decision.
-        caveats: in what the run is unlike those that expectations were learned from, in words.
+        seconds: time per step in seconds, (P,); None if unknown.
+        fits: mask of plans within budget, time and bounds, bool (P,). True for all plans except possibly plain LoRA.
+        goal: goal of the choice.
+        taken: index of the chosen plan.
+        caveats: differences between the run and the runs behind the expectations, as text.
     """
 
     names: tuple[str, ...]
@@ -70,47 +69,46 @@ class Choice:
 
     @cached_property
     def expected(self) -> FloatArray:
-        """The expected log loss of each plan beside plain LoRA's, (P,)."""
+        """Expected log loss of each plan relative to plain LoRA, (P,)."""
         return np.asarray(self.parts.sum(axis=1))
 
     @cached_property
     def reach(self) -> FloatArray:
-        """How far the truth surely lies at most from what is expected, (P,)."""
+        """Bound on the error of `expected`, (P,)."""
         return SURE * self.spread
 
     @cached_property
     def surely(self) -> FloatArray:
-        """The log loss beside plain LoRA's that each plan surely keeps, (P,)."""
+        """Upper bound on each plan's log loss relative to plain LoRA, (P,)."""
         return self.expected + self.reach
 
     @cached_property
     def cautious(self) -> FloatArray:
-        """The log loss by which plans are compared under quality, (P,)."""
+        """Log loss used to compare plans under the quality goal, (P,)."""
         return self.expected + CAUTION * self.spread
 
     @cached_property
     def within_tolerance(self) -> BoolArray:
-        """The plans that fit and surely lose no more than the goal tolerates, bool (P,)."""
+        """Mask of plans within the limits whose loss is surely within the goal's tolerance, bool (P,)."""
         return self.fits & (self.surely <= self.goal.tolerance)
 
     @property
     def misses_goal(self) -> bool:
-        """Whether a goal of cost cannot be kept."""
+        """True if a cost goal cannot be met."""
         return self.goal.saves and not self.within_tolerance.any()
 
     @property
     def goal_costs(self) -> FloatArray:
-        """What the goal counts, (P,): the time of a step under goal time, else what the budget counts."""
+        """Costs minimized by the goal, (P,): time per step for the time goal, else the unit of the budget."""
         return self.seconds if self.goal.kind == "time" and self.seconds is not None else self.costs
 
     @cached_property
     def best(self) -> int:
-        """The plan that the goal asks for.
+        """Index of the plan to choose under the goal.
 
-        Under quality, and where a goal of cost cannot be kept, that is the one whose loss is the lowest with some
-        caution, which plain LoRA does not need; where a caveat stands, of plain LoRA and those alone that are surely
-        within the tolerance, if any of them fits. Under a goal of cost it is the cheapest within the tolerance, and of
-        those that cost the same the one that is expected to lose the least.
+        Under quality, or if a cost goal cannot be met, it is the plan with the lowest cautious loss; plain LoRA needs
+        no caution. With a caveat, only plain LoRA and plans surely within the tolerance are considered, if any of them
+        fits. Under a cost goal, it is the cheapest plan within the tolerance; ties go to the lowest expected loss.
         """
         allowed = self.fits
         if not self.goal.saves and self.caveats:
@@ -124,7 +122,7 @@ class Choice:
         return int(np.argmin(np.where(tied, self.expected, np.inf)))
 
     def promise(self) -> str:
-        """What is expected of the plan that is taken, in words; empty under quality where there is no other plan."""
+        """Expectation for the chosen plan, as text; empty under quality if there is no other plan."""
         expected, surely = (percent(float(values[self.taken])) for values in (self.expected, self.surely))
         fits = "" if self.fits[0] else ", which does not fit"
         if self.misses_goal:
@@ -143,20 +141,20 @@ class Choice:
 
     @property
     def lacks_room(self) -> bool:
-        """Whether much is lost because plain LoRA does not fit."""
+        """True if much is lost because plain LoRA does not fit."""
         return not self.fits[0] and not self.goal.saves and float(self.expected[self.taken]) > MUCH
 
 
 def percent(log_loss: float) -> str:
-    """A difference of log losses as a change of the loss, such as "+1.2 %"."""
+    """Format a difference of log losses as a relative change of the loss, such as "+1.2 %"."""
     return f"{100 * math.expm1(log_loss):+z.1f} %"
 
 
 def read_choice(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Choice | None:
-    """A choice from its part of a line of the decision log and of the arrays there; None of None.
+    """Read a choice from its part of a decision-log line and the log's arrays; None gives None.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: they are not of one choice between plans of so many modules.
+        ValueError, LookupError, TypeError, AttributeError: not one choice between plans for this number of modules.
     """
     if scalars is None:
         return None
@@ -193,15 +191,15 @@ class FrontierPlan:
     """A plan on the frontier.
 
     Attributes:
-        name: in words.
+        name: description of the plan.
         ranks: int64 (modules,).
-        cost: what it takes, in the unit of the budget.
-        seconds: of a step; None where they are not known.
-        loss: expected loss over that of plain LoRA: 1.02 is 2 % more.
+        cost: predicted cost, in the unit of the budget.
+        seconds: time per step in seconds; None if unknown.
+        loss: expected loss relative to plain LoRA: 1.02 means 2 % more.
         low: lower end of the interval of `loss`.
         high: upper end.
-        fits: whether it is within the budget; of plain LoRA alone it may be false.
-        taken: whether the decision is this plan.
+        fits: True if it is within the budget; may be False only for plain LoRA.
+        taken: True if it is the chosen plan.
     """
 
     name: str
@@ -216,12 +214,12 @@ class FrontierPlan:
 
     @property
     def verdict(self) -> str:
-        """Beside plain LoRA, "better", "worse", or "tie" where the interval does not tell them apart."""
+        """Comparison with plain LoRA: "better", "worse", or "tie" if the interval includes it."""
         return "worse" if self.low > 1 else "better" if self.high < 1 else "tie"
 
 
 def frontier(found: Choice) -> list[FrontierPlan]:
-    """The frontier of a choice, the cheapest plan first; with plain LoRA and the plan taken wherever they lie."""
+    """Frontier of a choice, cheapest plan first; always includes plain LoRA and the chosen plan."""
     shown = {*_undominated(found), 0, found.taken}
     order = sorted(shown, key=lambda plan: (found.goal_costs[plan], found.expected[plan]))
     return [_plan(found, plan) for plan in order]
@@ -243,7 +241,7 @@ def _plan(found: Choice, plan: int) -> FrontierPlan:
 
 
 def _undominated(found: Choice) -> Iterator[int]:
-    """The plans that fit and are expected to be better, by `LEAST_GAIN`, than all that cost as much or less."""
+    """Yield plans within the limits and expected to beat all plans of equal or lower cost by `LEAST_GAIN`."""
     best = np.inf
     for plan in np.lexsort((found.expected, found.goal_costs)).tolist():
         if found.fits[plan] and found.expected[plan] < best - LEAST_GAIN:

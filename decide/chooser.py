@@ -1,9 +1,9 @@
-"""The policy that ships: at the first decision, the plan that its goal asks for by what plans are expected to lose.
+"""The default policy: at the first decision, choose the best plan for the goal by expected loss.
 
-The road is short. Candidates are one rank, or one for each kind of module, on the parts of a model that matter (kinds,
-depths, every other layer); who gets which rank within a kind decided nothing on real texts (docs/experiments.md). Where
-parameters are so few that not even every other layer can have rank 1, coverage decides: one module of each layer. Each
-has a cost, which is computed, and an expected loss with a spread, which was learned from real fine-tunes
+The candidate list is short: one rank, or one per kind of module, on the parts of a model with a measurable effect
+(kinds, depths, every other layer); the distribution of ranks within a kind made no difference on real texts
+(docs/experiments.md). If the parameter budget is too small for rank 1 on every other layer, coverage decides: one
+module per layer. Each candidate has a computed cost, and an expected loss with a spread, learned from real fine-tunes
 (`plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
 """
 
@@ -28,33 +28,33 @@ from .observation import RUN_FEATURES, Observation, learns_labels, module_featur
 from .policy import Decision, Policy, decision_to_keep, is_first
 
 DEFAULT = "default"
-"""Name of the policy that ships."""
+"""Name of the default policy."""
 
 RANKS = (1, 2, 4, REFERENCE_RANK, 16, 32, 64, 128)
-"""Ranks of candidates."""
+"""Candidate ranks."""
 
 PAIRS = ((16, 4), (32, 8), (64, 16))
-"""Ranks of the two kinds of modules in candidates that give one more, the larger first."""
+"""Rank pairs of candidates favoring one kind of module, the larger first."""
 
 MOST_WINDOWS = 32
-"""Candidates that adapt the layers from one layer up; in deeper models they go by several layers."""
+"""Maximum number of candidates adapting all layers from some layer up; deeper models use a coarser step."""
 
 NEW_RANK = 1
-"""The rank of new adapters at the first decision; trained ones have those of an earlier run."""
+"""Rank of new adapters at the first decision; continued adapters keep the ranks of their earlier run."""
 
 STRANGE_SPREAD = 3.0
-"""By how much the spread grows, at least, where a run is unlike those that expectations were learned from: where a
-caveat stands. It was measured on labels (docs/experiments.md)."""
+"""Minimum factor on the spread for a run with a caveat, i.e. unlike the runs behind the expectations. Measured on
+labels (docs/experiments.md)."""
 
 OF_AN_OCTAVE = 0.5
-"""By how much of that the spread grows further for each doubling of width, layers or steps beyond what is known."""
+"""Growth of that minimum factor per doubling of width, layers or steps beyond the known range, as a share of it."""
 
 KINDS = {"MLP": True, "attention": False}
-"""Kinds of modules, by whether they have the wide inner side of their layer."""
+"""Kinds of modules, mapped to True if they have the wide inner side of their layer."""
 
 
 def parts(observation: Observation) -> dict[str, BoolArray]:
-    """The modules of each part of a model, bool (modules,), by name; all of them first, none twice, none empty."""
+    """Modules of each part of a model by name, bool (modules,); all modules first, no duplicates, none empty."""
     wide = module_feature(observation, "wide") > 0.5
     _, turn = np.unique(observation.problem.blocks, return_inverse=True)
     count = int(turn.max()) + 1
@@ -77,11 +77,11 @@ def _layers(count: int) -> str:
 
 
 def outputs(observation: Observation) -> dict[str, BoolArray]:
-    """Where parameters are too few for rank 1 on every other layer, one part by name: outputs of MLPs; empty elsewhere.
+    """One part by name, MLP outputs, if parameters are too few for rank 1 on every other layer; else empty.
 
-    They are in all layers, or in every second one from the top, or in fewer, so that they can have rank 1 there.
-    Measured at mean ranks of an eighth to a half on gated MLPs, where one module in seven leads out, and true of those
-    alone (docs/experiments.md). What plans are worth was learned from higher ranks, and would adapt few layers whole.
+    They are in all layers, in every second one from the top, or in fewer, to fit at rank 1. Measured at mean ranks of
+    an eighth to a half on gated MLPs, with one module in seven an MLP output, and valid for those alone
+    (docs/experiments.md). The worth of plans was learned at higher ranks, and would adapt a few whole layers.
     """
     problem = observation.problem
     _, turn = np.unique(problem.blocks, return_inverse=True)
@@ -103,7 +103,7 @@ def outputs(observation: Observation) -> dict[str, BoolArray]:
 
 
 def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
-    """Plans by name: plain LoRA as it is, then others within the bounds, int64 (modules,); the limit plays no part."""
+    """Yield plans by name: plain LoRA unclipped, then plans within bounds, int64 (modules,), ignoring the limit."""
     problem = observation.problem
     yield PLAIN, plain_lora(problem)
     yield PLAIN_WITHIN, _within(problem, plain_lora(problem))
@@ -121,24 +121,24 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
 
 
 def plain_lora(problem: AllocationProblem) -> IntArray:
-    """Rank 8 on every target module, or its highest on the ladder, int64 (modules,); bounds and limit play no part."""
+    """Rank 8 on every target module, or its highest on the ladder, int64 (modules,); ignores bounds and limit."""
     return problem.ladder.array[problem.ladder.rung(np.minimum(REFERENCE_RANK, problem.max_ranks))]
 
 
 def _within(problem: AllocationProblem, ranks: IntArray) -> IntArray:
-    """Ranks on the ladder within the bounds, int64 (modules,)."""
+    """Clip ranks to the ladder and the bounds, int64 (modules,)."""
     rungs = problem.ladder.rung(np.minimum(ranks, problem.max_ranks))
     return problem.ladder.array[np.clip(rungs, problem.bottoms, problem.tops)]
 
 
 @dataclass(frozen=True)
 class PlanChooser:
-    """Takes the plan that the goal asks for at the first decision, and keeps it.
+    """Takes the best plan for its goal at the first decision, and keeps it.
 
     Attributes:
         name: the name in logs and tables.
-        goal: what it aims at.
-        worth: what plans are worth; by default the fit that ships.
+        goal: goal of the choice.
+        worth: model of the worth of plans; by default the fit included in the package.
     """
 
     reads_signals: ClassVar[bool] = False
@@ -150,7 +150,7 @@ class PlanChooser:
         """Decide on one observation.
 
         Raises:
-            ConfigError: the costs of plans do not know what the goal asks for.
+            ConfigError: plan costs lack a quantity required by the goal.
         """
         if not is_first(observation):
             return decision_to_keep(observation)
@@ -159,7 +159,7 @@ class PlanChooser:
         return Decision(ranks, np.zeros(len(ranks)), exact=True, choice=found)
 
     def weigh(self, observation: Observation) -> Choice:
-        """The choice of a first decision.
+        """Return the choice of a first decision.
 
         Raises:
             ConfigError: see `decide`.
@@ -191,7 +191,7 @@ class PlanChooser:
 
 
 def _caveats(observation: Observation) -> Iterator[str]:
-    """In what a run is unlike those that expectations were learned from, in words."""
+    """Yield differences between a run and the runs behind the expectations, as text."""
     if learns_labels(observation.run.tolist()):
         yield "it learns labels, not texts"
     if (observation.problem.ranks > NEW_RANK).any():
@@ -199,7 +199,7 @@ def _caveats(observation: Observation) -> Iterator[str]:
 
 
 def _beyond(observation: Observation) -> Iterator[tuple[str, float]]:
-    """What of a run is beyond what is known, in words, and by how many doublings."""
+    """Yield each quantity of a run outside the known range, as text, and the excess in doublings."""
     values = {
         "width": modules_of(observation).width,
         "layers": len(np.unique(observation.problem.blocks)),
@@ -212,17 +212,17 @@ def _beyond(observation: Observation) -> Iterator[tuple[str, float]]:
 
 
 def modules_of(observation: Observation) -> Modules:
-    """What the worth of plans depends on in the model of an observation."""
+    """Properties of an observation's model needed for the worth of plans."""
     wide, depth = module_feature(observation, "wide") > 0.5, module_feature(observation, "relative_depth")
     problem = observation.problem
     return Modules(wide, depth, float(problem.max_ranks.max()), plain_lora(problem))
 
 
 def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, BoolArray, FloatArray]:
-    """Distinct candidates that fit, and plain LoRA before them.
+    """Return distinct candidates that fit, after plain LoRA.
 
     Returns:
-        Names, ranks (plans, modules), which fit, and what each costs at each moment (plans, moments).
+        Names, ranks (plans, modules), mask of plans that fit, and costs at each moment (plans, moments).
     """
     problem = observation.problem
     names, listed = zip(*candidates(observation), strict=True)
@@ -239,10 +239,10 @@ def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, Bool
 
 
 def with_goal(policy: Policy, goal: Goal) -> Policy:
-    """The policy, aiming at a goal.
+    """Return the policy with a goal set.
 
     Raises:
-        ConfigError: the goal asks for a cheap plan, and the policy expects nothing of plans.
+        ConfigError: the goal is to save cost, and the policy predicts nothing about plans.
     """
     if not isinstance(policy, PlanChooser):
         if goal.saves:
@@ -252,12 +252,12 @@ def with_goal(policy: Policy, goal: Goal) -> Policy:
 
 
 def check_expects(policy: Policy, what: str, instead: str) -> None:
-    """Refuse a policy that cannot tell what a cheaper plan would lose.
+    """Check that a policy can predict the loss of a cheaper plan.
 
     Args:
-        policy: decides.
-        what: needs that, for the error.
-        instead: what else can be done.
+        policy: the policy.
+        what: feature in need of it, for the error.
+        instead: suggested alternative.
 
     Raises:
         ConfigError: it cannot.

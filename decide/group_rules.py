@@ -1,11 +1,11 @@
-"""Rules in the actions of `decide/groups.py`: what a trained agent starts from, and has to beat.
+"""Rules on the actions of `decide/groups.py`: starting points and baselines for a trained agent.
 
 | rule | what it does |
 |---|---|
-| left-alone | the plan of the default policy, and nothing after it |
-| rate | that plan; the rate is doubled, halved, or damage undone as the alignment of steps says |
-| halving | that plan; groups whose signals say more take rungs from those that say less, early in the run |
-| union | rate where the steps are sure, else halving |
+| left-alone | the plan of the default policy, with no later changes |
+| rate | that plan; doubles or halves the rate, or undoes damage, based on the alignment of steps |
+| halving | that plan; moves rungs from groups with lower signals to groups with higher ones, early in the run |
+| union | rate if the steps give clear evidence, else halving |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{next(iter(FEATURES)).replace(
 
 @dataclass(frozen=True)
 class LeaveAlone:
-    """Keeps all as it is."""
+    """Never changes anything."""
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
@@ -33,10 +33,10 @@ class LeaveAlone:
 
 @dataclass(frozen=True)
 class SteerRate:
-    """Does to the rate what a rate control says, in factors of 2.
+    """Applies a rate control in factors of 2.
 
     Attributes:
-        control: reads the steps. A rise is twofold here, too much where steps are sure of a little.
+        control: reads the steps. A raise is twofold here, too much for a small but certain correction.
     """
 
     control: RateControl = AlignmentRule(surely_above=math.inf)  # noqa: RUF009  (it is frozen)
@@ -54,11 +54,11 @@ class SteerRate:
 
 @dataclass(frozen=True)
 class Halving:
-    """Moves rungs to groups whose signals say more, while it is early.
+    """Moves rungs to groups with larger signals, early in the run.
 
     Attributes:
-        gain: of the signals, in log rank.
-        margin: by how much, in log rank, a group must be ahead of the one that gives.
+        gain: factor on the signals, in log rank.
+        margin: minimum lead over the giving group, in log rank.
         until: share of the run after which nothing moves.
     """
 
@@ -84,7 +84,7 @@ class Halving:
 
 @dataclass(frozen=True)
 class Union:
-    """Steers the rate where the steps are sure, and moves rungs where they are not."""
+    """Steers the rate if the steps give clear evidence, and moves rungs otherwise."""
 
     rate: SteerRate = SteerRate()
     ranks: Halving = Halving()

@@ -1,12 +1,11 @@
-"""Groups of modules, and the few actions by which a run is steered while it goes.
+"""Groups of modules, and the small action set for steering a run during training.
 
-A group holds the modules of one kind in one third of the depth. At a decision one action is taken: keep all as it is;
-halve or double the learning rate; go back to the copy of adapters and optimizer that was kept, at a quarter of the
-rate; let a group grow by a rung; or take a rung from it. A group that grows beyond the budget takes rungs from the
-modules whose signals are lowest. The first decision begins with the plan of the default policy, and its action changes
-that plan.
+A group holds the modules of one kind in one third of the depth. Each decision takes one action: keep everything; halve
+or double the learning rate; restore the saved copy of adapters and optimizer, at a quarter of the rate; grow a group by
+a rung; or take a rung from it. If growth exceeds the budget, the modules with the lowest signals lose rungs. The first
+decision starts from the plan of the default policy, modified by the action.
 
-What is seen of a group are the means of its modules' features, so a policy that reads groups can steer any model.
+Group features are the means of the features of the group's modules, so a policy on groups can steer any model.
 """
 
 from __future__ import annotations
@@ -30,32 +29,32 @@ from .settings import DecisionSchedule
 THIRDS = ("lower", "middle", "upper")
 
 NOTHING, HALVE, DOUBLE, GO_BACK = range(4)
-"""The actions that move no rank, and what each does to the learning rate."""
+"""The actions without rank changes, named after their effect on the learning rate."""
 
 RATE_CHANGES = {NOTHING: KEEP, HALVE: HALVED, DOUBLE: DOUBLED, GO_BACK: UNDO}
-"""The number in `CHANGES` of each action that moves no rank."""
+"""Index in `CHANGES` of each action without rank changes."""
 
 GROUP_FEATURES = (*MODULE_FEATURES, "share")
-"""What is seen of a group: means over its modules, and its share of all modules."""
+"""Features of a group: means over its modules, and its share of all modules."""
 
 STEERING = DecisionSchedule(
     probe_steps=8,
     probe_batch=2,
     fractions=(0.0, 0.04, 0.08, 0.12, 0.16, 0.21, 0.27, 0.34, 0.42, 0.52, 0.64, 0.78),
 )
-"""When runs are steered: twelve decisions, denser early."""
+"""Schedule for steering: twelve decisions, denser early on."""
 
 WORTH_SIGNALS = ("sensitivity", "snr", "relative_change")
-"""Signals whose mean tells which modules give way first."""
+"""Signals averaged to rank modules for giving up rungs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The groups of a model.
+    """Groups of a model.
 
     Attributes:
-        names: of the groups, such as "v_proj, upper third".
-        member: the group of each module, int64 (modules,).
+        names: names of the groups, such as "v_proj, upper third".
+        member: group index of each module, int64 (modules,).
     """
 
     names: tuple[str, ...]
@@ -73,17 +72,17 @@ def _groups(names: tuple[str, ...], blocks: tuple[int, ...]) -> Groups:
 
 
 def groups_of(observation: Observation) -> Groups:
-    """The groups of the modules that are observed."""
+    """Groups of the observed modules."""
     return _groups(observation.names, tuple(observation.problem.blocks.tolist()))
 
 
 @dataclass(frozen=True, eq=False)
 class GroupView:
-    """What is seen and possible at one decision, group by group.
+    """Observation and allowed actions at one decision, by group.
 
     Attributes:
-        observation: of the modules.
-        groups: of the model.
+        observation: observation of the modules.
+        groups: groups of the model.
     """
 
     observation: Observation
@@ -91,26 +90,26 @@ class GroupView:
 
     @classmethod
     def of(cls, observation: Observation) -> GroupView:
-        """The view of an observation."""
+        """Build the view of an observation."""
         return cls(observation, groups_of(observation))
 
     @cached_property
     def start(self) -> Decision:
-        """What happens where an action moves no rank: the plan of the default policy at first, and no change later."""
+        """Decision of an action without rank changes: first the plan of the default policy, later no change."""
         if not is_first(self.observation):
             return decision_to_keep(self.observation)
         return PlanChooser().decide(self.observation)
 
     @cached_property
     def ranks(self) -> IntArray:
-        """The ranks that an action changes, int64 (modules,)."""
+        """Ranks an action starts from, int64 (modules,)."""
         return (
             decided_plan(self.observation.problem, self.start).ranks if is_first(self.observation) else self.start.ranks
         )
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
-        """`GROUP_FEATURES` of each group, (groups, len(GROUP_FEATURES)); ranks are those that an action changes."""
+        """`GROUP_FEATURES` of each group, (groups, len(GROUP_FEATURES)), at the ranks an action starts from."""
         modules, member = self.observation.modules.astype(np.float64), self.groups.member
         if is_first(self.observation):
             ladder = self.observation.problem.ladder
@@ -128,7 +127,7 @@ class GroupView:
         return self.observation.run
 
     def run_feature(self, name: str) -> float:
-        """One feature of the run; UnknownNameError if there is none of that name."""
+        """Return one feature of the run; UnknownNameError for an unknown name."""
         if name not in RUN_FEATURES:
             raise UnknownNameError.of("feature of the run", name, RUN_FEATURES)
         return float(self.run[RUN_FEATURES.index(name)])
@@ -139,30 +138,30 @@ class GroupView:
 
     @cached_property
     def worth(self) -> FloatArray:
-        """What signals say of each module, in logs, (modules,)."""
+        """Log-scale score of each module from its signals, (modules,)."""
         return mean_feature(self.observation, WORTH_SIGNALS)
 
     @property
     def actions(self) -> int:
-        """How many there are: four, then one for each group that grows, then one for each that shrinks."""
+        """Number of actions: four, then one per group to grow it, then one per group to shrink it."""
         return len(RATE_CHANGES) + 2 * len(self.groups.names)
 
     def grow(self, group: int) -> int:
-        """The action that lets a group grow."""
+        """Action to grow a group by a rung."""
         return len(RATE_CHANGES) + group
 
     def take(self, group: int) -> int:
-        """The action that takes a rung from a group."""
+        """Action to take a rung from a group."""
         return len(RATE_CHANGES) + len(self.groups.names) + group
 
     @cached_property
     def allowed(self) -> BoolArray:
-        """Which actions change something and fit the budget, bool (actions,); to keep is always allowed."""
+        """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed."""
         problem, member, ladder = self.observation.problem, self.groups.member, self.observation.problem.ladder
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)
         found[NOTHING] = True
         steps_seen = any(self.run_feature(name) for name in ("steps_loss", "steps_noise", "steps_time"))
-        long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two see chance
+        long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two show only noise
         found[[HALVE, DOUBLE, GO_BACK]] = steps_seen and long and not is_first(self.observation)
         can_rise, can_fall = (rungs < problem.tops) & ~problem.is_pinned, (rungs > problem.bottoms) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
@@ -175,14 +174,14 @@ class GroupView:
         return found
 
     def _moved(self, own: BoolArray, by: int) -> IntArray:
-        """The ranks with some modules so many rungs higher, within the bounds, int64 (modules,)."""
+        """Ranks with some modules raised by a number of rungs, within the bounds, int64 (modules,)."""
         problem = self.observation.problem
         rungs = problem.ladder.rung(self.ranks)
         moved = np.clip(rungs + by * own, problem.bottoms, np.maximum(problem.tops, rungs))
         return np.where(own, problem.ladder.array[moved], self.ranks)
 
     def decision(self, action: int) -> Decision:
-        """What an action decides; one that is not allowed keeps all as it is.
+        """Convert an action to a decision; a masked action keeps everything.
 
         Raises:
             ConfigError: there is no such action.
@@ -200,7 +199,7 @@ class GroupView:
         return Decision(ranks, scores, exact=True)
 
     def told(self, action: int) -> str:
-        """An action in words."""
+        """Description of an action."""
         if action in RATE_CHANGES:
             return ("keep", "halve the rate", "double the rate", "go back")[action]
         grows, group = divmod(action - len(RATE_CHANGES), len(self.groups.names))
@@ -208,24 +207,24 @@ class GroupView:
 
 
 FIRST_OF_ALL = 20.0
-"""What is added to the scores of modules that grow, so that all others give way before them."""
+"""Score bonus of growing modules, so that all others give way first."""
 
 
 class Actor(Protocol):
-    """Chooses one action at a decision."""
+    """Protocol for choosing one action per decision."""
 
     def act(self, view: GroupView) -> int:
-        """The number of an allowed action."""
+        """Return an allowed action."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """An actor as a policy: it steers ranks and rate at the moments of a schedule.
+    """Wrap an actor as a policy: it steers ranks and rate at the times of a schedule.
 
     Attributes:
-        name: in logs and tables.
+        name: the name in logs and tables.
         actor: chooses the actions.
-        schedule: when.
+        schedule: times of the decisions.
     """
 
     steers_rate = True
@@ -234,13 +233,13 @@ class Steering:
     schedule: DecisionSchedule = STEERING
 
     def decide(self, observation: Observation) -> Decision:
-        """What the actor's action decides."""
+        """Decide by the actor's action."""
         view = GroupView.of(observation)
         return view.decision(self.actor.act(view))
 
 
 def best(values: FloatArray, allowed: BoolArray) -> int | None:
-    """The index of the largest value among those allowed; None if none is."""
+    """Index of the largest allowed value; None if none is allowed."""
     if not np.any(allowed):
         return None
     return int(np.argmax(np.where(allowed, values, -np.inf)))

@@ -1,10 +1,10 @@
-"""The decision log: what a policy saw, wanted and got, in files that any tool opens.
+"""The decision log: observations, decisions and resulting plans, in standard file formats.
 
-A log is a folder with a line of JSON for each decision (decisions.jsonl), and beside it the arrays of each
+A log is a folder with one line of JSON per decision (decisions.jsonl), and the arrays of each decision alongside it
 (decision-000000.safetensors and so on).
 
-A decision's arrays are written first, under another name that is then changed, and its line last. So a crash leaves
-whole decisions only, and at worst half of a last line, which is not read.
+A decision's arrays are written first, to a temporary name that is then renamed, and its line last. After a crash, the
+log therefore holds only complete decisions, plus at worst a partial last line, ignored on reading.
 
 Example:
     >>> table = rankpilot.DecisionLog("run/decisions").to_pandas()  # doctest: +SKIP
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMA = 7
-"""Version of the files. Those up to 4 were of rankpilot 0.2, in Parquet."""
+"""Version of the files. Versions up to 4 are from rankpilot 0.2, in Parquet."""
 
 LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
-"""Names of the files of a log, which may lie in a folder with others."""
+"""File names of a log; its folder may contain other files."""
 
 CONTROL = "control.jsonl"
-"""The file beside them of a run whose learning rate was controlled: a line for each action."""
+"""Log of learning-rate control, in the same folder: one line per action."""
 
 POLICY = "policy"
-"""The folder beside them with a copy of the policy that decided, if one was trained: its weights and its card."""
+"""Subfolder with a copy of the trained policy, if any: its weights and its card."""
 
 _METADATA = "rankpilot.features"
 
@@ -70,18 +70,18 @@ _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
     (dict, NoneType): ("choice",),
     (list,): ("ladder",),
 }
-"""What a line holds, by its type. What it tells beside that follows from it."""
+"""Fields of a line, by type. Everything else is derived from them."""
 
 _OF_RUN = (
     "run", "policy", "policy_sha256", "step", "seed", "loss", "measured_cost", "predicted_cost", "correction",
 )  # fmt: skip
-"""Attributes of a record that its line has under the same name."""
+"""Attributes of a record stored in its line under the same name."""
 
 _WANTED = ("rank_floor", "depth_bias", "change")
-"""Attributes of a decision that its line has under the same name."""
+"""Attributes of a decision stored in its line under the same name."""
 
 _CHOICE = "choice."
-"""How the names of arrays of a choice begin."""
+"""Prefix of the arrays of a choice."""
 
 _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
@@ -92,26 +92,25 @@ class DecisionRecord:
 
     Attributes:
         run: name of the run.
-        policy: name of the policy or rule that decided.
-        policy_sha256: of the policy's weights; None for a rule, or for a policy that was not loaded from a folder.
-        number: of the decision in its run, from 0.
+        policy: name of the policy or rule.
+        policy_sha256: hash of the policy's weights; None for a rule, or for a policy not loaded from a folder.
+        number: index of the decision in its run, from 0.
         step: optimizer steps done before it.
-        seed: of the run.
-        loss: mean training loss since the decision before this one; None before the first step.
-        measured_cost: measured since the decision before this one, in the unit of the problem; None if nothing measures
-            it.
-        observation: what the policy saw; its problem has the ranks in place.
-        decision: what the policy wanted, with all that it computed.
-        rank_clipped: the wanted ranks on the ladder and within the bounds, before the budget, int64 (L,). Where a
-            person changed a rank, it is the person's.
+        seed: seed of the run.
+        loss: mean training loss since the previous decision; None before the first step.
+        measured_cost: cost measured since the previous decision, in the unit of the problem; None if not measured.
+        observation: observation of the policy; its problem holds the current ranks.
+        decision: output of the policy, with all intermediate values.
+        rank_clipped: wanted ranks on the ladder and within the bounds, before the budget, int64 (L,). Includes ranks
+            changed by a person.
         rank_after: ranks of the plan, int64 (L,).
         predicted_cost: predicted cost of the plan, in the unit of the problem.
-        pinned: which modules kept their rank whatever was wanted, bool (L,); None for none.
-        correction: whether the guard or a person changed the ranks, and not the policy.
+        pinned: mask of modules that keep their rank regardless of the decision, bool (L,); None for none.
+        correction: True if the guard or a person changed the ranks instead of the policy.
         schedule: fields of the run's `DecisionSchedule`, by name.
-        notes: why a module did not get the rank that the policy wanted, by name; the others are left out.
-        saved: at the first decision of a run, what a step takes without exact savers and with them; else empty.
-        rates: the peak of the learning rate for plain LoRA, and under the plan; None where nothing tells it.
+        notes: reason a module did not get the wanted rank, by name; other modules are omitted.
+        saved: at a run's first decision, the cost of a step without exact savers and with them; else empty.
+        rates: peak learning rate for plain LoRA, and under the plan; None if unknown.
 
     Raises:
         DataError: arrays disagree on the number of modules, a name is used twice, or a number is out of range.
@@ -156,29 +155,29 @@ class DecisionRecord:
         saved: tuple[Saved, ...] = (),
         rates: tuple[float, float] | None = None,
     ) -> DecisionRecord:
-        """The record of a decision that has just been applied, in a fine-tune or in an episode.
+        """Build the record of a decision just applied, in a fine-tune or an episode.
 
         Args:
-            applier: has applied it.
-            observation: what the decision was made from.
-            decision: what was wanted.
-            plan: what was applied.
-            policy: made the decision.
-            number: of the decision in its run, from 0.
+            applier: applier of the decision.
+            observation: input of the decision.
+            decision: the wanted ranks.
+            plan: the applied plan.
+            policy: policy behind the decision.
+            number: index of the decision in its run, from 0.
             step: optimizer steps done before it.
             run: name of the run.
-            loss: mean training loss since the decision before this one.
-            measured_cost: bytes at the highest peak since the decision before this one, or None.
-            notes: by module name, beside those of the applier, whose modules are pinned.
-            correction: whether the guard or a person changed the ranks, and not the policy.
-            saved: what exact savers bring.
-            rates: the peak of the learning rate for plain LoRA, and under the plan.
+            loss: mean training loss since the previous decision.
+            measured_cost: peak bytes since the previous decision, or None.
+            notes: notes by module name, in addition to those of the applier, whose modules are pinned.
+            correction: True if the guard or a person changed the ranks instead of the policy.
+            saved: savings from exact savers.
+            rates: peak learning rate for plain LoRA, and under the plan.
         """
         pinned = np.isin(observation.names, list(applier.notes))
         return cls(
             run=run,
             policy=policy.name,
-            policy_sha256=getattr(policy, "sha256", None),  # of learned policies alone
+            policy_sha256=getattr(policy, "sha256", None),  # learned policies only
             number=number,
             step=step,
             seed=applier.seed,
@@ -222,20 +221,20 @@ class DecisionRecord:
 
     @cached_property
     def problem(self) -> AllocationProblem:
-        """The plans that were possible, with the pinned modules.
+        """The plans allowed at the decision, with the pinned modules.
 
-        `project` on it gives the logged ranks once more, but for those that a person changed.
+        `project` on it reproduces the logged ranks, except for those changed by a person.
         """
         return replace(self.observation.problem, pinned=self.pinned)
 
     @property
     def choice(self) -> Choice | None:
-        """What the decision was chosen from; None where the policy expects nothing of plans."""
+        """Choice behind the decision; None if the policy predicts nothing about plans."""
         return self.decision.choice
 
     @property
     def measures(self) -> bool:
-        """Whether the ranks before it were there to measure alone: rank 1 everywhere, before the first step."""
+        """True if the earlier ranks served only for measuring: rank 1 everywhere, before the first step."""
         return self.step == 0 and bool((self.rank_before == 1).all())
 
     @property
@@ -245,26 +244,26 @@ class DecisionRecord:
 
     @property
     def rank_wanted(self) -> IntArray:
-        """Ranks that the policy wanted, int64 (L,)."""
+        """Ranks wanted by the policy, int64 (L,)."""
         return self.decision.ranks
 
     @property
     def kept(self) -> bool:
-        """Whether the policy wanted the ranks in place."""
+        """True if the policy wanted to keep the current ranks."""
         return keeps(self.observation, self.decision)
 
     def plan(self) -> dict[str, int]:
-        """The rank of each module after the decision, by its full name."""
+        """Rank of each module after the decision, by full name."""
         return dict(zip(self.modules, self.rank_after.tolist(), strict=True))
 
     def line(self) -> str:
-        """The decision in one line, such as "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4"."""
+        """One-line summary, such as "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4"."""
         problem = self.problem
         cost, unit = self.predicted_cost, problem.cost.unit
         return decision_line(self.step, problem.ranks, self.rank_after, cost, problem.limit, unit)
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the decision as a whole, by name: texts and numbers."""
+        """Decision-level values by name: texts and numbers."""
         problem, decision, found = self.problem, self.decision, self.choice
         return {
             "decision": self.number,
@@ -281,7 +280,7 @@ class DecisionRecord:
         }
 
     def columns(self) -> dict[str, Any]:
-        """What is known of each module, by name, (L,) each; features begin with "feature."."""
+        """Module-level values by name, (L,) each; features are prefixed with "feature."."""
         problem = self.problem
         features = dict(zip(MODULE_FEATURES, self.observation.modules.T, strict=True))
         return {
@@ -304,25 +303,25 @@ class DecisionLog:
     """Writer and reader of one decision log.
 
     Args:
-        folder: where the files are; made by `make_folder` or the first `append`.
+        folder: folder of the files; created by `make_folder` or the first `append`.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder: Path = Path(folder)
 
     def __len__(self) -> int:
-        """How many decisions are logged.
+        """Number of logged decisions.
 
         Raises:
-            RunFolderError: the log is of rankpilot 0.2, or a line is none of a log.
+            RunFolderError: the log is from rankpilot 0.2, or has an invalid line.
         """
         return len(self._lines())
 
     def make_folder(self) -> None:
-        """Make the folder now, and not after minutes of work.
+        """Create the folder now, to fail early.
 
         Raises:
-            RunFolderError: it cannot be made.
+            RunFolderError: it cannot be created.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -333,13 +332,13 @@ class DecisionLog:
             ) from error
 
     def put_aside(self) -> Path | None:
-        """Move what an earlier run has logged into a folder beside this one, since another run begins.
+        """Move the log of an earlier run to a sibling folder, to make room for a new run.
 
         Returns:
-            That folder, `decisions-1` or the next number that is free; None if nothing is logged.
+            That folder, `decisions-1` or the next free number; None if nothing is logged.
 
         Raises:
-            RunFolderError: it cannot be made.
+            RunFolderError: it cannot be created.
         """
         if not (self.folder / LINES).is_file():
             return None
@@ -351,15 +350,15 @@ class DecisionLog:
         return aside.folder
 
     def append(self, record: DecisionRecord) -> None:
-        """Write one decision, whole or not at all.
+        """Append one decision atomically.
 
         Raises:
-            RunFolderError: that decision is logged already; a resumed run calls `truncate` first.
+            RunFolderError: the decision is already logged; a resumed run calls `truncate` first.
         """
         path = self._arrays(record.number)
         if path.exists():
             raise RunFolderError(f"Decision {record.number} is already in {self.folder}. Call `truncate` on resume.")
-        from safetensors.numpy import save  # late: a Trainer does not load it
+        from safetensors.numpy import save  # late: not needed by a Trainer
 
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays_of(record).items()}
         described = {_METADATA: json.dumps([MODULE_FEATURES, RUN_FEATURES])}
@@ -370,10 +369,10 @@ class DecisionLog:
         append_json_line(self.folder / LINES, _line_of(record))
 
     def read(self) -> list[DecisionRecord]:
-        """All decisions, in their order.
+        """Read all decisions in order.
 
         Raises:
-            RunFolderError: there is no log, it is of rankpilot 0.2, or a file of it is damaged.
+            RunFolderError: there is no log, it is from rankpilot 0.2, or one of its files is damaged.
         """
         lines = self._lines()
         if not lines:
@@ -381,10 +380,10 @@ class DecisionLog:
         return [self._record(line) for line in lines]
 
     def logged(self, number: int) -> DecisionRecord:
-        """One decision by its number, from 0 on.
+        """Read one decision by its number, from 0.
 
         Raises:
-            RunFolderError: there is no such decision, the log is of rankpilot 0.2, or a file of it is damaged.
+            RunFolderError: there is no such decision, the log is from rankpilot 0.2, or one of its files is damaged.
         """
         lines = self._lines()
         found = [line for line in lines if line["decision"] == number]
@@ -393,14 +392,15 @@ class DecisionLog:
         return self._record(found[0])
 
     def to_pandas(self) -> Any:
-        """The log as a pandas DataFrame with a row for each module of each decision.
+        """Return the log as a pandas DataFrame with one row per module and decision.
 
-        Columns are those of `DecisionRecord.facts` and `DecisionRecord.columns`, and the features of the run, whose
-        names begin with "run.".
+        Columns are those of `DecisionRecord.facts` and `DecisionRecord.columns`, and the features of the run, prefixed
+        with
+        "run.".
 
         Raises:
             ConfigError: pandas is not installed.
-            RunFolderError: there is no log, it is of rankpilot 0.2, or a file of it is damaged.
+            RunFolderError: there is no log, it is from rankpilot 0.2, or one of its files is damaged.
         """
         try:
             import pandas
@@ -416,13 +416,13 @@ class DecisionLog:
         return pandas.DataFrame(columns)
 
     def truncate(self, keep: int) -> int:
-        """Drop the decisions that followed a checkpoint: a run that resumes there takes them again.
+        """Drop the decisions after a checkpoint: a run resumed from it takes them again.
 
         Args:
-            keep: how many decisions had been taken at the checkpoint.
+            keep: number of decisions taken before the checkpoint.
 
         Returns:
-            How many decisions were dropped.
+            Number of decisions dropped.
         """
         if not self.folder.is_dir():
             return 0
@@ -442,7 +442,7 @@ class DecisionLog:
         return self.folder / f"decision-{number:06d}.safetensors"
 
     def _lines(self) -> list[dict[str, Any]]:
-        """The lines of all decisions, by their numbers."""
+        """Lines of all decisions, in order."""
         path = self.folder / LINES
         if not path.is_file():
             if any(self.folder.glob("part-*.parquet")):
@@ -481,7 +481,7 @@ class DecisionLog:
 
 
 def _line_of(record: DecisionRecord) -> dict[str, Any]:
-    """All of a decision that is no array, as JSON values."""
+    """Non-array fields of a decision, as JSON values."""
     problem, found = record.problem, record.choice
     return {
         "schema": SCHEMA,
@@ -500,7 +500,7 @@ def _line_of(record: DecisionRecord) -> dict[str, Any]:
 
 
 def _arrays_of(record: DecisionRecord) -> Arrays:
-    """All arrays of a decision, by name."""
+    """Arrays of a decision, by name."""
     problem, observation, found = record.problem, record.observation, record.choice
     arrays: dict[str, Any] = {
         "features": observation.modules,
@@ -521,12 +521,12 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
     arrays |= {f"{_CHOICE}{name}": value for name, value in computed.items()}
     arrays |= {name: np.asarray(arrays[name], dtype=np.int64) for name in _RANKS}
     if found is not None:
-        arrays[f"{_CHOICE}plans"] = found.plans.astype(np.uint16)  # which holds ranks exactly
+        arrays[f"{_CHOICE}plans"] = found.plans.astype(np.uint16)  # represents all ranks exactly
     return {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
 
 
 def _check_line(line: Any, where: str) -> None:
-    """Refuse a line that is none of a decision log of this schema."""
+    """Raise an error if a line does not belong to a decision log of this schema."""
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:
         version = line.get("schema") if isinstance(line, dict) else None
         raise RunFolderError(
@@ -541,10 +541,10 @@ def _check_line(line: Any, where: str) -> None:
 
 
 def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
-    """The decision of a line and its arrays.
+    """Build a decision from its line and arrays.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, OverflowError: they are not of one decision.
+        ValueError, LookupError, TypeError, AttributeError, OverflowError: they do not form one decision.
     """
     names = tuple(line["ranks"])
     size = len(names)
@@ -582,14 +582,14 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         rank_clipped=arrays["rank_clipped"],
         rank_after=arrays["rank_after"],
         pinned=arrays.get("pinned"),
-        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # earlier logs have none, nor rates
+        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # older logs have neither these nor rates
         rates=_rates_of(line.get("rates")),
         **{name: line[name] for name in (*_OF_RUN, "schedule", "notes")},
     )
 
 
 def _rates_of(given: Any) -> tuple[float, float] | None:
-    """The rates of a line; TypeError or ValueError if they are something else."""
+    """Rates of a line; raises TypeError or ValueError if invalid."""
     if given is None:
         return None
     plain, of_plan = map(finite, given)

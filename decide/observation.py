@@ -1,10 +1,9 @@
-"""What a policy sees at a decision, computed alike in an episode on a proxy and in a real fine-tune.
+"""The observation at a decision, computed the same way for a proxy episode and a real fine-tune.
 
-Two tables name the features, of each module and of the run, with their meanings and ranges. All numbers are relative
-(shares, ratios, logarithms), so that a policy can be used on models of other sizes. Names of modules are not read: what
-a module is follows from its shape and its place in its layer. In a transformer's layer the MLP leads through a wide
-inner side, which one module writes and another reads; attention stays at the width of the layer, or writes sides that
-it does not read.
+Two tables list the features of each module and of the run, with their meanings and ranges. All values are relative
+(shares, ratios, logarithms), so a policy transfers to models of other sizes. Module names are not read: a module's role
+follows from its shape and its place in its layer. In a transformer layer, the MLP has a wide inner side, written by one
+module and read by another; attention keeps the width of the layer, or writes sides it does not read.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class Feature(NamedTuple):
 
     Attributes:
         name: as in `MODULE_FEATURES` or `RUN_FEATURES`.
-        meaning: what is measured, in which unit.
-        values: the range of its values.
+        meaning: the measured quantity, with its unit.
+        values: range of values.
     """
 
     name: str
@@ -43,10 +42,10 @@ class Feature(NamedTuple):
 
 
 MOST_FEATURE = 3.0
-"""No feature lies further from 0."""
+"""Upper bound on the absolute value of a feature."""
 
 STEPS_PREFIX = "steps_"
-"""How the names of features begin that are read off optimizer steps, see `RunRecord`."""
+"""Name prefix of features computed from optimizer steps, see `RunRecord`."""
 
 _BOUNDED, _SHARE, _UP_TO_THREE = "-3 to 3", "0 to 1", "0 to 3"
 
@@ -72,7 +71,7 @@ MODULE_FEATURE_TABLE = (
     Feature("fall", "log loss of the interval before that move, less that of the latest interval, times 4", _BOUNDED),
     Feature("fall_error", "standard error of `fall`", _UP_TO_THREE),
 )
-"""Columns of `Observation.modules`, the signals first; new ones come last."""
+"""Columns of `Observation.modules`, signals first; new ones are appended."""
 
 RUN_FEATURE_TABLE = (
     Feature("progress", "share of the run's steps that are done", _SHARE),
@@ -90,18 +89,18 @@ RUN_FEATURE_TABLE = (
     Feature("limit_move", "log2 of the limit over that at the decision before", _BOUNDED),
     *(Feature(f"{STEPS_PREFIX}{name.replace(' ', '_')}", meaning, _BOUNDED) for name, meaning in STEP_FEATURES.items()),
 )
-"""Columns of `Observation.run`, those of the run's steps at the end: what a control of the rate sees, 0 where nothing
-reads the steps. New ones come last."""
+"""Columns of `Observation.run`; those at the end are the rate control's step features, 0 if the steps are not read. New
+ones are appended."""
 
 MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
 RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
 
 LABELS = 0.2
-"""A loss that counts a smaller share of the tokens is about labels, one for each row."""
+"""Below this share of tokens counted in the loss, a run learns labels, one per row."""
 
 
 def learns_labels(run: Sequence[float]) -> bool:
-    """Whether a run learns classes or numbers, not texts: its loss counts less than `LABELS` of the tokens.
+    """True if a run learns classes or numbers rather than texts: its loss counts less than `LABELS` of the tokens.
 
     Args:
         run: features of the run, (len(RUN_FEATURES),).
@@ -110,11 +109,11 @@ def learns_labels(run: Sequence[float]) -> bool:
 
 
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
-"""How the columns of tables begin that hold features of modules and of the run."""
+"""Column prefixes of module and run features in tables."""
 
 
 def feature_table(features: Sequence[Feature]) -> str:
-    """Features as a Markdown table, for a docstring: four spaces before every line but the first.
+    """Format features as a Markdown table for a docstring: four spaces before every line but the first.
 
     Args:
         features: such as `MODULE_FEATURE_TABLE`.
@@ -129,8 +128,8 @@ class ModuleShapes:
 
     Attributes:
         ratios: d_out / d_in, (modules,).
-        wide: whether a module has the inner side of its layer, as those of an MLP do, bool (modules,).
-        positions: place among the modules of its layer, from the first (0) to the last (1), (modules,).
+        wide: mask of modules with their layer's inner side, as in an MLP, bool (modules,).
+        positions: place among the modules of the layer, from the first (0) to the last (1), (modules,).
     """
 
     ratios: FloatArray
@@ -139,7 +138,7 @@ class ModuleShapes:
 
     @classmethod
     def of(cls, modules: Sequence[ModuleSpec]) -> ModuleShapes:
-        """The shapes of some modules, in the order in which the model lists them."""
+        """Shapes of some modules, in the order of the model."""
         blocks = np.array([module.block for module in modules], dtype=np.int64)
         wide, positions = np.zeros(len(modules), dtype=np.bool_), np.zeros(len(modules))
         for block in np.unique(blocks).tolist():
@@ -150,10 +149,10 @@ class ModuleShapes:
 
 
 def _wide(layer: Sequence[ModuleSpec]) -> list[bool]:
-    """Of each module of one layer, whether it has the inner side.
+    """For each module of one layer, True if it has the inner side.
 
-    The inner side is the largest one above the layer's width that one module writes and another reads. The width is
-    the side that most modules have, of several the smallest.
+    The inner side is the largest side above the layer's width, written by one module and read by another. The width is
+    the most common side; ties go to the smallest.
     """
     counts = Counter(side for module in layer for side in {module.d_in, module.d_out})
     width = min(counts, key=lambda side: (-counts[side], side))
@@ -171,13 +170,13 @@ _BUDGET, _SPENT = (RUN_FEATURES.index(name) for name in ("budget", "spent"))
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """All that a policy sees at a decision.
+    """Everything a policy sees at a decision.
 
     Attributes:
         modules: float32 (modules, len(MODULE_FEATURES)).
         run: float32 (len(RUN_FEATURES),).
-        problem: the plans that are possible now.
-        names: of the modules, for logs; no policy reads them.
+        problem: the plans allowed now.
+        names: names of the modules, for logs; not read by policies.
     """
 
     modules: Float32Array
@@ -188,20 +187,20 @@ class Observation:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands at a decision.
+    """State of a run at a decision.
 
     Attributes:
-        progress: share of its steps that are done, 0 to 1.
+        progress: share of steps done, 0 to 1.
         decisions_left: decisions after this one.
-        reference_cost: what rank 8 on all modules costs, in the unit of the budget.
+        reference_cost: cost of rank 8 on all modules, in the unit of the budget.
         first_loss: training loss at the start of the probe, > 0.
         losses: mean training loss of each interval so far; empty at the first decision.
         total_steps: optimizer steps of the run.
-        rows: of an optimizer step, in all its batches.
+        rows: rows per optimizer step, over all its micro-batches.
         probe_fall: see `ProbeResult`.
         predicted: see `ProbeResult`.
-        limit_before: the limit at the decision before, in the unit of the budget; None at the first one.
-        steps: what optimizer steps have shown, `rate_control.FEATURES`; None where nothing reads them.
+        limit_before: limit at the previous decision, in the unit of the budget; None at the first one.
+        steps: `rate_control.FEATURES` of the optimizer steps; None if the steps are not read.
     """
 
     progress: float
@@ -218,7 +217,7 @@ class RunState:
 
 
 class Moves:
-    """What each module's rank did last, and what the loss did since: trying tells what no signal tells.
+    """Last rank move of each module, and the change in loss since: information no signal provides.
 
     Attributes:
         state: rungs of the last move, decisions since, and log loss before it with its standard error, float64
@@ -232,12 +231,12 @@ class Moves:
         self.latest: tuple[float, float] = 0.0, 0.0
 
     def interval(self, loss: float, error: float) -> None:
-        """An interval between two decisions is over, with this log loss."""
+        """Record the log loss of a finished interval between two decisions."""
         self.latest = loss, error
         self.state[:, 1] += 1
 
     def moved(self, rungs: NDArray[np.int64]) -> None:
-        """Ranks moved by so many rungs, (modules,); those that stayed count on."""
+        """Record rank moves in rungs, (modules,); modules without a move age by one decision."""
         now = rungs != 0
         self.state[now] = np.column_stack([rungs[now], *(np.full(now.sum(), value) for value in (0.0, *self.latest))])
 
@@ -250,7 +249,7 @@ class Moves:
 
 
 def _centred_log(values: FloatArray) -> FloatArray:
-    """log(values) minus the mean of the finite logs, within -3 and 3; 0 where a value is not finite or not positive."""
+    """log(values) minus the mean of the finite logs, clipped to -3 and 3; 0 for a non-finite or non-positive value."""
     known = np.isfinite(values) & (values > 0)
     logs = np.log(np.where(known, values, 1.0))
     centre = logs[known].mean() if known.any() else 0.0
@@ -266,16 +265,16 @@ def observe(
     state: RunState,
     moves: Moves,
 ) -> Observation:
-    """The observation at one decision.
+    """Return the observation at one decision.
 
     Args:
-        problem: the plans that are possible now.
+        problem: the plans allowed now.
         names: module names.
-        signals: as read by `SignalMeter`, (modules, len(SIGNALS)).
+        signals: signals from `SignalMeter`, (modules, len(SIGNALS)).
         age: decisions since each module's signals were fresh, (modules,).
-        shapes: of the modules.
-        state: where the run stands.
-        moves: what the ranks of modules did last.
+        shapes: shapes of the modules.
+        state: state of the run.
+        moves: last rank moves of the modules.
     """
     ranks, ladder = problem.ranks, problem.ladder
     rungs = ladder.rung(ranks)
@@ -299,12 +298,12 @@ def observe(
 
 
 def with_limit(observation: Observation, limit: float) -> Observation:
-    """What would have been seen with another limit, all else equal, the limit of time among it.
+    """Return the observation under another limit, with all else equal, including the time limit.
 
-    A `budget` that is cut off at 3 is scaled as if it were 3: what lies beyond is not in the observation.
+    A `budget` clipped at 3 is scaled as if it were 3: the observation lacks its true value.
 
     Args:
-        observation: at a decision.
+        observation: observation at a decision.
         limit: in the unit of its problem, > 0.
     """
     problem = under_limit(observation.problem, limit)
@@ -317,7 +316,7 @@ def with_limit(observation: Observation, limit: float) -> Observation:
 
 
 def _shares_of_limit(problem: AllocationProblem) -> list[FloatArray]:
-    """What a change of each module's rank costs, as `_log_share`: the next rung up, dropping it, adapting it."""
+    """Cost of rank changes of each module, as `_log_share`: the next rung up, dropping it, adapting it."""
     ladder, rungs = problem.ladder, problem.ladder.rung(problem.ranks)
     rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
     per_rank = problem.cost.per_rank.max(axis=0)
@@ -325,12 +324,12 @@ def _shares_of_limit(problem: AllocationProblem) -> list[FloatArray]:
 
 
 def _log_share(costs: FloatArray, limit: float) -> FloatArray:
-    """log10 of costs as multiples of an equal share of the limit, within -3 and 3, whatever the number of modules."""
+    """log10 of costs as multiples of an equal share of the limit, clipped to -3 and 3, for any number of modules."""
     return np.asarray(np.log10(np.clip(costs * len(costs) / limit, 1e-3, 1e3)))
 
 
 def _cost_changes(problem: AllocationProblem) -> tuple[FloatArray, FloatArray]:
-    """What dropping each adapted module saves, and what adapting each other module at rank 1 adds; else 0."""
+    """Savings from dropping each adapted module, and cost of adapting each other module at rank 1; else 0."""
     adapted, per_rank = problem.ranks > 0, problem.cost.per_rank
     fixed = FixedCost(problem.cost, adapted)
     costs = (fixed.value + per_rank @ problem.ranks)[:, None]
@@ -363,14 +362,14 @@ def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> 
 
 
 def mean_feature(observation: Observation, names: tuple[str, ...]) -> FloatArray:
-    """The mean of these features of each module, (modules,).
+    """Mean of some features for each module, (modules,).
 
     Args:
-        observation: what a policy sees.
-        names: of `MODULE_FEATURES`.
+        observation: observation of the policy.
+        names: names from `MODULE_FEATURES`.
 
     Raises:
-        UnknownNameError: a name is none of them.
+        UnknownNameError: a name is not one of them.
     """
     for name in names:
         if name not in MODULE_FEATURES:
@@ -383,7 +382,7 @@ def module_feature(observation: Observation, name: str) -> FloatArray:
     """One feature of each module, (modules,).
 
     Args:
-        observation: what a policy sees.
-        name: of `MODULE_FEATURES`.
+        observation: observation of the policy.
+        name: name from `MODULE_FEATURES`.
     """
     return mean_feature(observation, (name,))

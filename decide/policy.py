@@ -1,4 +1,4 @@
-"""What every policy is, hand-written or learned: it decides on an observation, and a decision leads to a plan."""
+"""The policy interface, for rules and learned policies: an observation leads to a decision, a decision to a plan."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .rate_control import KEEP
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What a policy wants.
+    """Output of a policy.
 
     Attributes:
         ranks: the wanted ranks, int64 (modules,); `project` rounds them down onto the ladder.
-        scores: the log of each module's rank relative to the others, (modules,). Where the wanted ranks do not fit the
-            budget, modules with low scores give way first.
-        rank_floor: the rank floor from which the wanted ranks follow; 0 if they do not follow from scores.
-        depth_bias: the depth bias from which they follow; 0 if they do not follow from scores.
-        exact: take the wanted ranks as they are, and leave the rest of the budget unused.
-        choice: what the decision was chosen from; None for a policy that expects nothing of plans.
-        change: what happens to the learning rate, the number of one of `rate_control.CHANGES`.
+        scores: log of each module's rank relative to the others, (modules,). If the wanted ranks exceed the budget,
+            modules with low scores give way first.
+        rank_floor: rank floor behind the wanted ranks; 0 if they do not follow from scores.
+        depth_bias: depth bias behind the wanted ranks; 0 if they do not follow from scores.
+        exact: take exactly the wanted ranks, and leave the rest of the budget unused.
+        choice: the choice behind the decision; None for a policy without predictions about plans.
+        change: change of the learning rate, as an index into `rate_control.CHANGES`.
     """
 
     ranks: IntArray
@@ -43,7 +43,7 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides ranks, for any number of modules and whatever their names are."""
+    """Decides ranks, for any number of modules with any names."""
 
     @property
     def name(self) -> str:
@@ -54,20 +54,20 @@ class Policy(Protocol):
 
 
 def reads_signals(policy: Policy) -> bool:
-    """Whether a policy reads the signals of modules, for which they are probed: any that does not say otherwise."""
+    """True if a policy reads module signals, so they must be probed; the default unless the policy opts out."""
     return bool(getattr(policy, "reads_signals", True))
 
 
 def steers_rate(policy: Policy) -> bool:
-    """Whether a policy's decisions change the learning rate too, see `Decision.change`; one that does says so."""
+    """True if a policy's decisions also change the learning rate, see `Decision.change`; policies opt in."""
     return bool(getattr(policy, "steers_rate", False))
 
 
 def decision_from_plan(ranks: IntArray) -> Decision:
-    """The decision that wants these ranks, whole numbers from 0 on, (modules,), and prefers no module to another.
+    """Return a decision for these ranks, integers >= 0, (modules,), with no preference among modules.
 
     Raises:
-        ConfigError: they are something else.
+        ConfigError: they are invalid.
     """
     if not are_ranks(ranks):
         raise ConfigError(f"Ranks are whole numbers from 0 on, one for each module; got {shown(ranks)}.")
@@ -75,17 +75,17 @@ def decision_from_plan(ranks: IntArray) -> Decision:
 
 
 def are_ranks(given: Any) -> bool:
-    """Whether they are whole numbers from 0 on, (modules,)."""
+    """True if the argument holds integers >= 0, (modules,)."""
     values = np.asarray(given)
     numbers = values.ndim == 1 and values.dtype.kind in "iuf"
     return numbers and bool(np.all((values >= 0) & (values == np.floor(values))))
 
 
 def asked(policy: Policy, observation: Observation) -> Decision:
-    """What a policy decides.
+    """Return a policy's decision, checked.
 
     Raises:
-        ConfigError: it is no decision, or its ranks are none for these modules, or all 0.
+        ConfigError: it is not a decision, or its ranks do not match these modules, or are all 0.
     """
     decision, names = policy.decide(observation), observation.names
     wanted = decision.ranks if isinstance(decision, Decision) else decision
@@ -98,7 +98,7 @@ def asked(policy: Policy, observation: Observation) -> Decision:
 
 
 def rounding(policy: Policy, observation: Observation, decision: Decision) -> str:
-    """What is to be told of wanted ranks between two of the ladder; nothing of those that a module has."""
+    """Message on wanted ranks between two rungs of the ladder, ignoring modules already at that rank."""
     ladder, wanted = observation.problem.ladder, decision.ranks
     between = (ladder.array[ladder.rung(wanted)] != wanted) & (wanted != observation.problem.ranks)
     if not between.any():
@@ -108,23 +108,23 @@ def rounding(policy: Policy, observation: Observation, decision: Decision) -> st
 
 
 def decision_to_keep(observation: Observation) -> Decision:
-    """The decision that leaves all ranks as they are, even where the budget has room for more."""
+    """Return the decision to keep all ranks, even if the budget has room for more."""
     ranks = observation.problem.ranks
     return Decision(ranks, np.zeros(len(ranks)), exact=True)
 
 
 def keeps(observation: Observation, decision: Decision) -> bool:
-    """Whether a decision leaves all ranks as they are."""
+    """True if a decision keeps all ranks."""
     return decision.exact and bool(np.array_equal(decision.ranks, observation.problem.ranks))
 
 
 def decided_plan(problem: AllocationProblem, decision: Decision) -> Plan:
-    """The plan to which a decision leads: `project`, or if it is exact the wanted ranks as far as they fit."""
+    """Return the plan of a decision: `project`, or for an exact decision the wanted ranks as long as they fit."""
     return project(problem, decision.ranks, decision.scores, fill=not decision.exact)
 
 
 def is_first(observation: Observation) -> bool:
-    """Whether this is a run's first decision, which may use the whole ladder."""
+    """True at a run's first decision, free to use the whole ladder."""
     return observation.problem.max_step is None
 
 
@@ -133,15 +133,15 @@ def decision_from_scores(
     scores: FloatArray,
     placement: Sequence[float] | FloatArray = (0.0, 0.0),
 ) -> Decision:
-    """The decision that a policy's scores and placement lead to.
+    """Return the decision for a policy's scores and placement.
 
     Args:
-        observation: of the decision.
-        scores: the log of each module's rank relative to the others, (modules,).
-        placement: log2 of a factor on the rank floor, and what is added to the depth bias; see `PLACEMENT`.
+        observation: observation at the decision.
+        scores: log of each module's rank relative to the others, (modules,).
+        placement: log2 of a factor on the rank floor, and an offset to the depth bias; see `PLACEMENT`.
 
     Raises:
-        ConfigError: the scores are no finite numbers, one for each module.
+        ConfigError: the scores are not finite numbers, one per module.
     """
     problem = observation.problem
     given, scores = scores, np.asarray(scores)
@@ -156,7 +156,7 @@ def decision_from_scores(
 
 
 def plan_distance(ranks: IntArray, reference: IntArray) -> FloatArray:
-    """How far plans are from a reference: the mean of abs(log2(1 + rank) - log2(1 + reference)) over the modules.
+    """Distance of plans from a reference: the mean of abs(log2(1 + rank) - log2(1 + reference)) over the modules.
 
     Args:
         ranks: (..., modules).
@@ -169,7 +169,7 @@ def plan_distance(ranks: IntArray, reference: IntArray) -> FloatArray:
 
 
 def decision_line(step: int, before: IntArray, after: IntArray, cost: float, limit: float, unit: str) -> str:
-    """A decision in one line: "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4".
+    """Summarize a decision in one line: "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4".
 
     Args:
         step: optimizer steps done before the decision.
@@ -177,10 +177,10 @@ def decision_line(step: int, before: IntArray, after: IntArray, cost: float, lim
         after: ranks of the plan, int (modules,). Their mean counts modules without an adapter as rank 0.
         cost: predicted cost of the plan.
         limit: the budget.
-        unit: of both: "bytes" or "parameters".
+        unit: unit of both: "bytes" or "parameters".
     """
     count = int(np.count_nonzero(np.asarray(before) != np.asarray(after)))
     moved = f"{plural(count, 'module')} moved" if count else "no module moved"
-    if step == 0:  # what came before it are ranks that only measured
+    if step == 0:  # earlier ranks only served for measuring
         moved = f"{np.count_nonzero(after)} of {len(after)} modules adapted"
     return f"step {step}: {moved}, {part_of(cost, limit, unit)}, mean rank {np.mean(after):.1f}"

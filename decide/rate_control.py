@@ -1,10 +1,11 @@
-"""Control of a run while it goes: its learning rate is corrected at a few moments, and damage is undone.
+"""Learning-rate control during a run: correct the rate at a few moments, and undo damage.
 
-What a run alone can show is whether its rate suits it. The sign to look at is the *alignment*: the cosine between the
-last step of the optimizer and the next descent direction (hypergradient descent moves the rate along it: Baydin et al.,
-2018, arXiv 1703.04782). While the rate is too low, each step goes on where the last one went; at a rate that is too
-high, it takes back a part of it. It is read over some steps, next to the loss, and a control answers with one of a
-few `CHANGES` of the rate. Adapters are small, so a copy of them from before the damage is at hand: `UNDO` goes back.
+A single run can reveal if its learning rate is right. The key signal is the *alignment*: the cosine between the last
+optimizer step and the next descent direction (hypergradient descent moves the rate along it: Baydin et al., 2018, arXiv
+1703.04782). If the rate is too low, each step continues in the direction of the last one; if it is too high, each step
+partly reverses the last one. The alignment is averaged over some steps and read together with the loss, and the control
+answers with one of a few `CHANGES` of the rate. Adapters are small, so a copy from before any damage is kept: `UNDO`
+restores it.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ import numpy as np
 from ..common.arrays import FloatArray
 
 SHARES = (0.02, 0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.5)
-"""When a run is controlled, in shares of its steps. Later a change gains less than it risks."""
+"""Moments of control, as shares of the run's steps. Later changes risk more than they gain."""
 
 LEAST_WINDOW = 5
-"""Optimizer steps between two decisions, at least."""
+"""Minimum optimizer steps between two decisions."""
 
 SHORTEST = 60
-"""A shorter run is left alone: its first decisions would see too little."""
+"""Shorter runs are not controlled: their first decisions would have too little data."""
 
 CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
-"""What an action does to log2 of the rate. The last action also goes back to the copy that was kept."""
+"""Change of log2 of the rate by each action. The last action also restores the saved copy."""
 
 KEEP, UNDO = 0, len(CHANGES) - 1
-"""The actions that leave all as it is, and that go back."""
+"""The no-op action, and the action to restore the copy."""
 
 HALVED, DOUBLED = CHANGES.index(-1.0), CHANGES.index(1.0)
-"""Two actions between them."""
+"""The actions to halve and to double the rate."""
 
 PATIENCE = 3
-"""Times in a row that a run goes back because something is not finite; then its copy is no help."""
+"""Consecutive rollbacks for non-finite values before the copy is considered useless."""
 
 FEATURES = {
     "alignment": "mean over the window, times 4",
@@ -55,22 +56,22 @@ FEATURES = {
     "warm-up": "1 while the schedule's rate rises",
     "undone": "1 if the last action went back",
 }
-"""What a control sees, each from -`MOST_FEATURE` to `MOST_FEATURE`."""
+"""Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`."""
 
 MOST_FEATURE = 3.0
 
 LEAST_RAISE = 0.25
-"""A smaller rise of log2 of the rate, beyond what a warm-up still adds, is none."""
+"""Minimum raise of log2 of the rate, beyond the remaining warm-up; smaller raises are dropped."""
 
 FIRST = 2
-"""Steps whose mean loss is that of the start: the second one has hardly changed the model."""
+"""Steps averaged for the initial loss: by the second one the model has hardly changed."""
 
 FIRST_ALIGNMENTS, LEAST_FIRST = 5, 0.02
-"""Alignments whose mean the later ones are held against, and what it counts as at least."""
+"""Number of first alignments averaged as the reference for later ones, and its lower bound."""
 
 
 def decision_steps(total_steps: int) -> tuple[int, ...]:
-    """The optimizer steps before which a run is controlled; none for a short one."""
+    """Return the optimizer steps before which a run is controlled; none for a short run."""
     if total_steps < SHORTEST:
         return ()
     found: list[int] = []
@@ -81,14 +82,14 @@ def decision_steps(total_steps: int) -> tuple[int, ...]:
 
 @dataclass
 class RunRecord:
-    """What a run has shown so far.
+    """History of a run.
 
     Attributes:
-        total_steps: of the run.
-        losses: of the steps since the last decision.
-        alignments: of the same steps.
-        moved: log2 of the rate over that at the start.
-        changed: whether an action has ever moved it.
+        total_steps: total steps of the run.
+        losses: losses of the steps since the last decision.
+        alignments: alignments of the same steps.
+        moved: log2 of the rate relative to its initial value.
+        changed: True once an action has moved the rate.
         step: optimizer steps done.
     """
 
@@ -106,14 +107,14 @@ class RunRecord:
     _now: float = 0.0
 
     def add(self, loss: float, alignment: float) -> None:
-        """A step is done.
+        """Record a finished step.
 
         Args:
-            loss: of its batch, before the step.
-            alignment: of the step before it with its gradient; NaN where there is none.
+            loss: loss of its batch, before the step.
+            alignment: alignment of the previous step with this step's gradient; NaN if there is none.
         """
         self.step += 1
-        loss = max(float(np.nan_to_num(loss, nan=1e6, posinf=1e6)), 1e-6)  # its logarithm is finite
+        loss = max(float(np.nan_to_num(loss, nan=1e6, posinf=1e6)), 1e-6)  # keeps its logarithm finite
         self._first = [*self._first, loss][:FIRST]
         self.losses.append(loss)
         if math.isfinite(alignment):
@@ -121,10 +122,10 @@ class RunRecord:
             self._first_alignments = [*self._first_alignments, alignment][:FIRST_ALIGNMENTS]
 
     def observe(self, schedule: float) -> FloatArray:
-        """`FEATURES` now, float64 (len(FEATURES),).
+        """Return the current `FEATURES`, float64 (len(FEATURES),).
 
         Args:
-            schedule: the schedule's rate now, as a share of its peak.
+            schedule: the schedule's current rate, as a share of its peak.
         """
         losses, aligned = np.log(self.losses), np.array(self.alignments or [0.0])
         mean, first = float(losses.mean()), math.log(np.mean(self._first))
@@ -134,7 +135,7 @@ class RunRecord:
             4 * aligned.mean(),
             aligned.mean() / max(float(np.mean(self._first_alignments or [0.0])), LEAST_FIRST),
             4 * aligned.std(),
-            aligned.mean() / error / 4 if len(aligned) > 1 else 0.0,  # a single one tells no error
+            aligned.mean() / error / 4 if len(aligned) > 1 else 0.0,  # no error estimate from a single one
             2 * (mean - first),
             4 * (mean - means[-1]),
             4 * (mean - min(means)),
@@ -151,11 +152,11 @@ class RunRecord:
 
     @property
     def loss_error(self) -> float:
-        """The standard error of the mean log loss since the last decision; 0 where no step was."""
+        """Standard error of the mean log loss since the last decision; 0 without steps."""
         return float(np.std(np.log(self.losses)) / math.sqrt(len(self.losses))) if self.losses else 0.0
 
     def take(self, action: int, *, undone: bool = False) -> None:
-        """An action is taken, of which `UNDO` goes back, others only where the run was `undone`; a window begins."""
+        """Record an action and start a new window; `UNDO` goes back, other actions only if the run was `undone`."""
         self.moved += CHANGES[action]
         self.changed |= action != KEEP
         self._undone = undone or action == UNDO
@@ -165,10 +166,10 @@ class RunRecord:
 
 
 class RateControl(Protocol):
-    """Chooses an action for each run."""
+    """Protocol for choosing an action for each run."""
 
     def act(self, observations: FloatArray) -> Sequence[int]:
-        """One action a run.
+        """Return one action per run.
 
         Args:
             observations: (runs, len(FEATURES)).
@@ -177,34 +178,33 @@ class RateControl(Protocol):
 
 @dataclass(frozen=True)
 class AlignmentRule:
-    """Raise the rate while steps go on where the last one went, and lower it where they take it back.
+    """Raise the rate while steps keep their direction, and lower it when they reverse it.
 
-    What a rule of rates says plays no part: steps are right on models on which that rule is not.
+    Rule-of-thumb rates are ignored: alignments are reliable even on models where such rules fail.
 
     Attributes:
-        raise_above: raise nothing while the mean alignment is below this share of that of the first steps. At the best
-            rate it is about a tenth of that, at half of it a half, and below a third of it nearly as large.
-        raise_evidence: raise nothing while it is less than so many of its standard errors above 0.
-        surely_above: after the warm-up, raise by the least from this share on, where the mean alignment is more than
-            `surely_evidence` of its standard errors above 0: half of the best rate may look so.
-        surely_evidence: see there.
-        least_alignment: raise nothing while the mean alignment, a cosine, is below this.
-        lower_evidence: lower nothing while it is less than so many of its standard errors below 0. A rate that is too
-            high costs more than one that is too low.
-        lower_product: lower nothing while that number times the share is below this.
-        gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most twofold, a fall
-            to a quarter at most.
-        back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the
-            run and as long as nothing was lowered. What steps at a rate that is four times too high have learned is
-            worth less than the steps.
-        back_product: undo nothing for that while its standard errors times the share are below this: right rates come
-            to 0.65 by chance, and those that are four times too high to 0.74 and more.
-        back_until: share of the run up to which that is early.
-        undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
-        undo_noise: by how much that threshold rises for each standard deviation of the log loss.
-        first_raise: optimizer steps before which the rate is not raised: the first ones agree at any rate.
-        warm: share of its peak below which a rate that the schedule still raises is not raised further. Above it
-            nothing is raised where what the schedule itself still adds is about as much as is wanted.
+        raise_above: minimum mean alignment for a raise, as a share of that of the first steps. The share is about a
+            tenth at the best rate, a half at half of it, and nearly 1 below a third of it.
+        raise_evidence: minimum mean alignment for a raise, in standard errors above 0.
+        surely_above: after the warm-up, raise by the least amount from this share on, if the mean alignment is more
+            than `surely_evidence` standard errors above 0: half of the best rate may look like this.
+        surely_evidence: see `surely_above`.
+        least_alignment: minimum mean alignment, a cosine, for a raise.
+        lower_evidence: minimum evidence for lowering, in standard errors below 0. A rate too high costs more than one
+            too low.
+        lower_product: minimum of that evidence times the share for lowering.
+        gains: log2 change of the rate per unit of the share, for raises and cuts. A raise is at most twofold, a cut at
+            most to a quarter.
+        back_below: undo if the mean alignment is surely below this share of that of the first steps, early in the run
+            and before any cut. Steps at a rate four times too high are worth less than repeating them.
+        back_product: minimum of its standard errors times the share for such an undo: right rates reach 0.65 by
+            chance, rates four times too high 0.74 and more.
+        back_until: share of the run considered early.
+        undo_threshold: undo if log(loss / initial loss) exceeds this and the alignment is negative.
+        undo_noise: increase of that threshold per standard deviation of the log loss.
+        first_raise: optimizer steps before the first raise: early steps agree at any rate.
+        warm: minimum share of its peak for a raise while the schedule is warming up. Above it, nothing is raised if
+            the rest of the warm-up adds about as much as wanted.
     """
 
     raise_above: float = 0.25
@@ -244,7 +244,7 @@ class AlignmentRule:
         return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5))) if surely else KEEP
 
     def _raised(self, seen: dict[str, float], share: float) -> int:
-        """How far to raise the rate, if at all."""
+        """Action to raise the rate, if at all."""
         warming = seen["warm-up"] and seen["schedule"] < self.warm
         if warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise:
             return KEEP
@@ -254,5 +254,5 @@ class AlignmentRule:
 
 
 def _nearest(wanted: float) -> int:
-    """The action that comes nearest to a change of log2 of the rate and goes not back."""
+    """Action closest to a wanted change of log2 of the rate, excluding `UNDO`."""
     return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))

@@ -1,4 +1,4 @@
-"""Policies that nobody trains: rules, and plans that somebody gives.
+"""Policies without training: rules and user-supplied plans.
 
 | rule | its plan | reads signals |
 |---|---|---|
@@ -9,10 +9,10 @@
 | gradient-norm | the modules of top-down, ranks by one signal | yes |
 | signal-mean | the modules of top-down, ranks by the mean of three signals | yes |
 
-Rules that read signals make a new plan at every decision. So does top-down, but from the same scores. The others keep
-the plan of the first decision. A new rule is a policy (`decide/policy.py`) and an entry of `_RULES`.
+Rules with signals make a new plan at every decision. So does top-down, but from constant scores. The others keep the
+plan of the first decision. To add a rule, write a policy (`decide/policy.py`) and an entry in `_RULES`.
 
-Plans that somebody gives have a rank for each module: a mapping, or a file that a person reads and edits (`PlanFile`).
+User-supplied plans give a rank for each module: a mapping, or a file for people to read and edit (`PlanFile`).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from .settings import ONCE, DecisionSchedule
 logger = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".yaml", ".yml")
-"""By these a plan file is told from the folder of a policy and the name of a rule."""
+"""Suffixes of plan files, to distinguish them from policy folders and rule names."""
 
 _HEADER = """\
 # A plan: the LoRA rank of each target module. It is predicted to take {cost}; the budget is {limit}.
@@ -59,7 +59,7 @@ class GivenPlan:
 
     Attributes:
         name: the name in logs and tables.
-        ranks: of each module, by its full name.
+        ranks: ranks of the modules, by full name.
     """
 
     reads_signals: ClassVar[bool] = False
@@ -67,11 +67,11 @@ class GivenPlan:
     ranks: Mapping[str, int] = field(hash=False)
 
     def decide(self, observation: Observation) -> Decision:
-        """The plan at first, and no change after it; what it leaves of the budget is left.
+        """Return the plan at the first decision, and no change later; any unused budget stays unused.
 
         Raises:
-            UnknownNameError: the plan names a module that is not there.
-            ConfigError: it leaves one out.
+            UnknownNameError: the plan names an unknown module.
+            ConfigError: it omits a module.
         """
         if not is_first(observation):
             return decision_to_keep(observation)
@@ -89,15 +89,15 @@ class GivenPlan:
 
 
 def given_ranks(observation: Observation, ranks: Mapping[str, int], name: str = "given") -> tuple[Decision, Plan]:
-    """The decision for given ranks, and the plan that it leads to.
+    """Return the decision for given ranks, and the resulting plan.
 
     Args:
-        observation: of the run; how far a module may move at this decision plays no part.
-        ranks: of all target modules, by full name.
-        name: what errors call the plan.
+        observation: observation of the run; limits on moves per decision are ignored.
+        ranks: ranks of all target modules, by full name.
+        name: name of the plan in errors.
 
     Returns:
-        The decision, whose ranks are those given, and the plan, which may be lower where they are above the budget.
+        The decision, with exactly the given ranks, and the plan, lowered if the ranks exceed the budget.
 
     Raises:
         UnknownNameError, ConfigError: a module is unknown or missing, or cannot have its rank.
@@ -119,23 +119,23 @@ def given_ranks(observation: Observation, ranks: Mapping[str, int], name: str = 
 
 @dataclass(frozen=True)
 class AsConfigured:
-    """Leaves all ranks as the LoraConfig has them, also those that are on no ladder."""
+    """Keeps all ranks of the LoraConfig, including ranks off the ladder."""
 
     reads_signals: ClassVar[bool] = False
     schedule: ClassVar[DecisionSchedule] = ONCE
     name: ClassVar[str] = "as-configured"
 
     def decide(self, observation: Observation) -> Decision:
-        """No change."""
+        """Return no change."""
         return decision_to_keep(observation)
 
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan in a file, as a policy: it is read anew at every decision, so a person may edit it in between.
+    """A plan file as a policy: it is read again at every decision, so it may be edited during the run.
 
     Attributes:
-        path: of the file; `plan_text` writes one.
+        path: path of the file; `plan_text` writes one.
 
     Raises:
         ConfigError: the file is missing, or holds no plan.
@@ -149,12 +149,12 @@ class PlanFile:
 
     @property
     def name(self) -> str:
-        """The file's name, in logs and tables."""
+        """The file's name, for logs and tables."""
         return self.path.name
 
     @property
     def schedule(self) -> DecisionSchedule:
-        """When the file is read: its `read_at`, or once. A module may then move from any rank to any other."""
+        """Times to read the file: its `read_at`, or once. Modules may then move from any rank to any other."""
         try:
             read_at = tuple(_document(self.path).get("read_at", (0.0,)))
             return DecisionSchedule(fractions=read_at, max_step=len(DEFAULT_RANKS))
@@ -164,11 +164,11 @@ class PlanFile:
             ) from error
 
     def decide(self, observation: Observation) -> Decision:
-        """Exactly the ranks that the file holds now; a later file that cannot be used changes nothing, with a warning.
+        """Return exactly the current ranks of the file; an invalid later version changes nothing, with a warning.
 
         Raises:
             UnknownNameError, ConfigError: at the first decision, the file holds no plan for these modules.
-            BudgetError: there, its plan is above the budget or the limit of time.
+            BudgetError: at the first decision, its plan exceeds the budget or the time limit.
         """
         try:
             return self._exactly(observation)
@@ -204,13 +204,13 @@ class PlanFile:
 
 
 def read_plan(path: Path) -> dict[str, int]:
-    """The rank of each module, by full name, in a file of YAML or JSON.
+    """Read the rank of each module, by full name, from a YAML or JSON file.
 
-    Its `modules`, or the whole of it, maps names to ranks. Names that begin alike may be grouped: under
+    Its `modules`, or the whole file, maps names to ranks. Names with a common prefix may be grouped: under
     `model.layers.0`, `self_attn.q_proj: 8` is module "model.layers.0.self_attn.q_proj".
 
     Raises:
-        ConfigError: the file is missing or too large, is no YAML, or holds no ranks.
+        ConfigError: the file is missing or too large, is not YAML, or holds no ranks.
     """
     content = _document(path)
     modules = content.get("modules", content)
@@ -224,14 +224,14 @@ def read_plan(path: Path) -> dict[str, int]:
 
 
 def plan_text(ranks: Mapping[str, int], cost: float, limit: float, unit: str, name: str = "plan.yaml") -> str:
-    """A plan as the text of a file that a person edits and `read_plan` reads, with a line for each layer.
+    """Format a plan as an editable text file for `read_plan`, one line per layer.
 
     Args:
-        ranks: of each target module, by full name.
-        cost: what the plan is predicted to take.
+        ranks: ranks of the target modules, by full name.
+        cost: predicted cost of the plan.
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
-        name: of the file.
+        name: name of the file.
     """
     modules: dict[str, Any] = {}
     for module, rank in ranks.items():
@@ -248,7 +248,7 @@ def plan_text(ranks: Mapping[str, int], cost: float, limit: float, unit: str, na
 
 
 def _document(path: Path) -> Mapping[Any, Any]:
-    """The mapping that a file holds."""
+    """Read a mapping from a file."""
     try:
         content = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except FileNotFoundError as error:
@@ -261,7 +261,7 @@ def _document(path: Path) -> Mapping[Any, Any]:
 
 
 def _flat(modules: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each module's full name with what stands for its rank, out of a mapping with groups in it."""
+    """Yield each module's full name and its rank entry from a mapping with nested groups."""
     for name, value in modules.items():
         full = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -271,7 +271,7 @@ def _flat(modules: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 MEAN_SIGNALS = ("sensitivity", "snr", "relative_change")
-"""The signals whose mean the rule signal-mean takes as scores."""
+"""Signals averaged as the scores of the signal-mean rule."""
 
 
 @dataclass(frozen=True)
@@ -286,20 +286,20 @@ class TopDown:
     name: str = "top-down"
 
     def decide(self, observation: Observation) -> Decision:
-        """Equal scores, and the usual rank floor."""
+        """Return equal scores, with the usual rank floor."""
         return decision_from_scores(observation, np.zeros(len(observation.modules)))
 
 
 @dataclass(frozen=True)
 class SignalRule:
-    """Adapts the modules of top-down, and gives more rank to those with larger signals.
+    """Adapts the modules of top-down, with more rank for modules with larger signals.
 
-    Under a budget of parameters the rank floor is 1, so that all modules are adapted that the budget allows.
+    Under a budget of parameters the rank floor is 1, to adapt as many modules as the budget allows.
 
     Attributes:
         name: the name in logs and tables.
-        gain: by what the mean is multiplied to give the score; the default was the best on training tasks.
-        signals: features whose mean is taken; each is the log of a signal minus its mean over the modules.
+        gain: factor from the mean to the score; the default was the best on training tasks.
+        signals: features to average; each is the log of a signal minus its mean over the modules.
     """
 
     name: str = "signal-mean"
@@ -307,12 +307,12 @@ class SignalRule:
     signals: tuple[str, ...] = MEAN_SIGNALS
 
     def decide(self, observation: Observation) -> Decision:
-        """Scores are the mean of the signals, times the gain."""
+        """Return scores equal to the mean of the signals, times the gain."""
         return decision_from_scores(observation, self.gain * mean_feature(observation, self.signals))
 
 
 def signal_mean(observation: Observation) -> FloatArray:
-    """The mean of the three signals of signal-mean, each as a log minus its mean, (modules,)."""
+    """Mean of the three signals of signal-mean, each as a log minus its mean, (modules,)."""
     return mean_feature(observation, MEAN_SIGNALS)
 
 
@@ -322,7 +322,7 @@ class FixedPlan:
 
     Attributes:
         name: the name in logs and tables.
-        ranks: makes the plan, int64 (modules,). Ranks between two rungs are rounded down, and what is then left is
+        ranks: makes the plan, int64 (modules,). Ranks between two rungs are rounded down, and the remaining budget is
             spent.
     """
 
@@ -331,7 +331,7 @@ class FixedPlan:
     ranks: Callable[[AllocationProblem], IntArray]
 
     def decide(self, observation: Observation) -> Decision:
-        """The plan at the first decision, and no change at later ones."""
+        """Return the plan at the first decision, and no change at later ones."""
         if not is_first(observation):
             return decision_to_keep(observation)
         return decision_from_plan(self.ranks(observation.problem))
@@ -339,21 +339,21 @@ class FixedPlan:
 
 @dataclass(frozen=True)
 class Window:
-    """The largest rank that fits on neighbouring layers, the window, while no other layer is adapted.
+    """The largest rank that fits on a window of consecutive layers, with no other layer adapted.
 
     Attributes:
-        start: where the window begins, as a share of the layers from the bottom up, 0 to 1. It is rounded to layers.
-        end: where it ends, likewise; a window has at least one layer.
+        start: start of the window, as a share of the layers from the bottom up, 0 to 1. It is rounded to layers.
+        end: end of the window, likewise; a window has at least one layer.
     """
 
     start: float
     end: float = 1.0
 
     def __call__(self, problem: AllocationProblem) -> IntArray:
-        """Any whole ranks, int64 (modules,); where not even rank 1 fits on the window, those of `uniform_ranks`.
+        """Return integer ranks, int64 (modules,); those of `uniform_ranks` if not even rank 1 fits on the window.
 
         Args:
-            problem: the plans that are possible; current ranks play no part.
+            problem: the allowed plans; current ranks are ignored.
         """
         layers = np.unique(problem.blocks)
         first = min(round(self.start * len(layers)), len(layers) - 1)
@@ -369,20 +369,20 @@ class Window:
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Normal scores with standard deviation 1 at the first decision; the plan is kept at later ones.
+    """Standard normal scores at the first decision; the plan is kept at later ones.
 
-    The draw depends only on the observation, rounded to two decimals, so that a decision can be reproduced.
+    For reproducibility, the draw depends only on the observation, rounded to two decimals.
 
     Attributes:
         name: the name in logs and tables.
-        draw: number of the draw; each gives other scores.
+        draw: index of the draw; each gives different scores.
     """
 
     name: str = "random"
     draw: int = 0
 
     def decide(self, observation: Observation) -> Decision:
-        """A random plan at first, and no change after it."""
+        """Return a random plan at the first decision, and no change later."""
         if not is_first(observation):
             return decision_to_keep(observation)
         seen = np.concatenate([observation.run, observation.modules.ravel()]).round(2) + np.float32(0)  # no -0
@@ -415,7 +415,7 @@ RULES: dict[str, Policy] = {rule.name: rule for rule in _RULES}
 
 
 def find_rule(name: str, others: Sequence[str] = ()) -> Policy:
-    """The rule of that name; UnknownNameError, which tells `others` as well, if there is none."""
+    """Return the rule of that name; for an unknown one, raise UnknownNameError, listing `others` as well."""
     if name not in RULES:
         hint = "Other policies: 'default', which chooses a plan, a folder, or a plan's .yaml file."
         if name.endswith(("%", "iB", "MB", "GB")):

@@ -1,4 +1,4 @@
-"""When a policy decides, in a module that imports no library."""
+"""Decision schedules, in a module without heavy imports."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from ..common.checks import is_count, is_real
 from ..errors import ConfigError, shown
 
 MOST = 10_000
-"""The highest value of a schedule's whole numbers: a policy's card sets them, and it may be a stranger's."""
+"""Upper bound of a schedule's integers: they come from a policy's card, and it may be untrusted."""
 
 MOST_DECISIONS = 1000
-"""Decisions of a run, at most."""
+"""Maximum number of decisions per run."""
 
 
 @dataclass(frozen=True)
 class DecisionSchedule:
-    """A probe before the run, the first plan at its start, a few changes, and no more changes after them.
+    """A probe before the run, a first plan at its start, a few changes, and then none.
 
     Attributes:
-        probe_steps: optimizer steps of the probe; before a short real run it takes fewer.
-        probe_batch: rows of each batch of the probe; so few that any budget is enough.
-        fractions: when decisions are taken, in rising shares of the run's steps, the first at 0. After about half of
-            the run a change gains less than it costs (docs/experiments.md).
-        max_step: the most rungs that a module may move at a later decision; the first one may use the whole ladder.
+        probe_steps: optimizer steps of the probe; short real runs use fewer.
+        probe_batch: rows of each probe batch; small enough for any budget.
+        fractions: times of the decisions, as increasing shares of the run's steps, the first at 0. After about half of
+            the run a change costs more than it gains (docs/experiments.md).
+        max_step: maximum rungs per module at a later decision; the first one may use the whole ladder.
 
     Raises:
         ConfigError: a value out of range.
@@ -52,13 +52,13 @@ class DecisionSchedule:
             raise ConfigError(f"fractions rise from 0 and stay below 1; got {shown(self.fractions)}.")
 
     def steps(self, total_steps: int) -> tuple[int, ...]:
-        """The optimizer steps before which a decision is taken in a run of `total_steps`, each once."""
+        """Return the optimizer steps before which a decision is taken in a run of `total_steps`, without duplicates."""
         return tuple(sorted({int(fraction * total_steps) for fraction in self.fractions}))
 
     def reach(self, decision: int) -> int | None:
-        """The most rungs that a module may move at this decision, counted from 0; None for any number."""
+        """Maximum rungs a module may move at this decision, counted from 0; None for no limit."""
         return None if decision == 0 else self.max_step
 
 
 ONCE = DecisionSchedule(fractions=(0.0,))
-"""One plan, after the probe. What policies gained, they gained at their first decision (docs/experiments.md)."""
+"""One plan, after the probe. All gains of policies came from their first decision (docs/experiments.md)."""

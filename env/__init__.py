@@ -1,16 +1,16 @@
-"""The decision problem: short fine-tunes to be steered while they go. An import registers the environment."""
+"""The decision problem: short fine-tunes steered while they train. Importing this package registers the environment."""
 
 from ..errors import naming_extras
 
 
 class _Id(str):
-    """An id that each process registers which gets it, as those of `SubprocVecEnv` do: to unpickle it imports this."""
+    """An id that registers the environment in any process unpickling it, such as the workers of `SubprocVecEnv`."""
 
     __slots__ = ()
 
 
 ENV_ID = _Id("rankpilot/FineTune-v5")
-"""Id of the environment, for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`."""
+"""Id of the environment for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`."""
 
 
 def _register() -> None:

@@ -1,4 +1,4 @@
-"""The proxy bases, small pretrained transformers over bytes: their models with LoRA adapters, and what plans cost."""
+"""The proxy bases, small pretrained byte-level transformers: their models with LoRA adapters, and the cost of plans."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,18 +13,18 @@ from ..errors import AssetError, UnknownNameError
 from ..lora.targets import TargetModule, find_target_modules
 
 MASK_TOKEN = 256
-"""What masked language models read in place of a hidden byte."""
+"""Token id of a masked byte in masked language models."""
 
 
 @dataclass(frozen=True)
 class ProxyBase:
-    """One proxy architecture, a language model over bytes.
+    """One proxy architecture, a byte-level language model.
 
     Attributes:
         name: folder below `env/weights`.
-        family: "llama", "bert" or "gpt2", as transformers calls it.
-        depth: layers.
-        target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
+        family: "llama", "bert" or "gpt2", as in transformers.
+        depth: number of layers.
+        target_modules: names of the target modules, as in `peft.LoraConfig`.
         config: keyword arguments of the transformers configuration.
     """
 
@@ -36,15 +36,15 @@ class ProxyBase:
 
     @property
     def masked(self) -> bool:
-        """Whether it fills in masked bytes, instead of predicting the next one."""
+        """True for a masked language model, False for a causal one."""
         return self.family == "bert"
 
 
 POSITIONS = 128
-"""The longest window that a base can read."""
+"""Maximum sequence length of a base."""
 
 NARROW = 64
-"""Layers up to this width begin with weights of deviation .06; from the usual .02 they learn nothing."""
+"""Layers up to this width are initialized with standard deviation .06; at the usual .02 they learn nothing."""
 
 
 def _llama(depth: int, width: int) -> ProxyBase:
@@ -103,11 +103,11 @@ _NARROW = tuple(make(depth, width) for make in (_llama, _bert, _gpt2) for depth 
 _WIDE = (_llama(8, 256), _gpt2(4, 384))
 
 PROXY_BASES = {base.name: base for base in (*_NARROW, *_WIDE)}
-"""Bases by name. The wide ones are for benchmarks, which hold them back to judge rules on: see `tools/pretrain.py`."""
+"""Bases by name. The wide ones are for benchmarks, held out to evaluate rules: see `tools/pretrain.py`."""
 
 
 def find_base(name: str) -> ProxyBase:
-    """The proxy base of that name; UnknownNameError if there is none."""
+    """Return the proxy base of that name, or raise UnknownNameError."""
     if name not in PROXY_BASES:
         raise UnknownNameError.of("proxy base", name, PROXY_BASES)
     return PROXY_BASES[name]
@@ -117,11 +117,11 @@ BASES_FOLDER = Path(__file__).parent / "weights"
 
 
 def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
-    """An untrained model of the base's architecture, in fp32.
+    """Return an untrained model of the base's architecture, in fp32.
 
     Args:
         base: the architecture.
-        causal: a masked language model as a decoder, with the same weights by name.
+        causal: build a masked language model as a decoder, with the same parameter names.
     """
     config = AutoConfig.for_model(base.family, **base.config)
     if base.masked:
@@ -132,7 +132,7 @@ def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
 
 
 def weights_file(name: str) -> Path:
-    """The file of a proxy base's weights; AssetError if it is not there."""
+    """Return the path of a proxy base's weights, or raise AssetError if it is missing."""
     path = BASES_FOLDER / name / "model.safetensors"
     if not path.is_file():
         raise AssetError(
@@ -149,7 +149,7 @@ def _weights(name: str) -> dict[str, Any]:
 
 
 def load_base_model(name: str) -> PreTrainedModel:
-    """A fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
+    """Return a fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
     model, weights = new_base_model(find_base(name)), _weights(name)
     _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
     if unexpected:
@@ -160,12 +160,12 @@ def load_base_model(name: str) -> PreTrainedModel:
 
 
 ALPHA = 16
-"""`lora_alpha` of proxy runs: the scaling is 16 / rank, 2 at rank 8, PEFT users' most common setting."""
+"""`lora_alpha` of proxy runs: the scaling is 16 / rank, 2 at rank 8, the most common setting among PEFT users."""
 
 
 @lru_cache(maxsize=16)
 def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
-    """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
+    """Return the proxy base with a LoRA pair on every target module; one per process, as episodes run one at a time."""
     base = find_base(name)
     config = LoraConfig(
         r=8,

@@ -1,4 +1,4 @@
-"""Policies side by side on the same fine-tunes: same tasks, seeds, batches and budgets."""
+"""Compare policies on the same fine-tunes: same tasks, seeds, batches and budgets."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .task_data import first_problem, oracle_plan
 from .tasks import REGIMES, SPLITS, FineTuneTask, Regime, draw_task
 
 TOGETHER = 24
-"""Runs that are trained together, at most."""
+"""Maximum number of runs trained together."""
 
 ORACLE = "oracle"
-"""The plan that knows what was planted; it plays in planted tasks alone."""
+"""Name of the oracle, a plan computed from the planted changes; planted tasks only."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one policy ended one run.
+    """Result of one policy on one run.
 
     Attributes:
-        policy: its name.
+        policy: name of the policy.
         task: id of the task.
-        regime: what was wrong with the run.
-        kind: of the task.
-        base: of the task.
-        loss: held-out, in nats; infinite for a run that failed.
+        regime: the problem with the run.
+        kind: kind of the task.
+        base: base of the task.
+        loss: held-out loss in nats; infinite for a failed run.
     """
 
     policy: str
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Oracle:
-    """Takes the ranks that capture most of what was planted, and keeps them."""
+    """Takes the ranks that capture the most of the planted changes, and keeps them."""
 
     task: FineTuneTask
     name: str = ORACLE
@@ -61,7 +61,7 @@ class _Oracle:
 def evaluation_tasks(
     count: int, *, split: str = "test", seed: int = 0, regimes: Sequence[Regime] = REGIMES, base: str | None = None
 ) -> dict[FineTuneTask, Regime]:
-    """So many tasks of each regime, with their regimes; bases of the split take turns.
+    """Draw a number of tasks for each regime, paired with their regimes; the bases of the split alternate.
 
     Raises:
         UnknownNameError: no such split or regime.
@@ -85,10 +85,10 @@ def compare(
     """Run every policy on every task.
 
     Args:
-        policies: by the name that rows give them.
-        tasks: with their regimes.
+        policies: policies by the name used in rows.
+        tasks: tasks with their regimes.
         oracle: also run the oracle on planted tasks.
-        on_progress: called with the tasks that are done, and all of them.
+        on_progress: called with the number of finished tasks and the total.
     """
     stacks: dict[str, StackedEpisodes] = {}
     size, done = max(1, TOGETHER // (len(policies) + oracle)), 0
@@ -111,7 +111,7 @@ def compare(
 
 
 def beside(rows: Sequence[Row], policy: str, other: str) -> dict[str, float]:
-    """100 log(loss of a policy / that of another) by task: below 0 it is better; at most `FAILED` either way."""
+    """100 log(loss of a policy / loss of another) by task: negative is better; clipped to `FAILED` either way."""
     losses = {(row.policy, row.task): row.loss for row in rows}
     found = {}
     for name, task in losses:
@@ -123,7 +123,7 @@ def beside(rows: Sequence[Row], policy: str, other: str) -> dict[str, float]:
 
 
 def table(rows: Sequence[Row], other: str) -> dict[str, dict[str, Estimate]]:
-    """By policy and regime the mean of `beside` with its interval over tasks."""
+    """Mean of `beside` by policy and regime, with its interval over tasks."""
     regimes = list(dict.fromkeys(row.regime for row in rows))
     found: dict[str, dict[str, Estimate]] = {}
     for policy in dict.fromkeys(row.policy for row in rows):

@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/FineTune-v5`: one short fine-tune, steered while it goes."""
+"""The Gymnasium environment `rankpilot/FineTune-v5`: steer one short fine-tune while it trains."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ with naming_extras():
     from gymnasium.vector.utils import batch_space
 
 MOST_GROUPS = 24
-"""Groups for which observations and actions have room; the proxy bases have 12 to 21."""
+"""Maximum number of groups in observations and actions; the proxy bases have 12 to 21."""
 
 ACTIONS = len(RATE_CHANGES) + 2 * MOST_GROUPS
 
 BAR, PICTURE_WIDTH = 8, 160
-"""Pixels of a group's bar, and of the widest one, of rank 255."""
+"""Bar height of a group and width of the widest bar (rank 255), in pixels."""
 
 FAILED = 200.0
-"""What a run costs whose loss is not finite at the end, in hundredths of the log loss."""
+"""Cost of a run with a non-finite final loss, in hundredths of the log loss."""
 
 AGAINST = "left-alone"
-"""The rule with whose run rewards compare by default."""
+"""Default baseline rule for rewards."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def observation_space() -> spaces.Dict:
-    """What is seen of a run: `GROUP_FEATURES` group by group, which groups there are, and `RUN_FEATURES`."""
+    """Observation space: `GROUP_FEATURES` per group, a mask of existing groups, and `RUN_FEATURES`."""
     return spaces.Dict(
         {
             "groups": spaces.Box(-MOST_FEATURE, MOST_FEATURE, (MOST_GROUPS * len(GROUP_FEATURES),), np.float32),
@@ -58,7 +58,7 @@ def observation_space() -> spaces.Dict:
 
 
 def padded(view: GroupView) -> Arrays:
-    """A view as an observation of the environment."""
+    """Pad a view to an observation of the environment."""
     count = len(view.groups.names)
     groups, present = np.zeros((MOST_GROUPS, len(GROUP_FEATURES)), np.float32), np.zeros(MOST_GROUPS, np.int8)
     groups[:count], present[:count] = view.features, 1
@@ -66,7 +66,7 @@ def padded(view: GroupView) -> Arrays:
 
 
 def padded_mask(view: GroupView) -> NDArray[np.bool_]:
-    """Which actions of the environment are allowed, bool (4 + 2 * MOST_GROUPS,)."""
+    """Action mask of the environment, bool (4 + 2 * MOST_GROUPS,)."""
     count, first = len(view.groups.names), len(RATE_CHANGES)
     mask = np.zeros(ACTIONS, dtype=np.bool_)
     mask[:first] = view.allowed[:first]
@@ -76,7 +76,7 @@ def padded_mask(view: GroupView) -> NDArray[np.bool_]:
 
 
 def action_of(view: GroupView, action: int) -> int:
-    """The action of a view that an action of the environment stands for; to keep, for one of no group."""
+    """Convert an action of the environment to an action of a view; actions on missing groups become a no-op."""
     if action < len(RATE_CHANGES):
         return action
     takes, group = divmod(action - len(RATE_CHANGES), MOST_GROUPS)
@@ -86,7 +86,7 @@ def action_of(view: GroupView, action: int) -> int:
 
 
 def padded_action(view: GroupView, action: int) -> int:
-    """The action of the environment that does what an action of a view does."""
+    """Convert an action of a view to the matching action of the environment."""
     if action < len(RATE_CHANGES):
         return action
     takes, group = divmod(action - len(RATE_CHANGES), len(view.groups.names))
@@ -95,21 +95,21 @@ def padded_action(view: GroupView, action: int) -> int:
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """What episodes are drawn from, and what they are compared with.
+    """Distribution of episodes, and the baseline for rewards.
 
     Attributes:
-        split: of the tasks, "train" or "test".
-        base: the proxy base of all tasks; drawn anew for each round of episodes if None.
-        regime: what is wrong with the runs, see `REGIMES`; drawn for each task if None.
+        split: split of the tasks, "train" or "test".
+        base: proxy base of all tasks; drawn for each round of episodes if None.
+        regime: the problem with the runs, see `REGIMES`; drawn for each task if None.
         steps: optimizer steps of the runs; drawn if None.
-        tasks: the tasks that episodes are drawn from; with them, the fields above play no part.
-        against: the rule with whose run on the same task, seed and batches the reward compares; see `GROUP_RULES`.
-        episodes_per_task: so many neighbours of a vector share a task.
-        logs: a folder; the decisions of each episode are logged in a folder of it, as those of a real run are.
-        device: where to train.
+        tasks: tasks to draw episodes from; if given, the fields above are ignored.
+        against: baseline rule for the reward, run on the same task, seed and batches; see `GROUP_RULES`.
+        episodes_per_task: number of neighboring episodes in a vector sharing a task.
+        logs: a folder; each episode logs its decisions to a subfolder, as a real run does.
+        device: device to train on.
 
     Raises:
-        ConfigError, UnknownNameError: a value that cannot be used.
+        ConfigError, UnknownNameError: an invalid value.
     """
 
     split: str = "train"
@@ -141,14 +141,14 @@ class FineTuneConfig:
         draw_task(np.random.default_rng(0), self.split, self.base, self.regime)
 
     def draw(self, generator: np.random.Generator, base: str) -> FineTuneTask:
-        """The task of the next episode, on a base."""
+        """Draw the task of the next episode, on a given base."""
         if self.tasks:
             on_base = [task for task in self.tasks if task.base == base]
             return on_base[int(generator.integers(len(on_base)))]
         return draw_task(generator, self.split, base, self.regime, self.steps)
 
     def draw_base(self, generator: np.random.Generator) -> str:
-        """The base of the next round of episodes."""
+        """Draw the base of the next round of episodes."""
         if self.base and not self.tasks:
             return self.base
         bases = [task.base for task in self.tasks] if self.tasks else SPLITS[self.split].bases
@@ -156,12 +156,12 @@ class FineTuneConfig:
 
 
 SHORTEST = 25
-"""Optimizer steps of the shortest episode: fewer do not lie between twelve decisions."""
+"""Optimizer steps of the shortest episode: twelve decisions do not fit in fewer."""
 
 
 @dataclass(frozen=True)
 class _Outside:
-    """Whoever acts in an environment, for the logs of its episodes."""
+    """Stand-in for the agent acting in an environment, for episode logs."""
 
     name: str = "agent"
 
@@ -172,20 +172,20 @@ class _Outside:
 class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     """`FineTuneEnv`, stacked: many episodes trained together on one frozen base; they begin and end together.
 
-    `gymnasium.make_vec(rankpilot.ENV_ID, num_envs=16, vectorization_mode="vector_entry_point")`. An episode that ends
-    is reset in the same step: its last observation and info are in `final_obs` and `final_info`.
+    `gymnasium.make_vec(rankpilot.ENV_ID, num_envs=16, vectorization_mode="vector_entry_point")`. An episode is reset in
+    the same step it ends: its last observation and info are in `final_obs` and `final_info`.
 
     Args:
-        num_envs: episodes at a time.
+        num_envs: number of parallel episodes.
         render_mode: None.
         settings: fields of `FineTuneConfig`.
 
     Attributes:
         config: the settings.
-        tasks: of the episodes under way, by slot.
+        tasks: tasks of the current episodes, by slot.
 
     Raises:
-        ConfigError, UnknownNameError: an argument or an action that cannot be used, or a step before `reset`.
+        ConfigError, UnknownNameError: an invalid argument or action, or a step before `reset`.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -220,7 +220,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Arrays, dict[str, Any]]:
-        """Begin an episode in every slot; there are no options."""
+        """Start an episode in every slot; there are no options."""
         if options:
             raise ConfigError(f"There are no options of reset; got {shown(options)}.")
         if seed is not None or not self._generators:
@@ -247,13 +247,13 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         return seen, rewards, ended, np.zeros_like(ended), self._gathered(infos)
 
     def advance(self, actions: NDArray[Any]) -> tuple[Arrays, NDArray[np.float64], list[dict[str, Any]], bool]:
-        """As `step`, but episodes that have ended stay where they are.
+        """Like `step`, without resetting finished episodes.
 
         Args:
             actions: int (num_envs,).
 
         Returns:
-            Observations, rewards, infos by slot, and whether the episodes have ended.
+            Observations, rewards, infos by slot, and True if the episodes have ended.
         """
         stack = self._stack
         decisions = self._decisions(actions)
@@ -267,11 +267,11 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         return self._seen(), rewards, self._infos(losses), True
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which actions are allowed now, bool (num_envs, actions); another keeps all as it is."""
+        """Mask of allowed actions, bool (num_envs, actions); any other action is a no-op."""
         return np.stack([padded_mask(view) for view in self._views])
 
     def picture(self, slot: int) -> NDArray[np.uint8]:
-        """The mean rank of each group of an episode as bars, uint8 (height, width, 3)."""
+        """Render the mean rank of each group of an episode as bars, uint8 (height, width, 3)."""
         view, ranks = self._views[slot], self._stack.ranks(slot)
         means = np.bincount(view.groups.member, weights=ranks) / np.bincount(view.groups.member)
         image = np.full((BAR * len(means), PICTURE_WIDTH, 3), 255, dtype=np.uint8)
@@ -280,7 +280,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         return image
 
     def rule_actions(self) -> NDArray[np.int64]:
-        """What the rule that rewards compare with would do now, int64 (num_envs,)."""
+        """Actions the baseline rule would take now, int64 (num_envs,)."""
         return np.array([padded_action(view, self._rule.actor.act(view)) for view in self._views], dtype=np.int64)
 
     # Episodes ---------------------------------------------------------------------------------------------------------
@@ -297,11 +297,11 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     @property
     def _ruled(self) -> range:
-        """The slots of the runs that rewards compare with, one for each task."""
+        """Slots of the baseline runs, one per task."""
         return range(self.num_envs, self.num_envs + self.num_envs // self.config.episodes_per_task)
 
     def _begin(self) -> None:
-        """Draw tasks, and begin their episodes and the rule's."""
+        """Draw tasks, and start their episodes and the baseline's."""
         size, firsts = self.config.episodes_per_task, self._generators[:: self.config.episodes_per_task]
         base = self.config.draw_base(firsts[0])
         drawn = [self.config.draw(generator, base) for generator in firsts]
@@ -313,7 +313,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         self._look()
 
     def _logs(self) -> dict[int, tuple[DecisionLog, Policy]]:
-        """Where the episodes that begin are logged, by slot."""
+        """Logs of the new episodes, by slot."""
         if self.config.logs is None:
             return {}
         found: dict[int, tuple[DecisionLog, Policy]] = {}
@@ -334,7 +334,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _decisions(self, actions: NDArray[Any]) -> dict[int, Decision]:
-        """The decisions of actions, by slot."""
+        """Decisions for some actions, by slot."""
         count = ACTIONS
         if (
             actions.shape != (self.num_envs,)
@@ -348,14 +348,14 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         }
 
     def _reward(self, losses: Mapping[int, float], slot: int) -> float:
-        """-100 times the log of a held-out loss over that of the rule's run."""
+        """-100 times the log of the held-out loss over the baseline's."""
         own, other = losses[slot], losses[self._ruled[slot // self.config.episodes_per_task]]
         if not math.isfinite(own):
             return -FAILED
         return FAILED if not math.isfinite(other) else -100 * math.log(own / other)
 
     def _info(self, slot: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
-        """What is told of a run beside its observation."""
+        """Info dict of a run."""
         episode = self._stack.under_way[slot]
         found = {
             "task": episode.task.id,
@@ -379,35 +379,36 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
 
 class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
-    """Steer one short fine-tune while it goes.
+    """Steer one short fine-tune while it trains.
 
     ## Description
-    A small pretrained transformer is fine-tuned by LoRA under a hard budget of parameters, on text, labels or the
-    answers of a teacher. It begins with the plan of the default policy. Twelve decisions, denser early, move ranks and
-    the learning rate, and the run goes on from there. Tasks differ in what is wrong with them: few ranks, a rate that
-    is up to 8 times too low or too high, a budget that moves, a text that changes. Ranks and rate move by the code that
-    real runs use, so what is trained here can steer one.
+    A small pretrained transformer is fine-tuned with LoRA under a hard parameter budget, on text, labels or the outputs
+    of a teacher. The run starts with the plan of the default policy. Twelve decisions, denser early on, change ranks
+    and the learning rate during training. Each task has its own problem: few ranks, a learning rate up to 8 times too
+    low or too high, a budget that moves, or a text that changes. Ranks and rate change through the same code as in real
+    runs, so a policy trained here can steer one.
 
     ## Action Space
-    `Discrete(52)`: 0 keeps all; 1 halves the learning rate and 2 doubles it; 3 goes back to the adapters and the
-    optimizer's state that were kept when ranks last changed or the rate was last kept or raised, at a quarter of the
-    rate; 4 + g lets group g grow by a rung, and takes what does not fit from the modules whose signals are lowest;
-    28 + g takes a rung from group g. A group is a kind of module in a third of the depth. `action_masks()` tells which
-    actions do something; any other keeps all.
+    `Discrete(52)`: 0 is a no-op; 1 halves the learning rate and 2 doubles it; 3 restores the adapters and optimizer
+    state saved when ranks last changed or the rate was last kept or raised, at a quarter of the rate; 4 + g grows group
+    g by a rung, taking any excess over the budget from the modules with the lowest signals; 28 + g takes a rung from
+    group g. A group is a kind of module in a third of the depth. `action_masks()` marks the actions with an effect; any
+    other is a no-op.
 
     ## Observation Space
     | key | space | what |
     |---|---|---|
-    | groups | Box(-3, 3, (24 * 21,)) | of each group `GROUP_FEATURES`: rank, costs, signals, what the loss did since |
-    | present | MultiBinary(24) | which groups there are |
+    | groups | Box(-3, 3, (24 * 21,)) | `GROUP_FEATURES` per group: rank, costs, signals, loss since its last move |
+    | present | MultiBinary(24) | mask of existing groups |
     | run | Box(-3, 3, (27,)) | `RUN_FEATURES`: progress, loss, budget, and alignment and noise of the steps |
 
     ## Rewards
-    At the end -100 log(held-out loss / that of the rule's run on the same task, seed and batches): hundredths of the
-    log loss, not clipped. A run whose loss is not finite gets -200. All other rewards are 0; do not discount.
+    At the end, -100 log(held-out loss / held-out loss of the baseline rule on the same task, seed and batches):
+    hundredths of the log loss, not clipped. A run with a non-finite loss gets -200. All other rewards are 0; do not
+    discount.
 
     ## Starting State
-    Tasks are drawn by the seed; see `rankpilot.env.tasks`.
+    Tasks are drawn from the seed; see `rankpilot.env.tasks`.
 
     ## Episode End
     After the last optimizer step.
@@ -416,7 +417,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `tasks`, `against`, `logs`, `device`.
 
     ## Version History
-    * v5: decisions on ranks and rate in one environment, in groups of modules; it replaces RankAllocation and
+    * v5: decisions on ranks and learning rate in one environment, on groups of modules; replaces RankAllocation and
       RunControl.
     """
 
@@ -432,7 +433,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
         self.render_mode = render_mode
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
-        """Begin an episode; there are no options."""
+        """Start an episode; there are no options."""
         super().reset(seed=seed)
         seen, infos = self._vector.reset(seed=seed, options=options)
         return _row(seen), {name: values[0] for name, values in infos.items() if not name.startswith("_")}
@@ -443,13 +444,13 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
         return _row(seen), float(rewards[0]), over, False, infos[0]
 
     def render(self) -> Any:
-        """The mean rank of each group, as a picture, uint8 (height, width, 3); None without a render mode."""
+        """Render the mean rank of each group as a picture, uint8 (height, width, 3); None without a render mode."""
         if self.render_mode is None:
             return None
         return self._vector.picture(0)
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which actions are allowed now, bool (actions,); another keeps all as it is."""
+        """Mask of allowed actions, bool (actions,); any other action is a no-op."""
         masks: NDArray[np.bool_] = self._vector.action_masks()[0]
         return masks
 

@@ -1,8 +1,8 @@
-"""Stacked episodes as a vector environment of Stable-Baselines3, in this process, in others, or on a Ray cluster.
+"""Stacked episodes as a Stable-Baselines3 vector environment, in this process, in worker processes or on a Ray cluster.
 
-A stack is a `FineTuneVectorEnv` that a worker keeps. Each call says all that it takes to come to its answer: the seed
-of the episodes under way, and the actions so far. So a worker that has lost its stack, since its node died, plays the
-episodes again, and results do not depend on where and how often that happens.
+A stack is a `FineTuneVectorEnv` held by a worker. Each call carries everything needed to compute its answer: the seed
+of the current episodes and all actions so far. A worker that loses its stack (because its node died) replays the
+episodes, so results do not depend on where or how often this happens.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Played:
-    """What a stack answers.
+    """Response of a stack.
 
     Attributes:
-        seen: observations, one row an episode.
-        masks: of actions that are allowed, bool (episodes, actions).
-        ruled: what the rule would do that rewards compare with, int64 (episodes,).
+        seen: observations, one row per episode.
+        masks: action masks, bool (episodes, actions).
+        ruled: actions of the rule used as the reward baseline, int64 (episodes,).
         rewards: (episodes,).
-        infos: by episode.
-        over: whether the episodes have ended.
+        infos: one dict per episode.
+        over: True if the episodes have ended.
     """
 
     seen: Arrays
@@ -51,7 +51,7 @@ class Played:
 
 @dataclass
 class _Stack:
-    """A stack, and how it came to where it is."""
+    """A stack and the seed and actions behind its current state."""
 
     env: FineTuneVectorEnv
     settings: Settings
@@ -60,20 +60,20 @@ class _Stack:
 
 
 _STACKS: dict[int, _Stack] = {}
-"""The stacks of this process, by number."""
+"""Stacks of this process, by number."""
 
 
 def play(number: int, settings: Settings, seed: int, actions: Sequence[Sequence[int]]) -> Played:
-    """What a stack shows after some actions; one that is elsewhere plays the episodes from their begin.
+    """Return the state of a stack after some actions; a process without the stack replays the episodes from the start.
 
     Args:
-        number: of the stack.
+        number: number of the stack.
         settings: arguments of `FineTuneVectorEnv`.
-        seed: of the episodes.
-        actions: of each decision so far, (episodes,) each.
+        seed: seed of the episodes.
+        actions: actions of each decision so far, (episodes,) each.
     """
     torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):  # bases are adapted at random
+    with torch.random.fork_rng(devices=[]):  # adapters are initialized at random
         if number not in _STACKS or _STACKS[number].settings != settings:
             _STACKS[number] = _Stack(FineTuneVectorEnv(**settings), settings)
         stack = _STACKS[number]
@@ -93,7 +93,7 @@ def play(number: int, settings: Settings, seed: int, actions: Sequence[Sequence[
 
 
 class _Here:
-    """This process."""
+    """An executor that runs everything in this process."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         future = Future[Any]()
@@ -105,23 +105,23 @@ class _Here:
 
 
 class StackVecEnv(VecEnv):
-    """Stacks of episodes side by side, with `action_masks` for MaskablePPO.
+    """Several stacks of episodes as one vector environment, with `action_masks` for MaskablePPO.
 
     Args:
-        num_envs: episodes of each stack; a multiple of `episodes_per_task`.
-        stacks: how many.
-        workers: processes of this machine that train them; 1 is this one. With `cluster` as many actors.
-        cluster: address of a Ray cluster: "local" starts one, "auto" joins the one that runs here; None for none.
-        seed: of the tasks. They depend on it, and on nothing else here.
-        soft: rewards r become arcsinh(r / soft), so that no single run decides; None for rewards as they are.
+        num_envs: episodes per stack; a multiple of `episodes_per_task`.
+        stacks: number of stacks.
+        workers: local processes to train them in; 1 means this process. With `cluster`, the number of actors.
+        cluster: address of a Ray cluster: "local" starts one, "auto" joins the one running here; None for no cluster.
+        seed: seed of the tasks. They depend on nothing else here.
+        soft: scale of the reward transform arcsinh(r / soft), which limits outliers; None for raw rewards.
         settings: fields of `FineTuneConfig`.
 
     Attributes:
-        round: rounds of episodes that have begun; setting it before `reset` goes on from there.
+        round: rounds of episodes started so far; set it before `reset` to resume from that round.
 
     Raises:
-        ConfigError, UnknownNameError: an argument that cannot be used.
-        WorkerError: later, if a process of this machine has died.
+        ConfigError, UnknownNameError: an invalid argument.
+        WorkerError: raised later, if a local process has died.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class StackVecEnv(VecEnv):
         super().__init__(stacks * num_envs, like.single_observation_space, like.single_action_space)
 
     def _play(self, numbers: Sequence[int]) -> dict[int, Played]:
-        """Let some stacks come to where they are to be."""
+        """Bring some stacks up to date."""
         futures = {
             number: self._workers[number % len(self._workers)].submit(
                 play, number, self._settings, self._seeds[number], list(self._taken[number])
@@ -163,7 +163,7 @@ class StackVecEnv(VecEnv):
             ) from error
 
     def reset(self) -> Any:
-        """Begin a round of episodes in all stacks."""
+        """Start a round of episodes in all stacks."""
         self._begin_round()
         return self._seen()
 
@@ -179,12 +179,12 @@ class StackVecEnv(VecEnv):
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Take actions, (episodes of all stacks,)."""
+        """Submit actions, (episodes of all stacks,)."""
         for number, part in enumerate(np.split(np.asarray(actions), self._stacks)):
             self._taken[number].append([int(action) for action in part])
 
     def step_wait(self) -> Any:
-        """What the actions led to; all episodes end together, and the next ones begin at once."""
+        """Return the results of the actions; all episodes end together, and the next ones start at once."""
         self._played = list(self._play(range(self._stacks)).values())
         rewards = np.concatenate([played.rewards for played in self._played])
         infos = [dict(info) for played in self._played for info in played.infos]
@@ -200,33 +200,33 @@ class StackVecEnv(VecEnv):
         return self._seen(), rewards.astype(np.float32), np.full(self.num_envs, over), infos
 
     def seed(self, seed: int | None = None) -> list[int | None]:
-        """Draw the tasks from this seed on at the next `reset`, from the first round; None changes nothing."""
+        """Draw tasks from this seed at the next `reset`, starting at the first round; None changes nothing."""
         if seed is not None:
             self._seed, self.round = seed, 0
         return [self._seed] * self.num_envs
 
     def rule_actions(self) -> NDArray[np.int64]:
-        """What the rule that rewards compare with would do now, int64 (num_envs,)."""
+        """Actions the baseline rule would take now, int64 (num_envs,)."""
         return np.concatenate([played.ruled for played in self._played])
 
     def close(self) -> None:
-        """End the workers."""
+        """Shut down the workers."""
         for worker in self._workers:
             worker.shutdown(cancel_futures=True)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the episodes: the method that tells the masks, or what this object has."""
+        """Return an attribute for each episode: the `action_masks` method, or an attribute of this object."""
         indices = list(self._get_indices(indices))
         if attr_name == "action_masks":
             return [lambda index=index: self.env_method(attr_name, indices=index)[0] for index in indices]
         return [getattr(self, attr_name)] * len(indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Nothing of single episodes can be set."""
+        """Raise an error: attributes of single episodes cannot be set."""
         raise ConfigError(f"{attr_name!r} of single episodes cannot be set: pass it when you make the environment.")
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """`action_masks` of some episodes; there is no other method.
+        """Call `action_masks` on some episodes; there is no other method.
 
         Raises:
             AttributeError: another method.
@@ -237,12 +237,12 @@ class StackVecEnv(VecEnv):
         return [masks[index] for index in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """No episode is wrapped."""
+        """Return False for each episode: none is wrapped."""
         return [False] * len(list(self._get_indices(indices)))
 
 
 def _workers(count: int, cluster: str | None) -> Sequence[Any]:
-    """Where stacks are trained."""
+    """Executors for training the stacks."""
     if cluster is not None:
         return RayWorker.start(cluster, count)
     if count == 1:

@@ -1,13 +1,13 @@
-"""The fine-tune that a proxy task describes: its model, batches, losses, held-out rows, and its best allocation.
+"""The fine-tune described by a proxy task: its model, batches, losses, held-out rows, and its best allocation.
 
-Models are trained on windows of bytes. `labels[..., t]` is what the logits at position t should predict, IGNORED where
-nothing is asked, so causal and masked language models, and classification by a label byte, share one loss.
+Models are trained on windows of bytes. `labels[..., t]` is the target of the logits at position t, or IGNORED, so
+causal and masked language models, and classification by a label byte, share one loss.
 
-The teacher of a planted task is the base plus low-rank changes on a random subset of its modules. So two things are
-known without training:
+The teacher of a planted task is the base plus low-rank changes on a random subset of its modules. Two quantities are
+therefore known without training:
 
-* the *utility* of a rank on a module: how much the teacher's divergence falls if the module's change is undone, times
-  the share of the change that the rank captures. Utilities add up nearly, so `best_plan` finds the oracle's plan;
+* the *utility* of a rank on a module: the drop in the teacher's divergence from undoing the module's change, times the
+  share of the change captured at that rank. Utilities are nearly additive, so `best_plan` finds the oracle's plan;
 * the *attainable loss* of a plan: the divergence of the base plus the best approximation of each change at its rank
   (Eckart and Young, 1936).
 """
@@ -33,22 +33,22 @@ from .bases import MASK_TOKEN, ProxyBase, adapted_base, find_base
 from .tasks import FineTuneTask
 
 MASK_SHARE = 0.2
-"""Share of the bytes that a masked language model has to fill in."""
+"""Share of bytes masked for masked language models."""
 
 FIRST_CLASS = ord("0")
-"""Label byte of class 0; the classes follow one another."""
+"""Label byte of class 0; the other classes follow in order."""
 
 Inputs = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, int64 (rows, length) each."""
 
 
 def language_inputs(base: ProxyBase, windows: torch.Tensor, generator: np.random.Generator) -> Inputs:
-    """What a base reads and predicts of windows of text: the next byte, or the bytes hidden from it.
+    """Return inputs and targets for windows of text: predict the next byte, or the masked bytes.
 
     Args:
-        base: decides which.
+        base: selects causal or masked language modeling.
         windows: int64 (rows, length).
-        generator: hides bytes.
+        generator: draws the masked bytes.
     """
     if base.masked:
         hidden = torch.from_numpy(generator.random(windows.shape) < MASK_SHARE)
@@ -59,12 +59,12 @@ def language_inputs(base: ProxyBase, windows: torch.Tensor, generator: np.random
 
 
 def class_inputs(base: ProxyBase, windows: torch.Tensor, classes: torch.Tensor) -> Inputs:
-    """Windows that end in a question: the byte of the class is to be predicted at the last position.
+    """Return windows ending in a question: predict the byte of the class at the last position.
 
-    So no new layer is needed (a verbaliser; Schick and Schütze, 2021, arXiv 2001.07676).
+    No new layer is needed (a verbalizer; Schick and Schütze, 2021, arXiv 2001.07676).
 
     Args:
-        base: reads MASK_TOKEN there if it fills in masked bytes, else a line feed.
+        base: a masked language model reads MASK_TOKEN at the last position, any other base a line feed.
         windows: int64 (rows, length); the last byte is overwritten.
         classes: int64 (rows,), from 0.
     """
@@ -75,7 +75,7 @@ def class_inputs(base: ProxyBase, windows: torch.Tensor, classes: torch.Tensor) 
 
 
 def label_terms(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats at each position, (rows, length); 0 where nothing is asked.
+    """Cross-entropy in nats at each position, (rows, length); 0 at ignored positions.
 
     Args:
         logits: (rows, length, vocabulary).
@@ -86,18 +86,18 @@ def label_terms(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def label_mean(terms: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """The mean of `label_terms` over the predictions of each group, (groups,)."""
+    """Mean of `label_terms` over the predictions of each group, (groups,)."""
     counts = (labels != IGNORED).view(groups, -1).sum(dim=1)
-    return terms.view(groups, -1).sum(dim=1) / counts.clamp_min(1)  # 0 where nothing is asked
+    return terms.view(groups, -1).sum(dim=1) / counts.clamp_min(1)  # 0 if all positions are ignored
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Mean cross-entropy in nats for each prediction, shape (groups,).
+    """Mean cross-entropy per prediction in nats, (groups,).
 
     Args:
         logits: (groups * rows, length, vocabulary).
         labels: int64 (groups * rows, length), at least one prediction in each group.
-        groups: how many runs share the batch, one after another.
+        groups: number of runs concatenated in the batch.
     """
     return label_mean(label_terms(logits, labels), labels, groups)
 
@@ -106,7 +106,7 @@ def divergence_terms(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     """KL(teacher || student) in nats at each position, (..., rows, length).
 
     Args:
-        logits: the student's, (..., rows, length, vocabulary).
+        logits: logits of the student, (..., rows, length, vocabulary).
         teacher: log-probabilities, (rows, length, vocabulary).
     """
     student = torch.log_softmax(logits, dim=-1)
@@ -114,12 +114,12 @@ def divergence_terms(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
 
 
 def divergence(logits: torch.Tensor, teacher: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Mean KL(teacher || student) in nats a position, shape (groups,).
+    """Mean KL(teacher || student) per position in nats, (groups,).
 
     Args:
-        logits: the student's, (groups * rows, length, vocabulary).
-        teacher: log-probabilities for all groups, (rows, length, vocabulary).
-        groups: how many runs share the batch, one after another.
+        logits: logits of the student, (groups * rows, length, vocabulary).
+        teacher: log-probabilities shared by all groups, (rows, length, vocabulary).
+        groups: number of runs concatenated in the batch.
     """
     return divergence_terms(torch.unflatten(logits, 0, (groups, -1)), teacher).view(groups, -1).mean(dim=1)
 
@@ -128,16 +128,16 @@ EVAL_BATCH = 64
 """Rows of a forward pass without gradients."""
 
 CACHED_TASKS = 32
-"""Tasks whose data a process holds, of 20 MB each with a teacher; where more run side by side, they are drawn again."""
+"""Tasks cached per process, 20 MB each with a teacher; with more tasks in flight, data is drawn again."""
 
 DENSITY = (0.15, 0.5)
-"""Share of the modules that a teacher changes, drawn between these."""
+"""Range of the share of modules changed by a teacher."""
 
 RANKS = (1, 8)
-"""Rank of a change, drawn between these, both included."""
+"""Range of the rank of a change, inclusive."""
 
 STRENGTH = 0.35
-"""Norm of a change over the norm of the weight."""
+"""Norm of a change relative to the norm of the weight."""
 
 
 # Teachers -------------------------------------------------------------------------------------------------------------
@@ -145,11 +145,11 @@ STRENGTH = 0.35
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One planted change of a weight.
+    """A planted change of one weight.
 
     Attributes:
-        name: the module.
-        left: (d_out, rank), with the singular values of the change; columns of falling norm.
+        name: name of the module.
+        left: (d_out, rank), scaled by the singular values of the change; columns in order of decreasing norm.
         right: (rank, d_in), orthonormal rows.
     """
 
@@ -158,24 +158,24 @@ class Change:
     right: torch.Tensor
 
     def truncated(self, rank: int) -> torch.Tensor:
-        """Its best approximation of a rank, (d_out, d_in)."""
+        """Best approximation at a given rank, (d_out, d_in)."""
         return self.left[:, :rank] @ self.right[:rank]
 
     @property
     def energy(self) -> list[float]:
-        """Share of its squared norm that each component holds, falling, (rank,)."""
+        """Share of the squared norm in each component, decreasing, (rank,)."""
         squares = self.left.square().sum(dim=0)
         shares: list[float] = (squares / squares.sum()).tolist()
         return shares
 
 
 def draw_changes(targets: Sequence[TargetModule], placement: str, generator: np.random.Generator) -> list[Change]:
-    """Changes of rank 1 to 8 on 15 to 50 % of the modules.
+    """Draw changes of rank 1 to 8 on 15 to 50 % of the modules.
 
     Args:
-        targets: of the base, whose weights must be its own.
+        targets: target modules of the base, with unmodified weights.
         placement: "low" or "high" for the lower or upper half of the layers, "spread" for all of them.
-        generator: draws everything.
+        generator: source of all random draws.
     """
     half = (max(target.block for target in targets) + 1) / 2
     low, high = [t for t in targets if t.block < half], [t for t in targets if t.block >= half]
@@ -189,7 +189,7 @@ def _draw_change(target: TargetModule, generator: np.random.Generator) -> Change
     rank = int(generator.integers(RANKS[0], RANKS[1] + 1))
     left = torch.from_numpy(generator.standard_normal((target.d_out, rank)))
     right = torch.from_numpy(generator.standard_normal((rank, target.d_in)))
-    # The same change by its singular values: right = l q with q orthonormal, left l = u s v.
+    # Rewrite the change by its singular values: right = l q with q orthonormal, left l = u s v.
     q, upper = torch.linalg.qr(right.mT)
     u, s, vh = torch.linalg.svd(left @ upper.mT, full_matrices=False)
     s *= STRENGTH * float(target.layer.get_base_layer().weight.norm()) / s.norm()
@@ -200,7 +200,7 @@ def _draw_change(target: TargetModule, generator: np.random.Generator) -> Change
 def changed_weights(
     targets: Sequence[TargetModule], changes: Sequence[Change], ranks: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """The base with changes added to its weights, each at a rank (in full without them); undone afterwards."""
+    """Add changes to the base's weights, each at a given rank (default: in full), and undo them on exit."""
     layers = {target.name: target.layer for target in targets}
     originals = []
     try:
@@ -221,16 +221,16 @@ def changed_weights(
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """Everything that a task's episodes share.
+    """Data shared by all episodes of a task.
 
     Attributes:
         inputs: token ids, int64 (steps, batch_size, length).
-        labels: what the logits at each position should predict, or IGNORED; of the same shape.
-        teacher: a teacher's log-probabilities for them, float32 (steps, batch, length, vocabulary), or None.
+        labels: targets of the logits at each position, or IGNORED; same shape.
+        teacher: log-probabilities of the teacher, float32 (steps, batch, length, vocabulary), or None.
         held_out_inputs: int64 (eval_rows, length).
-        held_out_labels: of the same shape.
+        held_out_labels: same shape.
         held_out_teacher: float32 (eval_rows, length, vocabulary), or None.
-        changes: what the teacher has and the base does not; empty without a teacher.
+        changes: the teacher's changes of the base; empty without a teacher.
     """
 
     inputs: torch.Tensor
@@ -242,13 +242,13 @@ class TaskData:
     changes: tuple[Change, ...]
 
     def train_losses_of(self, logits: torch.Tensor, step: int, rows: int | None = None, runs: int = 1) -> torch.Tensor:
-        """Loss of the answers of some runs to the batch of one step, or to its first rows, in nats, (runs,).
+        """Training loss of some runs on the batch of one step, or on its first rows, in nats, (runs,).
 
         Args:
-            logits: of one run after another, (runs * rows, length, vocabulary).
+            logits: logits of the runs, concatenated, (runs * rows, length, vocabulary).
             step: number of the batch.
-            rows: how many, None for all.
-            runs: how many.
+            rows: number of rows, None for all.
+            runs: number of runs.
         """
         if self.teacher is None:
             return label_loss(logits, self.labels[step, :rows].repeat(runs, 1).to(logits.device), runs)
@@ -256,7 +256,7 @@ class TaskData:
 
     @property
     def predicted(self) -> float:
-        """Share of the tokens whose prediction the loss counts; a teacher's answers count at all of them."""
+        """Share of tokens counted in the loss; with a teacher, all of them."""
         return 1.0 if self.teacher is not None else float((self.labels != IGNORED).float().mean())
 
     @torch.no_grad()
@@ -267,12 +267,12 @@ class TaskData:
         return self.mean_of(torch.cat(terms, dim=1)[0])
 
     def held_out_terms(self, logits: torch.Tensor, start: int, runs: int = 1) -> torch.Tensor:
-        """The loss at each position of some of the held-out set, (runs, rows, length), of which `mean_of` is the mean.
+        """Loss at each position of part of the held-out set, (runs, rows, length); `mean_of` averages it.
 
         Args:
-            logits: answers of one run after another, (runs * rows, length, vocabulary).
-            start: number of their first row in the held-out set.
-            runs: how many.
+            logits: logits of the runs, concatenated, (runs * rows, length, vocabulary).
+            start: index of the first row in the held-out set.
+            runs: number of runs.
         """
         rows = slice(start, start + len(logits) // runs)
         if self.held_out_teacher is None:
@@ -281,7 +281,7 @@ class TaskData:
         return divergence_terms(torch.unflatten(logits, 0, (runs, -1)), self.held_out_teacher[rows].to(logits.device))
 
     def mean_of(self, terms: torch.Tensor) -> float:
-        """Loss of one run on the held-out set in nats, from that at each position of it, (eval_rows, length)."""
+        """Held-out loss of one run in nats, from its loss at each position, (eval_rows, length)."""
         if self.held_out_teacher is None:
             return float(label_mean(terms, self.held_out_labels.to(terms.device))[0])
         return float(terms.view(1, -1).mean(dim=1)[0])
@@ -289,32 +289,32 @@ class TaskData:
 
 @lru_cache(maxsize=1024)
 def known_of(task: FineTuneTask) -> dict[Hashable, Any]:
-    """What episodes of a task have found out, such as its probe; of the tasks that were used last."""
+    """Results cached by the episodes of a task, such as its probe; kept for the most recently used tasks."""
     return {}
 
 
 def first_problem(task: FineTuneTask) -> AllocationProblem:
-    """The plans that a task's first decision allows, before its budget moves."""
+    """Return the plans allowed at a task's first decision, before its budget moves."""
     _, targets = adapted_base(task.base)
     cost = base_cost(task.base)
     return AllocationProblem.of(targets, cost, first_limit(task), ranks=np.ones(len(targets), dtype=np.int64))
 
 
 def first_limit(task: FineTuneTask) -> float:
-    """The parameters of a task's mean rank on all modules, at least those of its cheapest module at rank 1."""
+    """Parameters of the task's mean rank on all modules, at least those of the cheapest module at rank 1."""
     per_rank = base_cost(task.base).per_rank
     return float(max(task.mean_rank * per_rank.sum(), 1.001 * per_rank.min()))
 
 
 @lru_cache(maxsize=16)
 def base_cost(base: str) -> ParameterCost:
-    """What plans on a base cost: parameters."""
+    """Cost of plans on a base, in parameters."""
     return ParameterCost.of(adapted_base(base)[1])
 
 
 @lru_cache(maxsize=CACHED_TASKS)
 def load_task(task: FineTuneTask) -> TaskData:
-    """Draw a task's data, and its teacher if it has one; the same task gives the same data."""
+    """Draw a task's data and its teacher, if any; the same task always gives the same data."""
     generator = np.random.default_rng(task.seed)
     base, rows = find_base(task.base), task.steps * task.batch_size
     if task.kind == "labels":
@@ -345,7 +345,7 @@ def load_task(task: FineTuneTask) -> TaskData:
 def _labelled(
     base: ProxyBase, texts: list[tuple[bytes, int]], count: int, length: int, generator: np.random.Generator
 ) -> Inputs:
-    """Random windows of random texts, with the byte of their class to be predicted at the end."""
+    """Draw random windows of random texts, with the class byte to predict at the end."""
     windows, classes = np.full((count, length), ord(" "), dtype=np.int64), np.zeros(count, dtype=np.int64)
     for row, index in enumerate(generator.integers(0, len(texts), size=count)):
         text, classes[row] = texts[index]
@@ -362,11 +362,11 @@ def _log_probabilities(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def oracle_plan(task: FineTuneTask, problem: AllocationProblem) -> IntArray:
-    """The ranks that capture most of what was planted within the budget, (modules,).
+    """Ranks that capture the most of the planted changes within the budget, (modules,).
 
     Args:
-        task: a planted one.
-        problem: prices, budget and ladder; current ranks play no part.
+        task: a planted task.
+        problem: prices, budget and ladder; current ranks are ignored.
 
     Raises:
         ConfigError: the task has no teacher.
@@ -375,7 +375,7 @@ def oracle_plan(task: FineTuneTask, problem: AllocationProblem) -> IntArray:
 
 
 def utilities(task: FineTuneTask, problem: AllocationProblem) -> FloatArray:
-    """What each rung of the ladder is worth on each module, in nats, (modules, rungs)."""
+    """Utility of each rung of the ladder on each module, in nats, (modules, rungs)."""
     _, targets = adapted_base(task.base)
     order = {target.name: index for index, target in enumerate(targets)}
     worth = np.zeros((len(targets), len(problem.ladder.ranks)))
@@ -388,7 +388,7 @@ def utilities(task: FineTuneTask, problem: AllocationProblem) -> FloatArray:
 
 @lru_cache(maxsize=CACHED_TASKS)
 def _worth(task: FineTuneTask) -> list[float]:
-    """The divergence of the teacher from itself without each of its changes, in nats."""
+    """Divergence of the teacher from itself without each of its changes, in nats."""
     ranks = [change.left.shape[1] for change in _changes(task)]
     return [max(_loss(task, [*ranks[:index], 0, *ranks[index + 1 :]]), 0.0) for index in range(len(ranks))]
 
@@ -401,7 +401,7 @@ def _changes(task: FineTuneTask) -> tuple[Change, ...]:
 
 @torch.no_grad()
 def _loss(task: FineTuneTask, ranks: list[int]) -> float:
-    """Divergence of the base with each change at some rank from the teacher, in nats."""
+    """Divergence from the teacher of the base with each change at a given rank, in nats."""
     data = load_task(task)
     model, targets = adapted_base(task.base)
     with changed_weights(targets, data.changes, ranks), model.disable_adapter():

@@ -1,21 +1,21 @@
 """Tasks of the environment: short fine-tunes of small pretrained transformers, each fully determined by its fields.
 
-* *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
-  loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
-* *text*: the base, pretrained on documentation, is fine-tuned on text of another kind; the loss is the cross-entropy
-  of the next byte, or of masked bytes, in nats. The text may change on the way.
+* *planted*: the teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
+  loss is the divergence KL(teacher || student) in nats per token. The modules in need of rank are known.
+* *text*: the base, pretrained on documentation, is fine-tuned on another kind of text; the loss is the cross-entropy of
+  the next byte, or of masked bytes, in nats. The text may change during the run.
 * *labels*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
 
-What makes decisions worth something is drawn with a task: a learning rate that is off by up to 8, a mean rank from an
-eighth to 8, a budget that moves, a text that changes.
+The factors that make decisions matter are drawn with a task: a learning rate off by up to a factor of 8, a mean rank
+from an eighth to 8, a budget that moves, a text that changes.
 
 | split | bases | texts | labels |
 |---|---|---|---|
 | train | Llama and BERT of 4 layers | code, reviews, newsgroups, tables, four languages | sentiment, newsgroups |
 | test | GPT-2, Llama and BERT of 8 layers | news, tales, templates, two languages | topics |
 
-No text but that of planted teachers (documentation), no base and no seed is in both. A description holds no model and
-no data, and this module imports neither torch nor PEFT.
+The splits share no base, no seed, and no text except the documentation used by planted teachers. A task description
+holds no model and no data, and this module imports neither torch nor PEFT.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ Regime = Literal["scarce", "rate", "moving", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 REGIMES: tuple[Regime, ...] = get_args(Regime)
-"""What is wrong with a run: few ranks; a rate that is off; a budget that moves and a text that changes; nothing."""
+"""Problems of a run: few ranks; a wrong learning rate; a budget that moves and a text that changes; none."""
 
 POSITIONS = 128
-"""The longest window that a base can read."""
+"""Maximum sequence length of a base."""
 
 RATE = 6e-3
-"""About the best learning rate of the bases on most texts."""
+"""Approximate best learning rate of the bases on most texts."""
 
 LENGTHS = (80, 100, 130, 160)
-"""Optimizer steps of drawn tasks; fewer leave too little to see between two decisions."""
+"""Optimizer steps of drawn tasks; shorter runs have too few steps between two decisions."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What tasks are drawn from.
+    """Distribution of tasks.
 
     Attributes:
         bases: names of proxy bases.
         texts: names of corpora.
-        labels: names of labelled texts.
-        first_seed: of the tasks; a split has 2 ** 30 seeds from there on.
+        labels: names of labeled texts.
+        first_seed: first seed of the tasks; a split has 2 ** 30 seeds.
     """
 
     bases: tuple[str, ...]
@@ -89,20 +89,20 @@ class FineTuneTask:
 
     Attributes:
         kind: "planted", "text" or "labels".
-        seed: of data, teacher and adapters.
+        seed: seed of data, teacher and adapters.
         base: name of a proxy base.
-        corpus: the text, or the labelled texts, that is learned; of a planted task the one its teacher is queried on.
-        then: the text from `turn` on, and that of the held-out rows; None for the same one. Texts alone change.
-        turn: share of the steps after which the text changes.
-        placement: which layers a planted teacher changes.
-        mean_rank: the budget: as many parameters as this rank on all modules has, above 0.
-        moves: (share of the steps, factor on the budget) of each move of the budget, in rising order.
-        offset: log2 of the peak of the learning rate over `learning_rate`.
-        warm_up: share of the steps in which the rate rises along a line; from then on it falls along one, to 0.
-        learning_rate: about the best peak for plain LoRA.
+        corpus: the text or labeled texts to learn; for a planted task, the text to query the teacher on.
+        then: text after `turn`, and of the held-out rows; None for no change. Only plain texts change.
+        turn: share of the steps before the text changes.
+        placement: layers changed by a planted teacher.
+        mean_rank: the budget, as the parameter count of this rank on all modules; above 0.
+        moves: (share of the steps, factor on the budget) of each budget move, in increasing order.
+        offset: log2 of the peak learning rate over `learning_rate`.
+        warm_up: share of the steps with linear warm-up; linear decay to 0 follows.
+        learning_rate: approximate best peak for plain LoRA.
         steps: optimizer steps.
-        batch_size: rows of a step.
-        length: tokens of a row.
+        batch_size: rows per step.
+        length: tokens per row.
         eval_rows: held-out rows.
 
     Raises:
@@ -155,22 +155,22 @@ class FineTuneTask:
 
     @property
     def id(self) -> str:
-        """A readable name, of what the task learns under which budget."""
+        """Readable name with the task's content and budget."""
         what = self.placement if self.kind == "planted" else self.corpus + (f" then {self.then}" if self.then else "")
         return f"{self.base}/{self.kind}-{what}/rank {self.mean_rank:.3g}/rate {2**self.offset:.3g}/{self.seed}"
 
     @property
     def changes_at(self) -> int:
-        """The first step with the other text; the number of steps if none has it."""
+        """First step with the second text; the number of steps if there is none."""
         return self.steps if self.then is None else round(self.turn * self.steps)
 
     def schedule(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, as a share of its peak."""
+        """Learning rate of a step, counted from 0, as a share of its peak."""
         warm = max(1, round(self.warm_up * self.steps))
         return min((step + 1) / warm, (self.steps - step) / max(self.steps - warm, 1), 1.0)
 
     def budget_factor(self, step: int) -> float:
-        """By what the budget is multiplied before this step."""
+        """Factor on the budget before this step."""
         return next((factor for at, factor in reversed(self.moves) if step >= at * self.steps), 1.0)
 
 
@@ -181,14 +181,14 @@ def draw_task(
     regime: Regime | None = None,
     steps: int | None = None,
 ) -> FineTuneTask:
-    """A task of a split.
+    """Draw a task of a split.
 
     Args:
-        generator: draws it.
-        split: a name of `SPLITS`.
-        base: its proxy base; drawn if None.
-        regime: what is wrong with the run; drawn if None.
-        steps: of the run; drawn of `LENGTHS` if None.
+        generator: source of randomness.
+        split: a key of `SPLITS`.
+        base: proxy base of the task; drawn if None.
+        regime: the problem with the run; drawn if None.
+        steps: steps of the run; drawn from `LENGTHS` if None.
 
     Raises:
         UnknownNameError: no such split or regime.
@@ -219,7 +219,7 @@ def draw_task(
 
 
 def check_task(task: object) -> FineTuneTask:
-    """The task that was given; ConfigError if it is something else."""
+    """Return the given task; raise ConfigError for any other type."""
     if not isinstance(task, FineTuneTask):
         raise ConfigError(f"A task is a FineTuneTask; got {shown(task)}.")
     return task

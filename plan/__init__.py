@@ -1,1 +1,1 @@
-"""Which plans of ranks fit a budget, and how scores become one of them."""
+"""Plans of ranks within a budget, and how to build them from scores."""

@@ -1,7 +1,7 @@
-"""What a policy aims at: the lowest loss within the budget, or the cheapest plan that loses nothing.
+"""Goals of a policy: the lowest loss within the budget, or the cheapest plan without a loss in quality.
 
-The loss of a plan is measured against plain LoRA, rank 8 on every target module, of the same task, seed and batches, at
-its own best learning rate. The difference of log losses is told as a share: 0.01 is 1 %.
+The loss of a plan is relative to plain LoRA, rank 8 on every target module, with the same task, seed and batches, at
+its own best learning rate. Differences of log losses are stated as shares: 0.01 is 1 %.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ GoalKind = Literal["quality", "time", "bytes"]
 GOALS: tuple[GoalKind, ...] = get_args(GoalKind)
 
 TOLERANCE = 0.01
-"""The tolerance where none is given, in log loss."""
+"""Default tolerance, in log loss."""
 
 CAUTION = 0.5
-"""Under quality, a plan is as good as its expected loss and so many standard deviations: what is unsure counts less. On
-fine-tunes left out, less caution takes worse plans, and more takes plain LoRA (docs/experiments.md)."""
+"""Standard deviations added to a plan's expected loss under quality, to discount uncertain plans. On held-out
+fine-tunes, less caution picks worse plans, and more picks plain LoRA (docs/experiments.md)."""
 
 SURE = 1.8
-"""A plan surely ends below its expected loss and so many standard deviations. 19 of 20 plans of models left out do:
-their errors have longer tails than a normal distribution, of which 1.64 would be enough."""
+"""Standard deviations above a plan's expected loss for a sure upper bound. It holds for 19 of 20 plans of held-out
+models: their errors have longer tails than a normal distribution, for which 1.64 would suffice."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a policy aims at.
+    """Goal of a policy.
 
     Attributes:
-        kind: "quality", the lowest loss within the budget; "time" or "bytes", the plan that takes the least time or the
-            fewest bytes at the peak of a step, among those whose loss is surely within the tolerance of plain LoRA.
-        tolerance: by how much the log loss may be above that of plain LoRA, 0 to 1: 0.01 is 1 % of the loss. It does
-            not count under "quality".
+        kind: "quality", the lowest loss within the budget; "time" or "bytes", the plan with the least time or the
+            fewest peak bytes per step, among those whose loss is surely within the tolerance of plain LoRA.
+        tolerance: maximum excess of the log loss over that of plain LoRA, 0 to 1: 0.01 is 1 % of the loss. Ignored
+            under
+            "quality".
 
     Raises:
         ConfigError: there is no such goal, or the tolerance is out of range.
@@ -55,11 +56,11 @@ class Goal:
 
     @property
     def saves(self) -> bool:
-        """Whether it asks for a cheap plan."""
+        """True if the goal is a cheap plan."""
         return self.kind != "quality"
 
     def __str__(self) -> str:
-        """The goal in words."""
+        """Describe the goal in words."""
         if not self.saves:
             return "the lowest loss within the budget"
         cost = {"time": "least time a step", "bytes": "fewest bytes"}[self.kind]
@@ -70,15 +71,15 @@ class Goal:
 
 
 def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = None) -> Goal:
-    """The goal of a run's options.
+    """Build the goal from a run's options.
 
     Args:
         goal: "quality", "time" or "bytes".
         tolerance: see `Goal`; 1 % by default.
-        budget_unit: what the budget counts; None for either unit.
+        budget_unit: unit of the budget; None for either unit.
 
     Raises:
-        ConfigError: there is no such goal, the tolerance is out of range, or an option does not go with the goal.
+        ConfigError: there is no such goal, the tolerance is out of range, or an option conflicts with the goal.
     """
     found = Goal(goal, TOLERANCE if tolerance is None else tolerance)  # type: ignore[arg-type]
     if tolerance is not None and not found.saves:

@@ -1,12 +1,12 @@
-"""The parts of a step: which of its rows pass through the model together, and how many layers are checkpointed then.
+"""The parts of a step: groups of rows run through the model together, each with a number of checkpointed layers.
 
-A step is padded to its longest row, so that most of it can be padding and one long row decides the memory of all. Its
-gradient is a sum over rows. Rows that run in parts, each padded to its own longest row, give the same sum in less time
-and fewer bytes.
+A step is padded to its longest row, so most of it can be padding, and one long row determines the memory of all. Its
+gradient is a sum over rows. Running the rows in parts, each padded to its own longest row, gives the same sum in less
+time and memory.
 
-What a part takes rises with its rows and with its longest row. Then some best split takes rows in the order of their
-length: of two parts that cross, swapping rows until they do not makes neither of them longer. So a dynamic program over
-the sorted rows finds the least seconds of all splits.
+The cost of a part increases with its rows and its longest row. Some optimal split then takes rows in order of length:
+for two interleaved parts, swapping rows until they separate makes neither of them longer. A dynamic program over the
+sorted rows therefore finds the fastest of all splits.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ..common.arrays import FloatArray, IntArray
 from ..errors import BudgetError
 
 ShapeCost = Callable[[IntArray, IntArray, int], FloatArray]
-"""Bytes at the peak, or seconds, of parts by their rows and lengths, both int64 (parts,), and checkpointed layers."""
+"""Peak bytes or seconds of parts from their rows and lengths, both int64 (parts,), and checkpointed layers."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a step that pass through the model together.
+    """Rows of a step run through the model together.
 
     Attributes:
-        rows: their places in the batch, rising.
-        length: tokens of the longest.
-        layers: how many layers are checkpointed.
-        packed: whether they are texts side by side in one row, of whose tokens the length is the sum.
+        rows: their indices in the batch, increasing.
+        length: tokens of the longest row.
+        layers: number of checkpointed layers.
+        packed: True if they are texts packed into one row; the length is then the sum of their tokens.
     """
 
     rows: tuple[int, ...]
@@ -63,20 +63,20 @@ def plan_parts(
     count: int | None = None,
     least: int = 1,
 ) -> tuple[Part, ...]:
-    """The parts of a step that take the least seconds within some bytes; the longest rows come first.
+    """Return the fastest parts of a step within a memory limit, longest rows first.
 
-    Of splits that take equally long the one with larger first parts is taken. The result follows from the arguments.
+    Ties go to the split with larger first parts. The result is deterministic.
 
     Args:
         lengths: tokens of each row, int64 (rows,), at least one row.
-        room: bytes that a part may take.
-        layers: how many layers may be checkpointed, rising. Fewer of them take less time and more bytes.
-        bytes_of: of a part at its peak; it must rise with rows and length.
-        seconds_of: of a part; it must rise with rows and length.
-        packed: rows are texts, and those of a part lie side by side in one row. Then only splits of texts in the order
-            of their length are weighed.
-        count: how many parts there are, from as many as take the least to the number of rows; by default the former.
-        least: rows of a part at least, where there are so many.
+        room: maximum bytes of a part.
+        layers: allowed numbers of checkpointed layers, increasing. Fewer of them take less time and more memory.
+        bytes_of: peak bytes of a part; must increase with rows and length.
+        seconds_of: seconds of a part; must increase with rows and length.
+        packed: rows are texts, and each part packs its texts into one row. Only splits of texts in order of length are
+            considered then.
+        count: number of parts, from the fastest number up to the number of rows; default: the fastest number.
+        least: minimum rows of a part, if there are enough rows.
 
     Raises:
         BudgetError: the longest row does not fit alone with the most layers checkpointed; see `too_long`.
@@ -98,7 +98,7 @@ def plan_parts(
         waiting = waiting[~fits]
         if not len(waiting):
             break
-    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone, or the fewest that a part has
+    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone, or the minimum rows of a part
         raise too_long(int(order[0]), int(longest[0]), room, layers[-1], bytes_of)
     table, layers_of = np.full((2, len(order) + 1, len(order)), np.inf)
     table[ends + 1, starts], layers_of[ends + 1, starts] = seconds, chosen
@@ -114,11 +114,11 @@ def plan_parts(
 
 
 def _first_rows(table: FloatArray, count: int | None) -> Iterator[IntArray]:
-    """By where each part ends, where it begins, int64 (rows + 1,): of the last part first.
+    """Yield the start of each part by its end, int64 (rows + 1,), last part first.
 
     Args:
-        table: seconds by the end and the start of a part, (rows + 1, rows); infinite where it does not fit.
-        count: how many parts there are; None for as many as take the least seconds.
+        table: seconds by the end and the start of a part, (rows + 1, rows); infinite if it does not fit.
+        count: number of parts; None for the fastest number.
     """
     if count is None:
         least, first = np.zeros(len(table)), np.zeros(len(table), dtype=np.int64)
@@ -137,13 +137,13 @@ def _first_rows(table: FloatArray, count: int | None) -> Iterator[IntArray]:
 
 
 def too_long(row: int, length: int, room: float, layers: int, bytes_of: ShapeCost) -> BudgetError:
-    """The error of a row that does not fit alone; it tells the longest that does.
+    """Build the error for a row too long to fit alone; it states the longest length that fits.
 
     Args:
-        row: its place in the batch.
+        row: its index in the batch.
         length: its tokens.
-        room: bytes that it may take.
-        layers: the most that can be checkpointed.
+        room: maximum bytes.
+        layers: maximum number of checkpointed layers.
         bytes_of: see `plan_parts`.
     """
     fits = longest_that_fits(length, room, layers, bytes_of)
@@ -155,13 +155,13 @@ def too_long(row: int, length: int, room: float, layers: int, bytes_of: ShapeCos
 
 
 def longest_that_fits(most: int, room: float, layers: int, bytes_of: ShapeCost) -> int:
-    """The tokens of the longest row that fits alone, up to `most`; 0 if none does. See `plan_parts`."""
+    """Maximum tokens of a single row that fits, up to `most`; 0 if none does. See `plan_parts`."""
     one = np.ones(1, dtype=np.int64)
     return bisect_right(range(1, most + 1), room, key=lambda length: float(bytes_of(one, length * one, layers)[0]))
 
 
 def parts_sentence(figures: Mapping[str, float]) -> str:
-    """How the steps of a run ran, by what its training log shows of parts; empty where they ran as a whole."""
+    """Describe a run's use of parts from its training log; empty if steps ran as a whole."""
     if figures.get("parts", 1.0) <= 1 and not figures.get("padding_saved"):
         return ""
     count = int(figures.get("batches_too_large", 0))
@@ -173,7 +173,7 @@ def parts_sentence(figures: Mapping[str, float]) -> str:
 
 
 def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:
-    """The share of the padding of one rectangle that some parts leave out, 0 where it has none."""
+    """Share of the padding of one rectangle avoided by some parts, 0 if it has none."""
     rectangle, real = len(lengths) * int(lengths.max()), int(lengths.sum())
     in_parts = sum(part.tokens for part in parts)
     return (rectangle - in_parts) / (rectangle - real) if rectangle > real else 0.0

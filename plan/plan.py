@@ -1,18 +1,18 @@
-"""From scores to wanted ranks, and from wanted ranks to a plan that fits the budget and leaves nothing of it unspent.
+"""Convert scores to wanted ranks, and wanted ranks to a plan that uses the whole budget.
 
 Every decision takes these two steps, in an episode and in a real fine-tune:
 
-* `pack` turns scores into wanted ranks. The rank floor decides how many modules are adapted: a few layers at a useful
-  rank are worth more than all layers at rank 1, because bytes depend on the lowest adapted layer above all. Among the
-  adapted modules, ranks are in the ratio exp(score).
+* `pack` turns scores into wanted ranks. The rank floor determines the number of adapted modules: a few layers at a
+  useful rank are worth more than all layers at rank 1, because memory depends mostly on the lowest adapted layer. Among
+  the adapted modules, ranks are proportional to exp(score).
 * `project` turns wanted ranks into a plan. It clips them to the ladder and the bounds, lowers ranks until they fit,
   and raises ranks until nothing more fits.
 
-Both change one rung at a time in the order of log(rank) - score, so equal scores give equal ranks.
+Both change one rung at a time in order of log(rank) - score, so equal scores give equal ranks.
 
 Some plans read no signal: one rank, or nearly one, on the top layers, such as `uniform_ranks`. Without gradient
 checkpointing, adapting the top layers at a useful rank was better than any other plan with the same bytes
-(docs/design.md). `TimeLimit` keeps the time of a step within its limit, where checkpointed layers take time as well.
+(docs/design.md). `TimeLimit` keeps the step time within its limit, including recomputation in checkpointed layers.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from ..lora.spec import REFERENCE_RANK, ModuleSpec
 from .problem import AllocationProblem, PlanBuilder
 
 TOP_DOWN = 100.0
-"""A depth bias so high that scores decide between the modules of one layer alone."""
+"""A depth bias large enough for scores to matter only within a layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A plan, and what it was made from.
+    """A plan and its inputs.
 
     Attributes:
         clipped: the wanted ranks, rounded down onto the ladder and clipped to the bounds, int64 (modules,).
         ranks: the plan, int64 (modules,).
-        cost: what it costs, in the unit of the problem.
+        cost: cost of the plan, in the unit of the problem.
     """
 
     clipped: IntArray
@@ -53,15 +53,15 @@ class Plan:
 
 
 def check_budget(problem: AllocationProblem, names: list[str], share: float | None = None) -> None:
-    """Check that any plan fits: the lower bounds, or without bounds one module at the lowest rank above 0.
+    """Check that some plan fits: the lower bounds, or without bounds one module at the lowest rank above 0.
 
     Args:
-        problem: the plans that are possible.
-        names: of the modules, for the error.
-        share: the share of plain LoRA's cost that the limit is, if that is how it was given.
+        problem: the allowed plans.
+        names: names of the modules, for the error.
+        share: the limit as a share of plain LoRA's cost, if given this way.
 
     Raises:
-        BudgetError: none fits; the error tells the smallest budget that works, and what takes it.
+        BudgetError: none fits; the error states the smallest working budget, and the largest contributions to it.
     """
     least = least_ranks(problem)
     if problem.bottoms.any():
@@ -79,7 +79,7 @@ def check_budget(problem: AllocationProblem, names: list[str], share: float | No
 
 
 def least_ranks(problem: AllocationProblem) -> IntArray:
-    """The cheapest plan with an adapter: the lower bounds, or without bounds one module at the lowest rank above 0.
+    """Return the cheapest plan with an adapter: the lower bounds, or one module at the lowest rank above 0.
 
     Returns:
         Ranks, int64 (modules,).
@@ -99,14 +99,14 @@ def least_ranks(problem: AllocationProblem) -> IntArray:
 
 
 def least_cost(modules: Sequence[ModuleSpec], low: IntArray | None, high: IntArray | None, cost: Cost) -> float:
-    """What the cheapest plan with an adapter costs; see `least_ranks`, and `AllocationProblem.of` for the arguments."""
+    """Cost of the cheapest plan with an adapter; see `least_ranks`, and `AllocationProblem.of` for the arguments."""
     return plan_cost(cost, least_ranks(AllocationProblem.of(modules, cost, math.inf, low=low, high=high)))
 
 
 def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None) -> tuple[str, str, str]:
-    """For an error: what a plan takes, the limit, and what takes most of it and would lower it.
+    """Return, for an error, the cost of a plan, the limit, and the largest contributions with ways to lower them.
 
-    What lowers a plan's bytes lowers those of plain LoRA as well, so it does not help under a share of them.
+    Savings lower the bytes of plain LoRA as well, so they do not help if the limit is a share of them.
     """
     cost, needed = problem.cost, plan_cost(problem.cost, ranks)
     costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
@@ -139,20 +139,20 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
 
 
 def _rounded_up(seconds: float) -> str:
-    """Seconds > 0 with three digits, rounded up, so that a limit of as many fits."""
+    """Format seconds > 0 with three digits, rounded up, to give a feasible limit."""
     last = 10.0 ** (math.floor(math.log10(seconds)) - 2)
     return f"{math.ceil(seconds / last) * last:.4g}"
 
 
 def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
-    """One rank on whole layers from the top down: the rank, at least 1, and the lowest layer; None if none fits.
+    """Find one rank on whole layers from the top down: the rank, at least 1, and the lowest layer; None if none fits.
 
-    It adapts as many layers as fit at rank 8, as people use it, or at rank 1 under a budget of parameters, where depth
-    costs nothing (docs/design.md, "Uniform rank"), or else the top layer alone. It gives them the largest whole rank
-    that fits.
+    It adapts as many layers as fit at rank 8, the common choice, or at rank 1 under a budget of parameters, where depth
+    is free (docs/design.md, "Uniform rank"); at least the top layer. They get the largest integer rank within the
+    limit.
 
     Args:
-        problem: the plans that are possible; `max_step`, `pinned` and current ranks are ignored.
+        problem: the allowed plans; `max_step`, `pinned` and current ranks are ignored.
     """
     least_rank = 1 if isinstance(problem.cost, ParameterCost) else REFERENCE_RANK
     blocks = range(int(problem.blocks.max()) + 1)
@@ -163,14 +163,14 @@ def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
 
 
 def uniform_ranks(problem: AllocationProblem) -> IntArray:
-    """One rank on all modules of as many top layers as can have a useful one, the simple plan that others must beat.
+    """One rank on all modules of as many top layers as can have a useful one, the simple baseline.
 
     Args:
-        problem: the plans that are possible; `max_step`, `pinned` and current ranks are ignored.
+        problem: the allowed plans; `max_step`, `pinned` and current ranks are ignored.
 
     Returns:
-        Any whole ranks up to the ladder's end, within the bounds of each module, int64 (modules,). Where not even the
-        top layer fits at rank 1, single modules of it are adapted, at ranks that are as equal as possible.
+        Integer ranks up to the ladder's end, within the bounds of each module, int64 (modules,). If not even the top
+        layer fits at rank 1, some of its modules are adapted, at ranks as equal as possible.
     """
     window = uniform_window(problem)
     if window:
@@ -179,19 +179,19 @@ def uniform_ranks(problem: AllocationProblem) -> IntArray:
 
 
 def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, depth_bias: float = TOP_DOWN) -> IntArray:
-    """The wanted ranks of these scores, as if every module could move to any rank within its bounds.
+    """Wanted ranks for these scores, assuming every module may move to any rank within its bounds.
 
-    First, modules are admitted in the order of score + depth bias * layer, as long as all of them can have the rank
-    floor. With a high depth bias these are the top layers, and a part of the next one down; without a bias they are
-    the modules with the best scores, and of equal scores those further up. Then every admitted module starts at rank
-    1, and ranks rise in the order of log(rank) - score until the budget is spent. With equal scores and a high depth
-    bias this is the rule top-down (docs/design.md).
+    First, modules are admitted in order of score + depth bias * layer, as long as all of them can have the rank floor.
+    With a high depth bias these are the top layers, and part of the next one down; without a bias they are the modules
+    with the best scores, ties going to those further up. Then every admitted module starts at rank 1, and ranks rise in
+    order of log(rank) - score until the budget is spent. With equal scores and a high depth bias this is the rule
+    top-down (docs/design.md).
 
     Args:
-        problem: the plans that are possible; `max_step` and `pinned` are ignored.
-        scores: the log of each module's rank relative to the others, float (modules,).
-        rank_floor: the rank that every adapted module should be able to have, > 0.
-        depth_bias: by how much a score counts less for each layer further down, in log rank.
+        problem: the allowed plans; `max_step` and `pinned` are ignored.
+        scores: log of each module's rank relative to the others, float (modules,).
+        rank_floor: rank to reserve for every adapted module, > 0.
+        depth_bias: score penalty per layer further down, in log rank.
 
     Returns:
         Ranks on the ladder, int64 (modules,); the lower bounds if nothing more fits.
@@ -209,11 +209,11 @@ def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, dept
 
 
 def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias: float) -> IntArray:
-    """Rungs at which as many modules as fit have `rung`; of the last layer that is reached, only some modules may."""
+    """Rungs with as many modules as fit at `rung`; the last layer reached may be partial."""
     rungs, ladder = np.clip(rung, problem.bottoms, problem.tops), problem.ladder.array
     order = np.lexsort((-problem.blocks, -(problem.preference(scores) + depth_bias * problem.blocks)))
     blocks, turns = problem.blocks[order], np.zeros_like(order)
-    turns[order[1:]] = np.cumsum(blocks[1:] != blocks[:-1])  # neighbours in the order of one layer have one turn
+    turns[order[1:]] = np.cumsum(blocks[1:] != blocks[:-1])  # consecutive modules of one layer share a turn
 
     def admitted(turn: int) -> IntArray:
         return np.where(turns < turn, rungs, problem.bottoms)
@@ -227,18 +227,18 @@ def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias
 
 
 def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *, fill: bool = True) -> Plan:
-    """The plan nearest to the wanted ranks that fits the budget and leaves nothing of it unspent.
+    """Return the plan nearest to the wanted ranks that uses the whole budget.
 
     Args:
-        problem: the plans that are possible.
+        problem: the allowed plans.
         wanted: wanted ranks, int (modules,). They are rounded down onto the ladder and clipped to `max_step` and the
             bounds.
         scores: modules with low scores are lowered first, those with high scores are raised first, float (modules,).
-        fill: raise ranks until nothing more fits. Without it, no rank rises above the wanted one.
+        fill: raise ranks until nothing more fits. If False, no rank exceeds the wanted one.
 
     Returns:
-        The plan. Only if nothing else fits, it goes further down than `max_step` allows and drops pinned modules. If
-        not even the lower bounds fit, the plan is the lower bounds.
+        The plan. Only if nothing else fits, it goes below `max_step` and drops pinned modules. If not even the lower
+        bounds fit, the plan is the lower bounds.
     """
     lower, upper = problem.bounds()
     clipped = np.clip(problem.ladder.rung(wanted), lower, upper)
@@ -257,20 +257,19 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *,
 
 
 RANK_FLOOR = 16.0
-"""The rank that every adapted module should be able to have: about a quarter of the width of the models on which it was
-measured."""
+"""Rank to reserve for every adapted module: about a quarter of the width of the models it was measured on."""
 
 
 def top_down(problem: AllocationProblem) -> IntArray:
     """Equal ranks on as many top layers as can have `RANK_FLOOR`, and on some modules of the next layer down.
 
-    Where the top layer cannot have the rank floor, a lower one is taken. Nothing is left unspent.
+    If the top layer cannot have the rank floor, a lower one is used. The whole budget is spent.
 
     Args:
-        problem: the plans that are possible; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
+        problem: the allowed plans; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
 
     Returns:
-        Ranks on the ladder, int64 (modules,), of which none can rise further.
+        Ranks on the ladder, int64 (modules,), none of which can be raised.
     """
     fresh = problem.fresh()
     scores = np.zeros(len(problem.ranks))
@@ -278,48 +277,48 @@ def top_down(problem: AllocationProblem) -> IntArray:
 
 
 PLACEMENT = ("rank_floor", "depth_bias")
-"""The numbers of the placement: log2 of a factor on the rank floor, and what is added to the depth bias."""
+"""Components of the placement: log2 of a factor on the rank floor, and an offset to the depth bias."""
 
 DEPTH_BIAS = 4.0
-"""The depth bias under a budget of bytes, before a policy changes it."""
+"""Depth bias under a budget of bytes, before a policy changes it."""
 
 
 def base_rank_floor(problem: AllocationProblem) -> float:
-    """The rank floor before a policy changes it. Under a budget of parameters depth costs nothing, so it is rank 1."""
+    """Rank floor before a policy changes it; 1 under a budget of parameters, where depth is free."""
     return 1.0 if isinstance(problem.cost, ParameterCost) else RANK_FLOOR
 
 
 def base_depth_bias(problem: AllocationProblem) -> float:
-    """The depth bias before a policy changes it. Under a budget of parameters depth costs nothing, so there is none."""
+    """Depth bias before a policy changes it; 0 under a budget of parameters, where depth is free."""
     return 0.0 if isinstance(problem.cost, ParameterCost) else DEPTH_BIAS
 
 
 CLOSE = 1.01
-"""The factor between a time that is refused and one that is kept, below which the search for a plan ends."""
+"""Ratio of a rejected time to an accepted one below which the search for a plan ends."""
 
 GROWTH = 1.05
-"""The factor by which the search goes on at least, while no time is kept."""
+"""Minimum growth factor of the search while no time is accepted."""
 
 CHECKS = 4
-"""How often a plan is timed at most, before its predicted time is believed."""
+"""Maximum timings of a plan before its predicted time is accepted."""
 
 SETTLED = 0.02
-"""The error of a predicted time, as a share, that is left alone."""
+"""Relative error of a predicted time that needs no correction."""
 
 FewestLayers = Callable[[IntArray], tuple[str, ...]]
-"""The layers that must be checkpointed under a plan, so that it keeps its limit of bytes."""
+"""Returns the layers to checkpoint under a plan to stay within its memory limit."""
 
 
 @dataclass(eq=False)
 class TimeLimit:
-    """The limit of the time of a step.
+    """Limit on the step time.
 
     Attributes:
-        time: of a step under any plan.
-        seconds: what a step may take, > 0.
-        layers: chooses the checkpointed layers of each plan; None where they are those that the step was measured with.
-        beside: seconds of a step of plain LoRA, with which messages compare plans where the user set no limit; no plan
-            reaches `seconds` then. None where the user set one.
+        time: step time under any plan.
+        seconds: maximum step time, > 0.
+        layers: chooses the checkpointed layers of each plan; None for those in place when the step was measured.
+        beside: step time of plain LoRA in seconds, for comparison in messages if the user set no limit; no plan reaches
+            `seconds` then. None if the user set one.
     """
 
     time: StepTime
@@ -328,32 +327,33 @@ class TimeLimit:
     beside: float | None = None
 
     def added_to(self, cost: UntimedCost, limit: float) -> TimedCost:
-        """A cost with the time of a step as one more moment; without second runs where `layers` chooses them."""
+        """Add the step time to a cost as one more moment; without recomputation if `layers` chooses the layers."""
         return self.time.row(() if self.layers else None).added_to(cost, limit, self.seconds)
 
     def of(self, ranks: IntArray) -> float:
-        """The seconds of a step under a plan, int64 (modules,), second runs included."""
+        """Step time in seconds under a plan, int64 (modules,), recomputation included."""
         return self.time.seconds(ranks, self.layers(ranks) if self.layers else None)
 
     def fits(self, ranks: IntArray) -> bool:
-        """Whether a step under a plan, second runs included, is within the limit."""
+        """True if the step time under a plan, recomputation included, is within the limit."""
         return self.of(ranks) <= self.seconds
 
     def choose(self, problem: AllocationProblem, plan: Callable[[AllocationProblem], IntArray]) -> AllocationProblem:
-        """A problem whose plan is within the limit, second runs included.
+        """Return a problem whose plan is within the limit, recomputation included.
 
-        The problem's own time counts no second runs where `layers` chooses them. If they take the plan above the limit,
-        time counts dearer in the problem, until its plan is small enough; then less dear again, as far as it stays so.
+        The problem's own time excludes recomputation if `layers` chooses the layers. If recomputation takes the plan
+        above the limit, the price of time is raised in the problem until its plan is small enough, then lowered again
+        as far as possible.
 
         Args:
             problem: with time among its costs.
             plan: makes the plan of a problem, ranks int64 (modules,).
 
         Returns:
-            The problem, with dearer time if that was needed.
+            The problem, with a higher price of time if needed.
 
         Raises:
-            BudgetError: no plan keeps both limits.
+            BudgetError: no plan satisfies both limits.
         """
         if self.layers is None:
             return problem
@@ -378,19 +378,19 @@ class TimeLimit:
     def agreed(
         self, plan: Callable[[TimeLimit], IntArray], measured: Callable[[IntArray], float], reference: float
     ) -> TimeLimit:
-        """The limit with times as they are under the very plans that it leads to.
+        """Return the limit with times calibrated on the plans it leads to.
 
-        A plan that is made for a limit takes what is predicted too low rather than what is predicted too high. So it is
-        timed, all times are scaled to agree with that, and the plan is made anew, until prediction and measurement
-        agree. Where they never do, since plans change by whole layers, the limit under which they were nearest is kept.
+        A plan made for a limit favors underestimated costs over overestimated ones. It is therefore timed, all times
+        are scaled to match, and the plan is made again, until prediction and measurement agree. If they never do, since
+        plans change by whole layers, the closest limit is kept.
 
         Args:
             plan: makes the plan under a limit, int64 (modules,); BudgetError if there is none.
-            measured: times a step under a plan, as a share of the reference.
-            reference: what a step of the reference takes by this limit's `time`, in seconds.
+            measured: measures the step time under a plan, as a share of the reference.
+            reference: step time of the reference by this limit's `time`, in seconds.
 
         Returns:
-            A limit of as many seconds, which has a plan.
+            A feasible limit with the same number of seconds.
         """
         limit, best, least = self, self, math.inf
         for _ in range(CHECKS):
@@ -407,25 +407,25 @@ class TimeLimit:
         return best
 
     def check(self, problem: AllocationProblem) -> None:
-        """Raise BudgetError if the cheapest plan takes more time than the limit, second runs included."""
+        """Raise BudgetError if the cheapest plan exceeds the time limit, recomputation included."""
         seconds = self.of(least_ranks(problem))
         if seconds > self.seconds:
             raise self._impossible(seconds)
 
     def text(self, ranks: IntArray) -> str:
-        """The time of a plan beside its limit, or beside plain LoRA where there is none, for people."""
+        """Format the time of a plan next to its limit, or next to plain LoRA's if there is none."""
         seconds = self.of(ranks)
         if self.beside is None:
             return f"a step takes {seconds:.3g} of {self.seconds:.3g} s"
         return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of that with rank 8 on all modules"
 
     def state(self) -> dict[str, Any]:
-        """All that `from_state` needs, as arrays and JSON values."""
+        """State for `from_state`, as arrays and JSON values."""
         return {"seconds": self.seconds, "beside": self.beside, "time": self.time.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TimeLimit:
-        """The limit that `state` described; who chooses `layers` says so again."""
+        """Restore the limit from `state`; a chooser for `layers` must be set again."""
         beside = None if state["beside"] is None else float(state["beside"])
         return cls(StepTime.from_state(state["time"]), float(state["seconds"]), beside=beside)
 
@@ -441,10 +441,10 @@ class TimeLimit:
 
 
 def with_dearer_time(problem: AllocationProblem, factor: float) -> AllocationProblem:
-    """The same problem, in which time counts so many times as much.
+    """Return the same problem with the cost of time multiplied by a factor.
 
     Args:
-        problem: with the time of a step among its costs.
+        problem: with the step time among its costs.
         factor: above 0.
     """
     cost, exact = problem.cost, exact_unit(problem.limit)
@@ -456,10 +456,10 @@ def with_dearer_time(problem: AllocationProblem, factor: float) -> AllocationPro
 
 
 def under_limit(problem: AllocationProblem, limit: float) -> AllocationProblem:
-    """The same problem under another limit of bytes or parameters; the time of a step keeps its own limit.
+    """Return the same problem under another limit of bytes or parameters; the time limit is unchanged.
 
     Args:
-        problem: with the time of a step among its costs or without.
+        problem: with or without the step time among its costs.
         limit: in the unit of its cost, > 0.
     """
     changed = replace(problem, limit=limit)

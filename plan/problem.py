@@ -1,9 +1,9 @@
-"""Which plans are possible at one decision, how one is built within the limit, and which has the most utility.
+"""The plans allowed at one decision, how to build one within the limit, and how to find the one with the most utility.
 
 The utility of a plan is a sum over its modules; its cost is not. Modules q, k and v share an input, the tensors above
-the lowest adapted module are kept once for all modules, and the peak is the highest of several moments. All of that is
-linear in two sets of variables: whether a module has a rung, and whether a group is paid. So the best plan is the
-solution of a mixed-integer linear program, which HiGHS finds (`scipy.optimize.milp`).
+the lowest adapted module are kept once for all modules, and the peak is the maximum over several moments. All of this
+is linear in two sets of variables: whether a module has a rung, and whether a group is paid. The best plan is therefore
+the solution of a mixed-integer linear program, solved by HiGHS (`scipy.optimize.milp`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder
 
 MOST_RANK = 2**31 - 1
-"""The highest rank that a bound may name; the decision log has 32 bits for a rank."""
+"""Maximum rank in a bound; the decision log stores ranks in 32 bits."""
 
 Bounds = Mapping[str, int | tuple[int, int]]
-"""{name of a module or its end, as in `LoraConfig.target_modules`: its rank, or its least and its largest rank}."""
+"""{module name or suffix, as in `LoraConfig.target_modules`: its rank, or its minimum and maximum rank}."""
 
 
 def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray, IntArray]:
-    """The least and the largest rank of each module, int64 (modules,) each.
+    """Minimum and maximum rank of each module, int64 (modules,) each.
 
     Args:
         modules: all target modules.
-        bounds: of some of them; of several entries for one module the last counts.
+        bounds: bounds for some of them; if several entries match a module, the last one applies.
 
     Raises:
-        UnknownNameError: an entry names no module.
-        ConfigError: a bound is negative, the least is above the largest, or no rank lies between them.
+        UnknownNameError: an entry matches no module.
+        ConfigError: a bound is negative, the minimum exceeds the maximum, or no rank lies between them.
 
     Example:
         >>> rank_bounds(modules, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
@@ -62,10 +62,10 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
 def floor_of_experts(
     modules: Sequence[ModuleSpec], cost: Cost, limit: float, low: IntArray, high: IntArray
 ) -> IntArray:
-    """The least ranks with one rank for all experts, int64 (modules,), if so much is affordable; else as they are.
+    """Minimum ranks raised to a common rank for all experts, int64 (modules,), if affordable; otherwise unchanged.
 
-    In 173 runs of small mixtures, plans that left experts out lost more than any plan of the ranks gained
-    (docs/experiments.md). Upper bounds go before.
+    In 173 runs of small mixtures, leaving experts out cost more than any plan of the ranks gained
+    (docs/experiments.md). Upper bounds take precedence.
     """
     experts = np.array([module.experts > 1 for module in modules]) & (high > 0)
     floor: IntArray = np.where(experts, np.maximum(low, 1), low)
@@ -73,7 +73,7 @@ def floor_of_experts(
 
 
 def bound_of(name: object, bound: object) -> tuple[int, int]:
-    """The least and the largest rank of a bound; ConfigError if it or the module's name is none."""
+    """Minimum and maximum rank of a bound; ConfigError if the bound or the module's name is invalid."""
     match bound if isinstance(name, str) else None:
         case bool() | (bool(), _) | (_, bool()):
             pass
@@ -88,33 +88,30 @@ def bound_of(name: object, bound: object) -> tuple[int, int]:
 
 
 HYSTERESIS = 0.2
-"""The difference of two scores, in log rank, above which rank moves from one module to the other at later decisions.
+"""Minimum score difference, in log rank, to move rank from one module to another at later decisions.
 
-From one interval to the next, noise changes scores by 0.05 to 0.1.
+Noise changes scores by 0.05 to 0.1 from one interval to the next.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
-    """Everything that decides which plans are possible.
+    """Everything that determines the allowed plans.
 
     Attributes:
         ranks: current ranks, int64 (modules,).
-        max_ranks: the largest useful rank of each module, int64 (modules,).
+        max_ranks: maximum useful rank of each module, int64 (modules,).
         blocks: layer of each module, 0 nearest to the input, int64 (modules,).
-        cost: what plans cost.
-        limit: the most that a plan may cost, in the unit of `cost`.
+        cost: cost of plans.
+        limit: maximum cost of a plan, in the unit of `cost`.
         ladder: the allowed ranks.
-        max_step: the most rungs that a module may move at this decision; None for any number.
-        pinned: modules whose rank must not change, bool (modules,); None for no module. If nothing else fits, those
+        max_step: maximum rungs a module may move at this decision; None for no limit.
+        pinned: mask of modules with a fixed rank, bool (modules,); None for no module. If nothing else fits, those
             without a lower bound are dropped.
-        low: the least rank of each module, int64 (modules,); None for 0. Between two rungs the upper one counts; for a
-            module that cannot have so much, the most that it can. Lower bounds hold even where they exceed the budget
-            or `max_step`.
-        high: the largest rank of each module, int64 (modules,); None for `max_ranks`. Upper bounds hold even where they
-            exceed `max_step`.
-        hysteresis: how much the score of a module must exceed another's, in log rank, before it takes rank from it;
-            at least 0.
+        low: minimum rank of each module, int64 (modules,); None for 0. Between two rungs, the upper one applies; a
+            module unable to reach it gets its maximum. Lower bounds override the budget and `max_step`.
+        high: maximum rank of each module, int64 (modules,); None for `max_ranks`. Upper bounds override `max_step`.
+        hysteresis: minimum lead of a module's score over another's, in log rank, to take rank from it; at least 0.
 
     Raises:
         ConfigError: `low` or `high` has another shape or holds a negative rank, or leaves a module no rung.
@@ -145,16 +142,16 @@ class AllocationProblem:
         high: IntArray | None = None,
         ranks: IntArray | None = None,
     ) -> AllocationProblem:
-        """The plans that are possible for these modules; at later decisions with `HYSTERESIS`.
+        """Build the problem for these modules; later decisions use `HYSTERESIS`.
 
         Args:
-            modules: the modules that can be adapted; their tensors play no part.
-            cost: what plans cost.
-            limit: what a plan may cost.
-            ladder: allowed ranks; the usual ones by default.
-            max_step: rungs that a module may move; None at the first decision, which may use the whole ladder.
-            low: least rank of each module, (modules,).
-            high: largest rank of each module, (modules,).
+            modules: the target modules; their tensors are not used.
+            cost: cost of plans.
+            limit: maximum cost of a plan.
+            ladder: allowed ranks; the default ladder if not given.
+            max_step: maximum rungs per module; None at the first decision, free to use the whole ladder.
+            low: minimum rank of each module, (modules,).
+            high: maximum rank of each module, (modules,).
             ranks: current ranks, int64 (modules,); by default no module is adapted.
         """
         if ranks is None:
@@ -198,52 +195,52 @@ class AllocationProblem:
 
     @cached_property
     def _most(self) -> IntArray:
-        """The upper bound of each module, (modules,); without one the ladder's end, or `low` if that is more."""
+        """Upper bound of each module, (modules,); without one, the larger of the ladder's end and `low`."""
         if self.high is not None:
             return self.high
         return np.maximum(np.int64(self.ladder.ranks[-1]), np.zeros_like(self.ranks) if self.low is None else self.low)
 
     @cached_property
     def tops(self) -> IntArray:
-        """The highest rung that the bounds allow each module, (modules,)."""
+        """Highest rung within the bounds of each module, (modules,)."""
         return self.ladder.rung(np.minimum(self.max_ranks, self._most))
 
     @cached_property
     def bottoms(self) -> IntArray:
-        """The lowest rung that the bounds allow each module, (modules,)."""
+        """Lowest rung within the bounds of each module, (modules,)."""
         if self.low is None:
             return np.zeros_like(self.ranks)
         return np.minimum(self.ladder.rung_above(self.low), self.ladder.rung(self.max_ranks))
 
     @cached_property
     def rungs(self) -> IntArray:
-        """The current rung of each module, (modules,); for a rank between two rungs the lower one."""
+        """Current rung of each module, (modules,); a rank between two rungs is rounded down."""
         return self.ladder.rung(self.ranks)
 
     @property
     def is_pinned(self) -> BoolArray:
-        """Which modules are pinned, bool (modules,)."""
+        """Mask of pinned modules, bool (modules,)."""
         return np.zeros(len(self.ranks), dtype=np.bool_) if self.pinned is None else self.pinned
 
     def preference(self, scores: FloatArray) -> FloatArray:
-        """The scores, raised by the hysteresis for modules that are adapted at present, (modules,)."""
+        """Scores plus the hysteresis for currently adapted modules, (modules,)."""
         return scores + self.hysteresis * (self.rungs > 0)
 
     def fits(self, ranks: IntArray) -> bool:
-        """Whether a plan is within the limit."""
+        """True if a plan is within the limit."""
         return plan_cost(self.cost, ranks) <= self.limit
 
     def uniform(self, rank: int, lowest: int = 0) -> IntArray:
-        """Any one rank on all modules from layer `lowest` up, each within its bounds, (modules,)."""
+        """One rank on all modules from layer `lowest` up, even off the ladder, within each one's bounds, (modules,)."""
         low, high = self.ladder.array[self.bottoms], np.minimum(self.max_ranks, self._most)
         return np.clip(np.where(self.blocks >= lowest, rank, 0), low, high)
 
     def fresh(self) -> AllocationProblem:
-        """The same problem at a first decision: no module is adapted, and each may have any rank within its bounds."""
+        """Return the same problem at a first decision: no module is adapted, and any rank within bounds is allowed."""
         return replace(self, ranks=np.zeros_like(self.ranks), max_step=None, pinned=None, hysteresis=0.0)
 
     def bounds(self) -> tuple[IntArray, IntArray]:
-        """The lowest and the highest rung that this decision allows each module, (modules,) each."""
+        """Lowest and highest rung of each module at this decision, (modules,) each."""
         now = self.rungs
         reach = self.ladder.top if self.max_step is None else self.max_step
         upper = np.clip(now + reach, self.bottoms, self.tops)
@@ -253,25 +250,25 @@ class AllocationProblem:
 
 
 class PlanBuilder:
-    """A plan that changes, together with what it costs.
+    """A plan under construction, with its cost.
 
-    A move takes one module one rung up or down. Moves are made in the order of their *level*: log(rank) - score, with
-    the higher of the two ranks. So equal scores lead to equal ranks. The level of a rung that a module has at present
-    is lower by the hysteresis, and a module that is adapted at present comes earlier among the modules to adapt. So
-    rank moves between two modules only if their scores differ by more than the hysteresis. Of moves with equal levels,
-    modules further down are lowered first, and modules that are listed first are raised first.
+    A move takes one module one rung up or down. Moves are made in order of their *level*: log(rank) - score, at the
+    higher of the two ranks. Equal scores therefore give equal ranks. The level of a current rung is lowered by the
+    hysteresis, and currently adapted modules come earlier among the modules to adapt. Rank therefore moves between two
+    modules only if their scores differ by more than the hysteresis. At equal levels, modules further down are lowered
+    first, and modules listed first are raised first.
 
-    One more rank or one more module never makes a plan cheaper at any moment. So a move that did not fit will not fit
-    while the plan rises, and bisection finds how many moves fit.
+    One more rank or module never makes a plan cheaper at any moment. A move that did not fit will not fit later while
+    the plan grows, and bisection finds the number of moves that fit.
 
     Args:
         problem: the cost of plans, the limit, the ladder and current ranks.
-        scores: the log of each module's rank relative to the others, float (modules,).
-        rungs: the plan to start with, int64 (modules,).
+        scores: log of each module's rank relative to the others, float (modules,).
+        rungs: initial plan, int64 (modules,).
 
     Attributes:
         rungs: the plan, int64 (modules,).
-        costs: what it costs at each moment, (moments,).
+        costs: its cost at each moment, (moments,).
     """
 
     def __init__(self, problem: AllocationProblem, scores: FloatArray, rungs: IntArray) -> None:
@@ -287,19 +284,19 @@ class PlanBuilder:
 
     @property
     def ranks(self) -> IntArray:
-        """The plan as ranks, int64 (modules,)."""
+        """Ranks of the plan, int64 (modules,)."""
         return np.asarray(self._ranks[self.rungs], dtype=np.int64)
 
     def fits(self) -> bool:
-        """Whether the plan is within the limit."""
+        """True if the plan is within the limit."""
         return bool(self.costs.max() <= self._limit)
 
     def additions(self, modules: IntArray) -> FloatArray:
-        """What adapting each of these modules alone adds before its first rank, (moments, len(modules))."""
+        """Cost of adapting each of these modules alone before its first rank, (moments, len(modules))."""
         return self._fixed.additions(modules)
 
     def lift(self, module: int, rung: int) -> bool:
-        """Raise a module to this rung if that fits; returns whether it does."""
+        """Raise a module to this rung if it fits; return True on success."""
         costs = self.costs + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
         if costs.max() > self._limit:
             return False
@@ -314,14 +311,14 @@ class PlanBuilder:
         return True
 
     def drop(self, modules: IntArray) -> None:
-        """Take adapted modules to rank 0."""
+        """Set adapted modules to rank 0."""
         fixed = self._fixed.value
         self._fixed.remove_all(modules)
         self.costs = self.costs - self._per_rank[:, modules] @ self.ranks[modules] + (self._fixed.value - fixed)
         self.rungs[modules] = 0
 
     def lower(self, bound: IntArray) -> None:
-        """Lower modules rung by rung until the plan fits, the highest level first, and none below its bound."""
+        """Lower modules rung by rung until the plan fits, highest level first, none below its bound."""
         if self.fits():
             return
         modules, rungs, levels = self._moves(bound, self.rungs)
@@ -338,13 +335,13 @@ class PlanBuilder:
         self.costs = self._fixed.value + self._per_rank @ self.ranks
 
     def fill(self, upper: IntArray) -> None:
-        """Raise modules until no further rung fits, none above its bound: first those that are adapted, then others."""
+        """Raise modules until no further rung fits, none above its bound: adapted modules first, then others."""
         self.raise_adapted(upper)
         if self._adapt_more(upper):
             self.raise_adapted(upper)
 
     def _adapt_more(self, upper: IntArray) -> bool:
-        """Adapt further modules where that fits, the best scores first; returns whether any was adapted."""
+        """Adapt further modules where they fit, best scores first; return True if any was adapted."""
         absent = self._can_rise((self.rungs == 0) & (upper > 0))
         alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
         able = absent[(alone <= self._limit).all(axis=0)]
@@ -353,14 +350,14 @@ class PlanBuilder:
         return any(lifted)
 
     def _can_rise(self, modules: BoolArray) -> IntArray:
-        """Those of the modules for which one more rung would fit if they needed no further group, their indices."""
+        """Indices of the modules with room for one more rank, ignoring the cost of further groups."""
         able = np.flatnonzero(modules)
         rises = self._per_rank[:, able] * self._rises[self.rungs[able] + 1]
         result: IntArray = able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)]
         return result
 
     def raise_adapted(self, upper: IntArray) -> None:
-        """Raise adapted modules rung by rung wherever that fits, the lowest level first, and none above its bound."""
+        """Raise adapted modules rung by rung wherever it fits, lowest level first, none above its bound."""
         able, high = self._can_rise((self.rungs > 0) & (self.rungs < upper)), self.rungs.copy()
         high[able] = upper[able]
         modules, rungs, levels = self._moves(self.rungs, high)
@@ -368,15 +365,15 @@ class PlanBuilder:
         self.take(modules[order], rungs[order])
 
     def take(self, modules: IntArray, rungs: IntArray) -> None:
-        """Raise adapted modules by these moves, in this order, wherever they fit.
+        """Raise adapted modules by these moves, in order, wherever they fit.
 
         Args:
-            modules: the module of each move, (moves,).
-            rungs: the rung to which it leads, one above the module's last, (moves,).
+            modules: module of each move, (moves,).
+            rungs: rung after the move, one above the module's previous one, (moves,).
         """
         rises = self._per_rank[:, modules] * self._rises[rungs]
         while len(modules):
-            # Where one move of a module does not fit, none of its later moves does.
+            # If one move of a module does not fit, none of its later moves does.
             refused = (rises > (self._limit - self.costs)[:, None]).any(axis=0)
             if refused.any():
                 barred = np.full(len(self.rungs), len(self._ranks))
@@ -401,21 +398,22 @@ class PlanBuilder:
 
 
 GAP = 1e-6
-"""The most utility that the result may lack, as a share of the best: from here on HiGHS stops to search."""
+"""Relative optimality gap of the utility at which HiGHS stops searching."""
 
 
 def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
-    """The plan with the most utility that fits.
+    """Return the plan with the most utility within the limit.
 
     Args:
         problem: costs, limit, ladder and bounds; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
-        utility: of each rung on each module, (modules, rungs): 0 at rank 0, and not falling along the ladder.
+        utility: utility of each rung on each module, (modules, rungs): 0 at rank 0, and non-decreasing along the
+            ladder.
 
     Returns:
-        Ranks on the ladder, int64 (modules,), of which none can rise further; the lower bounds if not even they fit.
+        Ranks on the ladder, int64 (modules,), none of which can be raised; the lower bounds if not even they fit.
 
     Raises:
-        ConfigError: the utilities have another shape, are not finite, fall, or are not 0 at rank 0.
+        ConfigError: the utilities have another shape, are not finite, decrease, or are not 0 at rank 0.
     """
     expected = (len(problem.ranks), len(problem.ladder.ranks))
     if np.shape(utility) != expected:
@@ -427,7 +425,7 @@ def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
     if not problem.fits(ladder[problem.bottoms]):
         return ladder[problem.bottoms]
     rungs, limit = _solve(problem, utility, problem.limit), problem.limit
-    while not problem.fits(ladder[rungs]):  # by the solver's tolerance, a millionth of the limit
+    while not problem.fits(ladder[rungs]):  # exceeded by the solver's tolerance, a millionth of the limit
         limit -= 1e-6 * problem.limit
         rungs = _solve(problem, utility, limit)
     draft = PlanBuilder(problem, np.zeros(len(rungs)), rungs)
@@ -436,7 +434,7 @@ def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
 
 
 def _solve(problem: AllocationProblem, utility: FloatArray, limit: float) -> IntArray:
-    """The rungs of the best plan within a limit, int64 (modules,); its variables: each module's rungs, then groups."""
+    """Rungs of the best plan within a limit, int64 (modules,); the variables are each module's rungs, then groups."""
     from scipy import optimize, sparse
 
     cost, steps = problem.cost, np.arange(1, len(problem.ladder.ranks))

@@ -1,13 +1,13 @@
-"""Which learning rate a plan wants: a rule for plain LoRA on a model, and the factor of a plan beside plain LoRA.
+"""The learning rate of a plan: a rule for plain LoRA on a model, and a plan's factor relative to plain LoRA.
 
-Plain LoRA has rank 8 on all modules. The rule multiplies powers, for Adam and its variants. From a width of 1,024 on it
-is the constant that people take, 3e-4 at `lora_alpha` 32: on models left out no rule of width and rank is surely better
-(docs/learning-rate.md). Below, the power of width leads on from there to what small models want (`python -m benchmarks
-rates`). A published rule of this form has the width alone: 5e-4 (2000 / width)^.781 for Llama (Schulman et al., LoRA
-without regret, 2025).
+Plain LoRA has rank 8 on all modules. The rule is a product of powers, for Adam and its variants. From a width of 1,024
+on it is the common constant, 3e-4 at `lora_alpha` 32: on held-out models, no rule of width and rank is surely better
+(docs/learning-rate.md). Below, the power of width interpolates to the rates of small models (`python -m benchmarks
+rates`). A published rule of this form depends on the width alone: 5e-4 (2000 / width)^.781 for Llama (Schulman et al.,
+LoRA without regret, 2025).
 
-A model that nobody fitted has its best rate somewhere in a `RateRange`, and a rate that is too high costs more than one
-as far too low. So the rule leans low.
+For a new model, the best rate lies somewhere in a `RateRange`, and a rate too high costs more than one too low by the
+same factor. The rule therefore errs on the low side.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ REFERENCE_SCALE = 2.0
 """`lora_alpha` 16 at rank 8."""
 
 WIDE = 1024
-"""Wider models have the rate of this width."""
+"""Wider models use the rate of this width."""
 
 SPREAD = 0.55
-"""Standard deviation of the log of the best rate over what is told of it, on models left out."""
+"""Standard deviation of log(best rate / predicted rate) on held-out models."""
 
 ENDS = 0.1
-"""The share of models whose best rate is below the lower end of an interval, and of those that are above the upper."""
+"""Share of models with a best rate below the lower end of an interval, and share above the upper end."""
 
 BELOW = 0.25
-"""The share of models whose best rate is below what the rule says.
+"""Share of models with a best rate below the rule's.
 
-Left alone, a rate costs three times as much where it is too high as where it is as far too low. Where steps correct it
-both cost about as much, and little (docs/control.md). Such a run begins at the lower end of the interval, since what it
-has not learned at first it can learn later.
+If left uncorrected, a rate too high costs three times as much as one too low by the same factor. With correction
+during the run, both cost about the same, and little (docs/control.md). Such a run starts at the lower end of the
+interval, since it can catch up later.
 """
 
 MOST_TOKENS = 2000
-"""Steps of more tokens have the rate of this many: their gradients have little noise left to average."""
+"""Steps with more tokens use the rate of this many: their gradients have little noise left to average."""
 
 LEAST_SHARE = 0.25
-"""Plans that adapt a smaller share of the modules have the factor of this: no narrower one was measured."""
+"""Plans adapting a smaller share of the modules use the factor of this share: no smaller one was measured."""
 
 LEAST_LOSS = 0.1
-"""A lower loss before training counts as this."""
+"""Lower bound of the loss before training."""
 
 
 @dataclass(frozen=True)
 class InitialLoss:
-    """What is known of a run before its first step.
+    """Known properties of a run before its first step.
 
     Attributes:
-        loss: before training, in nats a token.
-        tokens: that the loss of an optimizer step counts.
+        loss: loss before training, in nats per token.
+        tokens: tokens counted in the loss of an optimizer step.
     """
 
     loss: float = 1.0
@@ -65,17 +65,17 @@ class InitialLoss:
 
 
 TYPICAL = InitialLoss()
-"""An instruction tune of a language model."""
+"""Typical instruction tuning of a language model."""
 
 
 @dataclass(frozen=True)
 class RateRange:
-    """Where the best rate of plain LoRA lies on a model that nobody fitted.
+    """Interval of the best rate of plain LoRA on a new model.
 
     Attributes:
-        low: a tenth of such models want less. A run whose steps correct the rate begins here.
-        middle: half of them want less.
-        high: a tenth of them want more.
+        low: a tenth of such models need less. A run with rate correction starts here.
+        middle: half of them need less.
+        high: a tenth of them need more.
     """
 
     low: float
@@ -84,25 +84,26 @@ class RateRange:
 
     @classmethod
     def around(cls, rate: float) -> RateRange:
-        """The interval of what the rule says, which is below the middle."""
+        """Interval around the rule's rate, itself below the middle."""
         lean = NormalDist().inv_cdf(BELOW)
         return cls(*(rate * math.exp(SPREAD * (NormalDist().inv_cdf(share) - lean)) for share in (ENDS, 0.5, 1 - ENDS)))
 
 
 @dataclass(frozen=True)
 class RateRule:
-    """The peak of the learning rate as a product of powers.
+    """Peak learning rate as a product of powers.
 
     Attributes:
-        rate: of plain LoRA at width 1024 and scale 2, in a run of 200 steps of 400 tokens, from a loss of 1 nat.
+        rate: rate of plain LoRA at width 1024 and scale 2, in a run of 200 steps of 400 tokens, from a loss of 1 nat.
         of_width: power of the width of hidden states, up to `WIDE`.
-        of_steps: of the optimizer steps of the run.
-        of_tokens: of the tokens of a step, up to `MOST_TOKENS`.
-        of_loss: of the loss before training. A text that the model hardly knows has farther to go.
-        of_scale: of the scale of plain LoRA, alpha / 8 (alpha / sqrt(8) under rsLoRA), and of that of a plan beside it.
-        of_rank: of the rank of a plan's modules at one scale. With one alpha the scale falls as the rank rises, and
-            the rate stays.
-        of_share: of the share of the modules that are adapted.
+        of_steps: power of the optimizer steps of the run.
+        of_tokens: power of the tokens per step, up to `MOST_TOKENS`.
+        of_loss: power of the loss before training. An unfamiliar text needs a larger change.
+        of_scale: power of the scale of plain LoRA, alpha / 8 (alpha / sqrt(8) under rsLoRA), and of a plan's scale
+            relative to it.
+        of_rank: power of the rank of a plan's modules at constant scale. At constant alpha, the scale decreases with
+            the rank, and the rate is constant.
+        of_share: power of the share of adapted modules.
     """
 
     rate: float = 6.2e-4
@@ -115,13 +116,13 @@ class RateRule:
     of_share: float = -0.3
 
     def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, initial: InitialLoss = TYPICAL) -> float:
-        """The rate of plain LoRA, to three digits.
+        """Rate of plain LoRA, to three digits.
 
         Args:
-            width: of the model's hidden states, at least 1.
+            width: width of the model's hidden states, at least 1.
             steps: optimizer steps of the run, at least 1.
-            scale: of plain LoRA.
-            initial: the loss before training, and the tokens of a step.
+            scale: scale of plain LoRA.
+            initial: the loss before training, and the tokens per step.
         """
         tokens = min(max(initial.tokens, 1.0), MOST_TOKENS)
         powers = (
@@ -134,11 +135,11 @@ class RateRule:
         return float(f"{self.rate * math.prod(value**power for value, power in powers):.3g}")
 
     def factor(self, ranks: IntArray, scales: FloatArray, plain_scales: FloatArray) -> float:
-        """By what a plan multiplies the rate of plain LoRA; 1 for plain LoRA, and for no adapter.
+        """Factor of a plan on the rate of plain LoRA; 1 for plain LoRA, and for no adapter.
 
         Args:
-            ranks: of the modules, (modules,).
-            scales: the factor in front of each adapter's output, (modules,).
+            ranks: ranks of the modules, (modules,).
+            scales: factor on each adapter's output, (modules,).
             plain_scales: the same at rank 8, (modules,).
         """
         adapted = ranks > 0
@@ -151,4 +152,4 @@ class RateRule:
 
 
 RULE = RateRule()
-"""The rule, as it was fitted."""
+"""The fitted rule."""

@@ -1,12 +1,12 @@
-"""What a plan is worth: by how much its log loss is expected to end above that of plain LoRA, and how surely.
+"""The worth of a plan: its expected final log loss relative to plain LoRA, with an uncertainty.
 
-Plain LoRA has rank 8 on all modules, or the highest that a module can have, and its own best learning rate; a plan has
-the rate that the rule gives it (`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain
-LoRA: which modules have no adapter, and how ranks differ. Their effects differ from one fine-tune to the
-next, so each has a mean and a covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982).
-`python -m benchmarks worth` fits it on real fine-tunes and judges it on those of models left out (docs/decision.md).
+Plain LoRA has rank 8 on all modules, or a module's maximum, and its own best learning rate; a plan has the rate given
+by the rule (`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain LoRA: the modules
+without an adapter, and the differences in rank. Their effects vary between fine-tunes, so each has a mean and a
+covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982). `python -m benchmarks worth`
+fits it on real fine-tunes and evaluates it on held-out models (docs/decision.md).
 
-The wider the spread of an effect, the less a plan that relies on it is trusted.
+The wider the spread of an effect, the less a plan relying on it is trusted.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ FEATURES = {
     "lower layers of a wide model": "share of the lower half without adapter, times log2(width / 512), over 4",
     "layers at the bottom of a wide model": "relative depth of the lowest adapted module, times the same",
 }
-"""The numbers that describe a plan, with their meanings."""
+"""Features of a plan, with their meanings."""
 
 KNOWN = {"width": (32, 576), "layers": (1, 30), "steps": (50, 800)}
-"""The runs from which expectations were learned: widths of models, layers (the shallowest had 4), optimizer steps."""
+"""Range of the runs behind the expectations: model width, layers (the shallowest had 4), optimizer steps."""
 
 FILE = Path(__file__).with_name("worth.json")
 
 
 @dataclass(frozen=True, eq=False)
 class Modules:
-    """What the worth of a plan depends on in a model; L modules.
+    """Properties of a model needed for the worth of a plan; L modules.
 
     Attributes:
-        wide: whether each belongs to an MLP, bool (L,); see `ModuleShapes`.
-        depth: relative depth of its layer, from the bottom (0) to the top (1), (L,).
-        width: of the model's hidden states.
+        wide: mask of MLP modules, bool (L,); see `ModuleShapes`.
+        depth: relative depth of the layer, from the bottom (0) to the top (1), (L,).
+        width: width of the model's hidden states.
         plain: rank of plain LoRA on each, at least 1, int (L,) or one number.
     """
 
@@ -64,7 +64,7 @@ class Modules:
     plain: IntArray | int = REFERENCE_RANK
 
     def features(self, ranks: IntArray) -> FloatArray:
-        """The features of P plans with these ranks, int (P, L): (P, len(FEATURES))."""
+        """Features of P plans with these ranks, int (P, L): (P, len(FEATURES))."""
         adapted = ranks > 0
         missing = np.asarray(1.0 - adapted)
         lower, width = self.depth < 0.5, math.log2(self.width / 512) / 4
@@ -85,7 +85,7 @@ class Modules:
 
 
 def octaves_beyond(name: str, value: float) -> float:
-    """By how many doublings a value lies outside of what is `KNOWN` of that name; 0 within half a unit of it."""
+    """Doublings by which a value lies outside the `KNOWN` range of that name; 0 within half a unit of it."""
     low, high = KNOWN[name]
     if low - 0.5 < value < high + 0.5:
         return 0.0
@@ -93,18 +93,18 @@ def octaves_beyond(name: str, value: float) -> float:
 
 
 def _mean(values: FloatArray, chosen: BoolArray) -> FloatArray:
-    """The mean over some modules, (P,); 0 where the model has none of them."""
+    """Mean over some modules, (P,); 0 if the model has none of them."""
     return np.asarray(values[:, chosen].mean(axis=1) if chosen.any() else np.zeros(len(values)))
 
 
 @dataclass(frozen=True, eq=False)
 class PlanWorth:
-    """The effect of each feature on the log loss, over fine-tunes; F features.
+    """Effect of each feature on the log loss, over fine-tunes; F features.
 
     Attributes:
-        effects: the mean of each, (F,).
-        covariance: of the effects over fine-tunes, (F, F).
-        noise: standard deviation of what no feature explains, for a plan that differs from plain LoRA throughout.
+        effects: mean effects, (F,).
+        covariance: covariance of the effects over fine-tunes, (F, F).
+        noise: standard deviation of the residual for a plan that differs from plain LoRA everywhere.
     """
 
     effects: FloatArray
@@ -112,16 +112,16 @@ class PlanWorth:
     noise: float
 
     def parts(self, features: FloatArray) -> FloatArray:
-        """What each feature adds to the expected log loss of plans, (P, F)."""
+        """Contribution of each feature to the expected log loss of plans, (P, F)."""
         return features * self.effects
 
     def spread(self, features: FloatArray) -> FloatArray:
-        """The standard deviation of the log loss of plans beside plain LoRA's, (P,); 0 for plain LoRA."""
+        """Standard deviation of the log loss of plans relative to plain LoRA's, (P,); 0 for plain LoRA."""
         of_effects = np.einsum("pi,ij,pj->p", features, self.covariance, features)
         return np.asarray(np.sqrt(of_effects + self.noise**2 * distance(features)))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Convert to JSON values."""
         return {
             "effects": dict(zip(FEATURES, self.effects.tolist(), strict=True)),
             "covariance": self.covariance.tolist(),
@@ -130,10 +130,10 @@ class PlanWorth:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> PlanWorth:
-        """What `to_json` gave.
+        """Restore from the output of `to_json`.
 
         Raises:
-            DataError: it is of other features.
+            DataError: it has other features.
         """
         if list(state["effects"]) != list(FEATURES):
             raise DataError(f"These effects are of the features {list(state['effects'])}, not {list(FEATURES)}.")
@@ -141,12 +141,12 @@ class PlanWorth:
 
 
 def distance(features: FloatArray) -> FloatArray:
-    """How far plans are from plain LoRA, (P,): 0 for plain LoRA itself, 1 for a plan that differs throughout."""
+    """Distance of plans from plain LoRA, (P,): 0 for plain LoRA itself, 1 for a plan that differs everywhere."""
     few, other = (features[:, list(FEATURES).index(name)] for name in ("few modules", "other ranks than 8"))
     return np.asarray(np.minimum(1.0, np.sqrt(few) + other / 4))
 
 
 @cache
 def packaged_worth() -> PlanWorth:
-    """The fit that ships with the package."""
+    """Load the fit included in the package."""
     return PlanWorth.from_json(json.loads(FILE.read_text(encoding="utf-8")))

@@ -1,1 +1,1 @@
-"""Many fine-tunes on one frozen model, trained side by side."""
+"""Many fine-tunes trained together on one frozen model."""

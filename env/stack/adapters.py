@@ -1,17 +1,16 @@
 """The LoRA pairs and Adam states of many runs, trained together on one frozen, unmodified model.
 
 The batches of the runs are concatenated: x has shape (runs * rows, length, d). Each target module has stacked factors
-A (runs, width, d_in) and B^T (runs, width, d_out), which are zero beyond the rank of each run, and a forward hook adds
-s * x A^T B^T, with a scaling s of each run and module. A component that is zero in both factors has zero gradients, so
-Adam leaves it at zero: no masks are needed, and each run computes what it would compute alone.
+A (runs, width, d_in) and B^T (runs, width, d_out), zero beyond the rank of each run, and a forward hook adds
+s * x A^T B^T, with a scaling s per run and module. A component with both factors zero has zero gradients, so Adam
+leaves it at zero: no masks are needed, and each run computes the same result as on its own.
 
-All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
-multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
-for bit, whatever the other runs do.
+All factors of a run form one row of a flat buffer, as do their gradients and both Adam moments. Widths are multiples
+of 16: oneMKL matrix products of such widths do not depend on the width, so a run's result is bit-identical regardless
+of the other runs.
 
-Zeros cost as much as other numbers. So neighbours in the batch that have about the same width share their products (a
-segment), and runs without an adapter take no part. Only products of zeros are left out, so results are those of the
-whole width, bit for bit.
+Multiplying by zeros is not free. Batch neighbors of similar width share their products (a segment), and runs without
+an adapter are skipped. Only products of zeros are left out, so results are bit-identical to those at full width.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ...errors import UnsupportedError
 from ...lora.targets import TargetModule
 
 WIDTH_STEP = 16
-"""Widths are multiples of this, for the reason given in `env/stack/adapters.py`."""
+"""Widths are multiples of this; see the module docstring of `env/stack/adapters.py`."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A and B^T of one module, (runs, width, d_in) and (runs, width, d_out)."""
@@ -41,10 +40,10 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of all factors in a row of a buffer: A of all modules first, then B^T of all modules.
+    """Positions of all factors in a row of a buffer: A of all modules, then B^T of all modules.
 
     Attributes:
-        widths: components for which each module has room, int64 (modules,).
+        widths: number of components allocated for each module, int64 (modules,).
         d_in: input width of each module, int64 (modules,).
         d_out: output width of each module, int64 (modules,).
     """
@@ -70,7 +69,7 @@ class Layout:
         return int(self.widths @ self.d_in)
 
     def pairs(self, flat: torch.Tensor) -> list[Pair]:
-        """Views of a buffer (runs, size), one pair for each module."""
+        """Views of a buffer (runs, size), one pair per module."""
         starts, widths = self.bounds.tolist(), self.widths.tolist()
         dims = [*self.d_in.tolist(), *self.d_out.tolist()]
         views = [
@@ -81,19 +80,19 @@ class Layout:
 
 
 OVERHEAD = 3e6
-"""What the calls of a segment, forward and backward, cost in multiplications and additions (60 us on one CPU core)."""
+"""Call overhead of a segment, forward and backward, in multiply and add operations (60 us on one CPU core)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Neighbours in a batch that share the products of a module.
+    """Batch neighbors sharing the products of a module.
 
     Attributes:
-        place: of the runs in the batch.
-        scaling: of each run, (runs, 1, 1).
+        place: position of the runs in the batch.
+        scaling: scaling of each run, (runs, 1, 1).
         weights: A and B^T of all runs at the width of the segment, views of the buffers.
-        gradients: theirs.
-        rows: of the runs in the buffers: a slice if they are neighbours there too, else int64 (runs,).
+        gradients: gradients of `weights`.
+        rows: rows of the runs in the buffers: a slice if contiguous, else int64 (runs,).
     """
 
     place: slice
@@ -103,17 +102,17 @@ class Segment:
     rows: slice | torch.Tensor
 
     def factors(self) -> Pair:
-        """A (runs, width, d_in) and B^T (runs, width, d_out) now."""
+        """Current A (runs, width, d_in) and B^T (runs, width, d_out)."""
         a, b = self.weights
         return a[self.rows], b[self.rows]
 
 
 def cut(ranks: Sequence[int], operations: float) -> list[tuple[int, int, int]]:
-    """The segments with the lowest cost: start, end and width of each; runs of rank 0 may be outside of all.
+    """Return the cheapest segments as (start, end, width); runs of rank 0 may belong to none.
 
     Args:
-        ranks: of the runs in the batch.
-        operations: multiplications and additions of one run and one component, forward and backward.
+        ranks: ranks of the runs in the batch.
+        operations: multiplications and additions per run and component, forward and backward.
     """
     widths = [-(-rank // WIDTH_STEP) * WIDTH_STEP for rank in ranks]
     if len(set(widths)) == 1:
@@ -141,15 +140,15 @@ def cut(ranks: Sequence[int], operations: float) -> list[tuple[int, int, int]]:
 def make_segments(
     rows: Sequence[int], ranks: Sequence[int], tokens: int, scalings: torch.Tensor, weights: Pair, gradients: Pair
 ) -> list[Segment]:
-    """The segments of a module.
+    """Build the segments of a module.
 
     Args:
-        rows: of the runs in the batch, in the buffers.
-        ranks: theirs in this module.
-        tokens: of each run.
-        scalings: of the runs in the batch, (runs, 1, 1).
+        rows: buffer rows of the runs in the batch.
+        ranks: their ranks in this module.
+        tokens: tokens per run.
+        scalings: scalings of the runs in the batch, (runs, 1, 1).
         weights: A and B^T of all runs, views of the buffers.
-        gradients: theirs.
+        gradients: gradients of `weights`.
     """
     a, b = weights
     segments = []
@@ -177,7 +176,7 @@ class AddDeltas(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment], anchor: torch.Tensor
     ) -> torch.Tensor:
-        """The anchor requires a gradient, so that autograd calls `backward` even if y and x do not."""
+        """Run `add_deltas`; the anchor requires grad, so autograd calls `backward` even if y and x do not."""
         del anchor
         kept = []
         for segment in segments:
@@ -192,7 +191,7 @@ class AddDeltas(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of y and x."""
+        """Gradients of y and x."""
         x, *kept = ctx.saved_tensors
         (grad_y,) = outputs
         grad_x = None
@@ -211,20 +210,20 @@ class AddDeltas(torch.autograd.Function):
 
 
 SHRINK_BELOW = 0.75
-"""Buffers become narrower if their new size is at most this share of the old one."""
+"""Buffers shrink only if their new size is at most this share of the old one."""
 
 _ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-"""Settings of `adamw`: those of transformers' Trainer, which decays no weights."""
+"""Settings of `adamw`: the defaults of transformers' Trainer, with no weight decay."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunCopy:
-    """The factors and states of one run, as `StackedAdapters.copy_run` found them.
+    """Factors and Adam states of one run, as copied by `StackedAdapters.copy_run`.
 
     Attributes:
         ranks: int64 (modules,).
         ages: int64 (modules,).
-        parts: of weights, first and second moments in turn, A and B^T of each adapted module.
+        parts: weights, first moments and second moments in turn, A and B^T of each adapted module.
     """
 
     ranks: IntArray
@@ -233,18 +232,18 @@ class RunCopy:
 
 
 class StackedAdapters:
-    """The adapters and Adam states of several runs on one frozen model.
+    """Adapters and Adam states of several runs on one frozen model.
 
     Args:
-        model: a plain model whose linear layers (or Conv1D) have the names of the targets. It is frozen. It must have
-            no active dropout, and compute each row independently of the others.
-        targets: the modules to adapt; gives names, shapes and scaling.
+        model: a plain model whose linear layers (or Conv1D) are named as the targets. It is frozen. It must have no
+            active dropout and must process each row independently.
+        targets: target modules, with names, shapes and scaling.
         runs: number of runs.
 
     Attributes:
-        ranks: int64 (runs, modules); `env/stack/runs.py` changes them.
-        scalings: the factor in front of each product, float64 (runs, modules); it changes with the ranks.
-        ages: Adam's steps on each pair since it was created or grew from rank 0, int64 (runs, modules).
+        ranks: int64 (runs, modules); changed by `env/stack/runs.py`.
+        scalings: factor of each product, float64 (runs, modules); changes with the ranks.
+        ages: Adam steps of each pair since it was created or grew from rank 0, int64 (runs, modules).
         layout: positions of the factors in a row of a buffer.
         weights: the factors, (runs, layout.size).
         gradients: gradients of the latest `backward`, (runs, layout.size); zero beyond the rank of each run.
@@ -294,35 +293,35 @@ class StackedAdapters:
         shape = (len(self.ranks), self.layout.size)
         buffers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(5)]
         self.weights, self.gradients, self.first, self.second, self.sums = buffers
-        # The block (module and side) that each piece of a row belongs to.
+        # Block (module and side) of each piece of a row.
         blocks = np.repeat(np.arange(2 * len(self.targets)), np.diff(self.layout.bounds) // self._piece)
         self._blocks = torch.from_numpy(blocks).to(self.device)
         self._views = {id(buffer): self.layout.pairs(buffer) for buffer in buffers}
         self.forget_slices()
 
     def _index(self, rows: Sequence[int]) -> slice | list[int]:
-        """An index of these rows that makes no copy if they are all."""
+        """Return an index of these rows; a slice, which copies nothing, if they are all rows."""
         return slice(None) if list(rows) == list(range(len(self.ranks))) else list(rows)
 
     def pairs(self, buffer: torch.Tensor) -> list[Pair]:
-        """Views of one of the buffers, one pair for each module; made once for each layout."""
+        """Views of one of the buffers, one pair per module; cached per layout."""
         return self._views[id(buffer)]
 
     def forget_slices(self) -> None:
-        """Call after each change of ranks or ages."""
+        """Drop cached slices; call after each change of ranks or ages."""
         self._slices = {}
         self._segments: dict[tuple[int, ...], list[Segment]] = {}
         self.gradients.zero_()
 
     @property
     def _buffers(self) -> tuple[torch.Tensor, ...]:
-        """The buffers that last from step to step."""
+        """Buffers kept from step to step."""
         return self.weights, self.first, self.second, self.sums
 
     def make_room(self, ranks: IntArray) -> None:
-        """Give every module a width that fits these ranks, (runs, modules), and clear gradients if any width changes.
+        """Resize every module's width to fit these ranks, (runs, modules); clear gradients if any width changes.
 
-        Widths shrink only if that saves much memory; components beyond the new width must then be zero.
+        Widths shrink only if that saves a lot of memory; components beyond the new width must then be zero.
         """
         widths = -(-ranks.max(axis=0) // WIDTH_STEP) * WIDTH_STEP
         old, new = self.layout, Layout(widths, self.layout.d_in, self.layout.d_out)
@@ -341,12 +340,12 @@ class StackedAdapters:
 
     @contextmanager
     def running(self, rows: Sequence[int], entries: Sequence[int] | None = None) -> Iterator[nn.Module]:
-        """Yield the model, to be called with batches of these runs, in this order.
+        """Yield the model, ready for batches of these runs in this order.
 
         Args:
             rows: the runs.
-            entries: the block at which each of them joins the batch, in rising order (see `Blocks.joined`); None if all
-                are there from the first block on.
+            entries: block where each run joins the batch, in increasing order (see `Blocks.joined`); None if all runs
+                start at the first block.
         """
         self._rows, self._entries = list(rows), None if entries is None else list(entries)
         try:
@@ -373,7 +372,7 @@ class StackedAdapters:
         return add_delta
 
     def _segments_of(self, index: int, runs: int, tokens: int) -> list[Segment]:
-        """The segments of a module for the first runs of the batch."""
+        """Segments of a module for the first runs of the batch."""
         key = (index, tokens, *self._rows[:runs])
         if key not in self._segments:
             rows, pairs = self._rows[:runs], (self.pairs(self.weights)[index], self.pairs(self.gradients)[index])
@@ -383,13 +382,13 @@ class StackedAdapters:
         return self._segments[key]
 
     def _scalings_of(self, rows: Sequence[int]) -> torch.Tensor:
-        """The scalings of these runs, (modules, len(rows), 1, 1)."""
+        """Scalings of these runs, (modules, len(rows), 1, 1)."""
         scalings = torch.from_numpy(self.scalings[list(rows)].T.copy())
         return scalings.to(self.device, self.dtype)[:, :, None, None]
 
     def backward(self, losses: torch.Tensor) -> None:
         """Compute `gradients` of the runs in the batch from their losses, (runs,); call within `running`."""
-        if losses.requires_grad:  # some run has an adapter
+        if losses.requires_grad:  # at least one run has an adapter
             losses.sum().backward()  # type: ignore[no-untyped-call]
 
     # Adam -------------------------------------------------------------------------------------------------------------
@@ -398,7 +397,7 @@ class StackedAdapters:
     def square_norms(self, rows: Sequence[int]) -> torch.Tensor:
         """Squared norm of the gradient of each A, then of each B, fp64 (len(rows), 2 * modules).
 
-        The order of summation depends neither on the width nor on the other runs, and so neither does the result.
+        The order of summation, and so the result, depends neither on the width nor on the other runs.
         """
         gradients = self.gradients[self._index(rows)]
         pieces = torch.linalg.vector_norm(torch.unflatten(gradients, 1, (-1, self._piece)), dim=-1).double().square()
@@ -417,9 +416,9 @@ class StackedAdapters:
 
     @torch.no_grad()
     def alignments(self, rows: Sequence[int]) -> FloatArray:
-        """The cosine between the last step of each run and its descent direction now, (len(rows),); 0 before a step.
+        """Cosine between each run's last step and its current descent direction, (len(rows),); 0 before the first step.
 
-        It is summed as in `square_norms`.
+        Summed in the same order as `square_norms`.
         """
         index = self._index(rows)
         steps = self.first[index] / (self.second[index].sqrt() + _ADAMW["eps"])
@@ -434,7 +433,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def copy_run(self, row: int) -> RunCopy:
-        """A copy of the factors and states of a run, for `put_back_run`."""
+        """Copy the factors and Adam states of a run, for `put_back_run`."""
         adapted = np.flatnonzero(self.ranks[row]).tolist()
         parts = [
             side[row, : int(self.ranks[row, module])].clone()
@@ -446,7 +445,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def put_back_run(self, row: int, copy: RunCopy) -> None:
-        """Give a run what `copy_run` copied; its ranks must be as they were."""
+        """Restore a run from a `copy_run` copy; its ranks must match the copy's."""
         assert np.array_equal(copy.ranks, self.ranks[row]), "ranks have changed since"
         self.ages[row] = copy.ages
         parts = iter(copy.parts)
@@ -458,7 +457,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def step(self, rows: Sequence[int], rates: Sequence[float]) -> None:
-        """Take one step of Adam in these runs, each at its learning rate."""
+        """Take one Adam step in these runs, each at its learning rate."""
         self.ages[list(rows)] += 1
         by_rate: dict[float, list[tuple[int, int, int, int]]] = {}
         for row, rate in zip(rows, rates, strict=True):
@@ -473,7 +472,7 @@ class StackedAdapters:
             adamw(weights, gradients, first, second, [], ages, fused=True, lr=rate, **_ADAMW)  # type: ignore[arg-type]
 
     def _slices_of(self, row: int) -> list[tuple[int, int, int]]:
-        """The slices of a row whose adapted pairs have one age: start, end, and steps behind the oldest pair."""
+        """Slices of a row whose adapted pairs share one age: start, end, and steps behind the oldest pair."""
         if row not in self._slices:
             adapted = np.tile(self.ranks[row] > 0, 2)
             starts, ends = self.layout.bounds[:-1][adapted].tolist(), self.layout.bounds[1:][adapted].tolist()
@@ -484,6 +483,6 @@ class StackedAdapters:
         return self._slices[row]
 
     def add_to_sums(self, rows: Sequence[int]) -> None:
-        """Add the gradients of B of these runs to their sums."""
+        """Add the gradients of B of these runs to `sums`."""
         index, start = self._index(rows), self.layout.split
         self.sums[index, start:] += self.gradients[index, start:]

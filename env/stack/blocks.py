@@ -1,8 +1,8 @@
-"""The blocks of an unmodified transformer, run from any block on, with runs that join the batch on the way.
+"""The blocks of an unmodified transformer, run from any block on, with runs joining the batch along the way.
 
-Below its lowest adapter a run computes what the frozen model computes. So it need not be there: `Blocks.frozen` gives
-the hidden states that enter a block, once for all runs with the same inputs, and `Blocks.joined` lets each run join the
-batch at its block with them. They require no gradient, so the backward pass of a run ends at its block.
+Below its lowest adapter, a run computes the same as the frozen model. `Blocks.frozen` returns the hidden states
+entering a block, once for all runs with the same inputs, and `Blocks.joined` lets each run join the batch at its block
+with them. They require no grad, so the backward pass of a run ends at its block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,20 +21,20 @@ FORWARD_TOKENS = 4096
 """Tokens of a forward pass without gradients."""
 
 States = Mapping[int, torch.Tensor]
-"""Hidden states that enter a block, (rows, length, width), by block."""
+"""Hidden states entering a block, (rows, length, width), by block."""
 
 
 class _Reached(Exception):
-    """The last block that is wanted has been entered."""
+    """Raised on entering the last requested block."""
 
 
 class Blocks:
-    """The list of blocks that holds all target modules of a model.
+    """The list of blocks containing all target modules of a model.
 
     Args:
-        model: takes `input_ids`. Its blocks take hidden states (rows, length, width) first, and what else they take
-            fits any number of rows.
-        targets: modules of it.
+        model: takes `input_ids`. Its blocks take hidden states (rows, length, width) first; their other arguments must
+            work for any number of rows.
+        targets: target modules of the model.
 
     Raises:
         UnsupportedError: there is no such list.
@@ -73,7 +73,7 @@ class Blocks:
         return enter
 
     def entries(self, ranks: IntArray) -> list[int]:
-        """The block of each run's lowest adapter, the last one of runs without any.
+        """Block of each run's lowest adapter, or the last block for runs without one.
 
         Args:
             ranks: (runs, modules).
@@ -84,11 +84,11 @@ class Blocks:
 
     @torch.no_grad()
     def frozen(self, tokens: torch.Tensor, blocks: Sequence[int]) -> States:
-        """The hidden states of the frozen model that enter some blocks.
+        """Hidden states of the frozen model entering some blocks.
 
         Args:
             tokens: int64 (rows, length).
-            blocks: numbers from 0, at least one.
+            blocks: block numbers from 0, at least one.
         """
         parts = []
         for part in torch.split(tokens, max(1, FORWARD_TOKENS // tokens.shape[1])):
@@ -103,13 +103,13 @@ class Blocks:
 
     @contextmanager
     def joined(self, states: States) -> Iterator[torch.Tensor]:
-        """Let rows join the batch, those of each block behind all that came before.
+        """Let rows join the batch, those of each block after all earlier ones.
 
         Args:
-            states: with which they enter each block; the model starts with the lowest one.
+            states: states entering each block; the model starts at the lowest one.
 
         Yields:
-            Token ids (1, length) to call the model with; they give the length alone.
+            Token ids (1, length) to call the model with; only their length matters.
         """
         first = min(states)
         self._states = states

@@ -1,7 +1,7 @@
-"""Episodes of short fine-tunes, stacked: what decides sees and does in each the same as in a real run.
+"""Episodes of short fine-tunes, stacked: policies observe and act in each as in a real run.
 
-`PlanApplier` observes and changes ranks, `RunRecord` reads the steps and moves the rate, and adapters go back to a
-copy, as in a real fine-tune (`finetune/controlled_rate.py`). All episodes of a stack decide together.
+As in a real fine-tune (`finetune/controlled_rate.py`), `PlanApplier` observes and changes ranks, `RunRecord` reads the
+steps and moves the rate, and adapters can be restored from a copy. All episodes of a stack decide together.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from .trainer import Member, StackTrainer
 
 @dataclass(eq=False)
 class StackedEpisode:
-    """One fine-tune under way.
+    """One fine-tune in progress.
 
     Attributes:
-        task: what is fine-tuned.
+        task: the fine-tuning task.
         applier: observes its adapters and changes their ranks.
-        record: what its steps have shown.
-        observation: what the next decision is made from; at the end what the last one was made from.
+        record: history of its steps.
+        observation: input of the next decision; after the end, input of the last one.
         loss: mean training loss since the last decision; None before the first step.
-        failed: whether it could not be trained on: a loss was not finite, and going back was no help.
-        log: where its decisions are written down, and who takes them; None for nowhere.
+        failed: True if training diverged: a loss was not finite, and rolling back did not help.
+        log: the decision log and the policy to credit; None for no log.
     """
 
     task: FineTuneTask
@@ -58,11 +58,11 @@ class StackedEpisode:
 
     @property
     def ended(self) -> bool:
-        """Whether the run is over."""
+        """True if the run is over."""
         return self.record.step >= self.task.steps
 
     def write(self, decision: Decision, applied: Callable[[], Plan]) -> None:
-        """Apply a decision, and write it down."""
+        """Apply a decision and log it."""
         seen, step = self.observation, self.record.step
         plan = applied()
         if self.log:
@@ -84,13 +84,13 @@ class StackedEpisode:
 
 
 class StackedEpisodes:
-    """Episodes of tasks on one base, in numbered slots; a task's results do not depend on what runs beside it.
+    """Episodes of tasks on one base, in numbered slots; a task's results do not depend on the other slots.
 
     Args:
         base: name of the proxy base of all tasks.
-        slots: how many episodes can be under way at once.
-        schedule: when decisions fall.
-        device: where to train.
+        slots: maximum number of concurrent episodes.
+        schedule: steps of the decisions.
+        device: device to train on.
 
     Attributes:
         under_way: the latest episodes, by slot.
@@ -111,14 +111,14 @@ class StackedEpisodes:
     def begin(
         self, tasks: Mapping[int, FineTuneTask], logs: Mapping[int, tuple[DecisionLog, Policy]] | None = None
     ) -> None:
-        """Begin episodes in some slots, and forget all others.
+        """Start episodes in some slots, and drop all others.
 
         Args:
-            tasks: by slot.
-            logs: where decisions are written down, and who takes them, by slot.
+            tasks: tasks by slot.
+            logs: decision log and policy to credit, by slot.
 
         Raises:
-            ConfigError: tasks are of another base, or differ in the shape of their batches.
+            ConfigError: a task is for another base, or batch shapes differ.
         """
         shapes = {(task.batch_size, task.length) for task in tasks.values()}
         if {task.base for task in tasks.values()} != {self.base} or len(shapes) > 1:
@@ -137,7 +137,7 @@ class StackedEpisodes:
             self.under_way[slot] = episode
 
     def _probe(self, tasks: Mapping[FineTuneTask, int]) -> None:
-        """Probe tasks that are new, each in a free row."""
+        """Probe new tasks, each in a free row."""
         if not tasks:
             return
         reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
@@ -158,14 +158,14 @@ class StackedEpisodes:
 
     @property
     def over(self) -> bool:
-        """Whether all episodes have ended."""
+        """True if all episodes have ended."""
         return all(episode.ended for episode in self.under_way.values())
 
     def step(self, decisions: Mapping[int, Decision]) -> None:
-        """Take a decision in each episode that has not ended, and train to the next one or the end.
+        """Apply a decision in each running episode, and train to the next decision or the end.
 
         Args:
-            decisions: by slot.
+            decisions: decisions by slot.
         """
         episodes = {slot: self.under_way[slot] for slot in decisions if not self.under_way[slot].ended}
         for slot, episode in episodes.items():
@@ -177,7 +177,7 @@ class StackedEpisodes:
             if episode.record.losses:
                 episode.record.take(decision.change, undone=back)
             if CHANGES[decision.change] >= 0:
-                episode.copy = None  # another is made below
+                episode.copy = None  # a new one is made below
         self._move(episodes)
         self._train(episodes)
         for episode in episodes.values():
@@ -189,7 +189,7 @@ class StackedEpisodes:
                 )
 
     def _move(self, episodes: Mapping[int, StackedEpisode]) -> None:
-        """Give the adapters the ranks that were decided, and keep copies of those that changed."""
+        """Set the decided ranks, and copy the adapters of changed runs."""
         runs = {slot: episode.applier.adapters for slot, episode in episodes.items()}
         set_stacked_ranks(self._adapters, [run.move for run in runs.values() if run.move])
         for slot, episode in episodes.items():
@@ -198,14 +198,14 @@ class StackedEpisodes:
                 episode.copy = self._adapters.copy_run(slot)
 
     def _limit_moves(self, episode: StackedEpisode) -> None:
-        """Give an episode the budget of its next step, and shrink a plan that does not fit, as a run's guard does."""
+        """Set the budget of an episode's next step, and shrink a plan over budget, like the guard of a real run."""
         applier, task, step = episode.applier, episode.task, episode.record.step
         applier.limit = first_limit(task) * task.budget_factor(step)
         if not episode.ended and not applier.fits():
             applier.correct(applier.ranks, step)
 
     def _train(self, episodes: Mapping[int, StackedEpisode]) -> None:
-        """Train to the next decisions; a run whose loss is not finite goes back to its copy, at half the rate."""
+        """Train to the next decisions; a run with a non-finite loss goes back to its copy, at half the rate."""
         shown: dict[int, list[float]] = {slot: [] for slot in episodes}
         left = {slot: episode for slot, episode in episodes.items() if not episode.failed}
         for _ in range(PATIENCE):
@@ -227,7 +227,7 @@ class StackedEpisodes:
             episode.loss = float(np.mean(shown[slot])) if shown[slot] else None
 
     def _lane(self, slot: int, episode: StackedEpisode) -> Member:
-        """What is left to be trained until the next decision."""
+        """Training left to do before the next decision."""
         task, applier = episode.task, episode.applier
         ranks, scalings = self._adapters.ranks[slot], self._adapters.scalings[slot]
         peak = (
@@ -238,7 +238,7 @@ class StackedEpisodes:
 
     @staticmethod
     def _read(record: RunRecord, member: Member) -> None:
-        """Let a record read the steps that passed."""
+        """Feed the past steps to a record."""
         assert member.alignments is not None
         first = record.step
         for index, loss in enumerate(member.losses):
@@ -248,16 +248,16 @@ class StackedEpisodes:
         record.step = member.step
 
     def held_out(self) -> dict[int, float]:
-        """Held-out losses now, in nats, by slot; infinite where training failed."""
+        """Current held-out losses in nats, by slot; infinite where training failed."""
         sound = {slot: episode.task for slot, episode in self.under_way.items() if not episode.failed}
         found = dict(zip(sound, self._trainer.held_out(sound), strict=True)) if sound else {}
         return {slot: loss if math.isfinite(loss := found.get(slot, math.inf)) else math.inf for slot in self.under_way}
 
     def play(self, policies: Mapping[int, Policy]) -> dict[int, float]:
-        """Let policies decide until all episodes under way have ended; returns `held_out`.
+        """Let policies decide until all current episodes have ended; return `held_out`.
 
         Args:
-            policies: by slot.
+            policies: policies by slot.
         """
         while not self.over:
             self.step(
@@ -270,7 +270,7 @@ class StackedEpisodes:
         return self.held_out()
 
     def ranks(self, slot: int) -> IntArray:
-        """The ranks of an episode, int64 (modules,)."""
+        """Ranks of an episode, int64 (modules,)."""
         return self.under_way[slot].applier.ranks
 
 

@@ -1,7 +1,7 @@
 """The runs of stacked adapters: one run with the interface of a PEFT model's adapters, and changes of their ranks.
 
-The ranks of several runs change at once. Each run gets the result that `set_ranks` of `lora/resize.py` gives one model:
-the same maps, the same fresh directions, the same rules for Adam's state.
+The ranks of several runs change at once. Each run gets the same result as one model under `set_ranks` of
+`lora/resize.py`: the same maps, the same fresh directions, the same rules for Adam's state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ class Move:
     """New ranks of one run.
 
     Attributes:
-        row: the run.
+        row: row of the run.
         ranks: int64 (modules,).
-        seed: decides fresh directions, together with `step` and the module's name.
+        seed: seeds the fresh directions, together with `step` and the module's name.
         step: optimizer steps done.
     """
 
@@ -38,7 +38,7 @@ class Move:
 
 @torch.no_grad()
 def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int], *, scaled_as: int = 1) -> None:
-    """Give runs fresh adapters of rank 1 on every module, as `lora.resize.reset_adapters` does; `seeds` is by run.
+    """Give runs fresh rank-1 adapters on every module, as `lora.resize.reset_adapters` does; `seeds` is by run.
 
     Their scaling is that of rank `scaled_as`: `REFERENCE_RANK` for a probe.
     """
@@ -57,7 +57,7 @@ def reset_runs(adapters: StackedAdapters, seeds: Mapping[int, int], *, scaled_as
 
 @torch.no_grad()
 def set_stacked_ranks(adapters: StackedAdapters, moves: Sequence[Move]) -> None:
-    """Give several runs new ranks, one move for each run that changes."""
+    """Set new ranks in several runs, one move per changed run."""
     before = adapters.ranks.copy()
     after = before.copy()
     for move in moves:
@@ -93,7 +93,7 @@ class _Change:
         self._weights, self._first, self._second = (adapters.pairs(buffer) for buffer in buffers)
 
     def drop(self, row: int, module: int, rank: int) -> None:
-        """Set factors and moments of one pair to zero; `rank` is the old one."""
+        """Zero the factors and moments of one pair; `rank` is the old rank."""
         for pairs in (self._weights, self._first, self._second):
             for side in pairs[module]:
                 side[row, :rank] = 0
@@ -132,7 +132,7 @@ class _Change:
                     self._replace(moment, old, change.apply(moment[:old], second=second))
 
     def scale(self, row: int, module: int, rank: int) -> None:
-        """Give a pair, which has its new factors, the scaling of its new rank: the function stays."""
+        """Set the scaling of a pair to that of its new rank, after its factors changed; the function is preserved."""
         scalings = self._adapters.scalings
         after = self._adapters.targets[module].scaling_at(rank)
         factor = float(after / scalings[row, module])
@@ -143,13 +143,13 @@ class _Change:
 
     @staticmethod
     def _replace(view: torch.Tensor, old: int, value: torch.Tensor) -> None:
-        """Write the new components over the first `old` components of a view, and zero those that remain."""
+        """Write the new components over the first `old` components of a view, and zero the rest."""
         view[: len(value)] = value
         view[len(value) : old] = 0
 
 
 class StackedMeter(Meter):
-    """Measures the signals of one run, a row of the adapters; `base_norms` as in `pair_signals`."""
+    """Meter for the signals of one run, a row of the adapters; `base_norms` as in `pair_signals`."""
 
     def __init__(self, adapters: StackedAdapters, row: int, base_norms: torch.Tensor) -> None:
         self._adapters, self._row, self._base_norms = adapters, row, base_norms
@@ -182,10 +182,10 @@ class StackedMeter(Meter):
 
 
 def accumulate_all(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
-    """Add the gradients of one step, which are in the adapters' buffer; ignore the steps of runs that are not finite.
+    """Accumulate the gradients of one step from the adapters' buffer, skipping runs with non-finite gradients.
 
     Args:
-        meters: the meters of several runs of the same adapters.
+        meters: meters of several runs of the same adapters.
         squares: squared norm of the gradient of each B in each run, (len(meters), modules).
     """
     finite = [(meter, row) for meter, row in zip(meters, squares, strict=True) if np.isfinite(row).all()]
@@ -197,12 +197,12 @@ def accumulate_all(meters: Sequence[StackedMeter], squares: FloatArray) -> None:
 
 
 class StackedRun:
-    """The adapters of one run, a row of all of them; `base_norms` as in `pair_signals`.
+    """Adapters of one run, a row of the stack; `base_norms` as in `pair_signals`.
 
     Attributes:
-        meter: measures its signals.
-        targets: the target modules: names, shapes, scaling.
-        move: a decided change of rank that `set_stacked_ranks` has not made yet; None if there is none.
+        meter: measures the run's signals.
+        targets: target modules: names, shapes, scaling.
+        move: a decided rank change not yet made by `set_stacked_ranks`; None if there is none.
     """
 
     def __init__(self, adapters: StackedAdapters, row: int, base_norms: torch.Tensor) -> None:
@@ -214,16 +214,16 @@ class StackedRun:
 
     @property
     def ranks(self) -> IntArray:
-        """The ranks after `move`, int64 (modules,)."""
+        """Ranks after `move`, int64 (modules,)."""
         return self.move.ranks if self.move else self._adapters.ranks[self.row].copy()
 
     def set_ranks(self, ranks: IntArray, optimizer: torch.optim.Optimizer | None, *, seed: int, step: int) -> None:
-        """Set `move`; the caller makes it with `set_stacked_ranks`, for many runs at once."""
+        """Set `move`; the caller applies it with `set_stacked_ranks`, for many runs at once."""
         self.move = Move(self.row, ranks, seed, step)
         self.meter.restart()
 
     def non_finite(self, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """Names of modules whose factors or moments hold NaN or infinity."""
+        """Names of modules with NaN or infinity in their factors or moments."""
         adapters = self._adapters
         buffers = (adapters.weights, adapters.first, adapters.second)
         if all(bool(torch.isfinite(buffer[self.row].sum())) for buffer in buffers):

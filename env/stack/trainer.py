@@ -1,11 +1,11 @@
-"""Trains many short fine-tunes at once on one frozen base.
+"""Train many short fine-tunes at once on one frozen base.
 
-Losses, signals and rank changes are those of a PEFT model (tests/env/stack compares them); only the arithmetic runs for
-all of them together.
+Losses, signals and rank changes equal those of a PEFT model (tests/env/stack compares them); only the arithmetic is
+batched.
 
 Runs are trained and evaluated in the order of their lowest adapters. A run computes nothing below its lowest adapter:
-it joins the batch there, with hidden states that the frozen model computed once for all runs of its task. Losses are
-those of a batch that holds all runs from the first block on, bit for bit.
+it joins the batch there, with hidden states computed once by the frozen model for all runs of its task. Losses are
+bit-identical to those of a batch with all runs from the first block on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .blocks import FORWARD_TOKENS, Blocks, States
 from .runs import StackedMeter, accumulate_all
 
 MAX_GRAD_NORM = 1.0
-"""Gradients are clipped to this norm, the Trainer's default."""
+"""Gradient clipping norm, the Trainer's default."""
 
 CACHED_TOKENS = 2560
-"""Tokens of a training pass on a CPU: what they compute in a layer of the proxy bases stays in a core's cache."""
+"""Tokens of a training pass on a CPU: the activations of one layer of the proxy bases fit in a core's cache."""
 
 
 def parts_of(members: Sequence[Member], size: int) -> list[list[Member]]:
-    """Members in parts of at most `size`; those with the same batch stay together, as far as they fit."""
+    """Split members into parts of at most `size`, keeping those with the same batch together where they fit."""
     alike: dict[tuple[int, int], list[Member]] = {}
     for member in members:
         alike.setdefault((id(member.data), member.batch), []).append(member)
@@ -52,16 +52,16 @@ class Member:
     """A member of the stack in training: an episode, a probe or a uniform run.
 
     Attributes:
-        task: what is trained.
-        row: where its adapters lie.
+        task: task being trained.
+        row: row of its adapters.
         step: optimizer steps done.
         until: train up to this step.
-        rate: the learning rate of each step.
-        meter: takes in gradients.
-        rows: use the first rows of each batch alone.
-        failed: whether a loss was not finite.
-        losses: of the steps.
-        alignments: of the steps, where they are wanted; see `StackedAdapters.alignments`.
+        rate: learning rate of each step.
+        meter: accumulates gradients.
+        rows: number of leading rows of each batch to use.
+        failed: True if a loss was not finite.
+        losses: losses of the steps.
+        alignments: alignments of the steps, if requested; see `StackedAdapters.alignments`.
     """
 
     task: FineTuneTask
@@ -77,7 +77,7 @@ class Member:
     data: TaskData = field(init=False)
 
     def __post_init__(self) -> None:
-        self.data = load_task(self.task)  # held here: more tasks can be in training than the cache of tasks holds
+        self.data = load_task(self.task)  # held here: more tasks can be in training than fit in the task cache
 
     @property
     def batch(self) -> int:
@@ -86,14 +86,14 @@ class Member:
 
 
 class FrozenStates:
-    """Hidden states of the batches of some steps below the lowest adapters of all runs of a task, which share them.
+    """Hidden states below the lowest adapters of a task's runs, shared by all of them.
 
     They are computed for many steps at a time.
 
     Args:
-        blocks: of the model.
-        batches: token ids of steps that follow one another, int64 (steps, rows, length).
-        wanted: the blocks.
+        blocks: blocks of the model.
+        batches: token ids of consecutive steps, int64 (steps, rows, length).
+        wanted: block numbers.
         first: number of the first step.
     """
 
@@ -103,7 +103,7 @@ class FrozenStates:
         self._states: States = {}
 
     def at(self, step: int) -> States:
-        """Those of one step, (rows, length, width) by block."""
+        """Hidden states of one step, (rows, length, width) by block."""
         place = step - self._first
         if not self._start <= place < self._end:
             part = self._batches[place : place + max(1, FORWARD_TOKENS // self._batches[0].numel())]
@@ -114,11 +114,11 @@ class FrozenStates:
 
 
 def joining(entries: Sequence[int], states: Sequence[torch.Tensor]) -> States:
-    """The states with which runs join a batch.
+    """Return the states of runs joining a batch, by block.
 
     Args:
-        entries: the block at which each run joins, in rising order.
-        states: of each run, (rows, length, width).
+        entries: block where each run joins, in increasing order.
+        states: states of each run, (rows, length, width).
     """
     parts: dict[int, list[torch.Tensor]] = {}
     for block, own in zip(entries, states, strict=True):
@@ -127,21 +127,21 @@ def joining(entries: Sequence[int], states: Sequence[torch.Tensor]) -> States:
 
 
 class StackTrainer:
-    """Trains and evaluates runs of tasks on one base.
+    """Train and evaluate runs of tasks on one base.
 
     Args:
         base: name of the proxy base.
-        runs: how many have room.
-        device: where to train.
+        runs: number of runs to allocate.
+        device: device to train on.
 
     Attributes:
-        adapters: of the runs.
+        adapters: adapters of the runs.
     """
 
     def __init__(self, base: str, runs: int, *, device: torch.device) -> None:
         targets = adapted_base(base)[1]
         model = load_base_model(base).to(device)
-        model.config.use_cache = False  # nothing is generated
+        model.config.use_cache = False  # no text is generated
         self.adapters: StackedAdapters = StackedAdapters(model, targets, runs)
         self._blocks = Blocks(model, targets)
         self._device = device
@@ -149,10 +149,10 @@ class StackTrainer:
     # Training ---------------------------------------------------------------------------------------------------------
 
     def train(self, members: Sequence[Member]) -> None:
-        """Train each member to its end; one that meets a loss that is not finite stops there."""
+        """Train each member to its end; a member with a non-finite loss stops there."""
         if not members:
             return
-        entries = self._blocks.entries(self.adapters.ranks)  # ranks stay as they are here
+        entries = self._blocks.entries(self.adapters.ranks)  # ranks are constant here
         states = self._states_of(members, entries)
         tokens = members[0].data.inputs[0, : members[0].rows].numel()
         size = max(1, CACHED_TOKENS // tokens) if self._device.type == "cpu" else len(members)
@@ -175,7 +175,7 @@ class StackTrainer:
             self._step([member for member in active if not member.failed])
 
     def _states_of(self, members: Sequence[Member], entries: Sequence[int]) -> dict[Member, FrozenStates]:
-        """What each member joins the batch with; members with the same batches share it."""
+        """Frozen states for each member to join the batch with, shared by members with the same batches."""
         alike: dict[tuple[Any, ...], list[Member]] = {}
         for member in members:
             alike.setdefault((member.task, member.step, member.until, member.rows), []).append(member)
@@ -191,7 +191,7 @@ class StackTrainer:
     def _joined_losses(
         self, part: Sequence[Member], entries: Sequence[int], states: Mapping[Member, FrozenStates]
     ) -> dict[Member, float]:
-        """Losses and gradients of the next batches of some members, in the order of their entries."""
+        """Compute losses and gradients of the next batches of some members, in the order of their entries."""
         order = [entries[member.row] for member in part]
         joined = joining(
             order, [states[member].at(member.step)[entry] for member, entry in zip(part, order, strict=True)]
@@ -204,7 +204,7 @@ class StackTrainer:
         return dict(zip(part, losses.tolist(), strict=True))
 
     def _losses(self, logits: torch.Tensor, members: Sequence[Member]) -> torch.Tensor:
-        """The loss of each member, (members,), from their answers, one after another."""
+        """Loss of each member, (members,), from their concatenated logits."""
         losses, start, rows = [], 0, len(logits) // len(members)
         for _, neighbours in groupby(members, lambda member: (id(member.data), member.batch)):
             alike = list(neighbours)
@@ -214,7 +214,7 @@ class StackTrainer:
         return torch.cat(losses)
 
     def _step(self, members: Sequence[Member]) -> None:
-        """Clip, take in signals and step."""
+        """Clip, accumulate signals and step."""
         if not members:
             return
         members = sorted(members, key=lambda member: member.row)  # an index of all rows in order makes no copy
@@ -244,7 +244,7 @@ class StackTrainer:
         return [losses[row] for row in tasks]
 
     def _held_out(self, task: FineTuneTask, rows: Sequence[int], order: Sequence[int]) -> list[float]:
-        """The same of runs of one task, in the order of their entries."""
+        """`held_out` for runs of one task, in the order of their entries."""
         data, runs = load_task(task), len(rows)
         states = self._blocks.frozen(data.held_out_inputs.to(self._device), sorted(set(order)))
         size = max(1, FORWARD_TOKENS // (runs * task.length))
