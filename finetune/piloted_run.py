@@ -283,7 +283,7 @@ class PilotedRun:
         self.begun = True
         finish_load(run.model, targets)
         journal.open(name, known, writes=run.replicas.processes.first)
-        journal.note(f"The run goes on after step {step} {plan}.")
+        journal.note(f"Resuming after step {step} {plan}.")
         journal.forget_control(step)
         self._switch(names)
         checkpointing = self._checkpointing

@@ -109,7 +109,7 @@ def check_resumed(python: WarmPython, folder: Path) -> None:
 
 def check_loop(python: WarmPython, folder: Path) -> None:
     """A loop that goes on where its last checkpoint is."""
-    assert "step 0" not in run_line(python, f"{command_of('plain_loop')} --resume", folder)
+    assert "Resuming after step" in run_line(python, f"{command_of('plain_loop')} --resume", folder)
 
 
 CHECKS = {

@@ -47,7 +47,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
     assert re.match(r"Fits: 0\.\d of 23\.5 GiB \(8 x 1,024 tokens, rank 8\)\. llama, ", printed)
     assert printed.index("Fits with") < printed.index("Layers to checkpoint")
-    assert "A row is tight if less than 3% of the card is to spare" in printed
+    assert "A row that is tight leaves less than 3% of the card" in printed
     assert "all layers at rank 8 with no checkpointing" in printed
     figures = read_json(tmp_path / "card/memory.json")
     assert figures["fits"]

@@ -144,8 +144,8 @@ def test_a_plain_loop_trains_as_in_one_process() -> None:
     (one,) = in_processes(1, loop, None)
     first, second = in_processes(2, loop, ddp)
     assert first["digests"] == second["digests"]
-    assert (first["told"], second["told"]) == (DECISIONS + 2, 0), (
-        "one process tells; a line is of the budget, and one of the rate"
+    assert (first["told"], second["told"]) == (DECISIONS + 4, 0), (
+        "one process tells; two lines are of what is measured, one of the budget, and one of the rate"
     )
     assert first["decisions"] == second["decisions"] == DECISIONS
     close(first["weights"], one["weights"])

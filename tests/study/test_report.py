@@ -120,6 +120,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         plain_seconds=0.5,
         rank=8,
         dtype="bf16",
+        slack=0.03,
         blocks=layers,
         checkpointable=tuple(f"layer.{number}" for number in range(layers)),
         reference_bytes=whole,

@@ -71,7 +71,7 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     assert table_rows(page)["held-out accuracy"] == ["86.10%", "*99.00%*"]
     assert page["warnings"] == [
         "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 92.0% higher than that of uniform ranks, rank 16 on 17 of 36 modules."
+        "rankpilot's held-out loss is 92.0% higher than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
     ], "it is red"
     assert page["results"] == page["caveats"] == []
 
