@@ -96,6 +96,8 @@ class Participant:
 class TrainingRun:
     """A fine-tune about to begin.
 
+    The inputs of the model require no gradients from then on; see `release_inputs`.
+
     Attributes:
         model: the PEFT model, on its device.
         optimizer: the optimizer of the run.
@@ -122,8 +124,6 @@ class TrainingRun:
 
     Raises:
         UnsupportedError: ranks cannot change inside a wrapper; see `check_wrappers`.
-
-        From now on the inputs of the model require no gradients; see `release_inputs`.
     """
 
     model: nn.Module
