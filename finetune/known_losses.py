@@ -165,13 +165,17 @@ def cuts_left(model: nn.Module) -> bool:
     return known and all(_same_up_to(part) == math.inf for part in _configs(config))
 
 
+def foreign_modes() -> list[type]:
+    """Return the active modes of torch that may change results and come from none of the known packages."""
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
+    return [type(mode) for mode in modes if _package(type(mode).__module__) not in _OURS]
+
+
 def _foreign(model: nn.Module) -> str:
     """Return why modules, parameters or hooks may mix rows, for people; empty if all are of known packages."""
     kinds: dict[type, None] = {}
-    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
-    for mode in map(type, modes):
-        if _package(mode.__module__) not in _OURS:
-            return f"{mode.__module__}.{mode.__name__} changes what functions compute"
+    for mode in foreign_modes():
+        return f"{mode.__module__}.{mode.__name__} changes what functions compute"
     for hook in (
         *_global_forward_hooks.values(),
         *_global_forward_pre_hooks.values(),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,11 @@ def _held(owner: Any) -> Iterator[Any]:
 
 
 def _in_closure(function: Any) -> list[Any]:
-    return list(inspect.getclosurevars(function).nonlocals.values()) if inspect.isfunction(function) else []
+    found = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty
+            found.append(cell.cell_contents)
+    return found
 
 
 def _state_of(generator: Any) -> Any:

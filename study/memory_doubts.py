@@ -59,7 +59,7 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
         more = f"up to {format_bytes(logits)} more" if logits else "bytes of their own"
         yield Doubt(f"where cut cross-entropy does not run for this model, logits take {more}", "more")
     if settings.quantization != "none" and model.fused and loaded.experts != "transformers":
-        yield Doubt("published runs with quantised experts took 19 % less to 32 % more than predicted", "either")
+        yield Doubt("published runs with quantised experts took 3 to 32 % more than predicted, others less", "either")
     elif settings.quantization == "int8":
         yield Doubt(
             "columns of outliers in int8 are not counted; published runs took 1 to 19 % more than predicted", "more"

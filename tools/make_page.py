@@ -21,6 +21,7 @@ import tyro
 from numpy.typing import NDArray
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_text
+from rankpilot.cost.card_use import slack_of
 from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table, find_device_spec
 from rankpilot.cost.growth import OF_STORAGES
 from rankpilot.cost.known_models import published_models
@@ -312,7 +313,7 @@ def page(models: dict[str, dict[str, str]]) -> str:
     about = {name: {key: published[name][key] for key in ("parameters", "id")} for name in models}
     order = np.random.PCG64(0).state["state"]
     known = {"cards": cards, "about": about, "order": {"state": str(order["state"]), "increment": str(order["inc"])}}
-    known["launch"] = LAUNCH_SECONDS
+    known |= {"launch": LAUNCH_SECONDS, "slack": {each: slack_of(each) for each in QUANTIZATIONS}}
     script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "seconds.js", "parts.js", "form.js"))
     parts = {
         "style": (SOURCE / "page.css").read_text(),

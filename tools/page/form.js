@@ -28,7 +28,8 @@ function element(tag, attributes = {}, ...children) {
 }
 
 const mark = (verdict, small) => element("span", { class: `mark ${MARKS[verdict][1]}${small ? " small" : ""}` }, MARKS[verdict][0]);
-const slackOf = ({ bits }) => (bits === "none" ? SLACK : QUANTISED_SLACK);
+const slackOf = ({ bits }) => known.slack[bits]; // the share of a card within which predictions err
+const percent = (share) => `${Math.round(100 * share)} %`;
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(Math.abs(bytes) < 2 ** 30 ? 2 : 1)} GiB`;
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
@@ -175,7 +176,7 @@ function showAnswer(model, asked, way, counted) {
     element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules, in ${asked.trainer === "trl" ? "TRL's SFTTrainer" : "transformers' Trainer"}: ${planText(model, { ...asked, length: counted }, way)}.`),
     ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `The page knows this model at a few lengths: ${asked.length} tokens count as ${counted}.`)]),
     ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as transformers leaves them. rankpilot memory --experts tells what axolotl and Unsloth make of them.`)] : []),
-    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, `Tight: less than ${Math.round(100 * slackOf(asked))} % of the card is to spare, within which predictions err, or it fits only with expandable_segments.`)] : []),
+    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, `Tight: less than ${percent(slackOf(asked))} of the card is to spare, within which predictions err, or it fits only with expandable_segments.`)] : []),
     ...(way.verdict === "fits" || asked.checkpointing !== "auto" ? [] : [element("p", { class: "faint" }, "With adapters on the top layers alone it may fit: the command line tells.")]),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
@@ -351,7 +352,7 @@ const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).s
 form.elements.model.append(...models.map((name) => element("option", {}, name)));
 form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, name === OTHER ? `${name}, by its memory` : `${name} (${gib(memory)})`)));
 form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
-document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and prepares no 4-bit model; for transformers' Trainer one is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: what fits leaves 3 % of a card free, and 8 % in 4 bits."));
+document.getElementById("foot").append(element("p", {}, `Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and prepares no 4-bit model; for transformers' Trainer one is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: what fits leaves ${percent(known.slack.none)} of a card free, and ${percent(known.slack.nf4)} in 4 bits.`));
 let waiting = 0;
 form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");

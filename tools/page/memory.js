@@ -2,7 +2,6 @@
 // cost/card_use.py, to the byte. A model is what `tools/make_page.py` writes of a recorded step.
 
 const MIB = 2 ** 20, NEVER = Infinity;
-const SLACK = 0.03, QUANTISED_SLACK = 0.08; // the share of a card within which predictions err
 const CHECKPOINTING_MARGIN = 0.005;
 const LIVE_PARAMETERS = 1e9; // what DeepSpeed's ZeRO-3 gathers at the most
 const KINDS = ["frozen", "adapters", "held", "inputs", "temporary", "workspace"];
