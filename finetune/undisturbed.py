@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 import numpy as np
@@ -68,18 +69,14 @@ def _held(owner: Any) -> Iterator[Any]:
 
 
 def _in_closure(function: Any) -> list[Any]:
-    found = []
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # it is empty
-            found.append(cell.cell_contents)
-    return found
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells if cell != CellType()]  # which is empty
 
 
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    of_python = isinstance(generator, random.Random)
-    return generator.getstate() if of_python else generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
 def _set_state(generator: Any, state: Any) -> None:
