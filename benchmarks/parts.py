@@ -25,7 +25,7 @@ from rankpilot.common.text import make_table
 from rankpilot.cost.batch_shape import padded as with_padding
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.part_seconds import PartSeconds
+from rankpilot.cost.measured_time import part_seconds_of
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.data.corpora import standard_library
@@ -34,11 +34,11 @@ from rankpilot.data.packaged_data import read_reviews
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.batch_rows import BatchRows, Cuts
-from rankpilot.finetune.part_plans import PlanBytes
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.part_bytes import PlanBytes
 from rankpilot.plan.parts import Part, padding_share, plan_parts
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -221,7 +221,7 @@ class Stepper:
         memory = calibrate(model, found, batch, self.optimizer, loss=partial(self.loss, None), signal_bytes=False)
         memory = replace(memory, accumulates=True)
         self.bytes = PlanBytes(memory, ranks, most, chooses=True, each=1)
-        self.seconds = PartSeconds.of(model, int(memory.recording.created.max()), len(self.bytes.layers))
+        self.seconds = part_seconds_of(model, int(memory.recording.created.max()), len(self.bytes.layers))
         self.optimizer_step()
 
     def labelled(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -34,9 +34,9 @@ from .cards import WORKSPACE_BYTES
 from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
 from .device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
 from .kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
+from .measured_time import product_sizes
 from .model import MemoryModel, ModelStates
 from .model_states import frozen_bytes, frozen_sizes
-from .part_seconds import product_sizes
 from .published import (
     check_experts,
     check_reads_tokens,

@@ -32,6 +32,7 @@ from .calibration import all_training, prepare
 from .cost import ModuleSet
 from .live_storages import tensors_in
 from .model import RANK
+from .part_seconds import PartSeconds, published_rates
 from .step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from .training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 
@@ -423,3 +424,30 @@ def _attended(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]
         return 1.0
     place = names.index("is_causal")
     return 0.5 if (arguments[place] if place < len(arguments) else options.get("is_causal")) else 1.0
+
+
+def product_sizes(model: nn.Module) -> tuple[int, int]:
+    """Return the number of weights in a model's products, and the width of its hidden states."""
+    matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
+    weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
+    return weights, int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Return the published rates of a device for a model of this precision."""
+    half = torch.is_autocast_enabled(device.type) or dtype == torch.bfloat16
+    name = "bf16" if half else "fp16" if dtype == torch.float16 else "fp32"
+    return published_rates(torch.cuda.get_device_name(device) if device.type == "cuda" else "", name)
+
+
+def part_seconds_of(model: nn.Module, operators: int, layers: int) -> PartSeconds:
+    """Estimate the seconds of parts of a model's step on its device.
+
+    Args:
+        model: the PEFT model.
+        operators: number of operators in a step.
+        layers: number of checkpointable layers.
+    """
+    weight = next(model.parameters())
+    rates, overlaps = rates_of(weight.device, weight.dtype), weight.device.type == "cuda"
+    return PartSeconds.of_sizes(product_sizes(model), operators, layers, rates, overlaps=overlaps)

@@ -13,8 +13,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
 from ..errors import UnknownNameError
@@ -52,21 +50,6 @@ class PartSeconds:
     layers: int
 
     @classmethod
-    def of(cls, model: nn.Module, operators: int, layers: int, rates: Rates | None = None) -> PartSeconds:
-        """Estimate the seconds of a model on its device.
-
-        Args:
-            model: the PEFT model.
-            operators: number of operators in a step.
-            layers: number of checkpointable layers.
-            rates: rates of the device; by default the published ones, if it is a GPU.
-        """
-        device = next(model.parameters()).device
-        overlaps = device.type == "cuda" or rates is not None
-        rates = rates or rates_of(device, next(model.parameters()).dtype)
-        return cls.of_sizes(product_sizes(model), operators, layers, rates, overlaps=overlaps)
-
-    @classmethod
     def of_sizes(
         cls, sizes: tuple[int, int], operators: int, layers: int, rates: Rates, *, overlaps: bool
     ) -> PartSeconds:
@@ -88,23 +71,19 @@ class PartSeconds:
         return int(self.launches / max(self.of_token, 1e-30))
 
 
-def product_sizes(model: nn.Module) -> tuple[int, int]:
-    """Return the number of weights in a model's products, and the width of its hidden states."""
-    matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
-    weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
-    return weights, int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+def published_rates(card: str, dtype: str) -> Rates:
+    """Return a card's published rates for products of one dtype; unknown cards are taken for a usual one.
 
-
-def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Return the rates of a device for a model of this precision."""
-    if device.type != "cuda":
+    Args:
+        card: name of the card, as its driver tells it; empty for one CPU core.
+        dtype: "bf16", "fp16" or "fp32".
+    """
+    if not card:
         return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=PROCESSOR_LAUNCH)
     try:
-        rates = find_device_spec(torch.cuda.get_device_name(device)).rates
+        rates = find_device_spec(card).rates
     except UnknownNameError:
         rates = None
     rates = rates or device_table()[USUAL_CARD].rates
     assert rates is not None, "cards of the table have rates"
-    half = torch.is_autocast_enabled(device.type) or dtype == torch.bfloat16
-    name = "bf16" if half else "fp16" if dtype == torch.float16 else "fp32"
-    return Rates(rates.flops_per_s.get(name, rates.flops_per_s["fp32"]), math.inf, launch_seconds=LAUNCH_SECONDS)
+    return Rates(rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"]), math.inf, launch_seconds=LAUNCH_SECONDS)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from ..common import drawing
@@ -19,13 +18,10 @@ from ..common.text import byte_unit, format_bytes, make_table, plural
 from ..cost.cards import USUAL_CARD, device_table
 from ..cost.model import fewest_checkpointed
 from ..cost.outlook import Outlook, card_rates
-from ..cost.part_seconds import PartSeconds, rates_of
+from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
-from ..data.columns import check_rows, kind_of, not_text
-from ..data.models import load_tokenizer
-from ..data.workload import load_splits
 from ..errors import AssetError, BudgetError, DataError, UnknownNameError, UnsupportedError, first_line, shown
-from ..finetune.part_plans import PlanBytes
+from ..plan.part_bytes import PlanBytes
 from ..plan.parts import longest_that_fits, plan_parts
 
 if TYPE_CHECKING:
@@ -117,6 +113,9 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         return np.minimum(found, max_length or found)
     if not name:
         raise DataError(f"There is no file {given}: give one with the tokens of each row, or DATASET:COLUMN.")
+    from ..data.columns import check_rows, kind_of, not_text  # these need datasets
+    from ..data.workload import load_splits
+
     splits = load_splits(name)
     part = splits["train"] if "train" in splits else next(iter(splits.values()))
     if column not in part.column_names:
@@ -136,6 +135,8 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
 
 
 def _tokenizer(model: str) -> Any:
+    from ..data.models import load_tokenizer  # this needs transformers
+
     try:
         return load_tokenizer(model)
     except (UnknownNameError, AssetError) as error:
@@ -171,6 +172,10 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
 def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
     operators, model = int(outlook.memory.recording.created.max()), outlook.step.model
     if not outlook.card:
+        import torch  # the step ran here
+
+        from ..cost.measured_time import rates_of
+
         device = torch.device(outlook.facts["device"])
         rates, overlaps = rates_of(device, getattr(torch, model.precision)), device.type == "cuda"
         return PartSeconds.of_sizes(model.products, operators, layers, rates, overlaps=overlaps)

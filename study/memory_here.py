@@ -22,10 +22,10 @@ from ..cost.budget import Budget, Limit, beyond_device
 from ..cost.calibration import beside_model, limited_cost
 from ..cost.configured_step import ConfiguredStep, LoadedModel
 from ..cost.cost import ParameterCost
+from ..cost.measured_time import product_sizes
 from ..cost.model import MemoryModel
 from ..cost.model_states import frozen_sizes, state_bytes
 from ..cost.outlook import MeasuredStep, Outlook
-from ..cost.part_seconds import product_sizes
 from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.published import check_reads_tokens
 from ..cost.recording import BatchShape

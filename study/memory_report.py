@@ -522,7 +522,7 @@ def write_memory_report(
 
     told = figures(outlook)
     if lengths:
-        from .lengths import lengths_figures, lengths_picture  # these import torch
+        from .lengths import lengths_figures, lengths_picture
 
         told["lengths"] = lengths_figures(lengths)
     write_json(folder / "memory.json", told)

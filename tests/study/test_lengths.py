@@ -57,7 +57,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_a_column_is_counted_in_tokens(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankpilot.study.lengths.load_tokenizer", lambda model: lambda texts, **_: Split(texts))
+    monkeypatch.setattr("rankpilot.data.models.load_tokenizer", lambda model: lambda texts, **_: Split(texts))
     assert lengths_of(f"{rows}:text", "a model").tolist() == [2, 8, 80]
     assert lengths_of(f"{rows}:text", "a model", 32).tolist() == [2, 8, 32]
     assert lengths_of(f"{rows}:ids", "no model").tolist() == [1, 4, 40]
