@@ -7,13 +7,13 @@ use of `ENV_ID`, registers the Gymnasium environment.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .common.errors import RankPilotError, naming_extras
 from .common.quiet import silence_missing_kernels, silence_worker
-from .errors import RankPilotError, naming_extras
 
 if TYPE_CHECKING:
     from .agents.policy_file import load_policy
     from .cost.budget import Budget
-    from .cost.memory_of import memory_of
+    from .cost.forecast.memory_of import memory_of
     from .data.assets import fetch_asset
     from .data.packaged_data import load_packaged_dataset
     from .decide.log import DecisionLog
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
     from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
-    from .finetune.run import TrainingRun
+    from .finetune.step.run import TrainingRun
     from .lora.adapter_file import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
 
 silence_missing_kernels()
@@ -46,7 +46,7 @@ _LAZY = {
     "RankPilotCallback": ".finetune.callback",
     "StackVecEnv": ".env.sb3",
     "StaticPlan": ".finetune.allocate",
-    "TrainingRun": ".finetune.run",
+    "TrainingRun": ".finetune.step.run",
     "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
     "axolotl_yaml": ".lora.adapter_file",
@@ -59,7 +59,7 @@ _LAZY = {
     "load_checkpoint": ".finetune.loop_checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.policy_file",
-    "memory_of": ".cost.memory_of",
+    "memory_of": ".cost.forecast.memory_of",
     "module_feature": ".decide.observation",
     "rank_pattern_yaml": ".lora.adapter_file",
     "save_checkpoint": ".finetune.loop_checkpoint",

@@ -20,12 +20,12 @@ from rankpilot.agents.policy_file import CARD, LearnedPolicy, read_card, save_po
 from rankpilot.agents.sb3_policy import GroupPolicy, clone, read_checkpoint, write_checkpoint
 from rankpilot.agents.training import TOGETHER, Train
 from rankpilot.common import files
+from rankpilot.common.errors import RankPilotError
 from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.groups import STEERING
 from rankpilot.env.evaluate import Row, beside, compare, evaluation_tasks
 from rankpilot.env.fine_tune import FineTuneConfig
 from rankpilot.env.sb3 import StackVecEnv
-from rankpilot.errors import RankPilotError
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure

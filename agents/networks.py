@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..common.checks import is_count
+from ..common.errors import ConfigError, shown
 from ..decide.groups import GROUP_FEATURES, RATE_CHANGES
 from ..decide.observation import RUN_FEATURES
-from ..errors import ConfigError, shown
 
 MOST_WIDTH = 8192
 """Maximum width of a hidden layer: a policy's card requests it before weights are read."""

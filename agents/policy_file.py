@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..common.devices import without_autocast
+from ..common.errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ..common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
 from ..decide.chooser import DEFAULT, PlanChooser
 from ..decide.group_rules import GROUP_RULES
@@ -27,7 +28,6 @@ from ..decide.observation import RUN_FEATURES, Observation
 from ..decide.policy import Decision, Policy
 from ..decide.rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
 from ..decide.settings import ONCE, DecisionSchedule
-from ..errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ..lora.spec import DEFAULT_RANKS
 from .networks import GroupNetwork, NetworkConfig
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.errors import RunFolderError, first_line, naming_extras
 from ..common.files import atomic_path, load_archive
 from ..decide.groups import GROUP_FEATURES
-from ..errors import RunFolderError, first_line, naming_extras
 from .networks import GroupNetwork, NetworkConfig
 
 with naming_extras():

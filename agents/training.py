@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.checks import is_count
+from ..common.errors import ConfigError, shown
 from ..common.files import as_json
-from ..errors import ConfigError, shown
 
 TOGETHER = 8
 """Episodes sharing a task."""

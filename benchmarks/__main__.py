@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rankpilot.errors import RankPilotError, UnknownNameError
+from rankpilot.common.errors import RankPilotError, UnknownNameError
 from rich.console import Console
 
 BENCHMARKS = {

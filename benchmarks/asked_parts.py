@@ -14,7 +14,7 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune.callback import attach
-from rankpilot.finetune.watched_parts import Watch
+from rankpilot.finetune.step.watched_parts import Watch
 from rich.console import Console
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 

@@ -21,7 +21,7 @@ import psutil
 import torch
 from rankpilot.common.text import format_bytes
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.step.plan_keeper import GOOD_STEPS
 from rich.console import Console
 from rich.progress import track
 

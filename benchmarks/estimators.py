@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rankpilot.common.files import read_json, write_text
 from rankpilot.common.text import make_table
-from rankpilot.cost.published import find_configuration
+from rankpilot.cost.forecast.published import find_configuration
 from rich.console import Console
 
 from .harness import Figures

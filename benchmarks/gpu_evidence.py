@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from rankpilot.common.devices import find_device
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import read_object, write_json, write_text
-from rankpilot.errors import ConfigError
 from rich.console import Console
 
 from .gpu_sections import SECTIONS, Row, Section, perform

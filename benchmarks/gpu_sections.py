@@ -26,23 +26,23 @@ import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.common.arrays import IntArray
+from rankpilot.common.errors import UnknownNameError, first_line
 from rankpilot.common.files import write_json
 from rankpilot.cost.batch_shape import Batch, shape_of
-from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import from_config
-from rankpilot.cost.known_models import published_models
-from rankpilot.cost.measured_time import TimedPlan, count_work
-from rankpilot.cost.model_states import frozen_bytes
-from rankpilot.cost.outlook import card_rates
-from rankpilot.cost.saver_prices import ACTIVATIONS, CACHE
-from rankpilot.cost.savers import SAVERS, ExactSavers
+from rankpilot.cost.forecast.card_use import card_use
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.forecast.known_models import published_models
+from rankpilot.cost.forecast.outlook import card_rates
+from rankpilot.cost.record.measured_time import TimedPlan, count_work
+from rankpilot.cost.record.model_states import frozen_bytes
+from rankpilot.cost.savers.exact import SAVERS, ExactSavers
+from rankpilot.cost.savers.prices import ACTIVATIONS, CACHE
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.training_step import new_optimizer, switch_checkpointing
-from rankpilot.errors import UnknownNameError, first_line
-from rankpilot.finetune.plan_keeper import GOOD_STEPS
-from rankpilot.finetune.replicas import digest_of
+from rankpilot.finetune.step.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.step.replicas import digest_of
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch.nn.attention import SDPBackend, sdpa_kernel

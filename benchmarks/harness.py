@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import tyro
 from rankpilot.common.arrays import FloatArray, IntArray
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import append_json_line, write_json
 from rankpilot.common.statistics import Estimate, Statistic, estimate
-from rankpilot.errors import ConfigError
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import rankdata

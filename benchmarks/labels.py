@@ -24,7 +24,7 @@ from rankpilot.data.packaged_data import load_packaged_dataset
 from rankpilot.data.task import KINDS
 from rankpilot.env.bases import load_base_model
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.peft_config import fresh_adapters
 from rankpilot.lora.spec import REFERENCE_RANK
 from rich.console import Console

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.common.files import atomic_path, read_json_lines
-from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.decide.plan.rate import LEAST_SHARE, InitialLoss
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import LEAST_SHARE, InitialLoss
 from rich.console import Console
 from torch import nn
 

@@ -15,17 +15,17 @@ import torch
 from peft import LoraConfig
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.statistics import Estimate
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.batch_shape import Batch, shape_of
 from rankpilot.cost.cost import Cost, plan_cost
-from rankpilot.cost.peak_meter import restart_resident_peak
+from rankpilot.cost.record.peak_meter import restart_resident_peak
 from rankpilot.cost.recording import BatchShape
-from rankpilot.errors import ConfigError
+from rankpilot.decide.plan.plan import top_down
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule
-from rankpilot.plan.plan import top_down
-from rankpilot.plan.problem import AllocationProblem
 from rich.console import Console
 
 from .harness import Figures, estimate_figures, interleave, machine_facts, usual_ratio, with_progress

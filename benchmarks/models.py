@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.arrays import IntArray
 from rankpilot.cost.batch_shape import Batch
-from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.model_states import state_bytes
-from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.record.calibration import calibrate
+from rankpilot.cost.record.model_states import state_bytes
+from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule, find_target_modules

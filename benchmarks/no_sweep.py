@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.statistics import estimate
 from rankpilot.common.text import make_table
 from rankpilot.cost.training_step import switch_checkpointing
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.policy import Decision
-from rankpilot.errors import ConfigError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import hidden_width, initial_loss
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
 from rich.console import Console

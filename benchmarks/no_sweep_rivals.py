@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from peft import AdaLoraConfig, EvaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
-from rankpilot.errors import ConfigError
+from rankpilot.common.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
 

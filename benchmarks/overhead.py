@@ -16,14 +16,14 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.devices import find_device
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.statistics import Estimate, Statistic
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.budget import Budget
 from rankpilot.decide.applier import PlanApplier
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import ConfigError
 from rankpilot.finetune.pilot import RankPilot as Pilot
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.adapters import PeftAdapters
 from rankpilot.lora.spec import REFERENCE_RANK
 from rich.console import Console

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rankpilot.common.errors import DataError, UnknownNameError
 from rankpilot.common.files import read_json, read_object, write_text
-from rankpilot.errors import DataError, UnknownNameError
-from rankpilot.plan.rate import RULE
+from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
 from . import agent, estimators, labels, no_sweep, published_page, rates, worth

@@ -20,26 +20,26 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.arrays import FloatArray, IntArray
+from rankpilot.common.errors import BudgetError
 from rankpilot.common.files import read_object, write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.batch_shape import padded as with_padding
-from rankpilot.cost.calibration import calibrate
-from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.measured_time import part_seconds_of
+from rankpilot.cost.record.calibration import calibrate
+from rankpilot.cost.record.live_storages import LivePeak
+from rankpilot.cost.record.measured_time import part_seconds_of
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers import SAVERS, ExactSavers
+from rankpilot.cost.savers.exact import SAVERS, ExactSavers
 from rankpilot.data.corpora import standard_library
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.data.packaged_data import read_reviews
+from rankpilot.decide.plan.part_bytes import PlanBytes
+from rankpilot.decide.plan.parts import Part, padding_share, plan_parts
 from rankpilot.decide.rules import AsConfigured
-from rankpilot.errors import BudgetError
-from rankpilot.finetune.batch_rows import BatchRows, Cuts
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.put_back import LayerCheckpointing
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.batch_rows import BatchRows, Cuts
+from rankpilot.finetune.step.put_back import LayerCheckpointing
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.part_bytes import PlanBytes
-from rankpilot.plan.parts import Part, padding_share, plan_parts
 from rich.console import Console
 from torch.utils.data import DataLoader
 

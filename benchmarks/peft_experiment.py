@@ -16,13 +16,13 @@ from peft import LoraConfig
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_json, write_text
 from rankpilot.common.text import make_table
-from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep
-from rankpilot.cost.outlook import REACHED_SHARE
+from rankpilot.cost.forecast.card_use import card_use
+from rankpilot.cost.forecast.configured_step import ConfiguredStep
+from rankpilot.cost.forecast.outlook import REACHED_SHARE
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
-from rankpilot.plan.worth import Modules, packaged_worth
+from rankpilot.decide.plan.worth import Modules, packaged_worth
 from rich.console import Console
 
 from .harness import Figures

@@ -13,7 +13,7 @@ import numpy as np
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_text
 from rankpilot.cost.part_seconds import PartSeconds
-from rankpilot.plan.parts import padding_share, plan_parts
+from rankpilot.decide.plan.parts import padding_share, plan_parts
 from rich.console import Console
 
 from . import drawing, rates

@@ -16,17 +16,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
-from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.cost import moment_costs
-from rankpilot.cost.from_config import from_config
-from rankpilot.cost.published import find_configuration
+from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.forecast.published import find_configuration
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.errors import ConfigError
 from rankpilot.lora.peft_config import prepare_quantised
 from rich.console import Console
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -374,7 +374,7 @@ def libraries_of_2024() -> Iterator[None]:
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.to(torch.bfloat16)
 
-    name = "rankpilot.cost.quantised.prepare_quantised"
+    name = "rankpilot.cost.record.quantised.prepare_quantised"
     with patch.dict(LOSS_MAPPING, ForCausalLM=loss), patch(name, prepared):
         yield
 
@@ -383,7 +383,7 @@ TIMED = ("llama-3.1-8b", "llama-3.1-70b")
 
 _TIMED_CODE = """
 import json, resource, sys, time
-from rankpilot.cost.from_config import from_config
+from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.step_config import StepConfig
 step = StepConfig(batch_size=4, max_length=2048, gradient_checkpointing=True)
 before = time.process_time()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import from_config
-from rankpilot.cost.published import find_configuration
+from rankpilot.cost.forecast.card_use import card_use
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.forecast.published import find_configuration
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 

@@ -25,9 +25,9 @@ import torch
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
 from rankpilot.cost.cards import device_table
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import from_config
-from rankpilot.cost.published import find_configuration
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.forecast.published import find_configuration
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.step_time import Rates
 from rich.console import Console

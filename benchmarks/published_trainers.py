@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rankpilot.common.text import make_table
-from rankpilot.cost.memory_of import memory_of
-from rankpilot.cost.outlook import Outlook
+from rankpilot.cost.forecast.memory_of import memory_of
+from rankpilot.cost.forecast.outlook import Outlook
 from rich.console import Console
 
 from .harness import Figures

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import read_json_lines
 from rankpilot.common.text import make_table
-from rankpilot.errors import ConfigError
+from rankpilot.decide.plan.rate import BELOW, ENDS, MOST_TOKENS, RULE, WIDE, InitialLoss, RateRule
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.plan.rate import BELOW, ENDS, MOST_TOKENS, RULE, WIDE, InitialLoss, RateRule
 from rich.console import Console
 from scipy.optimize import minimize
 

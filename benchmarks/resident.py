@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from rankpilot.common.errors import RankPilotError
 from rankpilot.cost.batch_shape import Batch
-from rankpilot.cost.model_states import state_bytes
-from rankpilot.cost.peak_meter import resident_peak, restart_resident_peak
-from rankpilot.errors import RankPilotError
+from rankpilot.cost.record.model_states import state_bytes
+from rankpilot.cost.record.peak_meter import resident_peak, restart_resident_peak
 
 from .models import LORA, Family, Learner, Size, random_loader, random_model
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.text import make_table
-from rankpilot.cost.calibration import calibrate
-from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.saver_prices import ACTIVATIONS, ROUTED
-from rankpilot.cost.savers import SAVERS, ExactSavers
+from rankpilot.cost.record.calibration import calibrate
+from rankpilot.cost.record.live_storages import LivePeak
+from rankpilot.cost.savers.exact import SAVERS, ExactSavers
+from rankpilot.cost.savers.prices import ACTIVATIONS, ROUTED
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.lora.targets import find_target_modules
 from rich.console import Console

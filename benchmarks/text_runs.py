@@ -13,11 +13,11 @@ from rankpilot.common.arrays import BoolArray
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.data.task import KINDS
 from rankpilot.decide.observation import ModuleShapes
+from rankpilot.decide.plan.rate import RateRule
 from rankpilot.env.bases import load_base_model
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.peft_config import fresh_adapters
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
-from rankpilot.plan.rate import RateRule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.data import workload as tokens
 from rankpilot.data.assets import fetch_asset
 from rankpilot.data.columns import encoded
 from rankpilot.data.corpora import EVAL_SHARE, docstrings, load_corpus, scattered, standard_library, translations
 from rankpilot.data.models import load_tokenizer
 from rankpilot.data.packaged_data import read_official_split
-from rankpilot.errors import ConfigError, UnknownNameError
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 LENGTH = 48

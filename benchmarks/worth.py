@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 from rankpilot.common.arrays import BoolArray, FloatArray
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import read_json_lines, write_json, write_text
 from rankpilot.common.text import make_table
 from rankpilot.decide.observation import ModuleShapes
-from rankpilot.errors import ConfigError
+from rankpilot.decide.plan.goal import CAUTION, SURE
+from rankpilot.decide.plan.rate import LEAST_SHARE, RULE
+from rankpilot.decide.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
-from rankpilot.plan.goal import CAUTION, SURE
-from rankpilot.plan.rate import LEAST_SHARE, RULE
-from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
 from rich.console import Console
 from scipy.stats import spearmanr
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
-from ..errors import ConfigError
+from ..common.errors import ConfigError
 from .progress import console, progress_bar
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..common.errors import ConfigError
 from ..common.files import read_json, write_text
-from ..errors import ConfigError
 from .progress import console
 
 

@@ -13,8 +13,8 @@ from importlib import import_module
 from rich.console import Console
 from rich.markup import escape
 
+from ..common.errors import CHECK_PATH, RankPilotError, UnknownNameError, first_line, naming_extras, not_written
 from ..common.termination import STATUS, Terminated, on_sigterm
-from ..errors import CHECK_PATH, RankPilotError, UnknownNameError, first_line, naming_extras, not_written
 from .progress import console
 
 COMMANDS = {

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.markup import escape
 
+from ..common.errors import ConfigError
 from ..cost.step_config import Quantization, StepConfig
-from ..errors import ConfigError
-from ..study.memory_config import MemoryConfig
+from ..report.config import MemoryConfig
 from .options import parse, peek
 from .progress import console
 
 if TYPE_CHECKING:
-    from ..cost.outlook import Outlook
-    from ..study.trainer_file import TrainerFile
+    from ..cost.forecast.outlook import Outlook
+    from ..report.trainer_file import TrainerFile
 
 SPILLS = (
     "On Windows the driver moves what does not fit the card into main memory, without an error: a step then takes many "
@@ -91,14 +91,14 @@ def main(arguments: Sequence[str]) -> int:
 
     check_model(options.model, options.card)
     from ..common.files import refuse_file
-    from ..study import memory_report as report
-    from ..study.memory_doubts import doubts_text
+    from ..report import memory as report
+    from ..report.doubts import doubts_text
 
     if options.output:
         refuse_file(options.output)  # now, to fail early
     rows = None
     if options.lengths is not None:  # now, to fail early
-        from ..study import lengths as of_lengths
+        from ..report import lengths as of_lengths
 
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
     outlook = _of_card(options, options.card, file) if options.card else _here(options)
@@ -143,7 +143,7 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
     Raises:
         ConfigError: rows are not truncated, and no length is given.
     """
-    from ..study.trainer_file import read_trainer_file
+    from ..report.trainer_file import read_trainer_file
 
     file = read_trainer_file(path)
     if "max_length" not in file.settings and not peek(arguments, "--max-length"):
@@ -156,7 +156,7 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
 
 def _here(options: Memory) -> Outlook:
     """Outlook of the model on this machine."""
-    from ..study.memory_here import memory_here
+    from ..report.here import memory_here
 
     quiet = options.json
     return memory_here(options, lambda text: None if quiet else console.print(f"[dim]{escape(text)} ...[/]"))
@@ -184,7 +184,7 @@ _FURTHER = ("adapter", "double_quantization")
 
 def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
     """Outlook of the model's configuration on a card."""
-    from ..cost.memory_of import memory_of
+    from ..cost.forecast.memory_of import memory_of
 
     settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)} | options.of_card
     if not options.bf16 and "bf16" not in (file.settings if file else ()):
@@ -203,7 +203,7 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
 
 def _configured(model: str) -> str:
     """Name of a model with a built-in configuration, or the folder of a packaged one."""
-    from ..cost.known_models import short_name
+    from ..cost.forecast.known_models import short_name
 
     if short_name(model):
         return model

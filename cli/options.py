@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args
 
 import tyro
 
+from ..common.errors import ConfigError, shown
 from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
-from ..errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -16,9 +16,9 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from ..common.errors import ConfigError
 from ..common.files import write_text
 from ..common.text import cost_text, make_table
-from ..errors import ConfigError
 from ..finetune.options import FinetuneConfig
 from .options import parse, peek, read_config_file, with_file_settings
 from .progress import LIBRARIES, console

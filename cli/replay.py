@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from ..errors import RunFolderError
+from ..common.errors import RunFolderError
 from .progress import console
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from ..errors import ConfigError, RunFolderError, UnsupportedError
+from ..common.errors import ConfigError, RunFolderError, UnsupportedError
 from .progress import console
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write_study(
         explain: see `StudyOptions`.
         policy: see `StudyOptions`.
     """
-    from ..study.memory_report import saver_table
+    from ..report.memory import saver_table
     from ..study.page import write_page
     from ..study.pictures import write_rank_picture
     from ..study.verdict import summary_table

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import ConfigError, UnsupportedError, first_line
+from .errors import ConfigError, UnsupportedError, first_line
 
 LOCAL, AUTO = "local", "auto"
 """Addresses to start a cluster on this machine, and to join the one running here."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -32,7 +32,7 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 META_AUTOCAST: ContextVar[torch.dtype | None] = ContextVar("META_AUTOCAST", default=None)
-"""Autocast dtype on the meta device, not supported by torch itself; see `cost/device_on_meta.py`."""
+"""Autocast dtype on the meta device, not supported by torch itself; see `cost/record/device_on_meta.py`."""
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import naming_extras
 from .arrays import FloatArray, IntArray
+from .errors import naming_extras
 from .files import atomic_path
 
 if TYPE_CHECKING:  # a run and its page need rank colors from here, without matplotlib

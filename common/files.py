@@ -28,8 +28,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import platformdirs
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
 from .arrays import Arrays
+from .errors import (
+    CHECK_PATH,
+    ConfigError,
+    DataError,
+    RankPilotError,
+    RunFolderError,
+    first_line,
+    not_written,
+    shown,
+)
 from .termination import Terminated
 
 if TYPE_CHECKING:

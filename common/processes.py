@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .. import errors
+from . import errors
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from ..errors import naming_extras
 from .arrays import FloatArray, IntArray
+from .errors import naming_extras
 
 with naming_extras():
     from scipy.special import ndtr, stdtrit

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..common.arrays import IntArray
+from ..common.errors import BudgetError, ConfigError, first_line, shown
 from ..common.text import cost_text, format_bytes, given_bytes
-from ..errors import BudgetError, ConfigError, first_line, shown
 from ..lora.spec import REFERENCE_RANK
 from .cost import Cost, CostUnit, plan_cost
 from .step_time import StepTime

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import BudgetError, ConfigError, UnknownNameError, shown
+from ..common.errors import BudgetError, ConfigError, UnknownNameError, shown
 from .budget import Budget
 
 _CARDS = Path(__file__).with_name("devices.json")

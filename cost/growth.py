@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..errors import UnsupportedError
+from ..common.errors import UnsupportedError
 from .recording import BatchShape, Recording
 from .tile_size import LossTiles, TileTokens
 

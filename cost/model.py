@@ -1,8 +1,8 @@
 """Byte model of a training step: predicts its peak for any plan and batch shape.
 
-`cost/calibration.py` records four small steps of the user's model and batch with every module adapted. They show every
-tensor a plan could hold, the modules that need it, and its growth with rows, length and rank. The peak of any plan, and
-the layers it must checkpoint, follow without running it.
+`cost/record/calibration.py` records four small steps of the user's model and batch with every module adapted. They show
+every tensor a plan could hold, the modules that need it, and its growth with rows, length and rank. The peak of any
+plan, and the layers it must checkpoint, follow without running it.
 
 Bytes exclude the loaded, frozen model. They cover adapter weights, gradients, optimizer state, signal buffers, tensors
 saved for the backward pass, and short-lived tensors such as logits and gradients of activations.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..errors import UnsupportedError
+from ..common.errors import UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .cost import ByteCost, ModuleSet, moment_costs, plan_cost
 from .growth import Growth

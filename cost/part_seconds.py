@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
-from ..errors import UnknownNameError
+from ..common.errors import UnknownNameError
 from .cards import USUAL_CARD, device_table, find_device_spec
 from .step_time import LAUNCH_SECONDS, Rates
 

@@ -4,7 +4,7 @@ An operation takes part in the backward pass if one of its inputs depends on a t
 tensor for the gradients of certain inputs of one operation (a product saves each factor for the gradient of the other).
 A plan saves it exactly if one of those inputs depends on an adapted module. One recorded step with *every* module
 adapted therefore shows what any other plan would save. Autograd's graph shows the modules that each operation serves.
-`cost/recorder.py` makes recordings.
+`cost/record/recorder.py` makes recordings.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from ..common.checks import is_real
-from ..errors import ConfigError, shown
+from ..common.errors import ConfigError, shown
 
 MOST_TOKENS = 2**24
 """The largest batch in tokens, well beyond the capacity of any device."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..errors import ConfigError
+from ..common.errors import ConfigError
 from .cost import TIME, ModuleSet, TimedCost, UntimedCost
 
 PARTS = ("constant", "backward", "adapters", "ranks", "again")

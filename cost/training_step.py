@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import UnsupportedError
+from ..common.errors import UnsupportedError
 from .step_config import OptimizerName, Quantization
 
 LossFunction = Callable[[Any], torch.Tensor]

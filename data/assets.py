@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from ..common.errors import AssetError, UnknownNameError, first_line, naming_extras
 from ..common.files import CACHE_VARIABLE, cache_folder, expanded, read_json, sha256, write_json
-from ..errors import AssetError, UnknownNameError, first_line, naming_extras
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def check_model(name: str, card: str | None = None) -> None:
         card: name of a card; only the model's configuration is needed then.
     """
     from ..cost.cards import find_device_spec
-    from ..cost.known_models import check_known, short_name
+    from ..cost.forecast.known_models import check_known, short_name
 
     if card:
         find_device_spec(card)
@@ -292,7 +292,7 @@ def check_model(name: str, card: str | None = None) -> None:
         return
     if card:
         return check_known(name)
-    from ..cost.published import try_hub_once
+    from ..cost.forecast.published import try_hub_once
 
     try_hub_once()
     try:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..common.errors import DataError
 from ..cost.batch_shape import MASK, PLACES, Batch, in_texts, padded, shape_of
-from ..errors import DataError
 
 _EMPTY = "The training set is empty. Check its path, split and filters."
 

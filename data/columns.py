@@ -26,8 +26,8 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from ..common.errors import ConfigError, DataError, UnknownNameError
 from ..common.files import parse_json
-from ..errors import ConfigError, DataError, UnknownNameError
 from .batches import IGNORED
 from .task import Task
 

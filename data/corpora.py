@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..common.errors import AssetError, UnknownNameError
 from ..common.files import atomic_path, cache_folder
-from ..errors import AssetError, UnknownNameError
 from .assets import ASSETS, fetch_asset
 from .packaged_data import R8, SENTIMENT, parse_reviews, read_official_split, read_orange_table, read_splits
 

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
+from ..common.errors import AssetError, ConfigError, DataError
 from ..common.files import expanded
-from ..cost.published import (
+from ..cost.forecast.published import (
     UNUSABLE,
     check_sizes,
     needs_code,
@@ -30,7 +31,6 @@ from ..cost.published import (
 )
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
-from ..errors import AssetError, ConfigError, DataError
 from ..lora.peft_config import fresh_adapters, head_names, prepare_quantised
 from ..lora.targets import guard_base
 from .assets import ASSETS, MODELS, fetch_asset, not_found

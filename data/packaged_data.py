@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..errors import UnknownNameError
+from ..common.errors import UnknownNameError
 from .assets import fetch_asset
 
 if TYPE_CHECKING:

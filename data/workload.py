@@ -10,10 +10,10 @@ from typing import Any
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..common.errors import AssetError, ConfigError, DataError, first_line
 from ..common.files import expanded, parse_json
-from ..cost.published import try_hub_once
+from ..cost.forecast.published import try_hub_once
 from ..cost.step_config import StepConfig
-from ..errors import AssetError, ConfigError, DataError, first_line
 from .assets import not_found
 from .batches import IGNORED
 from .columns import (

@@ -19,15 +19,15 @@ from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
+from ..common.errors import BudgetError, NonFiniteError
 from ..common.text import part_of
 from ..cost.budget import reference_cost
 from ..cost.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
-from ..errors import BudgetError, NonFiniteError
 from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
 from ..lora.targets import TargetModule
-from ..plan.plan import Plan, TimeLimit, check_budget
-from ..plan.problem import AllocationProblem
 from .observation import ModuleShapes, Moves, Observation, RunState, observe
+from .plan.plan import Plan, TimeLimit, check_budget
+from .plan.problem import AllocationProblem
 from .policy import Decision, decided_plan, decision_from_plan
 from .rate_control import RunRecord
 from .settings import DecisionSchedule

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
-from ..plan.goal import CAUTION, SURE, Goal
-from ..plan.worth import FEATURES
+from .plan.goal import CAUTION, SURE, Goal
+from .plan.worth import FEATURES
 
 PLAIN = "rank 8 on all modules"
 """Description of plain LoRA, the baseline and first plan of every choice. Modules without rank 8 have their highest."""

@@ -4,7 +4,7 @@ The candidate list is short: one rank, or one per kind of module, on the parts o
 (kinds, depths, every other layer); the distribution of ranks within a kind made no difference on real texts
 (docs/experiments.md). If the parameter budget is too small for rank 1 on every other layer, coverage decides: one
 module per layer. Each candidate has a computed cost, and an expected loss with a spread, learned from real fine-tunes
-(`plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
+(`decide/plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import ClassVar
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..common.errors import ConfigError
 from ..cost.cost import ParameterCost, TimedCost, moment_costs
-from ..errors import ConfigError
 from ..lora.spec import REFERENCE_RANK
-from ..plan.goal import Goal
-from ..plan.plan import top_down
-from ..plan.problem import AllocationProblem
-from ..plan.worth import KNOWN, Modules, PlanWorth, octaves_beyond, packaged_worth
 from .choice import PLAIN, PLAIN_WITHIN, Choice
 from .observation import RUN_FEATURES, Observation, learns_labels, module_feature
+from .plan.goal import Goal
+from .plan.plan import top_down
+from .plan.problem import AllocationProblem
+from .plan.worth import KNOWN, Modules, PlanWorth, octaves_beyond, packaged_worth
 from .policy import Decision, Policy, decision_to_keep, is_first
 
 DEFAULT = "default"

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..common.errors import ConfigError, UnknownNameError, shown
 from ..common.text import kinds_in_layers
-from ..errors import ConfigError, UnknownNameError, shown
 from .chooser import PlanChooser
 from .observation import MODULE_FEATURES, RUN_FEATURES, Observation, mean_feature
 from .policy import Decision, decided_plan, decision_to_keep, is_first

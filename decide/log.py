@@ -28,15 +28,15 @@ import numpy as np
 
 from ..common.arrays import Arrays, BoolArray, IntArray
 from ..common.checks import finite, is_moderate
+from ..common.errors import ConfigError, DataError, RunFolderError, first_line, shown
 from ..common.files import MOST_LINES_BYTES, append_json_line, atomic_path, read_arrays, read_text, write_text
 from ..cost.cost import check_cost, cost_from_state, cost_state
-from ..cost.saver_prices import Saved
-from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
+from ..cost.savers.prices import Saved
 from ..lora.spec import RankLadder
-from ..plan.plan import Plan
-from ..plan.problem import AllocationProblem
 from .choice import Choice, read_choice
 from .observation import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX, Observation
+from .plan.plan import Plan
+from .plan.problem import AllocationProblem
 from .policy import Decision, Policy, decision_line, keeps
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import BoolArray, FloatArray
+from ..common.errors import UnknownNameError
 from ..cost.cost import FixedCost, plan_cost
-from ..errors import UnknownNameError
 from ..lora.adapters import SIGNALS
 from ..lora.spec import ModuleSpec
-from ..plan.plan import under_limit
-from ..plan.problem import AllocationProblem
+from .plan.plan import under_limit
+from .plan.problem import AllocationProblem
 from .rate_control import FEATURES as STEP_FEATURES
 
 

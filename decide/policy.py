@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.errors import ConfigError, shown
 from ..common.text import part_of, plural
-from ..errors import ConfigError, shown
-from ..plan.plan import Plan, base_depth_bias, base_rank_floor, pack, project
-from ..plan.problem import AllocationProblem
 from .choice import Choice
 from .observation import Observation
+from .plan.plan import Plan, base_depth_bias, base_rank_floor, pack, project
+from .plan.problem import AllocationProblem
 from .rate_control import KEEP
 
 

@@ -28,14 +28,14 @@ import numpy as np
 import yaml
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
 from ..common.text import cost_text, format_bytes
 from ..cost.cost import plan_cost, unit_cost
-from ..errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ..lora.spec import DEFAULT_RANKS
-from ..plan.plan import Plan, uniform_ranks
-from ..plan.problem import AllocationProblem
 from .observation import Observation, mean_feature
+from .plan.plan import Plan, uniform_ranks
+from .plan.problem import AllocationProblem
 from .policy import Decision, Policy, decided_plan, decision_from_plan, decision_from_scores, decision_to_keep, is_first
 from .settings import ONCE, DecisionSchedule
 

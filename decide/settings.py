@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..common.checks import is_count, is_real
-from ..errors import ConfigError, shown
+from ..common.errors import ConfigError, shown
 
 MOST = 10_000
 """Upper bound of a schedule's integers: they come from a policy's card, and it may be untrusted."""

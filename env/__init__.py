@@ -1,6 +1,6 @@
 """The decision problem: short fine-tunes steered while they train. Importing this package registers the environment."""
 
-from ..errors import naming_extras
+from ..common.errors import naming_extras
 
 
 class _Id(str):

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from ..errors import AssetError, UnknownNameError
+from ..common.errors import AssetError, UnknownNameError
 from ..lora.targets import TargetModule, find_target_modules
 
 MASK_TOKEN = 256

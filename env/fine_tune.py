@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.checks import is_count
+from ..common.errors import ConfigError, UnknownNameError, naming_extras, shown
 from ..decide.group_rules import GROUP_RULES
 from ..decide.groups import GROUP_FEATURES, RATE_CHANGES, STEERING, GroupView, Steering
 from ..decide.log import DecisionLog
 from ..decide.observation import MOST_FEATURE, RUN_FEATURES
 from ..decide.policy import Decision, Policy
-from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from .bases import find_base
 from .stack.episodes import StackedEpisodes
 from .tasks import SPLITS, FineTuneTask, Regime, check_task, draw_task

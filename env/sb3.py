@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..common.checks import is_count
 from ..common.cluster import RayWorker
-from ..errors import ConfigError, WorkerError, naming_extras, shown
+from ..common.errors import ConfigError, WorkerError, naming_extras, shown
 from .fine_tune import Arrays, FineTuneVectorEnv
 
 with naming_extras():

@@ -23,12 +23,12 @@ import torch
 from peft import PeftModel
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.errors import ConfigError
 from ..cost.cost import ParameterCost
 from ..data.batches import IGNORED
 from ..data.corpora import load_corpus, load_labelled, sample_windows
-from ..errors import ConfigError
+from ..decide.plan.problem import AllocationProblem, best_plan
 from ..lora.targets import TargetModule
-from ..plan.problem import AllocationProblem, best_plan
 from .bases import MASK_TOKEN, ProxyBase, adapted_base, find_base
 from .tasks import FineTuneTask
 

@@ -27,8 +27,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ..common.checks import is_count, is_positive, is_real
+from ..common.errors import ConfigError, UnknownNameError, shown
 from ..cost.step_config import check_seed
-from ..errors import ConfigError, UnknownNameError, shown
 
 Kind = Literal["planted", "text", "labels"]
 Placement = Literal["low", "high", "spread"]

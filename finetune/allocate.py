@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from ..agents.policy_file import load_policy
+from ..common.errors import ConfigError, UnsupportedError, shown
 from ..common.files import write_text
 from ..cost.training_step import LossFunction
 from ..decide.choice import FrontierPlan
@@ -26,7 +27,6 @@ from ..decide.choice import frontier as frontier_of
 from ..decide.chooser import DEFAULT, check_expects
 from ..decide.policy import Policy, decision_line
 from ..decide.rules import plan_text
-from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.adapter_file import pattern_config
 from ..lora.peft_config import adapter_ranks, config_for_others, fresh_adapters
 from ..lora.spec import REFERENCE_RANK
@@ -35,9 +35,9 @@ from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
 from .plan_rate import rule_knows
-from .put_back import adapters_put_back, put_back, settings_put_back, switches_put_back
-from .replicas import check_arguments
-from .run import TrainingRun
+from .step.put_back import adapters_put_back, put_back, settings_put_back, switches_put_back
+from .step.replicas import check_arguments
+from .step.run import TrainingRun
 from .trainer_step import run_of_trainer
 
 logger = logging.getLogger(__name__)

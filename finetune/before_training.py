@@ -14,34 +14,34 @@ import numpy as np
 import torch
 
 from ..common.arrays import IntArray
+from ..common.errors import BudgetError, UnsupportedError
 from ..cost.batch_shape import Batch, reshaped, shape_of
 from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
-from ..cost.calibration import PlanCosts, measure_memory, plan_costs
 from ..cost.cost import ByteCost
-from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_checkpointed
+from ..cost.record.calibration import PlanCosts, measure_memory, plan_costs
+from ..cost.record.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.recording import BatchShape
-from ..cost.savers import ExactSavers, graphs_per_plan, takes_any_shape
+from ..cost.savers.exact import ExactSavers, graphs_per_plan, takes_any_shape
 from ..cost.step_time import PARTS, StepTime
 from ..decide.applier import PlanApplier
 from ..decide.choice import percent
 from ..decide.observation import Observation
+from ..decide.plan.plan import FewestLayers, TimeLimit, check_budget
+from ..decide.plan.problem import AllocationProblem
 from ..decide.policy import Decision
-from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.resize import is_trained
 from ..lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
 from ..lora.targets import TargetModule, unwrap
-from ..plan.plan import FewestLayers, TimeLimit, check_budget
-from ..plan.problem import AllocationProblem
-from .batch_rows import BatchRows, Cuts
-from .exact_parts import exactness_of
 from .options import PilotOptions
-from .parts import StepParts
-from .plan_keeper import PlanKeeper
-from .put_back import LayerCheckpointing
-from .run import FIRST_ROWS, FirstRows, TrainingRun
+from .step.batch_rows import BatchRows, Cuts
+from .step.exact_parts import exactness_of
+from .step.parts import StepParts
+from .step.plan_keeper import PlanKeeper
+from .step.put_back import LayerCheckpointing
+from .step.run import FIRST_ROWS, FirstRows, TrainingRun
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])
 """Loss and shapes of the first rows, for a run without training data yet."""

@@ -15,23 +15,23 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..common.errors import BudgetError, ConfigError, DataError, UnsupportedError
 from ..common.processes import Processes
 from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 from ..cost.batch_shape import Batch
-from ..cost.savers import graphs_per_plan
+from ..cost.savers.exact import graphs_per_plan
 from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT
 from ..decide.log import DecisionLog
 from ..decide.policy import Policy
-from ..errors import BudgetError, ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
 from ..lora.spec import Scaling
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
-from .replicas import check_arguments
 from .rollouts import left_alone, makes_rollouts
+from .step.replicas import check_arguments
 from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..common import files
-from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
+from ..common.errors import ConfigError, DataError, RunFolderError, first_line, shown
 
 logger = logging.getLogger(__name__)
 

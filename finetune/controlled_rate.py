@@ -14,10 +14,10 @@ from ..cost.batch_shape import Batch
 from ..decide.rate_control import CHANGES, FEATURES, HALVED, PATIENCE, UNDO, RateControl, RunRecord
 from ..lora.optimizer_state import last_direction
 from ..lora.targets import TargetModule
-from .journal import Journal
 from .plan_rate import PlanRate
-from .put_back import AdapterSnapshot
-from .run import Participant, TrainingRun
+from .step.journal import Journal
+from .step.put_back import AdapterSnapshot
+from .step.run import Participant, TrainingRun
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ import torch
 from ..common.checks import finite
 from ..cost.batch_shape import Batch
 from ..cost.budget import Budget, GivenBudget, Limit, budget_now, free_bytes
-from ..cost.calibration import beside_model
+from ..cost.record.calibration import beside_model
 from ..decide.applier import PlanApplier
 from ..lora.adapters import PeftAdapters
 from ..lora.spec import highest_ranks
-from .peak_guard import PeakGuard
-from .run import Participant, TrainingRun
+from .step.peak_guard import PeakGuard
+from .step.run import Participant, TrainingRun
 
 
 def held_bytes(device: torch.device) -> int:

@@ -17,13 +17,13 @@ from transformers import Trainer, set_seed
 from ..agents.policy_file import load_policy
 from ..common import files
 from ..common.devices import find_energy_counter
+from ..common.errors import DataError, NonFiniteError
 from ..common.processes import Processes, is_first_process
 from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
-from ..cost.peak_meter import PeakMeter
+from ..cost.record.peak_meter import PeakMeter
 from ..data.workload import Workload
 from ..decide.log import DecisionLog
-from ..errors import DataError, NonFiniteError
 from ..lora.peft_config import adapter_ranks
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
@@ -31,7 +31,7 @@ from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback, StopWithCheckpoint, attach
 from .checkpoint import last_checkpoint
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, rank_bounds_of
-from .replicas import check_arguments
+from .step.replicas import check_arguments
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
 from .watches import all_finite
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from ..common import files
 from ..common.checks import counted
-from ..cost.model_states import trained_outside
-from ..errors import DataError, RunFolderError, first_line
+from ..common.errors import DataError, RunFolderError, first_line
+from ..cost.record.model_states import trained_outside
 from ..lora.peft_config import resizable_targets
 from ..lora.targets import TargetModule
 from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, load_state, save_state
 from .pilot import RankPilot
-from .run import TrainingRun
+from .step.run import TrainingRun
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 

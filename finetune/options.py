@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.checks import is_count
+from ..common.errors import ConfigError, UnknownNameError, shown
 from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
+from ..decide.plan.goal import Goal, GoalKind, goal_of
+from ..decide.plan.problem import Bounds, bound_of
 from ..decide.settings import DecisionSchedule
-from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import Scaling, check_scaling
-from ..plan.goal import Goal, GoalKind, goal_of
-from ..plan.problem import Bounds, bound_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..agents.policy_file import load_policy, policy_schedule
+from ..common.errors import ConfigError
 from ..cost.batch_shape import Batch
 from ..cost.budget import Budget, GivenBudget, TimeBudget
 from ..decide.applier import PlanApplier
@@ -19,16 +20,15 @@ from ..decide.chooser import DEFAULT, with_goal
 from ..decide.log import DecisionLog
 from ..decide.policy import Decision, Policy, steers_rate
 from ..decide.settings import DecisionSchedule
-from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import resizable_targets
-from .journal import Journal
 from .options import GivenOptions, PilotOptions
-from .peak_guard import PeakGuard
 from .piloted_run import PilotedRun
 from .plan_rate import check_follows
 from .probing import Progress
-from .run import TrainingRun, check_run
+from .step.journal import Journal
+from .step.peak_guard import PeakGuard
+from .step.run import TrainingRun, check_run
 
 logger = logging.getLogger(__name__)
 

@@ -15,39 +15,45 @@ import torch
 
 from ..common.checks import finite
 from ..common.devices import without_autocast
+from ..common.errors import ConfigError, UnsupportedError
 from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
-from ..cost.calibration import PlanCosts
-from ..cost.saver_prices import CACHE, TILES
-from ..cost.savers import SAVERS, ExactSavers, is_compiled
+from ..cost.record.calibration import PlanCosts
+from ..cost.savers.exact import SAVERS, ExactSavers, is_compiled
+from ..cost.savers.offload import can_offload, offload_inputs
+from ..cost.savers.prices import CACHE, TILES
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
+from ..decide.plan.plan import least_cost
+from ..decide.plan.problem import floor_of_experts, rank_bounds
+from ..decide.plan.rate import InitialLoss
 from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate
 from ..decide.rate_control import SHORTEST, AlignmentRule, RateControl, decision_steps
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
-from ..errors import ConfigError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
 from ..lora.peft_config import absent_targets, finish_load, start_kept
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
-from ..plan.plan import least_cost
-from ..plan.problem import floor_of_experts, rank_bounds
-from ..plan.rate import InitialLoss
 from . import before_training
 from .controlled_rate import ControlledRate
 from .elastic import ElasticBudget
-from .journal import Journal, PlanChange
-from .offload import can_offload, offload_inputs
 from .options import PilotOptions
-from .peak_guard import PeakGuard
 from .plan_rate import PlanRate, initial_loss
 from .probing import Progress, first_signals
-from .put_back import AdapterSnapshot, LayerCheckpointing, adapters_put_back, all_running_again, could_checkpoint
-from .run import FirstRows, Participant, TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
+from .step.journal import Journal, PlanChange
+from .step.peak_guard import PeakGuard
+from .step.put_back import (
+    AdapterSnapshot,
+    LayerCheckpointing,
+    adapters_put_back,
+    all_running_again,
+    could_checkpoint,
+)
+from .step.run import FirstRows, Participant, TrainingRun
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
 
 logger = logging.getLogger(__name__)

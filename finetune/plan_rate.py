@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.errors import ConfigError
 from ..data.batches import predicted_share
-from ..errors import ConfigError
+from ..decide.plan.rate import LEAST_LOSS, RULE, TYPICAL, InitialLoss, RateRange
+from ..decide.plan.worth import KNOWN
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from ..plan.rate import LEAST_LOSS, RULE, TYPICAL, InitialLoss, RateRange
-from ..plan.worth import KNOWN
-from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
+from .step.run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
 
 FAR = 4.0
 """Ratio to the rule's rate, up or down, above which the rate is reported."""

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.errors import DataError, NonFiniteError
 from ..common.text import plural
 from ..cost.batch_shape import shape_of
 from ..data.batches import count_predictions, predicted_share
 from ..decide.applier import ProbeResult, probe
 from ..decide.settings import DecisionSchedule
-from ..errors import DataError, NonFiniteError
 from ..lora.adapters import SIGNALS
 from ..lora.peft_config import reference_scaling
 from ..lora.resize import reset_adapters
 from ..lora.targets import TargetModule, other_trainable
-from .run import FIRST_ROWS, FirstRows, TrainingRun
+from .step.run import FIRST_ROWS, FirstRows, TrainingRun
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..common.errors import UnsupportedError
 from ..cost.batch_shape import MASK, Batch
 from ..data.batches import MOST_EXAMPLES
 from ..decide.chooser import DEFAULT
 from ..decide.policy import Policy
 from ..decide.rules import AsConfigured
-from ..errors import UnsupportedError
 from .options import PilotOptions
 
 TOKENS = "input_ids"

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..common.checks import counted, finite
+from ..common.errors import RankPilotError, RunFolderError, first_line, shown
 from ..cost.budget import Budget
 from ..decide.policy import Policy
 from ..decide.settings import DecisionSchedule
-from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..lora.peft_config import adapter_ranks
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule

@@ -33,17 +33,17 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..common.devices import EnergyCounter
+from ..common.errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line, shown
 from ..common.files import append_json_line, parse_json, read_json_lines, write_text
 from ..cost.budget import free_bytes
-from ..cost.peak_meter import PeakMeter
-from ..cost.published import most_positions
+from ..cost.forecast.published import most_positions
+from ..cost.record.peak_meter import PeakMeter
 from ..cost.step_config import OptimizerName, check_length
 from ..cost.training_step import CHECKPOINTING, check_checkpointing, check_installed
 from ..data.batches import IGNORED
 from ..data.models import adapt, load_model, with_sizes
 from ..data.task import Task
 from ..data.workload import Texts, Workload, load_workload
-from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line, shown
 from ..lora.peft_config import choose_scaling
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules

@@ -19,15 +19,15 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from ..common.errors import UnsupportedError
 from ..common.files import writing
 from ..cost.batch_shape import Batch
-from ..errors import UnsupportedError
-from .evaluated_parts import Result
-from .known_losses import EVALUATION, STEP, unknown_trainer
 from .pilot import RankPilot
-from .put_back import put_back
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
-from .run import TrainingRun, data_of, probe_rate
+from .step.evaluated_parts import Result
+from .step.known_losses import EVALUATION, STEP, unknown_trainer
+from .step.put_back import put_back
+from .step.run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
 """First argument of `Trainer.train`."""

@@ -11,17 +11,17 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..common.checks import counted, is_real
+from ..common.errors import ConfigError, NoGradientError, NonFiniteError, shown
 from ..common.processes import Processes
 from ..cost.batch_shape import Batch
-from ..cost.peak_meter import PeakMeter
-from ..errors import ConfigError, NoGradientError, NonFiniteError, shown
+from ..cost.record.peak_meter import PeakMeter
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from .checkpoint import last_checkpoint
 from .controlled_rate import ControlledRate
-from .journal import Journal
-from .run import Participant, TrainingRun
+from .step.journal import Journal
+from .step.run import Participant, TrainingRun
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..common.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError, first_line, shown
 from ..common.files import atomic_path, read_object
-from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError, first_line, shown
 from .targets import CHANGES_THE_BASE
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UnsupportedError
+from ..common.errors import UnsupportedError
 
 Moment = Literal["first", "second", "direction", "change"]
 """Meaning of a state tensor: an average of gradients, of their squares, of normalised gradients (divided by the root of

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, UnknownNameError, shown
+from ..common.errors import ConfigError, UnknownNameError, shown
 from .resize import is_trained, resize
 from .spec import MOST_REPEATS, REFERENCE_RANK, Scaling, absent, is_pattern, is_slow_pattern
 from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, tied_pairs, unwrap

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..common.arrays import IntArray
-from ..errors import ConfigError
+from ..common.errors import ConfigError
 
 DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 

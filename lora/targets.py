@@ -22,7 +22,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import ConfigError, UnknownNameError, UnsupportedError
+from ..common.errors import ConfigError, UnknownNameError, UnsupportedError
 from .spec import ModuleSpec
 
 

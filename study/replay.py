@@ -19,12 +19,12 @@ import numpy as np
 from rich.table import Table
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.errors import ConfigError
 from ..common.text import cost_text, make_table, plural, short_names
 from ..decide.chooser import PlanChooser
 from ..decide.log import DecisionLog, DecisionRecord
 from ..decide.observation import MODULE_FEATURES, Observation, with_limit
 from ..decide.policy import Decision, Policy, decided_plan, keeps, plan_distance
-from ..errors import ConfigError
 from ..lora.adapters import SIGNALS
 
 SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]

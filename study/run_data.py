@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from ..common.checks import MOST_NUMBER, counted, finite
 from ..common.drawing import Points
+from ..common.errors import DataError, RunFolderError, first_line, shown
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
-from ..cost.saver_prices import Saved
+from ..cost.savers.prices import Saved
 from ..decide.choice import Choice
 from ..decide.log import CONTROL, LINES, DecisionLog, DecisionRecord
 from ..decide.observation import MODULE_FEATURES
-from ..errors import DataError, RunFolderError, first_line, shown
 from ..finetune.options import PILOT, RUNS
 
 UNUSUAL = 1.0

@@ -13,8 +13,8 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
 from ..common.text import cost_text, format_bytes, make_table, part_of, short_names
 from ..decide.choice import PLAIN
+from ..decide.plan.parts import parts_sentence
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
-from ..plan.parts import parts_sentence
 from .run_data import RunData, control_sentence, rates_sentence, run_names
 
 RISE = 0.01

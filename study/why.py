@@ -11,15 +11,15 @@ import numpy as np
 
 from ..common.arrays import IntArray
 from ..common.text import cost_text, plural
-from ..cost.saver_prices import plain_text
+from ..cost.savers.prices import plain_text
 from ..decide.choice import PLAIN, Choice, percent
 from ..decide.chooser import PlanChooser
 from ..decide.group_rules import GROUP_RULES
 from ..decide.log import DecisionLog, DecisionRecord
+from ..decide.plan.worth import FEATURES
 from ..decide.policy import Policy
 from ..decide.rate_control import DOUBLED, HALVED, UNDO
 from ..decide.rules import RULES
-from ..plan.worth import FEATURES
 from .replay import WhatIf, redecide, usual_questions, what_if
 from .run_data import rates_sentence
 

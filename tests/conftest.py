@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.problem import AllocationProblem
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
@@ -89,7 +89,7 @@ def _folder_of_recorded_steps(tmp_path_factory: pytest.TempPathFactory) -> Itera
     """What tests record is kept for this session, and not in the user's cache."""
     folder = tmp_path_factory.mktemp("recorded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rankpilot.cost.memory_of.cache_folder", lambda: folder)
+        patch.setattr("rankpilot.cost.forecast.memory_of.cache_folder", lambda: folder)
         yield
 
 

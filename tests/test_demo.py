@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rankpilot.cost.saver_prices import Saved
-from rankpilot.errors import DataError
+from rankpilot.common.errors import DataError
+from rankpilot.cost.savers.prices import Saved
 
 from tools import demo
 

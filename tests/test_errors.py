@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from rankpilot import errors
-from rankpilot.errors import RankPilotError, UnknownNameError
+from rankpilot.common import errors
+from rankpilot.common.errors import RankPilotError, UnknownNameError
 
 BUILTINS = {
     "ConfigError": ValueError,

@@ -79,10 +79,10 @@ MOST_BYTES = 6_000_000
 """Size of a wheel or an sdist, at most."""
 
 SHIPPED = (
-    "plan/worth.json",
+    "decide/plan/worth.json",
     "env/weights/llama-4x32/model.safetensors",
     "cost/devices.json",
-    "cost/published_models.json",
+    "cost/forecast/published_models.json",
     "study/assets/page.html",
     "study/assets/uplot/LICENSE",
     "study/assets/uplot/uPlot.iife.min.js",

@@ -11,8 +11,8 @@ import sys
 import gymnasium as gym
 import pytest
 import rankpilot
+from rankpilot.common.errors import RankPilotError
 from rankpilot.common.quiet import silence_missing_kernels
-from rankpilot.errors import RankPilotError
 
 from .warm_python import WarmPython
 

@@ -21,19 +21,19 @@ import tyro
 from numpy.typing import NDArray
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_text
-from rankpilot.cost.card_use import slack_of
 from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table, find_device_spec
+from rankpilot.cost.forecast.card_use import slack_of
+from rankpilot.cost.forecast.known_models import published_models
+from rankpilot.cost.forecast.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.outlook import card_rates
+from rankpilot.cost.forecast.step_file import anchors_of, lagged, narrow, read_memory, read_work, repeats, spans_after
+from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.growth import OF_STORAGES
-from rankpilot.cost.known_models import published_models
-from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.outlook import card_rates
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.saver_prices import ACTIVATIONS
+from rankpilot.cost.savers.prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import anchors_of, lagged, narrow, read_memory, read_work, repeats, spans_after
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
-from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.cost.work_growth import WorkGrowth
 from rankpilot.lora.spec import highest_ranks
 from rich.console import Console

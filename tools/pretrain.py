@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import atomic_path, write_json
 from rankpilot.data.corpora import load_corpus, sample_windows
 from rankpilot.env.bases import BASES_FOLDER, ProxyBase, find_base, load_base_model, new_base_model
 from rankpilot.env.task_data import label_loss, language_inputs
-from rankpilot.errors import ConfigError
 from rich.progress import track
 from transformers import PreTrainedModel
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
+from rankpilot.common.errors import RankPilotError
 from rankpilot.common.files import atomic_path
-from rankpilot.cost.configured_step import LoadedAs
-from rankpilot.cost.known_models import published_models
-from rankpilot.cost.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.configured_step import LoadedAs
+from rankpilot.cost.forecast.known_models import published_models
+from rankpilot.cost.forecast.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.step_file import packed, unpacked
+from rankpilot.cost.forecast.stored_step import StepFile, StoredStep, versions
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import packed, unpacked
-from rankpilot.cost.stored_step import StepFile, StoredStep, versions
 from rankpilot.cost.work_growth import MASK_ALIGNMENT
-from rankpilot.errors import RankPilotError
 from rich.console import Console
 
 FIRST = (

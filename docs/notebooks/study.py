@@ -21,10 +21,10 @@ from rankpilot.common.drawing import save_figure
 from rankpilot.common.statistics import estimate
 from rankpilot.decide.choice import percent
 from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.plan.goal import Goal
 from rankpilot.env.evaluate import beside, compare
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.tasks import draw_task
-from rankpilot.plan.goal import Goal
 from rankpilot.study.page import page_data, write_page
 from rankpilot.study.pictures import rank_heatmap
 from rankpilot.study.replay import Question, redecide, replay, what_if
@@ -96,7 +96,7 @@ for plan in best_first(found)[:5]:
 # ### What the expected loss is made of
 #
 # The prediction is linear, so it is the sum of its parts: how much each feature of the plan adds. The features are
-# those of `rankpilot.plan.worth`.
+# those of `rankpilot.decide.plan.worth`.
 
 # %%
 parts = why.to_json()["parts"]

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from ...common.arrays import FloatArray, IntArray
-from ...errors import UnsupportedError
+from ...common.errors import UnsupportedError
 from ...lora.targets import TargetModule
 
 WIDTH_STEP = 16

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...common.arrays import IntArray
-from ...errors import UnsupportedError
+from ...common.errors import UnsupportedError
 from ...lora.spec import ModuleSpec
 
 FORWARD_TOKENS = 4096

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from ...common.arrays import IntArray
+from ...common.errors import ConfigError
 from ...decide.applier import PlanApplier, ProbeResult
 from ...decide.log import DecisionLog, DecisionRecord
 from ...decide.observation import Observation
+from ...decide.plan.plan import Plan
+from ...decide.plan.rate import RULE
 from ...decide.policy import Decision, Policy
 from ...decide.rate_control import CHANGES, HALVED, PATIENCE, UNDO, RunRecord
 from ...decide.settings import DecisionSchedule
-from ...errors import ConfigError
 from ...lora.adapters import SIGNALS, base_norms
 from ...lora.spec import REFERENCE_RANK
-from ...plan.plan import Plan
-from ...plan.rate import RULE
 from ..bases import adapted_base
 from ..task_data import base_cost, first_limit, known_of
 from ..tasks import FineTuneTask

@@ -15,13 +15,13 @@ import pytest
 import torch
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import CARD, WEIGHTS, LearnedPolicy, load_policy, policy_schedule, save_policy
+from rankpilot.common.errors import PolicyFileError, UnknownNameError
 from rankpilot.common.files import sha256
 from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.groups import STEERING
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.rules import RULES, SignalRule
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file
 
 NETWORK = asdict(NetworkConfig(width=12))

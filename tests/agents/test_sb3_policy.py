@@ -14,11 +14,11 @@ from gymnasium import spaces
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import LearnedPolicy, load_policy
 from rankpilot.agents.sb3_policy import GroupPolicy
+from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.decide.groups import DOUBLE, GROUP_FEATURES, HALVE, STEERING, GroupView
 from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, observation_space, padded, padded_action, padded_mask
-from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.train_agent import Train, train
 from sb3_contrib import MaskablePPO
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import read_object
-from rankpilot.errors import ConfigError
 
 from benchmarks import gpu_evidence
 from benchmarks.__main__ import run

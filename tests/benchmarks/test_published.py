@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.cards import device_table
-from rankpilot.cost.outlook import card_rates
-from rankpilot.study.memory_doubts import doubts
+from rankpilot.cost.forecast.outlook import card_rates
+from rankpilot.report.doubts import doubts
 
 from benchmarks import published_page
 from benchmarks.published import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.errors import ConfigError
-from rankpilot.plan.rate import RULE
+from rankpilot.common.errors import ConfigError
+from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
 from benchmarks.loss_runs import JUDGED, LEARNED, PARTS, LossRun, drawn_runs

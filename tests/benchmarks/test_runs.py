@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import ConfigError
 from rankpilot.cost.recording import BatchShape
-from rankpilot.errors import ConfigError
 from rich.console import Console
 
 from benchmarks import memory

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.plan.worth import FEATURES, packaged_worth
+from rankpilot.decide.plan.worth import FEATURES, packaged_worth
 
 from benchmarks import no_sweep, worth
 from benchmarks.no_sweep import Run

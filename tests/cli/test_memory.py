@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.cost.saver_prices import ACTIVATIONS
-from rankpilot.study.memory_here import default_task
+from rankpilot.cost.savers.prices import ACTIVATIONS
+from rankpilot.report.here import default_task
 from transformers import (
     BertConfig,
     GPT2Config,

@@ -16,11 +16,11 @@ import peft
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.cost import memory_of as memory_of_module
-from rankpilot.cost.memory_of import memory_of
-from rankpilot.cost.outlook import Outlook
+from rankpilot.cost.forecast import memory_of as memory_of_module
+from rankpilot.cost.forecast.memory_of import memory_of
+from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.study.memory_report import configuration_text
+from rankpilot.report.memory import configuration_text
 from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
 
 from .mistakes import failure, usage_error

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from peft import LoraConfig
 from rankpilot.cli import plan as module
+from rankpilot.common.errors import ConfigError
 from rankpilot.decide.choice import FrontierPlan
 from rankpilot.decide.rules import read_plan
-from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
 from rankpilot.finetune.options import FinetuneConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rankpilot.common.devices import find_device, find_energy_counter
-from rankpilot.errors import ConfigError
+from rankpilot.common.errors import ConfigError
 
 CPU = torch.device("cpu")
 

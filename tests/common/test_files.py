@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rankpilot.common.errors import DataError
 from rankpilot.common.files import (
     append_json_line,
     atomic_path,
@@ -22,7 +23,6 @@ from rankpilot.common.files import (
     write_json,
     write_text,
 )
-from rankpilot.errors import DataError
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 

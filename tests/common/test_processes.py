@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from rankpilot.common.errors import BudgetError
 from rankpilot.common.processes import Processes
-from rankpilot.errors import BudgetError
 
 from ..finetune.several import ProcessFailed, in_processes
 

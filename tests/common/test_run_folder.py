@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
+from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.common.files import CONFIG, LOCK, as_json, open_run, read_json, write_json
-from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.finetune.options import FinetuneConfig
 
 SETTINGS = {"steps": 3}

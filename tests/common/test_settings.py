@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import as_json, from_json
-from rankpilot.errors import ConfigError
 from rankpilot.finetune.options import FinetuneConfig
-from rankpilot.study.memory_config import MemoryConfig
+from rankpilot.report.config import MemoryConfig
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rankpilot.cost.calibration import calibrate
-from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.record.calibration import calibrate
+from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn

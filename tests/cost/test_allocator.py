@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost.allocator import CachingAllocator, StepEvents, evaluation_events, step_events
+from rankpilot.cost.forecast.allocator import CachingAllocator, StepEvents, evaluation_events, step_events
 from rankpilot.cost.training_step import release_inputs
 
 from ..cases import first_cases

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.cost.breakdown import KINDS, LOSS, break_down
-from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.model_states import frozen_bytes, state_bytes
+from rankpilot.cost.record.calibration import calibrate
+from rankpilot.cost.record.model_states import frozen_bytes, state_bytes
 from rankpilot.cost.recording import BatchShape
 from rankpilot.lora.targets import TargetModule, find_target_modules
 

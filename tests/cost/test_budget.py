@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import BudgetError
 from rankpilot.common.text import format_bytes
 from rankpilot.cost import budget as budget_module
 from rankpilot.cost.budget import Budget, Limit, TimeBudget, beyond_device, reference_seconds
 from rankpilot.cost.cost import ByteCost, ParameterCost
 from rankpilot.cost.step_time import StepTime
-from rankpilot.errors import BudgetError
 
 
 @pytest.mark.parametrize(

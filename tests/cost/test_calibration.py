@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import shape_of
-from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import plan_cost
-from rankpilot.errors import UnsupportedError
+from rankpilot.cost.record.calibration import calibrate
 from rankpilot.lora.targets import find_target_modules, guard_base
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM

@@ -11,7 +11,7 @@ import pytest
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.model import checkpointed_cost, fewest_checkpointed
 from rankpilot.cost.training_step import release_inputs
-from rankpilot.plan.plan import least_cost
+from rankpilot.decide.plan.plan import least_cost
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cases import first_cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.device_on_meta import (
+from rankpilot.cost.record.device_on_meta import (
     LOWER,
     WIDEST,
     WITH_DTYPE,
@@ -13,7 +13,7 @@ from rankpilot.cost.device_on_meta import (
     device_on_meta,
     operators,
 )
-from rankpilot.cost.live_storages import device_kind
+from rankpilot.cost.record.live_storages import device_kind
 from torch import nn
 from torch.nn import functional
 

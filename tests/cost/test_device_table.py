@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from rankpilot.common.errors import UnknownNameError
 from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, device_table, find_device_spec
-from rankpilot.errors import UnknownNameError
 
 
 @pytest.mark.parametrize("name", device_table())

@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from rankpilot.cost import published
-from rankpilot.cost.from_config import base_on_meta, usual_class
-from rankpilot.cost.known_models import published_models, short_name
-from rankpilot.cost.published import find_configuration, try_hub_once
-from rankpilot.errors import AssetError, ConfigError, UnknownNameError
+from rankpilot.common.errors import AssetError, ConfigError, UnknownNameError
+from rankpilot.cost.forecast import published
+from rankpilot.cost.forecast.from_config import base_on_meta, usual_class
+from rankpilot.cost.forecast.known_models import published_models, short_name
+from rankpilot.cost.forecast.published import find_configuration, try_hub_once
 from transformers import AutoConfig, LlamaConfig
 
 

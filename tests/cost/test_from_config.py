@@ -14,18 +14,18 @@ import pytest
 import torch
 import transformers as t
 from peft import PeftModel, prepare_model_for_kbit_training
-from rankpilot.cost.calibration import measure_memory
+from rankpilot.common.errors import UnknownNameError, UnsupportedError
 from rankpilot.cost.cards import WORKSPACE_BYTES
-from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.cost import moment_costs, plan_cost
-from rankpilot.cost.from_config import PEFT_TYPES, base_on_meta, from_config, usual_class
+from rankpilot.cost.forecast.configured_step import LoadedAs
+from rankpilot.cost.forecast.from_config import PEFT_TYPES, base_on_meta, from_config, usual_class
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.model_states import frozen_bytes
+from rankpilot.cost.record.calibration import measure_memory
+from rankpilot.cost.record.model_states import frozen_bytes
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers import ExactSavers
+from rankpilot.cost.savers.exact import ExactSavers
 from rankpilot.cost.step_config import OptimizerName, StepConfig
 from rankpilot.cost.training_step import TrainingStep, model_loss, new_optimizer, release_inputs, switch_checkpointing
-from rankpilot.errors import UnknownNameError, UnsupportedError
 from rankpilot.lora.peft_config import fresh_adapters
 from rankpilot.lora.targets import find_target_modules, guard_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2Config, PreTrainedConfig, PreTrainedModel

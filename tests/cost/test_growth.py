@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.growth import Growth
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.tile_size import LossTiles
-from rankpilot.errors import UnsupportedError
 
 WHOLE, SHAPES = BatchShape(8, 64), (BatchShape(2, 16), BatchShape(2, 8), BatchShape(3, 8))
 SIZES: dict[str, Callable[[int, int], int]] = {

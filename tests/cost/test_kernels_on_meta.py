@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
-from rankpilot.cost.allocator import CachingAllocator, replay
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import base_on_meta, from_config
-from rankpilot.cost.model_states import frozen_bytes
-from rankpilot.cost.quantised import quantise
+from rankpilot.common.errors import ConfigError, UnknownNameError
+from rankpilot.cost.forecast.allocator import CachingAllocator, replay
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import base_on_meta, from_config
+from rankpilot.cost.record.model_states import frozen_bytes
+from rankpilot.cost.record.quantised import quantise
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.errors import ConfigError, UnknownNameError
 
 from .test_from_config import STEP, largest_price_error, real_memory
 
@@ -137,7 +137,7 @@ def test_experts_of_a_real_layer_take_the_predicted_bytes():
         **STEP, target_modules="q_proj,v_proj", exact_savers=False, quantization="nf4", prepare_kbit=False
     )
     with pytest.MonkeyPatch.context() as patch:  # linear layers stay as they are in the real one
-        patch.setattr("rankpilot.cost.quantised.should_convert_module", lambda *_: False)
+        patch.setattr("rankpilot.cost.record.quantised.should_convert_module", lambda *_: False)
         hollow = from_config(MIXTRAL, quantised, LoadedAs(device="cpu", dtype=torch.bfloat16, experts="axolotl"))
     assert frozen_bytes(model) < plain
     assert hollow.model.frozen_bytes == frozen_bytes(model)

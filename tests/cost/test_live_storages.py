@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.cost.device_on_meta import DeviceOnMeta, device_on_meta
-from rankpilot.cost.live_storages import LivePeak, LiveStorages, storages
+from rankpilot.cost.record.device_on_meta import DeviceOnMeta, device_on_meta
+from rankpilot.cost.record.live_storages import LivePeak, LiveStorages, storages
 from torch.nn import functional
 
 KIB = 1024

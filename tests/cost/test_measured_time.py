@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost import measured_time
-from rankpilot.cost.measured_time import count_work, measure_step_time, timed_plans, usual_seconds
+from rankpilot.cost.record import measured_time
+from rankpilot.cost.record.measured_time import count_work, measure_step_time, timed_plans, usual_seconds
 from rankpilot.cost.step_time import Rates
 from rankpilot.cost.training_step import TrainingStep, model_loss
-from rankpilot.finetune.put_back import LayerCheckpointing
+from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.lora.targets import find_target_modules
 from transformers.modeling_layers import GradientCheckpointingLayer
 

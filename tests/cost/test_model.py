@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import shape_of
-from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import moment_costs, plan_cost
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.record.calibration import calibrate
+from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.cost.recording import BatchShape
-from rankpilot.errors import UnsupportedError
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 

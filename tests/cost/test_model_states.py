@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.live_storages import storages
-from rankpilot.cost.model_states import excess_of_state, model_states, state_bytes
+from rankpilot.cost.record.live_storages import storages
+from rankpilot.cost.record.model_states import excess_of_state, model_states, state_bytes
 from rankpilot.lora.optimizer_state import layout_of
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.spec import RankLadder

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost.allocator import replay
 from rankpilot.cost.cards import device_table
-from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.memory_of import AskedStep
-from rankpilot.cost.of_targets import OfTargets, places_of
-from rankpilot.cost.outlook import card_rates
+from rankpilot.cost.forecast.allocator import replay
+from rankpilot.cost.forecast.configured_step import LoadedAs
+from rankpilot.cost.forecast.memory_of import AskedStep
+from rankpilot.cost.forecast.of_targets import OfTargets, places_of
+from rankpilot.cost.forecast.outlook import card_rates
+from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import ModuleSpec, highest_ranks
 
 from ..cases import first_cases

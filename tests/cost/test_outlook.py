@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import rankpilot
 import transformers as t
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.common.text import format_bytes
-from rankpilot.cost.allocator import replay
-from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import Shards
-from rankpilot.cost.memory_of import memory_of
-from rankpilot.cost.outlook import Outlook, brought_by_offloading, card_rates, smallest_use
+from rankpilot.cost.forecast.allocator import replay
+from rankpilot.cost.forecast.card_use import SLACK
+from rankpilot.cost.forecast.configured_step import Shards
+from rankpilot.cost.forecast.memory_of import memory_of
+from rankpilot.cost.forecast.outlook import Outlook, brought_by_offloading, card_rates, smallest_use
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.study.memory_report import configuration_text, verdict_text
+from rankpilot.report.memory import configuration_text, verdict_text
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 LAYERS = 4

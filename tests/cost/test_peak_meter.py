@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.model_states import state_bytes
-from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.record.live_storages import LivePeak
+from rankpilot.cost.record.model_states import state_bytes
+from rankpilot.cost.record.peak_meter import PeakMeter
 
 from .measured import Run, adamw_run, family_batch, family_model, random_plans
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost.autograd_graph import flow_from
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.live_storages import LiveStorages
-from rankpilot.cost.recorder import GradientHolders, Recorder
+from rankpilot.cost.record.autograd_graph import flow_from
+from rankpilot.cost.record.live_storages import LiveStorages
+from rankpilot.cost.record.recorder import GradientHolders, Recorder
 from rankpilot.cost.recording import NEVER
 from rankpilot.cost.training_step import release_inputs
-from rankpilot.errors import UnsupportedError
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost import from_config as from_config_module
-from rankpilot.cost import repeated_layers as module
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import from_config
+from rankpilot.cost.forecast import from_config as from_config_module
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.record import repeated_layers as module
 from rankpilot.cost.step_config import StepConfig
 from torch import nn
 from transformers import AutoConfig

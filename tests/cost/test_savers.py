@@ -14,18 +14,18 @@ import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import Decision, Observation
-from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.cost import ByteCost
-from rankpilot.cost.from_config import from_config
-from rankpilot.cost.later_logits import LaterLogits
-from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.outlook import Outlook
-from rankpilot.cost.saver_prices import ACTIVATIONS, CACHE, COPIES, TILES
-from rankpilot.cost.savers import SAVERS, ExactSavers
+from rankpilot.cost.forecast.card_use import SLACK
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.cost.record.live_storages import LivePeak
+from rankpilot.cost.savers.exact import SAVERS, ExactSavers
+from rankpilot.cost.savers.later_logits import LaterLogits
+from rankpilot.cost.savers.prices import ACTIVATIONS, CACHE, COPIES, TILES
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.finetune.put_back import LayerCheckpointing
+from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.lora.adapters import signal_buffer_bytes
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -313,7 +313,7 @@ def test_layers_that_drop_inputs_and_variants_copy_for_themselves() -> None:
 
 
 def test_an_input_that_is_changed_is_copied_again() -> None:
-    from rankpilot.lora.input_copies import cast_once
+    from rankpilot.cost.savers.input_copies import cast_once
 
     inputs = torch.ones(2, 3, dtype=torch.bfloat16)
     first, again = cast_once(inputs, torch.float32), cast_once(inputs, torch.float32)

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
+from rankpilot.common.errors import DataError, UnsupportedError
 from rankpilot.common.files import CACHE_VARIABLE
-from rankpilot.cost import memory_of as memory_of_module
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import StepRecorder, from_config
-from rankpilot.cost.known_models import published_models
-from rankpilot.cost.memory_of import AskedStep, memory_of, shipped
+from rankpilot.cost.forecast import memory_of as memory_of_module
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import StepRecorder, from_config
+from rankpilot.cost.forecast.known_models import published_models
+from rankpilot.cost.forecast.memory_of import AskedStep, memory_of, shipped
+from rankpilot.cost.forecast.step_file import memory_arrays, packed, read_memory, unpacked
+from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.saver_prices import COPIES, TILES
+from rankpilot.cost.savers.prices import COPIES, TILES
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import memory_arrays, packed, read_memory, unpacked
-from rankpilot.cost.stored_step import StepFile, StoredStep
-from rankpilot.errors import DataError, UnsupportedError
 from rankpilot.lora.spec import highest_ranks
 
 from tools.record_models import asked_steps
@@ -182,7 +182,7 @@ import sys
 import rankpilot
 sys.modules |= dict.fromkeys(("torch", "transformers", "peft"))
 outlook = rankpilot.memory_of(sys.argv[1], "RTX 4090", rank=4, batch_size=3, max_length=2048, optimizer="sgd")
-from rankpilot.study.memory_report import verdict_text
+from rankpilot.report.memory import verdict_text
 print(verdict_text(outlook), outlook.breakdown(outlook.main).total, len(outlook.grid))
 """
 
@@ -271,7 +271,7 @@ def test_other_weights_of_the_same_configuration_are_the_same_step(folder: Path,
 
 def test_unpacking_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     content = packed({"a": ({}, {"zeros": ({"zeros": np.zeros(4096, dtype=np.int8)}, {})})}, small=True)
-    monkeypatch.setattr("rankpilot.cost.step_file.MOST_BYTES", 4096)
+    monkeypatch.setattr("rankpilot.cost.forecast.step_file.MOST_BYTES", 4096)
     with pytest.raises(DataError, match=r"unpacks to more than 4,096 bytes"):
         unpacked(content)
 

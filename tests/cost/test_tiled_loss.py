@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost import loss_tiles
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import reshaped
-from rankpilot.cost.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.saver_prices import TILES as TILED
-from rankpilot.cost.savers import ExactSavers
+from rankpilot.cost.savers.exact import loss_tiles
+from rankpilot.cost.savers.exact import ExactSavers
+from rankpilot.cost.savers.later_logits import tiled_causal_lm_loss, use_tiled_loss
+from rankpilot.cost.savers.prices import TILES as TILED
 from rankpilot.cost.tile_size import LEAST_TOKENS, TILES
-from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
-from rankpilot.finetune.put_back import LayerCheckpointing
-from rankpilot.study.memory_config import MemoryConfig
-from rankpilot.study.memory_here import StepSetup, measure_step, set_up
+from rankpilot.finetune.step.put_back import LayerCheckpointing
+from rankpilot.report.config import MemoryConfig
+from rankpilot.report.here import StepSetup, measure_step, set_up
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 

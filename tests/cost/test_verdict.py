@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.cost.allocator import replay
-from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.cards import DeviceSpec, find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
-from rankpilot.cost.from_config import from_config
+from rankpilot.cost.forecast.allocator import replay
+from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from transformers import LlamaConfig

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rankpilot.common.errors import AssetError, UnknownNameError
 from rankpilot.common.files import sha256
 from rankpilot.data import assets, packaged_data
 from rankpilot.data.assets import Asset
-from rankpilot.errors import AssetError, UnknownNameError
 
 from ..cases import first_cases
 

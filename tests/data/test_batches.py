@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from rankpilot.common.errors import DataError
 from rankpilot.data import batches
 from rankpilot.data.batches import (
     IGNORED,
@@ -21,7 +22,6 @@ from rankpilot.data.batches import (
     predicted_share,
     unknown_lengths,
 )
-from rankpilot.errors import DataError
 
 TOKENS = torch.ones(4, 10, dtype=torch.int64)
 MASK = TOKENS.clone()

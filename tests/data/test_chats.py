@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from rankpilot.common.errors import ConfigError, DataError
 from rankpilot.data.batches import IGNORED
 from rankpilot.data.workload import Workload, load_workload
-from rankpilot.errors import ConfigError, DataError
 
 from . import small_models
 from .conftest import ModelFolder, WorkloadOf

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import AssetError, UnknownNameError
 from rankpilot.data import assets, corpora
 from rankpilot.data.assets import ASSETS
-from rankpilot.errors import AssetError, UnknownNameError
 
 SHA256 = {
     "news": "a668903b07bd09f58ef4c2ced181caacbaf7d650d0418b937fb824d6e5e1c5b1",

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.cost.model_states import frozen_bytes
+from rankpilot.common.errors import UnsupportedError
+from rankpilot.cost.record.model_states import frozen_bytes
 from rankpilot.cost.step_config import Quantization
 from rankpilot.data.models import adapt, load_model
 from rankpilot.data.task import Task
-from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.experiment import finetune
 from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.lora.targets import find_target_modules

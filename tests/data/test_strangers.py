@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rankpilot import memory_of
 from rankpilot.cli.main import run
-from rankpilot.errors import ConfigError
+from rankpilot.common.errors import ConfigError
 from transformers import LlamaConfig
 
 from ..cli.mistakes import failure

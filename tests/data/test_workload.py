@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from rankpilot.common.errors import AssetError, ConfigError, DataError, UnknownNameError
 from rankpilot.data.batches import IGNORED
 from rankpilot.data.models import adapt, load_model
 from rankpilot.data.workload import Workload, held_out_split, load_workload
-from rankpilot.errors import AssetError, ConfigError, DataError, UnknownNameError
 from rankpilot.lora.peft_config import absent_targets
 from rankpilot.lora.targets import find_target_modules
 from tokenizers import ByteLevelBPETokenizer

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankpilot.decide.choice import COST_TIE, PLAIN, Choice, frontier, percent
-from rankpilot.plan.goal import CAUTION, GOALS, SURE, Goal
-from rankpilot.plan.worth import FEATURES
+from rankpilot.decide.plan.goal import CAUTION, GOALS, SURE, Goal
+from rankpilot.decide.plan.worth import FEATURES
 
 
 def choice(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankpilot.agents.policy_file import load_policy, policy_schedule
+from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import ByteCost, Cost, ParameterCost, TimedCost, moment_costs, plan_cost, unit_cost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.decide.choice import PLAIN, PLAIN_WITHIN, Choice
@@ -27,14 +28,13 @@ from rankpilot.decide.chooser import (
     with_goal,
 )
 from rankpilot.decide.observation import LABELS, MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.plan.goal import GOALS, Goal
+from rankpilot.decide.plan.problem import AllocationProblem
+from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rules import find_rule
 from rankpilot.decide.settings import ONCE
-from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.goal import GOALS, Goal
-from rankpilot.plan.problem import AllocationProblem
-from rankpilot.plan.worth import FEATURES, PlanWorth
 
 from ..plan.synthetic_costs import LAYER, transformer_cost
 

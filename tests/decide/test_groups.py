@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import ConfigError
 from rankpilot.decide.group_rules import GROUP_RULES, Halving, SteerRate
 from rankpilot.decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, STEERING, GroupView, Steering
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rate_control import CHANGES, KEEP, UNDO
-from rankpilot.errors import ConfigError
 
 MakeObservation = Callable[..., Observation]
 

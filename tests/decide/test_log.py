@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from rankpilot.common.errors import ConfigError, DataError, RunFolderError
 from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
-from rankpilot.cost.saver_prices import Saved
+from rankpilot.cost.savers.prices import Saved
 from rankpilot.decide.choice import Choice
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.plan.goal import Goal
+from rankpilot.decide.plan.problem import AllocationProblem
+from rankpilot.decide.plan.worth import FEATURES
 from rankpilot.decide.policy import Decision, decision_line, plan_distance
-from rankpilot.errors import ConfigError, DataError, RunFolderError
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.goal import Goal
-from rankpilot.plan.problem import AllocationProblem
-from rankpilot.plan.worth import FEATURES
 
 MODULES = ("layer.1.query", "layer.0.query", "layer.0.dense")
 STEPS = (0, 36, 68, 100)

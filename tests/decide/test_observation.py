@@ -20,9 +20,9 @@ from rankpilot.decide.observation import (
     observe,
     with_limit,
 )
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.adapters import SIGNALS
 from rankpilot.lora.spec import ModuleSpec, RankLadder
-from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, A_LAYER = 3, 2
 RANKS = (0, 1, 0, 128, 4, 8)

@@ -14,11 +14,11 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.policy_file import load_policy, policy_schedule
+from rankpilot.common.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rules import PlanFile, plan_text, read_plan
 from rankpilot.decide.settings import ONCE, DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed

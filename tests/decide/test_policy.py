@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.agents.policy_file import load_policy
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.decide.observation import Observation, module_feature
 from rankpilot.decide.policy import decision_from_plan, decision_from_scores
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import ConfigError, UnknownNameError
 
 
 @pytest.mark.parametrize("ranks", [[np.nan, 1.0], [-1, 2], [1.5, 2.0], [[1, 2]], ["a", "b"]])

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import UnknownNameError
 from rankpilot.cost.budget import reference_cost
-from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import ParameterCost, UntimedCost
+from rankpilot.cost.record.calibration import calibrate
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.plan.plan import project
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.decide.rules import RULES, RandomScores, Window, find_rule
 from rankpilot.env.bases import adapted_base
-from rankpilot.errors import UnknownNameError
-from rankpilot.plan.plan import project
-from rankpilot.plan.problem import AllocationProblem
 
 MakeObservation = Callable[..., Observation]
 BUDGETS = {"bytes": 0.6, "few bytes": 0.3, "parameters": 0.25}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rankpilot.errors import DataError, UnknownNameError
+from rankpilot.common.errors import DataError, UnknownNameError
 
 from benchmarks import pages, pictures
 from benchmarks.__main__ import run

@@ -9,8 +9,8 @@ from importlib import import_module
 
 import pytest
 import rankpilot
-from rankpilot import errors
 from rankpilot.cli.main import COMMANDS
+from rankpilot.common import errors
 
 from .pages import ROOT
 

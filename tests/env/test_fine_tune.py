@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import rankpilot
 from gymnasium.utils.env_checker import check_env
+from rankpilot.common.errors import ConfigError, RankPilotError, UnknownNameError
 from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.groups import DOUBLE, GO_BACK, GROUP_FEATURES, HALVE, NOTHING
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import RUN_FEATURES
 from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, FineTuneEnv, FineTuneVectorEnv
 from rankpilot.env.tasks import FineTuneTask
-from rankpilot.errors import ConfigError, RankPilotError, UnknownNameError
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3

@@ -12,7 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.arrays import IntArray
+from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import plan_cost
+from rankpilot.decide.plan.plan import uniform_ranks
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.env import task_data as oracle
 from rankpilot.env.bases import adapted_base, find_base, load_base_model
 from rankpilot.env.task_data import (
@@ -27,12 +30,9 @@ from rankpilot.env.task_data import (
     utilities,
 )
 from rankpilot.env.tasks import FineTuneTask
-from rankpilot.errors import ConfigError
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.spec import RankLadder
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.plan import uniform_ranks
-from rankpilot.plan.problem import AllocationProblem
 
 MakeTask = Callable[..., FineTuneTask]
 BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import ConfigError, WorkerError
 from rankpilot.env import sb3
 from rankpilot.env.fine_tune import ACTIONS, FineTuneVectorEnv
 from rankpilot.env.sb3 import StackVecEnv
 from rankpilot.env.tasks import FineTuneTask
-from rankpilot.errors import ConfigError, WorkerError
 from sb3_contrib.common.maskable.utils import is_masking_supported
 
 from ..ray_nodes import Nodes

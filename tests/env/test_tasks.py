@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import AssetError, ConfigError, RankPilotError, UnknownNameError
 from rankpilot.data.corpora import load_corpus, load_labelled, sample_windows
 from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES, adapted_base, find_base, load_base_model
 from rankpilot.env.task_data import FIRST_CLASS, label_loss, language_inputs, load_task
 from rankpilot.env.tasks import REGIMES, SPLITS, FineTuneTask, draw_task
-from rankpilot.errors import AssetError, ConfigError, RankPilotError, UnknownNameError
 
 MakeTask = Callable[..., FineTuneTask]
 

@@ -16,7 +16,7 @@ from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.policy import Decision, decision_from_plan
 from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.callback import RankPilotCallback, attach
-from rankpilot.finetune.replicas import digest_of
+from rankpilot.finetune.step.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed

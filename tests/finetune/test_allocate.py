@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from rankpilot import RankPilot, TrainingRun, allocate, attach
 from rankpilot.agents.policy_file import load_policy
+from rankpilot.common.errors import BudgetError, ConfigError, DataError, UnsupportedError
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.rules import find_rule
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, DataError, UnsupportedError
 from rankpilot.finetune.allocate import lent_adapters, static_plan, task_type
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.replay import redecide

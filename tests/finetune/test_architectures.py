@@ -12,12 +12,12 @@ import torch
 import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.cost.configured_step import LoadedAs
+from rankpilot.common.errors import ConfigError, UnsupportedError
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.from_config import base_on_meta, from_config, usual_class
-from rankpilot.cost.savers import ExactSavers
+from rankpilot.cost.forecast.configured_step import LoadedAs
+from rankpilot.cost.forecast.from_config import base_on_meta, from_config, usual_class
+from rankpilot.cost.savers.exact import ExactSavers
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.errors import ConfigError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks, fresh_adapters, left_out
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules

@@ -16,11 +16,11 @@ import torch
 from rankpilot import DecisionSchedule, RankPilot, TrainingRun, last_checkpoint, memory_of, save_checkpoint
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
+from rankpilot.common.errors import ConfigError, RankPilotError, RunFolderError
 from rankpilot.common.files import write_text
 from rankpilot.data.assets import fetch_asset
 from rankpilot.decide.policy import Decision, asked, decision_from_plan
 from rankpilot.decide.rules import GivenPlan
-from rankpilot.errors import ConfigError, RankPilotError, RunFolderError
 from rankpilot.finetune.options import FinetuneConfig, PilotOptions
 from rankpilot.finetune.trainer import new_arguments
 from transformers import LlamaConfig

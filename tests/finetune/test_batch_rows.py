@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.errors import UnsupportedError
-from rankpilot.finetune.batch_rows import NEXT_TOKENS, ROWS, SHARES, SUM, TOKENS, BatchRows, Cuts
+from rankpilot.common.errors import UnsupportedError
+from rankpilot.finetune.step.batch_rows import NEXT_TOKENS, ROWS, SHARES, SUM, TOKENS, BatchRows, Cuts
 
 LENGTHS = (3, 6, 2, 5)
 

@@ -19,12 +19,12 @@ import torch
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
 from rankpilot.cli import main as cli
+from rankpilot.common.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.plan.plan import project
 from rankpilot.decide.settings import ONCE, DecisionSchedule
-from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.plan import project
 from torch.optim import LBFGS, Adamax
 from transformers import LlamaConfig, Trainer, TrainerCallback
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import RunFolderError
 from rankpilot.cost.cost import ByteCost, ParameterCost, cost_from_state, cost_state
-from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
-from rankpilot.finetune.peak_guard import PeakGuard
-from rankpilot.finetune.shortage import PlanReduction
+from rankpilot.finetune.step.peak_guard import PeakGuard
+from rankpilot.finetune.step.shortage import PlanReduction
 from rankpilot.finetune.watches import LossMeter
 
 

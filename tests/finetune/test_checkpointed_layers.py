@@ -15,16 +15,16 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.common.errors import BudgetError, UnsupportedError
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import Observation
+from rankpilot.decide.plan.problem import Bounds
+from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.policy import Decision
-from rankpilot.errors import BudgetError, UnsupportedError
 from rankpilot.finetune.options import PilotOptions
-from rankpilot.finetune.plan_keeper import GOOD_STEPS
-from rankpilot.finetune.put_back import LayerCheckpointing, all_running_again, could_checkpoint
-from rankpilot.plan.problem import Bounds
-from rankpilot.plan.worth import FEATURES, PlanWorth
+from rankpilot.finetune.step.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.step.put_back import LayerCheckpointing, all_running_again, could_checkpoint
 from rankpilot.study.replay import redecide
 from transformers import (
     LlamaConfig,

@@ -15,16 +15,16 @@ import rankpilot
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import read_json_lines
 from rankpilot.decide.log import CONTROL
+from rankpilot.decide.plan.rate import TYPICAL
 from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, UNDO, decision_steps
-from rankpilot.errors import ConfigError
 from rankpilot.finetune import piloted_run
 from rankpilot.finetune.controlled_rate import alignment
 from rankpilot.finetune.plan_rate import learns_labels
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import TYPICAL
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
-from rankpilot.cost.peak_meter import PeakMeter
-from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.common.errors import BudgetError, ConfigError
+from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.finetune import elastic
-from rankpilot.finetune.plan_keeper import GOOD_STEPS
-from rankpilot.finetune.run import TrainingRun
-from rankpilot.finetune.shortage import Shortage
+from rankpilot.finetune.step.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.step.run import TrainingRun
+from rankpilot.finetune.step.shortage import Shortage
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator
 
@@ -288,7 +288,7 @@ def test_auto_follows_the_memory_of_a_gpu(loop: Callable[..., Loop]) -> None:
 def test_what_a_function_took_comes_back_in_a_resumed_run(
     llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankpilot.finetune.plan_keeper.GOOD_STEPS", 1)
+    monkeypatch.setattr("rankpilot.finetune.step.plan_keeper.GOOD_STEPS", 1)
 
     def train(budget: Callable[[int], str], stops_at: int, **options: Any) -> list[int]:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run", save_steps=2), train_dataset=counting())

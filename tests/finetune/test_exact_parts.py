@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.cost.batch_shape import Batch
-from rankpilot.finetune.batch_rows import NEXT_TOKENS, ROWS, SUM, TOKENS
-from rankpilot.finetune.exact_parts import Exactness, exactness_of
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.batch_rows import NEXT_TOKENS, ROWS, SUM, TOKENS
+from rankpilot.finetune.step.exact_parts import Exactness, exactness_of
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.nn import functional
 from torch.utils.data import DataLoader

@@ -16,11 +16,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from rankpilot.common.files import read_json, read_json_lines
-from rankpilot.common.termination import Terminated
-from rankpilot.data.workload import load_workload
-from rankpilot.decide.log import DecisionLog
-from rankpilot.errors import (
+from rankpilot.common.errors import (
     AssetError,
     BudgetError,
     DataError,
@@ -29,11 +25,15 @@ from rankpilot.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from rankpilot.common.files import read_json, read_json_lines
+from rankpilot.common.termination import Terminated
+from rankpilot.data.workload import load_workload
+from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.experiment import finetune
 from rankpilot.finetune.options import FinetuneConfig
-from rankpilot.finetune.replicas import digest_of
+from rankpilot.finetune.step.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import RankPilot, TrainingRun, attach
-from rankpilot.finetune.replicas import digest_of
+from rankpilot.finetune.step.replicas import digest_of
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch.nn.parallel import DistributedDataParallel

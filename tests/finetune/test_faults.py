@@ -16,10 +16,10 @@ import pytest
 import rankpilot
 import torch
 from peft import PeftModel
+from rankpilot.common.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.common.termination import Terminated
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import ONCE, DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, StopWithCheckpoint
 from rankpilot.finetune.checkpoint import STATE, load_state
 from rankpilot.lora.targets import find_target_modules

@@ -13,14 +13,14 @@ import rankpilot
 import torch
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
+from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import TimedCost
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.plan.goal import Goal
+from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
-from rankpilot.plan.goal import Goal
-from rankpilot.plan.worth import FEATURES, PlanWorth
 from rankpilot.study.replay import redecide
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict

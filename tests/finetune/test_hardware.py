@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 from rankpilot.common.devices import EnergyCounter
+from rankpilot.common.errors import NonFiniteError
 from rankpilot.common.files import read_json, read_json_lines, write_json
-from rankpilot.cost.peak_meter import PeakMeter
-from rankpilot.errors import NonFiniteError
+from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.finetune import trainer as metrics_module
 from rankpilot.finetune.trainer import RunMetrics, hardware_facts
 from rankpilot.study.page import page_data

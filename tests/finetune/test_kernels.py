@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
-from rankpilot.errors import UnsupportedError
+from rankpilot.common.errors import UnsupportedError
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import LlamaConfig

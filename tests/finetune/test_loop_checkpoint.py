@@ -11,7 +11,7 @@ import pytest
 import rankpilot
 import torch
 from rankpilot import TrainingRun
-from rankpilot.errors import BudgetError, ConfigError, RunFolderError
+from rankpilot.common.errors import BudgetError, ConfigError, RunFolderError
 from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from transformers import LlamaConfig
 

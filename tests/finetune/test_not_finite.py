@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
+from rankpilot.common.errors import NonFiniteError
 from rankpilot.decide.rate_control import CHANGES, UNDO
-from rankpilot.errors import NonFiniteError
 from rankpilot.finetune.controlled_rate import PATIENCE
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.finetune.watches import trains_finite
 from rankpilot.study.run_data import control_sentence, read_run
 from rankpilot.study.verdict import verdict

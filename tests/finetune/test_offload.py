@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.cost import training_step
-from rankpilot.cost.calibration import measure_memory
-from rankpilot.cost.live_storages import LiveStorages
 from rankpilot.cost.model import INPUTS_ON_DEVICE
-from rankpilot.finetune.offload import Copies, OffloadedInputs, offload_inputs
+from rankpilot.cost.record.calibration import measure_memory
+from rankpilot.cost.record.live_storages import LiveStorages
+from rankpilot.cost.savers.offload import Copies, OffloadedInputs, offload_inputs
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from torch.utils.data import DataLoader

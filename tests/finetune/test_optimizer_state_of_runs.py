@@ -9,9 +9,9 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.common.errors import BudgetError
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator, get_cosine_schedule_with_warmup

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from rankpilot.cli import main as cli
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.rules import read_plan
-from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.finetune.experiment import finetune, plan_ahead
 from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import arguments_class, further_settings, new_arguments

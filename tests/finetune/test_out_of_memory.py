@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import ONCE
-from rankpilot.finetune.plan_keeper import GOOD_STEPS
-from rankpilot.finetune.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saving_of_a_try
+from rankpilot.finetune.step.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.step.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saving_of_a_try
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 

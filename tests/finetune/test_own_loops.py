@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import rankpilot
 import torch
+from rankpilot.common.errors import ConfigError
 from rankpilot.decide.rate_control import RunRecord
-from rankpilot.errors import ConfigError
 from rankpilot.finetune.watches import LossMeter
 from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer

@@ -11,12 +11,12 @@ import pytest
 import rankpilot
 import torch
 from peft import PeftModel
+from rankpilot.common.errors import BudgetError, ConfigError
 from rankpilot.decide.rules import AsConfigured
-from rankpilot.errors import BudgetError, ConfigError
-from rankpilot.finetune import known_losses
-from rankpilot.finetune.exact_parts import Exactness, difference_of
-from rankpilot.finetune.parts import StepParts
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step import known_losses
+from rankpilot.finetune.step.exact_parts import Exactness, difference_of
+from rankpilot.finetune.step.parts import StepParts
+from rankpilot.finetune.step.run import TrainingRun
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -119,7 +119,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> None:
 def observing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks of a test only look on, as rankpilot cannot know."""
     known = known_losses._OURS | {__name__.partition(".")[0]}
-    monkeypatch.setattr("rankpilot.finetune.known_losses._OURS", known)
+    monkeypatch.setattr("rankpilot.finetune.step.known_losses._OURS", known)
 
 
 def test_losses_are_those_of_whole_steps_in_fewer_bytes(launch: Callable[..., Launched]) -> None:
@@ -501,7 +501,7 @@ def test_a_loss_in_which_rows_begin_to_meet_runs_whole(
     chance: float,
 ) -> None:
     """A new way of computing it is noticed in its first step, and another number of it at the next test."""
-    monkeypatch.setattr("rankpilot.finetune.watched_parts.CHANCE", chance)
+    monkeypatch.setattr("rankpilot.finetune.step.watched_parts.CHANCE", chance)
     run = launch(trainer=trainer, data=MIXED * 8, max_steps=5, parts="on", budget="100%")
     on: list[bool] = []
     run.recorder.at_step = lambda step: on.append(run.guard.parts.on)
@@ -558,16 +558,16 @@ def test_tests_are_few_and_leave_no_trace(
         tested.append(seed)
         return difference_of(*tested_with, seed=seed, **options)
 
-    monkeypatch.setattr("rankpilot.finetune.watched_parts.difference_of", difference)
+    monkeypatch.setattr("rankpilot.finetune.step.watched_parts.difference_of", difference)
     runs[0].train()
     assert tested[0] == 0
     assert 1 <= len(tested) < 5
-    monkeypatch.setattr("rankpilot.finetune.watched_parts.difference_of", lambda *_, **__: "")
+    monkeypatch.setattr("rankpilot.finetune.step.watched_parts.difference_of", lambda *_, **__: "")
     runs[1].train()
     assert runs[0].recorder.losses == runs[1].recorder.losses
     there = runs[1].adapters()
     assert all(torch.equal(value, there[name]) for name, value in runs[0].adapters().items())
-    monkeypatch.setattr("rankpilot.finetune.watched_parts.difference_of", None)
+    monkeypatch.setattr("rankpilot.finetune.step.watched_parts.difference_of", None)
     assert launch(**options | {"trainer": Trainer}).train().logged["parts"] > 1
 
 

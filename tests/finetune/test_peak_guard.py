@@ -15,17 +15,17 @@ import pytest
 import torch
 from datasets import Dataset
 from rankpilot import RankPilot, TrainingRun
+from rankpilot.common.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.cost import budget as budget_module
-from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.peak_meter import StepBatches, likely_cause
+from rankpilot.cost.record.calibration import LOOP_BYTES
+from rankpilot.cost.record.peak_meter import StepBatches, likely_cause
 from rankpilot.cost.recording import BatchShape
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.finetune import before_training, elastic
-from rankpilot.finetune import peak_guard as guard_module
 from rankpilot.finetune.callback import Evaluations
+from rankpilot.finetune.step import peak_guard as guard_module
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator

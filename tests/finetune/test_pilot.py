@@ -12,12 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from rankpilot import RankPilot, TrainingRun
+from rankpilot.common.errors import BudgetError, ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.options import PilotOptions
-from rankpilot.finetune.run import PROBE_RATE
+from rankpilot.finetune.step.run import PROBE_RATE
 from rankpilot.finetune.watches import PATIENCE
 from rankpilot.lora.targets import find_target_modules
 from torch import nn

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
+from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import Observation
+from rankpilot.decide.plan.rate import RULE, InitialLoss, RateRange
+from rankpilot.decide.plan.worth import KNOWN
 from rankpilot.decide.policy import Decision
 from rankpilot.decide.rate_control import SHORTEST
 from rankpilot.decide.settings import ONCE
-from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.finetune import plan_rate
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.optimizer_state import unwrap_optimizer
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import RULE, InitialLoss, RateRange
-from rankpilot.plan.worth import KNOWN
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader

@@ -12,9 +12,9 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.common.errors import ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM, Trainer, TrainerCallback
 

@@ -17,18 +17,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel
+from rankpilot.common.errors import NonFiniteError, UnsupportedError
 from rankpilot.cost import budget as budget_module
-from rankpilot.cost.calibration import LOOP_BYTES
-from rankpilot.cost.live_storages import LivePeak
+from rankpilot.cost.record.calibration import LOOP_BYTES
+from rankpilot.cost.record.live_storages import LivePeak
 from rankpilot.decide.rules import AsConfigured
-from rankpilot.errors import NonFiniteError, UnsupportedError
-from rankpilot.finetune import before_training, known_losses, probing
-from rankpilot.finetune import replicas as replicas_module
-from rankpilot.finetune.journal import PlanChange
+from rankpilot.finetune import before_training, probing
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.piloted_run import PilotedRun
-from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step import known_losses
+from rankpilot.finetune.step import replicas as replicas_module
+from rankpilot.finetune.step.journal import PlanChange
+from rankpilot.finetune.step.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn

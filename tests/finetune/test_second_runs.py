@@ -17,10 +17,10 @@ import rankpilot
 import torch
 from accelerate import skip_first_batches
 from peft import PeftModel
+from rankpilot.common.errors import BudgetError, ConfigError, UnsupportedError
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, TrainerCallback, default_data_collator

@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import load_policy, policy_of, read_card, save_policy
 from rankpilot.cli import main as cli
+from rankpilot.common.errors import ConfigError
 from rankpilot.decide.groups import DOUBLE, GO_BACK, STEERING, GroupView, Steering
 from rankpilot.decide.log import CONTROL, POLICY, DecisionLog
 from rankpilot.decide.rate_control import CHANGES
-from rankpilot.errors import ConfigError
 from rankpilot.study.replay import replay
 from rankpilot.study.why import explanations
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import rankpilot
+from rankpilot.common.errors import BudgetError
 from rankpilot.cost.budget import Budget, reference_seconds
-from rankpilot.cost.calibration import resident_bytes
-from rankpilot.cost.measured_time import count_work
+from rankpilot.cost.record.calibration import resident_bytes
+from rankpilot.cost.record.measured_time import count_work
 from rankpilot.cost.step_time import Rates
-from rankpilot.errors import BudgetError
 from rankpilot.finetune import before_training as time_before_training
 from rankpilot.finetune.options import FinetuneConfig
 from transformers import Trainer

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from rankpilot.cost.savers import graphs_per_plan
+from rankpilot.common.errors import UnsupportedError
+from rankpilot.cost.savers.exact import graphs_per_plan
 from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.policy import Decision, decision_from_plan
 from rankpilot.decide.rules import SignalRule
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.callback import warn_of_recompiles
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.cost.calibration import LOOP_BYTES
-from rankpilot.errors import BudgetError
+from rankpilot.common.errors import BudgetError
+from rankpilot.cost.record.calibration import LOOP_BYTES
 from rankpilot.lora.targets import find_target_modules
 from transformers import Trainer, TrainerCallback
 

@@ -14,10 +14,10 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from rankpilot.common.errors import BudgetError, NoGradientError, UnsupportedError
 from rankpilot.cost.batch_shape import in_texts, map_tensors, padded, reshaped
-from rankpilot.cost.calibration import LOOP_BYTES
+from rankpilot.cost.record.calibration import LOOP_BYTES
 from rankpilot.cost.recording import BatchShape
-from rankpilot.errors import BudgetError, NoGradientError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import BatchEncoding, BatchFeature, Trainer

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch._dynamo.utils import counters

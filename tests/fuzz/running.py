@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
-from rankpilot.errors import RankPilotError
+from rankpilot.common.errors import RankPilotError
 
 MINUTES = "RANKPILOT_FUZZ_MINUTES"
 """Environment variable: how long each target runs."""

@@ -15,7 +15,7 @@ import rankpilot
 import torch
 from hypothesis import strategies as st
 from rankpilot.agents.sb3_policy import GroupPolicy, read_checkpoint, write_checkpoint
-from rankpilot.errors import RunFolderError
+from rankpilot.common.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
 from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from sb3_contrib import MaskablePPO

@@ -17,15 +17,15 @@ from peft import LoraConfig
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.common.checks import MOST_NUMBER
+from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.decide.choice import frontier
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.lora.adapter_file import export_padded, export_rank_pattern, rank_pattern_yaml, read_adapter
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.problem import AllocationProblem
 from rankpilot.study.page import page_data, study_html
 from rankpilot.study.run_data import check_summary, number_rows, read_run
 from rankpilot.study.verdict import summary_table, verdict

@@ -10,16 +10,16 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 from rankpilot.cli.options import read_config_file, with_file_settings
+from rankpilot.common.errors import BudgetError, ConfigError
 from rankpilot.common.files import as_json, from_json
 from rankpilot.cost.budget import Budget, TimeBudget
+from rankpilot.decide.plan.problem import rank_bounds
 from rankpilot.decide.rules import PlanFile
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import new_arguments
 from rankpilot.lora.spec import ModuleSpec
-from rankpilot.plan.problem import rank_bounds
-from rankpilot.study.trainer_file import read_trainer_file
+from rankpilot.report.trainer_file import read_trainer_file
 
 from .damage import NAMES, Files, damaged, damaged_json, edited, folder_of, odd_values
 from .running import fuzz

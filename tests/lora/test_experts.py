@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
+from rankpilot.common.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora.adapter_file import export_padded, export_rank_pattern
 from rankpilot.lora.peft_config import fresh_adapters, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from rankpilot.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
+from rankpilot.common.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
 from rankpilot.lora.adapter_file import VLLM_RANKS, export_padded, export_rank_pattern, rank_pattern_yaml
 from rankpilot.lora.peft_config import make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks

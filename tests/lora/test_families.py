@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from peft.tuners.lora import variants
-from rankpilot.errors import UnsupportedError
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import check_trains, find_target_modules

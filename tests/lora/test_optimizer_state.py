@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.errors import UnsupportedError
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import (
     OptimizerSnapshot,
     StateMap,

@@ -15,10 +15,10 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.saver_prices import CACHE, COPIES
-from rankpilot.cost.savers import SAVERS, ExactSavers
-from rankpilot.errors import UnsupportedError
+from rankpilot.cost.savers.exact import SAVERS, ExactSavers
+from rankpilot.cost.savers.prices import CACHE, COPIES
 from rankpilot.lora.adapters import SignalMeter
 from rankpilot.lora.peft_config import adapter_ranks, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.lora import resize as ranks_module
 from rankpilot.lora.peft_config import choose_scaling
 from rankpilot.lora.resize import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from rankpilot.errors import ConfigError
+from rankpilot.common.errors import ConfigError
 from rankpilot.lora.peft_config import choose_scaling, make_resizable, reference_scaling, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.spec import check_scaling

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.lora.spec import RankLadder
 from rankpilot.lora.targets import find_target_modules, other_trainable, unwrap
 

@@ -1,11 +1,11 @@
-"""Plans made slowly: every trial is priced anew. What `rankpilot.plan.plan` must agree with."""
+"""Plans made slowly: every trial is priced anew. What `rankpilot.decide.plan.plan` must agree with."""
 
 from __future__ import annotations
 
 import heapq
 
 import numpy as np
-from rankpilot.plan.plan import Plan
+from rankpilot.decide.plan.plan import Plan
 
 from .synthetic_costs import fixed_cost
 

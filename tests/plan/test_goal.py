@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
-from rankpilot.errors import ConfigError
-from rankpilot.plan.goal import TOLERANCE, Goal, goal_of
+from rankpilot.common.errors import ConfigError
+from rankpilot.decide.plan.goal import TOLERANCE, Goal, goal_of
 
 
 def test_goals_in_words() -> None:

@@ -7,11 +7,11 @@ from itertools import product
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import ParameterCost, plan_cost
-from rankpilot.errors import ConfigError
+from rankpilot.decide.plan.plan import pack
+from rankpilot.decide.plan.problem import GAP, AllocationProblem, best_plan
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.plan import pack
-from rankpilot.plan.problem import GAP, AllocationProblem, best_plan
 
 from ..cases import first_cases
 from .synthetic_costs import reordered, transformer_cost

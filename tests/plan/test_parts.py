@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from rankpilot.errors import BudgetError
-from rankpilot.plan.parts import Part, longest_that_fits, padding_share, plan_parts
+from rankpilot.common.errors import BudgetError
+from rankpilot.decide.plan.parts import Part, longest_that_fits, padding_share, plan_parts
 
 LAYERS = (0, 1, 3)
 

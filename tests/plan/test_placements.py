@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
+from rankpilot.decide.plan.plan import pack, top_down, uniform_ranks
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.plan import pack, top_down, uniform_ranks
-from rankpilot.plan.problem import AllocationProblem
 
 from .synthetic_costs import transformer_cost
 

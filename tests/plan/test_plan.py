@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rankpilot.common.errors import BudgetError, ConfigError
 from rankpilot.cost.budget import Budget
 from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
-from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.decide.plan.plan import check_budget, pack, project, uniform_ranks
+from rankpilot.decide.plan.problem import AllocationProblem, rank_bounds
 from rankpilot.lora.spec import ModuleSpec, RankLadder
-from rankpilot.plan.plan import check_budget, pack, project, uniform_ranks
-from rankpilot.plan.problem import AllocationProblem, rank_bounds
 
 from .synthetic_costs import random_cost
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.cost.cost import ByteCost, FixedCost, ParameterCost, moment_costs, plan_cost
+from rankpilot.decide.plan.plan import pack, project
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.spec import ModuleSpec, RankLadder
-from rankpilot.plan.plan import pack, project
-from rankpilot.plan.problem import AllocationProblem
 
 from . import slow_plan
 from .synthetic_costs import LAYER, fixed_cost, random_cost, reordered, transformer_cost

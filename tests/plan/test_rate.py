@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.plan.rate import RULE, WIDE, InitialLoss, RateRange
+from rankpilot.decide.plan.rate import RULE, WIDE, InitialLoss, RateRange
 
 PLAIN = np.full(4, 2.0)
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.common.arrays import IntArray
+from rankpilot.common.errors import BudgetError
 from rankpilot.cost.cost import ByteCost, plan_cost, unit_cost
 from rankpilot.cost.step_time import StepTime
-from rankpilot.errors import BudgetError
+from rankpilot.decide.plan.plan import CHECKS, SETTLED, TimeLimit, check_budget, project, uniform_ranks
+from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.plan import CHECKS, SETTLED, TimeLimit, check_budget, project, uniform_ranks
-from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, EACH = 6, 3
 MODULES = LAYERS * EACH

@@ -9,12 +9,12 @@ PROGRAM = """
 import sys
 
 import numpy as np
-from rankpilot.plan.problem import rank_bounds
-from rankpilot.plan.problem import best_plan
-from rankpilot.plan.plan import top_down
-from rankpilot.plan.plan import check_budget, project, uniform_ranks
-from rankpilot.plan.problem import AllocationProblem
-from rankpilot.plan.worth import Modules, packaged_worth
+from rankpilot.decide.plan.problem import rank_bounds
+from rankpilot.decide.plan.problem import best_plan
+from rankpilot.decide.plan.plan import top_down
+from rankpilot.decide.plan.plan import check_budget, project, uniform_ranks
+from rankpilot.decide.plan.problem import AllocationProblem
+from rankpilot.decide.plan.worth import Modules, packaged_worth
 from rankpilot.lora.spec import ModuleSpec
 from rankpilot.cost.cost import ParameterCost, plan_cost
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankpilot.errors import DataError
+from rankpilot.common.errors import DataError
+from rankpilot.decide.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance, packaged_worth
 from rankpilot.lora.spec import DEFAULT_RANKS
-from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance, packaged_worth
 
 LAYERS = 4
 WIDE = np.tile([False, True], LAYERS)

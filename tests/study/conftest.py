@@ -14,11 +14,11 @@ from rankpilot.cost.cost import ByteCost
 from rankpilot.decide.choice import PLAIN, Choice
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.plan.goal import Goal
+from rankpilot.decide.plan.problem import AllocationProblem
+from rankpilot.decide.plan.worth import FEATURES
 from rankpilot.decide.policy import Decision
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.goal import Goal
-from rankpilot.plan.problem import AllocationProblem
-from rankpilot.plan.worth import FEATURES
 
 ATTENTION = [f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense")]
 KINDS = (*ATTENTION, "intermediate.dense", "output.dense")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rankpilot import memory_of
 from rankpilot.cli import main as cli
-from rankpilot.errors import RankPilotError
+from rankpilot.common.errors import RankPilotError
 from transformers import LlamaConfig
 
 from .conftest import write_decisions

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.cli import main as cli
+from rankpilot.common.errors import AssetError, DataError, RankPilotError
 from rankpilot.common.files import read_json
-from rankpilot.cost.memory_of import memory_of
-from rankpilot.cost.outlook import Outlook
-from rankpilot.errors import AssetError, DataError, RankPilotError
-from rankpilot.study.lengths import lengths_figures, lengths_of, read_lengths, steps_of_lengths
+from rankpilot.cost.forecast.memory_of import memory_of
+from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.report.lengths import lengths_figures, lengths_of, read_lengths, steps_of_lengths
 from transformers import LlamaConfig
 
 CONFIG = LlamaConfig(

@@ -16,20 +16,20 @@ import pytest
 import transformers as t
 from rankpilot.cli.main import run
 from rankpilot.common.files import write_text
-from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.cards import USUAL_CARD, device_table
-from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs, Shards
-from rankpilot.cost.known_models import short_name
-from rankpilot.cost.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
+from rankpilot.cost.forecast.known_models import short_name
+from rankpilot.cost.forecast.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.outlook import Outlook, card_rates
+from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.outlook import Outlook, card_rates
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.saver_prices import ACTIVATIONS, free_savers
+from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import highest_ranks
-from rankpilot.study.lengths import steps_of_lengths
-from rankpilot.study.trainer_file import read_trainer_file
+from rankpilot.report.lengths import steps_of_lengths
+from rankpilot.report.trainer_file import read_trainer_file
 
 from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models, saver_names
 from tools.record_models import steps

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
-from rankpilot.cost.card_use import CardUse
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import LoadedAs, LoadedModel, Shards
-from rankpilot.cost.outlook import Choice, GridCell, MeasuredStep
+from rankpilot.cost.forecast.card_use import CardUse
+from rankpilot.cost.forecast.configured_step import LoadedAs, LoadedModel, Shards
+from rankpilot.cost.forecast.outlook import Choice, GridCell, MeasuredStep
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.saver_prices import ACTIVATIONS, Saved
-from rankpilot.study.memory_config import MemoryConfig
-from rankpilot.study.memory_report import (
+from rankpilot.cost.savers.prices import ACTIVATIONS, Saved
+from rankpilot.report.config import MemoryConfig
+from rankpilot.report.memory import (
     choice_table,
     configuration_text,
     grid_table,
@@ -35,7 +35,7 @@ from rankpilot.study.memory_report import (
     verdict_text,
     write_memory_report,
 )
-from rankpilot.study.pictures import memory_picture
+from rankpilot.report.picture import memory_picture
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +60,7 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
 @pytest.fixture(autouse=True)
 def _no_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outlook of given numbers has no byte model to offload."""
-    monkeypatch.setattr("rankpilot.study.memory_report.brought_by_offloading", lambda outlook: None)
+    monkeypatch.setattr("rankpilot.report.memory.brought_by_offloading", lambda outlook: None)
 
 
 def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measured: MeasuredStep | None = None) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import RunFolderError
 from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.cost.cost import ParameterCost
-from rankpilot.errors import RunFolderError
 from rankpilot.finetune.callback import attach
 from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture

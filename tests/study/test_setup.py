@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rankpilot.finetune.experiment import plan_ahead
 from rankpilot.finetune.options import FinetuneConfig
-from rankpilot.study.memory_config import MemoryConfig
-from rankpilot.study.memory_here import memory_here
+from rankpilot.report.config import MemoryConfig
+from rankpilot.report.here import memory_here
 
 from ..data.small_models import WORDS, save, write_rows
 

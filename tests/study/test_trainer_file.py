@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from rankpilot.cli import main as cli
-from rankpilot.errors import ConfigError
+from rankpilot.common.errors import ConfigError
 from rankpilot.lora.spec import is_slow_pattern
-from rankpilot.study import trainer_file
-from rankpilot.study.trainer_file import KEYS, read_trainer_file
+from rankpilot.report import trainer_file
+from rankpilot.report.trainer_file import KEYS, read_trainer_file
 from transformers import LlamaConfig
 
 from ..cli.mistakes import failure, usage_error

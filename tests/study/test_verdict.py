@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.common.files import append_json_line, read_json, write_json
-from rankpilot.cost.saver_prices import Saved
+from rankpilot.cost.savers.prices import Saved
 from rankpilot.decide.choice import Choice
-from rankpilot.plan.goal import Goal
+from rankpilot.decide.plan.goal import Goal
 from rankpilot.study.run_data import RunData, read_run
 from rankpilot.study.verdict import comparison_rows, cost_sentence, loss_sentence, rise_of, verdict
 

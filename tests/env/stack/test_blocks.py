@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.env.stack import blocks as module
 from rankpilot.env.stack.blocks import Blocks
-from rankpilot.errors import UnsupportedError
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 

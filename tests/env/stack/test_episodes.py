@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.common.errors import ConfigError
 from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.plan.rate import RULE
 from rankpilot.decide.policy import Decision
 from rankpilot.decide.rate_control import CHANGES, UNDO
 from rankpilot.decide.settings import DecisionSchedule
@@ -19,12 +21,10 @@ from rankpilot.env.bases import adapted_base
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.task_data import load_task
 from rankpilot.env.tasks import FineTuneTask
-from rankpilot.errors import ConfigError
 from rankpilot.finetune.controlled_rate import alignment
 from rankpilot.lora.adapters import PeftAdapters
 from rankpilot.lora.resize import reset_adapters
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.plan.rate import RULE
 
 from ...cases import first_cases
 

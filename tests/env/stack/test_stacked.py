@@ -12,9 +12,9 @@ import pytest
 import torch
 from peft import PeftModel
 from rankpilot.common.arrays import IntArray
+from rankpilot.common.errors import UnsupportedError
 from rankpilot.env.stack.adapters import StackedAdapters
 from rankpilot.env.stack.runs import Move, StackedMeter, StackedRun, accumulate_all, reset_runs, set_stacked_ranks
-from rankpilot.errors import UnsupportedError
 from rankpilot.lora.adapters import SIGNALS, SignalMeter, base_norms
 from rankpilot.lora.resize import reset_adapters, set_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules

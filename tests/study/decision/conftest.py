@@ -14,10 +14,10 @@ from rankpilot.cost.step_time import SecondsRow
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionRecord
 from rankpilot.decide.observation import MODULE_FEATURES, Observation
+from rankpilot.decide.plan.goal import Goal, GoalKind
+from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.policy import Policy, decided_plan
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.plan.goal import Goal, GoalKind
-from rankpilot.plan.worth import FEATURES, PlanWorth
 
 Observe, Decide = Callable[..., Observation], Callable[..., DecisionRecord]
 """What makes a state of a run, and a decision on it."""

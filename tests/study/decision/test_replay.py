@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import Observation
+from rankpilot.decide.plan.goal import Goal, GoalKind
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rules import find_rule
-from rankpilot.errors import ConfigError, RunFolderError
-from rankpilot.plan.goal import Goal, GoalKind
 from rankpilot.study.replay import redecide, replay
 from rich.console import Console
 

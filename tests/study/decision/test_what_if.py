@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.observation import MODULE_FEATURES, Observation, with_limit
+from rankpilot.decide.plan.goal import Goal
 from rankpilot.decide.policy import Decision, decided_plan
 from rankpilot.decide.rules import find_rule
-from rankpilot.errors import ConfigError
 from rankpilot.lora.adapters import SIGNALS
-from rankpilot.plan.goal import Goal
 from rankpilot.study.replay import (
     SIGNAL_COLUMNS,
     Question,

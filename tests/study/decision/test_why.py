@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost.saver_prices import Saved
+from rankpilot.common.errors import RunFolderError
+from rankpilot.cost.savers.prices import Saved
 from rankpilot.decide.choice import Choice
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import Observation
+from rankpilot.decide.plan.goal import CAUTION, Goal
 from rankpilot.decide.policy import Decision, decision_to_keep
 from rankpilot.decide.rules import find_rule
-from rankpilot.errors import RunFolderError
-from rankpilot.plan.goal import CAUTION, Goal
 from rankpilot.study.why import Explanation, explain, explanations
 
 from ..conftest import four_plans

@@ -1,0 +1,256 @@
+"""A training step described by a model's configuration, as plain data; imports no training library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+from ...common.errors import ConfigError, shown
+from ...lora.spec import ModuleSpec, highest_ranks
+from ..model import MemoryModel
+from ..recording import BatchShape
+from ..savers.prices import ACTIVATIONS, Saved, price_savers
+from ..step_config import Attention, ExpertBits
+from ..step_time import StepWork
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Precisions of the frozen model and their torch names."""
+
+Implementation = Literal["eager", "sdpa", "flash", "flex"]
+"""Attention implementation: separate operators, torch's SDPA, or a kernel that never materialises scores or a mask."""
+
+LossKind = Literal["model", "chunked", "cut"]
+"""Implementation of the loss. model: transformers or the exact savers. chunked: TRL's SFTTrainer, in tiles of the
+vocabulary. cut: cut cross-entropy (arXiv:2411.09009), or another kernel that stores no logits.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAs:
+    """How the model is loaded and trained, in addition to `StepConfig`.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: precision of the frozen weights, a torch dtype or a name in `DTYPES`; by default that of the
+            configuration. Adapters are then in fp32, as PEFT creates them.
+        attention: attention kernels available on CUDA, unless the configuration asks for eager attention.
+        padded: whether some rows of a batch are padded, which needs a mask and other kernels.
+        double_quantization: whether the scales of nf4 weights are quantised too.
+        reentrant: whether gradient checkpointing is torch's reentrant variant.
+        input_gradients: whether the embedding's output requires gradients (`enable_input_require_grads`).
+        keeps_output: whether the training loop keeps the model's output, including logits, until the step ends; the
+            Trainer does not.
+        adapter: further arguments of `peft.LoraConfig`, such as use_dora.
+        experts: storage of fused experts in a quantised model.
+        implementation: attention implementation in transformers; by default that of the configuration.
+        loss: implementation of a causal language model's loss.
+        fused_activations: whether activation functions composed of many operators in transformers run as their authors'
+            published CUDA kernels (xIELU of Apertus).
+        packed: whether a row holds several texts, so it may exceed the model's positions.
+        offload: whether inputs of checkpointed layers stay in main memory until recomputation.
+        expandable_segments: whether torch's allocator uses expandable segments.
+    """
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    dtype: Any = None
+    attention: Attention = "auto"
+    padded: bool = False
+    double_quantization: bool = True
+    reentrant: bool = False
+    input_gradients: bool = False
+    keeps_output: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+    experts: ExpertBits = "transformers"
+    implementation: Implementation | None = None
+    loss: LossKind = "model"
+    fused_activations: bool = True
+    packed: bool = False
+    offload: bool = False
+    expandable_segments: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with adapters, as loaded for training.
+
+    Attributes:
+        kind: name of its class.
+        targets: its target modules.
+        parameters: number of parameters of the frozen model; tied ones count once.
+        frozen: bytes of each storage of the frozen model, in module order; shared ones count once.
+        outside: total bytes of the storages outside the checkpointable layers.
+        widest: bytes of the largest checkpointable layer.
+        workspace_bytes: bytes that libraries take from the allocator for the process's lifetime; 0 on the CPU.
+        products: number of weights in matrix products, and the width of the hidden states.
+        precision: torch's name for the dtype of the first parameter.
+        continues: whether the model is a causal language model.
+        positions: most tokens per row; None if the model sets no limit.
+        windows: sequence lengths at which sliding-window attention starts to mask tokens.
+        keeps_state: whether its layers keep a state, so a recording covers one length only.
+        fused: number of parameters in fused expert tensors, which quantisation on load does not reach.
+        named: module names to use in place of "all-linear" where PEFT selects others; else empty.
+        is_eager: whether attention stores the scores of all token pairs.
+        has_xielu: whether it uses the xIELU activation function.
+        words: vocabulary size in its configuration; 0 if not given.
+        own_code: whether the configuration refers to code shipped with the weights; predictions use transformers' code.
+        task_type: PEFT's name for the task.
+        saved_modules: names of fully trained modules, such as a new classifier.
+    """
+
+    kind: str
+    targets: tuple[ModuleSpec, ...] = field(repr=False)
+    parameters: int
+    frozen: tuple[int, ...] = field(repr=False)
+    outside: int = 0
+    widest: int = 0
+    workspace_bytes: int = 0
+    products: tuple[int, int] = (0, 0)
+    precision: str = "float32"
+    continues: bool = True
+    positions: int | None = None
+    windows: tuple[int, ...] = ()
+    keeps_state: bool = False
+    fused: int = 0
+    named: tuple[str, ...] = ()
+    is_eager: bool = False
+    has_xielu: bool = False
+    words: int = 0
+    own_code: bool = False
+    task_type: str | None = None
+    saved_modules: tuple[str, ...] = ()
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the frozen model as loaded, including the scales of quantised weights."""
+        return sum(self.frozen)
+
+
+@dataclass(frozen=True)
+class ConfiguredStep:
+    """A training step.
+
+    Attributes:
+        memory: predicts the bytes of any plan and batch shape, excluding the frozen model; `memory.cost()` is their
+            cost. It has no segments if the step runs without gradient checkpointing.
+        model: the model.
+        work: the step's computation; None if it was not counted.
+        saved: bytes of a plain LoRA step as exact savers are added one by one; empty if not requested.
+        loaded: how the model is loaded and trained.
+        libraries: versions of the libraries that recorded it, if it comes from a file.
+        leaner: creates the same step with selective checkpointing; returns None if that saves nothing or is disabled.
+    """
+
+    memory: MemoryModel
+    model: LoadedModel
+    work: StepWork | None = field(default=None, repr=False)
+    saved: tuple[Saved, ...] = ()
+    leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
+    loaded: LoadedAs = field(default_factory=LoadedAs, repr=False)
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> tuple[ModuleSpec, ...]:
+        """The target modules."""
+        return self.model.targets
+
+
+class StepSource(Protocol):
+    """Provides the memory and work of a step, by recording it or from a file."""
+
+    @property
+    def loaded(self) -> LoadedAs:
+        """How the model is loaded."""
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model; the first step may permanently cast some of its biases."""
+
+    def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
+        """Return the byte model of the step with exactly these savers, for a batch of this shape."""
+
+    def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
+        """Return the computation of a step with exactly these savers on a batch of this shape."""
+
+
+def configured_step(source: StepSource, shape: BatchShape, savers: Sequence[str]) -> ConfiguredStep:
+    """Return a step on a batch of this shape, with the requested exact savers that lower its peak."""
+    highest = highest_ranks(source.model.targets)
+    priced = price_savers(partial(source.memory, shape=shape), savers, highest)
+    work = source.work(priced.names, shape)
+    found = ConfiguredStep(priced.memory, source.model, work, priced.saved if savers else (), loaded=source.loaded)
+
+    def leaner() -> ConfiguredStep | None:
+        names = (*priced.names, ACTIVATIONS)
+        memory = source.memory(names, shape)
+        saved = Saved.of(ACTIVATIONS, memory, highest)
+        if not saved.is_less(priced.saved[-1]):
+            return None
+        return replace(found, memory=memory, saved=(*priced.saved, saved), work=source.work(names, shape))
+
+    return replace(found, leaner=leaner) if savers and priced.memory.segments else found
+
+
+Sharding = Literal["ddp", "zero2", "fsdp2", "zero3"]
+
+LIVE_PARAMETERS = 10**9
+"""DeepSpeed's `stage3_max_live_parameters`."""
+
+MOST_GPUS = 2**16
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Number of GPUs that train together and their sharding. Figures are per GPU, each with its own batch.
+
+    * ddp: each GPU holds the whole frozen model, and a second copy of the adapters' gradients in buckets.
+    * zero2: as ddp, with the optimizer state sharded.
+    * fsdp2: each GPU holds a shard of the frozen model, two gathered layers, and everything outside the layers
+      (embeddings, head), as with `fully_shard` on each layer and on the model.
+    * zero3: each GPU holds a shard of the frozen model, and up to `LIVE_PARAMETERS` gathered parameters.
+
+    As in the Trainers, fsdp2 and zero3 also shard adapters, their gradients and the optimizer state.
+
+    Raises:
+        ConfigError: there is no GPU, or a single GPU is to shard.
+    """
+
+    gpus: int = 1
+    sharding: Sharding = "ddp"
+
+    def __post_init__(self) -> None:
+        if type(self.gpus) is not int or not 1 <= self.gpus <= MOST_GPUS:
+            raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {shown(self.gpus)}.")
+        if self.sharding not in get_args(Sharding):
+            raise ConfigError(f"sharding is {', '.join(get_args(Sharding))}; got {shown(self.sharding)}.")
+        if self.gpus == 1 and self.sharding != "ddp":
+            raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
+
+    def loaded(self, model: LoadedModel) -> tuple[int, ...]:
+        """Return the bytes of each storage of the frozen model on one GPU; the last is the gathered part."""
+        if self.sharding in ("ddp", "zero2"):
+            return model.frozen
+        return *(-(-size // self.gpus) for size in model.frozen), min(self._gathered(model), model.frozen_bytes)
+
+    def _gathered(self, model: LoadedModel) -> int:
+        if self.sharding == "zero3":
+            return int(model.frozen_bytes * min(LIVE_PARAMETERS / model.parameters, 1.0))
+        return model.outside + 2 * model.widest
+
+    def of(self, step: ConfiguredStep) -> ConfiguredStep:
+        """Return the step on one GPU."""
+        if self.gpus == 1:
+            return step
+        states = step.memory.states
+        if self.sharding in ("ddp", "zero2"):
+            states = states.with_buckets(1.0)
+        if self.sharding == "zero2":
+            states = replace(states, optimizer=np.ceil(states.optimizer / self.gpus))
+        elif self.sharding != "ddp":
+            names = ("weights", "optimizer", "fixed", "others", "other_gradients")
+            states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
+        memory = replace(step.memory, states=states)
+        return replace(step, memory=memory, model=replace(step.model, frozen=self.loaded(step.model)))

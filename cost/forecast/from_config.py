@@ -1,0 +1,426 @@
+"""Predict the memory of a training step from a model's configuration alone; no weights are loaded or allocated.
+
+The model is created on the meta device, where tensors have shapes but no contents, with its usual fine-tuning head.
+Quantised layers are bitsandbytes' own, with empty codes and scales. The regular calibration runs its small steps there
+as the requested device would (`cost/record/device_on_meta.py`). The resulting byte model equals the one measured by the
+same steps on that device.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from traceback import walk_tb
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto import modeling_auto
+
+from ...common.errors import ConfigError, RankPilotError, UnsupportedError, first_line
+from ...lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
+from ...lora.spec import ModuleSpec
+from ...lora.targets import find_target_modules
+from .. import training_step
+from ..cards import WORKSPACE_BYTES
+from ..model import MemoryModel, ModelStates
+from ..record.calibration import keeps_state, measure_memory, step_states
+from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
+from ..record.kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
+from ..record.measured_time import product_sizes
+from ..record.model_states import frozen_bytes, frozen_sizes
+from ..record.quantised import adapters_on_quantised_experts, quantise, quiet
+from ..record.repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
+from ..recording import BatchShape
+from ..savers.exact import ExactSavers
+from ..savers.prices import free_savers
+from ..step_config import OptimizerName, StepConfig, check_length
+from ..step_time import StepWork
+from ..work_growth import MASK_ALIGNMENT
+from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
+from .published import (
+    check_experts,
+    check_reads_tokens,
+    check_sizes,
+    find_configuration,
+    most_positions,
+    said_of,
+    stored_method,
+)
+
+_NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def from_config(
+    config: PreTrainedConfig | str,
+    step: StepConfig,
+    loaded: LoadedAs | None = None,
+    *,
+    counted: bool = False,
+    checkpointing_optional: bool = False,
+) -> ConfiguredStep:
+    """Predict the memory of a training step from a model's configuration.
+
+    Args:
+        config: configuration of a transformers model, left unchanged; or any argument of `find_configuration`: a
+            folder, a config.json, a short name such as "qwen3-8b", a Hugging Face id.
+        step: batch, length, target modules, optimizer, quantisation, autocast, checkpointing.
+        loaded: how the model is loaded, and on which device; by default on CUDA in its saved precision.
+        counted: also count the step's computation per operator, and price each exact saver.
+        checkpointing_optional: omit gradient checkpointing if the model class does not support it.
+
+    Returns:
+        The byte model, and the bytes of the frozen base.
+
+    Raises:
+        ConfigError: the model reads no tokens, or has fewer positions than a row has tokens; the configuration forms no
+            model, or supports no adapter.
+        UnknownNameError, AssetError: there is no such target module, or no such model.
+        UnsupportedError: the computation depends on tensor contents, so it cannot be predicted; or bitsandbytes or
+            gradient checkpointing is missing.
+    """
+    recorder = StepRecorder(config, step, loaded, checkpointing_optional=checkpointing_optional)
+    shape = BatchShape(step.batch_size, step.max_length)
+    model = recorder.model
+    if not recorder.loaded.packed:
+        check_length(step.max_length, model.positions)
+    savers = free_savers(model.targets) if step.exact_savers else ()
+    if counted:
+        return configured_step(recorder, shape, savers)
+    memory = recorder.memory(savers, shape)
+    return ConfiguredStep(memory, recorder.model, loaded=recorder.loaded)
+
+
+class StepRecorder:
+    """A model on the meta device, ready to record its training step and count its computation.
+
+    Args:
+        config, step, loaded, checkpointing_optional: see `from_config`, also for errors. The batch of `step` is
+            ignored.
+
+    Attributes:
+        loaded: how the model is loaded.
+    """
+
+    loaded: LoadedAs
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | str,
+        step: StepConfig,
+        loaded: LoadedAs | None = None,
+        *,
+        checkpointing_optional: bool = False,
+    ) -> None:
+        config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
+        check_sizes(config)
+        check_reads_tokens(config)
+        check_experts(config)
+        stored_method(config, step.quantization)
+        self.loaded = loaded = loaded or LoadedAs()
+        self._device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
+        self._auto_class = auto_class = usual_class(config)
+        kind = PEFT_TYPES[auto_class]
+        with _on_meta(self._device):
+            if loaded.implementation in ("eager", "sdpa"):
+                config._attn_implementation = loaded.implementation
+            self._base = base = base_on_meta(config, auto_class, _dtype(loaded.dtype))
+            self._counts = (
+                sum(parameter.numel() for parameter in base.parameters()),
+                sum(experts.numel() for experts in fused_experts(base)),
+            )
+            if loaded.implementation in ("flash", "flex"):
+                use_flash_attention(base)
+            if loaded.fused_activations and loaded.device == "cuda":
+                fuse_activations(base)
+            if checkpointing_optional and not training_step.has_checkpointing(base):
+                step = replace(step, gradient_checkpointing=False)
+            self._peft = model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
+            if loaded.loss != "model":
+                (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
+            self._targets = find_target_modules(model)
+            if empty := next((each.name for each in self._targets if each.max_rank < 1), ""):
+                raise ConfigError(f"The configuration of {config.model_type!r} makes {empty} with a width of 0.")
+            self._training = training_step.TrainingStep(
+                model, _loss(model, step, loaded), _optimizer(step, model), accumulates=step.accumulation > 1
+            )
+            self._ways = RepeatedLayers.of(model, self._targets)
+            self._savers = ExactSavers(model, ())
+        self._keeps_state = keeps_state(model)
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model in its current state."""
+        base, model = self._base, self._peft
+        lora = model.peft_config["default"]
+        frozen = frozen_sizes(model)
+        layers = [frozen_bytes(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        return LoadedModel(
+            kind=type(base).__name__,
+            targets=tuple(
+                ModuleSpec(each.name, each.block, each.d_in, each.d_out, experts=each.experts) for each in self._targets
+            ),
+            parameters=self._counts[0],
+            frozen=tuple(frozen),
+            outside=sum(frozen) - sum(layers),
+            widest=max(layers, default=0),
+            workspace_bytes=2 * WORKSPACE_BYTES if self.loaded.device == "cuda" else 0,
+            products=product_sizes(model),
+            precision=str(base.dtype).removeprefix("torch."),
+            continues=self._auto_class == "AutoModelForCausalLM",
+            positions=most_positions(base),
+            windows=tuple(sorted(set(_windows(base.config)))),
+            keeps_state=self._keeps_state,
+            fused=self._counts[1],
+            named=_named(model) if left_out(base) else (),
+            is_eager=getattr(base.config, "_attn_implementation", "") == "eager",
+            has_xielu=any(type(module).__name__ == "XIELUActivation" for module in base.modules()),
+            task_type=lora.task_type and str(getattr(lora.task_type, "value", lora.task_type)),
+            saved_modules=tuple(lora.modules_to_save or ()),
+        )
+
+    @contextmanager
+    def _with(self, savers: tuple[str, ...]) -> Iterator[None]:
+        """Enable exactly these savers on the model, on its emulated device."""
+        with _on_meta(self._device), _predictable(self._base.config):
+            self._savers.take(savers)
+            yield
+
+    def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
+        """Return the byte model of the step with these exact savers, for a batch of this shape."""
+        known = shape
+        if not self._keeps_state:
+            known = calibration_shape(self._base.config, shape, padded=self.loaded.padded)
+        with self._with(savers):
+            memory = measure_by_layers(self._training, self._targets, batch_on_meta(self._base, known), self._ways)
+            if not memory.predicts(shape):
+                batch = batch_on_meta(self._base, shape)
+                memory = measure_memory(self._training, self._targets, batch, signals=False)
+        memory = replace(memory, shape=shape)
+        return memory.offloaded() if self.loaded.offload else memory
+
+    def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
+        """Return the computation of the step with these exact savers on a batch of this shape."""
+        with self._with(savers):
+            return work_by_layers(self._training, self._targets, batch_on_meta(self._base, shape), self._ways)
+
+    def states(self, optimizer: OptimizerName) -> ModelStates:
+        """Return the state held by the adapters and this optimizer between steps."""
+        with _on_meta(self._device):
+            made = _optimizer(StepConfig(optimizer=optimizer), self._training.model)
+            return step_states(replace(self._training, optimizer=made), self._targets, signals=False)
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    found: torch.dtype | None = getattr(torch, DTYPES[given]) if isinstance(given, str) else given
+    return found
+
+
+def _optimizer(step: StepConfig, model: PeftModel) -> torch.optim.Optimizer:
+    with torch.device("cpu"):  # an 8-bit optimizer builds its code table
+        return training_step.new_optimizer(step.optimizer, model)
+
+
+@contextmanager
+def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
+    """Enter an emulated device, and silence library warnings about missing contents."""
+    patches = autocast_known_on_meta(), adapters_on_quantised_experts()
+    with device_on_meta(device), patches[0], patches[1], quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _predictable(config: PreTrainedConfig) -> Iterator[None]:
+    """Convert errors in a step to errors of the configuration or of an unsupported step."""
+    try:
+        yield
+    except RankPilotError:
+        raise
+    except AttributeError as error:
+        raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
+        needs = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+        why = "because what it computes depends on contents" if needs else "because it failed"
+        if any(
+            str(frame.f_globals.get("__name__")).startswith("liger_kernel") for frame, _ in walk_tb(error.__traceback__)
+        ):
+            raise UnsupportedError(
+                f"Liger has replaced parts of {config.model_type!r} in this process, and its kernels need a GPU's "
+                "numbers: predict the step before that, or in another process (`rankpilot memory`)."
+            ) from error
+        raise UnsupportedError(
+            f"A step of {config.model_type!r} cannot be predicted from its configuration, {why} "
+            f"({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+        ) from error
+
+
+def _named(model: PeftModel) -> tuple[str, ...]:
+    """Return the names of target modules; empty for a regular expression."""
+    names = model.peft_config["default"].target_modules
+    return () if isinstance(names, str) else tuple(sorted(names))
+
+
+def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
+    if step.quantization == "none":
+        return base
+    return quantise(
+        base,
+        step.quantization,
+        double_quantization=loaded.double_quantization,
+        kept=head_names(base) if kind in _NEW_HEADS else None,
+        prepare=step.prepare_kbit,
+        experts=loaded.experts,
+    )
+
+
+def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PeftModel:
+    """Return the model with adapters, in training mode."""
+    if step.gradient_checkpointing is True:
+        training_step.switch_checkpointing(base, True, reentrant=loaded.reentrant)
+    model = fresh_adapters(
+        base,
+        base.config.model_type,
+        kind,
+        new_head=kind in _NEW_HEADS,
+        target_modules=step.target_modules,
+        target_parameters=step.target_parameters,
+        **{"r": 8, "lora_alpha": 16} | loaded.adapter,
+    )
+    if loaded.input_gradients:
+        base.enable_input_require_grads()
+    else:
+        training_step.release_inputs(model)  # PEFT makes them require gradients again
+    return model.train()
+
+
+def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.LossFunction:
+    """Return the loss function of a batch in the step's precision."""
+    plain = training_step.model_loss(model)
+    if loaded.keeps_output:
+        model.register_forward_hook(_keep_logits)
+
+    def loss(batch: Any) -> torch.Tensor:
+        with autocast_on_meta(torch.bfloat16 if step.bf16 else None):
+            return plain(batch)
+
+    return loss
+
+
+def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
+    """Keep the logits alive as long as the loss."""
+    if getattr(output, "loss", None) is not None:
+        output.loss.kept = output.logits
+
+
+PEFT_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForImageTextToText": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+}
+"""Classes of transformers for models with a head, and PEFT's `task_type` for each."""
+
+
+_ENDINGS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
+def usual_class(config: PreTrainedConfig) -> str:
+    """Return the transformers class for a model with its architecture's usual fine-tuning head."""
+    kind = type(config)
+    for architecture in config.architectures or ():
+        for ending, name in _ENDINGS.items():
+            if architecture.endswith(ending):
+                return name
+    if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return "AutoModelForSeq2SeqLM"
+    sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "AutoModelForImageTextToText"
+    reads_one_way = (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    )
+    return "AutoModelForCausalLM" if reads_one_way else "AutoModelForSequenceClassification"
+
+
+def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return a configuration's model on the meta device; adjusts the configuration as loading and Trainers do.
+
+    Args:
+        config: the configuration.
+        auto_class: a key of `PEFT_TYPES`.
+        dtype: precision of the weights; by default that of the configuration. Attention by flash_attention_2 or 3, flex
+            or a hub kernel is replaced by torch's, which saves as much for the backward pass.
+
+    Raises:
+        ConfigError: the class has no model of this kind.
+    """
+    text = config.get_text_config()
+    config.use_cache = text.use_cache = False
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+    try:
+        dtype = dtype or config.dtype or torch.float32
+        kind = getattr(transformers, auto_class)
+        base: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise ConfigError(
+            f"No {auto_class} can be made from this configuration of {config.model_type!r}: {said_of(error)}"
+        ) from error
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # T5 version 1.1: its configuration claims a tied output layer, but its weights are untied.
+        base.lm_head.weight = nn.Parameter(torch.empty_like(base.lm_head.weight))
+    return base
+
+
+_WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
+"""Configuration fields for the largest attention window."""
+
+
+def _windows(config: PreTrainedConfig) -> list[int]:
+    """Return the attention windows of layers that do not attend to all tokens."""
+    text = config.get_text_config()
+    return [value for name in _WINDOWS if isinstance(value := getattr(text, name, None), int) and value > 0]
+
+
+def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
+    """Return a shape at least as large, for which all calibration steps run the same operators as for `shape`.
+
+    Calibration halves lengths. Half the returned length exceeds every attention window that `shape` exceeds. It is a
+    multiple of `MASK_ALIGNMENT` with padding, or with a window if `shape` is one, and otherwise neither length is.
+    Larger steps are free without contents.
+    """
+    length = max([shape.length, *(2 * window for window in _windows(config) if window <= shape.length)])
+    if padded or (length > shape.length and shape.length % MASK_ALIGNMENT == 0):
+        length += -length % (2 * MASK_ALIGNMENT)
+    elif length > shape.length:
+        length += (4 - length) % (2 * MASK_ALIGNMENT)
+    return BatchShape(max(shape.rows, 4), length)
+
+
+def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.Tensor]:
+    """Return token ids, a mask and labels on the default device; a row classifier's labels have one axis.
+
+    Target texts of an encoder-decoder have the same length.
+    """
+    tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+    name = type(model).__name__
+    rows_only = name.endswith("ForSequenceClassification")
+    regression = rows_only and model.config.num_labels == 1
+    labels = torch.zeros(shape.rows, dtype=torch.float32 if regression else torch.long) if rows_only else tokens.clone()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}

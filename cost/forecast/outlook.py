@@ -1,0 +1,557 @@
+"""The cost of a training step and its alternatives, and the choices within a card or a budget.
+
+All choices derive from one recording with every layer checkpointed. It yields the peak for any ranks, depth, set of
+checkpointed layers and batch. If plain LoRA does not fit the card, the recording uses selective checkpointing too, as a
+run does (`cost/savers/exact.py`). A model known from its configuration is recorded on the meta device
+(`cost/forecast/memory_of.py`), a loaded one on its own device (`report/here.py`). `cost/forecast/card_use.py` decides
+if a plan fits a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Literal
+
+import numpy as np
+
+from ...common.arrays import IntArray
+from ...lora.spec import REFERENCE_RANK, highest_ranks
+from ..breakdown import Breakdown, break_down
+from ..budget import Limit, reference_seconds
+from ..cards import USUAL_CARD, DeviceRates, DeviceSpec, device_table
+from ..cost import ParameterCost, plan_cost
+from ..model import MemoryModel, fewest_checkpointed, holding_layers
+from ..recording import BatchShape
+from ..step_config import StepConfig
+from ..step_time import LAUNCH_SECONDS, Rates, StepTime
+from .card_use import CardUse, Verdict, card_use, slack_of
+from .configured_step import ConfiguredStep, Shards
+
+ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
+"""Batch sizes and lengths of the grid, in addition to the requested ones."""
+
+SHARES = (0.75, 0.5, 0.25)
+"""Shares of the layers, counted from the top, to show in addition to all layers."""
+
+SURELY = 0.98
+"""Lower bound on the actual peak as a share of the predicted one, with ample room for margin and rounding."""
+
+RESERVE = 0.025
+"""Initial guess of the allocator's reserve, as a share of all tensors."""
+
+RANKS = (1, 8, 16, 64)
+"""Uniform ranks to show in addition to the requested one."""
+
+ChoiceKind = Literal["asked", "depth", "rank", "batch", "rule"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One way to train.
+
+    Attributes:
+        kind: what differs from the request: nothing ("asked"), the layers with adapters or checkpointing ("depth"), the
+            rank of all modules, the batch, or the whole plan, set by a rule.
+        rank: rank of every adapted module, capped at its maximum; under a rule, the highest rank.
+        layers: number of layers with adapters, counted from the top.
+        checkpointed: names of the checkpointed layers.
+        ranks: the plan, int64 (modules,).
+        step_bytes: predicted peak of a step, excluding the frozen model.
+        time: step time relative to plain LoRA (rank 8 on all modules, no checkpointing); None if work was not counted.
+        shape: shape of the batch.
+        label: display name, for choices that numbers do not describe.
+    """
+
+    kind: ChoiceKind
+    rank: int
+    layers: int
+    checkpointed: tuple[str, ...] = field(repr=False)
+    ranks: IntArray = field(repr=False)
+    step_bytes: float
+    time: float | None
+    shape: BatchShape
+    label: str = ""
+    _memory: MemoryModel = field(repr=False, kw_only=True)
+    _use: Callable[[], CardUse | None] = field(repr=False, kw_only=True)
+    _within: bool | None = field(repr=False, kw_only=True)
+    _has_slack: bool = field(repr=False, kw_only=True)
+
+    @property
+    def use(self) -> CardUse | None:
+        """The card's memory use, computed on first access; None without a card."""
+        return self._use()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The verdict on the choice; None without a limit."""
+        if self._within is not None:
+            return "fits" if self._within else "does not fit"
+        return use.verdict if (use := self.use) else None
+
+    @property
+    def fits(self) -> bool:
+        """True if the choice fits with slack. The allocator is replayed only if tensors leave enough room."""
+        return self._has_slack and self.verdict == "fits"
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """A batch shape and its memory use, with adapters on all layers at the requested rank.
+
+    Attributes:
+        shape: rows and tokens.
+        checkpointed: fewest checkpointed layers for the batch to fit with slack; None if it never fits.
+        activations: whether activations are checkpointed first because plain LoRA does not fit otherwise.
+        bytes: bytes on the card with these layers checkpointed, or with all of them; assumes the allocator's reserve
+            share of the requested batch.
+    """
+
+    shape: BatchShape
+    checkpointed: int | None
+    activations: bool
+    bytes: float
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A measured step, excluding the frozen model unless noted. None marks figures that the system does not report.
+
+    Attributes:
+        peak_bytes: bytes of live tensors (CPU), or bytes handed out by the allocator (CUDA).
+        resident_bytes: increase of the process's resident memory over that without training state (CPU).
+        process_bytes: the process's peak resident memory, including the model and all libraries (CPU).
+        reserved_bytes: bytes reserved by the allocator, including the model (CUDA).
+    """
+
+    peak_bytes: int
+    resident_bytes: int | None = None
+    process_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+class Outlook:
+    """The cost of a training step and the choices that fit.
+
+    Args:
+        step: the step without selective checkpointing, with all layers checkpointed, or none if the model class does
+            not support gradient checkpointing.
+        rank: rank of all modules, capped at each module's maximum.
+        settings: rows, tokens and other settings of the step.
+        card: the card in question; None for a model examined on its own device.
+        dtype: precision of the frozen model on a card, such as "bf16".
+        asked: the byte model of the step exactly as requested; None on a card, where choices set the checkpointed
+            layers.
+        limit: upper bound of a step or an adapter; None without a budget.
+        measured: a real step, if one was run.
+        facts: further facts about a loaded model, by name: task and device.
+        shards: number of cards that train together and their sharding.
+
+    Attributes:
+        blocks: number of layers with target modules.
+        slack: share of the card left free by a choice that fits.
+        notes: what could not be shown, and why.
+    """
+
+    def __init__(
+        self,
+        step: ConfiguredStep,
+        rank: int,
+        settings: StepConfig,
+        *,
+        card: DeviceSpec | None = None,
+        dtype: str = "fp32",
+        asked: MemoryModel | None = None,
+        limit: Limit | None = None,
+        measured: MeasuredStep | None = None,
+        facts: Mapping[str, str] | None = None,
+        shards: Shards | None = None,
+    ) -> None:
+        self.rank, self.settings, self.card, self.dtype = rank, settings, card, dtype
+        self.shards: Shards = shards or Shards()
+        self._free = self.shards.of(step)
+        self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
+        self._asked, self._limit, self._others = asked, limit, list[Choice]()
+        self._by_depth: dict[int, tuple[Choice, ...]] = {}
+        self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
+        self._uses: dict[tuple[int, BatchShape, tuple[int, ...]], tuple[MemoryModel, CardUse]] = {}
+        self._blocks = np.array([target.block for target in step.targets])
+        self._highest = highest_ranks(step.targets)
+        self._plain = np.minimum(REFERENCE_RANK, self._highest)
+        self._loaded = self.shards.loaded(step.model) if card else ()
+        self.blocks: int = len({*self._blocks.tolist()})
+        self.slack: float = slack_of(settings.quantization)
+
+    @cached_property
+    def step(self) -> ConfiguredStep:
+        """The step of a run: on a card, with activation checkpointing if plain LoRA does not fit without it."""
+        plain = self._free.memory.with_checkpointed(())
+        if self.card is None or _fits(self, plain) or self._lean is None:
+            return self._free
+        memory, top = self._lean.memory, self.plan(1, 1)
+        fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= self.room  # see `ExactSavers.within`
+        return self._lean if fits else self._free
+
+    @cached_property
+    def _lean(self) -> ConfiguredStep | None:
+        """The step with selective checkpointing, at the price of another recording; None if it does not help."""
+        lean = self._free.leaner() if self._set is None else None
+        return lean and self.shards.of(lean)
+
+    @cached_property
+    def _time(self) -> StepTime | None:
+        return _time_of(self.step, self.card, self.dtype)
+
+    @property
+    def memory(self) -> MemoryModel:
+        """The byte model of the step with all supported layers checkpointed."""
+        return self.step.memory
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """Bytes of the card, or of the step's budget; None without either."""
+        if self.card:
+            return self.card.memory_bytes
+        return self._limit.value if self._limit and self._limit.unit == "bytes" else None
+
+    @cached_property
+    def reference_bytes(self) -> float:
+        """Peak bytes of the request at rank 8 on all modules, without exact savers; on a card, no checkpointing."""
+        if self.step.saved:
+            first = self.step.saved[0]
+            again = first.again_bytes if self._asked and self._asked.segments else None
+            return first.step_bytes if again is None else again
+        return (
+            plan_cost(self._asked.cost(), self._plain)
+            if self._asked
+            else self.memory.with_checkpointed(()).peak(self._plain)
+        )
+
+    @property
+    def checkpointed_bytes(self) -> float | None:
+        """The same with all layers checkpointed, and with exact savers if no other recording exists."""
+        again = self.step.saved[0].again_bytes if self.step.saved else None
+        return again or (self.memory.peak(self._plain) if self.memory.segments else None)
+
+    @property
+    def room(self) -> float:
+        """Bytes available to a step on the card after the frozen model, context and workspaces."""
+        assert self.card is not None, "there is no card"
+        taken = self._free.model.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
+        return float(self.card.memory_bytes - taken)
+
+    @cached_property
+    def checkpointable(self) -> tuple[str, ...]:
+        """Names of the checkpointable layers; empty if the model class does not support checkpointing."""
+        return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
+
+    @property
+    def _set(self) -> tuple[str, ...] | None:
+        """The layers checkpointed by every choice on a card, by request; None if each choice decides."""
+        wanted = self.settings.gradient_checkpointing if self.card else "auto"
+        segments = self._free.memory.segments if wanted else ()
+        return None if wanted == "auto" else tuple(dict.fromkeys(segment.name for segment in segments))
+
+    def plan(self, layers: int, rank: int) -> IntArray:
+        """Return the plan with adapters on the top `layers` layers, int64 (modules,)."""
+        lowest = sorted({*self._blocks.tolist()})[-layers]
+        return np.where(self._blocks >= lowest, np.minimum(rank, self._highest), 0)
+
+    def choice(self, layers: int, rank: int, checkpointed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
+        """Price one choice on the requested batch."""
+        if (key := (layers, rank, checkpointed)) not in self._found:
+            self._found[key] = self._priced(
+                kind, layers, rank, checkpointed, self.memory.with_checkpointed(checkpointed)
+            )
+        return replace(self._found[key], kind=kind)
+
+    def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
+        """Add a choice with another batch, or with a rule's plan.
+
+        Args:
+            kind: what differs from the request.
+            label: display name.
+            memory: the byte model of its step.
+            shape: shape of its batch, which `memory` must support.
+            ranks: its plan, int64 (modules,).
+        """
+        layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
+        checkpointed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
+        self._others.append(self._priced(kind, layers, rank, checkpointed, memory, ranks, shape, label))
+
+    def _priced(
+        self,
+        kind: ChoiceKind,
+        layers: int,
+        rank: int,
+        checkpointed: tuple[str, ...],
+        memory: MemoryModel,
+        ranks: IntArray | None = None,
+        shape: BatchShape | None = None,
+        label: str = "",
+    ) -> Choice:
+        ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
+        step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
+        time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
+        within = None
+        if self._limit:
+            cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
+            within = cost <= self._limit.value
+        elif self.card and _is_hopeless(self, step_bytes):
+            within = False
+        return Choice(
+            kind,
+            rank,
+            layers,
+            checkpointed,
+            ranks,
+            step_bytes,
+            time,
+            shape,
+            label,
+            _memory=memory,
+            _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
+            _within=within,
+            _has_slack=not self.card or not _is_hopeless(self, step_bytes, self.slack),
+        )
+
+    def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
+        assert self.card is not None, "there is no card"
+        shape = shape or memory.shape
+        key = id(memory), shape, tuple(ranks.tolist())
+        if key not in self._uses:
+            expandable = self._free.loaded.expandable_segments
+            use = card_use(
+                memory,
+                ranks,
+                self._loaded,
+                self.card,
+                shape=shape,
+                evaluation=shape,
+                expandable=expandable,
+                slack=self.slack,
+            )
+            self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
+        return self._uses[key][1]
+
+    @cached_property
+    def plain_seconds(self) -> float:
+        """Seconds of a batch with plain LoRA (rank 8 on all modules), without gradient checkpointing."""
+        time = self._time if self.step is self._free else _time_of(self._free, self.card, self.dtype)
+        assert time is not None, "the step was made without its work"
+        return reference_seconds(time, self._highest)
+
+    def breakdown(self, choice: Choice) -> Breakdown:
+        """Break down the peak of a choice's step by layer and kind of bytes."""
+        return break_down(choice._memory, self.step.targets, choice.ranks, choice.shape)
+
+    def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
+        """Return the choice with the fewest checkpointed layers that fit, with the allocator's reserve if possible."""
+        if self._set is not None:
+            return self.choice(layers, rank, self._set, kind)
+        ranks = self.plan(layers, rank)
+        holding = holding_layers(self.memory, ranks)
+
+        def checkpointing(count: int) -> Choice:
+            return self.choice(layers, rank, holding[:count], kind)
+
+        def guess(reserve: float) -> int:
+            return len(fewest_checkpointed(self.memory, ranks, _room_beside(self, reserve)))
+
+        count = guess(RESERVE)
+        if checkpointing(count)._has_slack and (use := checkpointing(count).use):
+            count = guess(use.reserve_share)
+        while not checkpointing(count).fits and count < len(holding):
+            count += 1
+        while count and checkpointing(count - 1).fits:
+            count -= 1
+        return checkpointing(count)
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """All choices: the request, fewer layers, different checkpointing, other ranks, and added ones."""
+        own = (choice for layers in _depths(self) for choice in _of_depth(self, layers))
+        return (*own, *_rank_choices(self), *self._others)
+
+    @property
+    def best(self) -> Choice | None:
+        """The fitting choice with the most adapted layers, then the least checkpointing; None if none fits.
+
+        If none fits with slack, this is the tight choice with the most spare memory.
+        """
+        if fitting := next((choice for choice in self.by_depth() if choice.fits), None):
+            return fitting
+        near = (choice for choice in self.by_depth() if choice.verdict != "does not fit")
+        tight = [choice for choice in near if choice.use and choice.use.spare_bytes >= 0]
+        return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
+
+    def by_depth(self) -> Iterator[Choice]:
+        """Yield choices at the requested rank: most layers first, then least checkpointing.
+
+        They are generated lazily, because checking each fit is slow.
+        """
+        for layers in _depths(self):
+            yield from sorted(_of_depth(self, layers), key=lambda choice: len(choice.checkpointed))
+
+    @property
+    def main(self) -> Choice:
+        """The choice to report: the request, or the best fit on a card."""
+        return (self.best if self.card else None) or self.choices[0]
+
+    @cached_property
+    def grid(self) -> tuple[GridCell, ...]:
+        """Cells for all predictable batches, with adapters on all layers at the requested rank; empty off a card."""
+        if self.card is None:
+            return ()
+        limit = self.step.model.positions or max(LENGTHS)
+        lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
+        rows = sorted({*ROWS, self.settings.batch_size})
+        shapes = (BatchShape(count, length) for length in lengths for count in rows)
+        return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
+
+    @property
+    def room_for_tensors(self) -> float:
+        """Tensor bytes available to any batch, assuming the reserve share of the requested one."""
+        return _room_beside(self, _reserve_share(self))
+
+
+def _room_beside(outlook: Outlook, reserve: float) -> float:
+    """Return the tensor bytes that fit with slack, if the allocator reserves this share of all tensors on top."""
+    assert outlook.card is not None, "there is no card"
+    return outlook.room - outlook.card.memory_bytes * (1 - (1 - outlook.slack) / (1 + reserve))
+
+
+def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
+    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
+    assert outlook.card is not None, "there is no card"
+    beside, found = outlook.card.memory_bytes - outlook.room, list[tuple[int, int]]()
+    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
+        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
+            break
+        if use := choice.use:
+            found.append((use.total_bytes, index))
+    total, index = min(found)
+    return outlook.choices[index], total
+
+
+def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
+    """Return spare bytes with checkpointed inputs offloaded to main memory, and the seconds per step for the copies.
+
+    None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
+    seconds are an upper bound at the bus rate of the card.
+    """
+    if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
+        return None
+    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
+    if (best and best.layers == outlook.blocks) or _is_hopeless(outlook, least := lighter.peak(ranks), outlook.slack):
+        return None
+    use, moved = outlook._use(lighter, ranks), outlook.memory.peak(ranks) - least
+    if use.verdict != "fits":
+        return None
+    return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
+
+
+def _reserve_share(outlook: Outlook) -> float:
+    """Return the allocator's reserve as a share of all tensors, for the request with all layers checkpointed."""
+    use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
+    assert use is not None, "there is no card"
+    return use.reserve_share
+
+
+def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
+    """Check whether plain LoRA fits the card."""
+    if _is_hopeless(outlook, plain.peak(outlook._plain), outlook.slack):
+        return False
+    return outlook._use(plain, outlook._plain).verdict == "fits"
+
+
+def _is_hopeless(outlook: Outlook, step_bytes: float, slack: float = 0.0) -> bool:
+    """True if tensors alone exceed the card less `slack`, so the allocator need not be replayed."""
+    assert outlook.card is not None, "there is no card"
+    return SURELY * step_bytes > outlook.room - slack * outlook.card.memory_bytes
+
+
+def _depths(outlook: Outlook) -> list[int]:
+    """Return the numbers of adapted top layers to show, in descending order."""
+    return list(dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)))
+
+
+def _of_depth(outlook: Outlook, layers: int) -> tuple[Choice, ...]:
+    """Return the choices with this many layers, at the requested rank."""
+    if layers not in outlook._by_depth:
+        outlook._by_depth[layers] = tuple(_depth_choices(outlook, layers))
+    return outlook._by_depth[layers]
+
+
+def _depth_choices(outlook: Outlook, layers: int) -> Iterator[Choice]:
+    as_asked: tuple[str, ...] | None = None
+    if outlook._asked:
+        as_asked = outlook.checkpointable if outlook._asked.segments else ()
+        if layers == outlook.blocks:
+            yield outlook._priced("asked", layers, outlook.rank, as_asked, outlook._asked)
+    if outlook._set is not None:
+        yield outlook.fitting(layers, outlook.rank)
+        return
+    none = outlook.choice(layers, outlook.rank, ())
+    holding = holding_layers(outlook.memory, none.ranks)
+    if as_asked != () or layers < outlook.blocks:
+        yield none
+    if not holding or (as_asked and layers == outlook.blocks):
+        return
+    every = outlook.choice(layers, outlook.rank, holding)
+    if outlook.card and not none.fits:
+        fitting = outlook.fitting(layers, outlook.rank)
+        if fitting.checkpointed != every.checkpointed:
+            yield fitting
+    yield every
+
+
+def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
+    for rank in RANKS:
+        if rank == outlook.rank or rank > outlook._highest.max():
+            continue
+        if outlook._asked:
+            checkpointed = outlook.checkpointable if outlook._asked.segments else ()
+            yield outlook._priced("rank", outlook.blocks, rank, checkpointed, outlook._asked)
+        else:
+            yield outlook.fitting(outlook.blocks, rank, "rank")
+
+
+def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
+    assert outlook.card is not None, "there is no card"
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook.room_for_tensors
+    taken = outlook.card.memory_bytes - outlook.room
+    plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
+    step = outlook._free if plain <= room else outlook._lean or outlook._free
+    asked = shape == outlook.memory.shape  # reuse the price above, including this choice's own reserve
+    chosen = (
+        outlook.fitting(outlook.blocks, outlook.rank).checkpointed
+        if asked or outlook._set is not None
+        else fewest_checkpointed(step.memory, ranks, room, shape)
+    )
+    peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
+    total = (peak + taken) * (1 + _reserve_share(outlook))
+    return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
+
+
+def _time_of(step: ConfiguredStep, card: DeviceSpec | None, dtype: str) -> StepTime | None:
+    """Return the time model of any plan, from counted work and the published rates of the card or of a default one."""
+    if step.work is None or card is None:
+        return None
+    rates = card.rates or device_table()[USUAL_CARD].rates
+    assert rates is not None, "cards of the table have rates"
+    return step.work.time(card_rates(rates, dtype))
+
+
+REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41
+"""Bytes per second that the operators of a step reach on any card with a higher published rate, and the least share of
+the published rate that they reach while matrix products reach theirs (docs/experiments.md).
+"""
+
+
+def card_rates(rates: DeviceRates, dtype: str) -> Rates:
+    """Return a card's rates for a frozen model of this dtype; falls back to the fp32 rate for products."""
+    products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
+    moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
+    return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)

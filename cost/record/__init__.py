@@ -1,0 +1,1 @@
+"""What a training step holds and computes, recorded in one run of it on any device, the meta device included."""

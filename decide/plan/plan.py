@@ -1,0 +1,466 @@
+"""Convert scores to wanted ranks, and wanted ranks to a plan that uses the whole budget.
+
+Every decision takes these two steps, in an episode and in a real fine-tune:
+
+* `pack` turns scores into wanted ranks. The rank floor determines the number of adapted modules: a few layers at a
+  useful rank are worth more than all layers at rank 1, because memory depends mostly on the lowest adapted layer. Among
+  the adapted modules, ranks are proportional to exp(score).
+* `project` turns wanted ranks into a plan. It clips them to the ladder and the bounds, lowers ranks until they fit,
+  and raises ranks until nothing more fits.
+
+Both change one rung at a time in order of log(rank) - score, so equal scores give equal ranks.
+
+Some plans read no signal: one rank, or nearly one, on the top layers, such as `uniform_ranks`. Without gradient
+checkpointing, adapting the top layers at a useful rank was better than any other plan with the same bytes
+(docs/design.md). `TimeLimit` keeps the step time within its limit, including recomputation in checkpointed layers.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...common.arrays import FloatArray, IntArray
+from ...common.errors import BudgetError
+from ...common.text import format_bytes, given_bytes
+from ...cost.cost import Cost, FixedCost, ParameterCost, TimedCost, UntimedCost, moment_costs, plan_cost
+from ...cost.step_time import PARTS, StepTime, exact_unit
+from ...lora.spec import REFERENCE_RANK, ModuleSpec
+from .problem import AllocationProblem, PlanBuilder
+
+TOP_DOWN = 100.0
+"""A depth bias large enough for scores to matter only within a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A plan and its inputs.
+
+    Attributes:
+        clipped: the wanted ranks, rounded down onto the ladder and clipped to the bounds, int64 (modules,).
+        ranks: the plan, int64 (modules,).
+        cost: cost of the plan, in the unit of the problem.
+    """
+
+    clipped: IntArray
+    ranks: IntArray
+    cost: float
+
+
+def check_budget(problem: AllocationProblem, names: list[str], share: float | None = None) -> None:
+    """Check that some plan fits: the lower bounds, or without bounds one module at the lowest rank above 0.
+
+    Args:
+        problem: the allowed plans.
+        names: names of the modules, for the error.
+        share: the limit as a share of plain LoRA's cost, if given this way.
+
+    Raises:
+        BudgetError: none fits; the error states the smallest working budget, and the largest contributions to it.
+    """
+    least = least_ranks(problem)
+    if problem.bottoms.any():
+        count = np.count_nonzero(least)
+        first = names[int(np.argmax(least > 0))]
+        cause = f"the lower bounds on the ranks of {count} modules"
+        where = f"(rank {least.max()} at most, {first!r} among them)"
+        if count == 1:
+            cause, where = f"the lower bound on the rank of {first!r}", f"(rank {least.max()} on it alone)"
+    else:
+        cause, where = "any adapter", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
+    if not problem.fits(least):
+        needed, given, reason = _shortfall(problem, least, share)
+        raise BudgetError(f"The {given} is too small for {cause}. The smallest that works is {needed} {where}.{reason}")
+
+
+def least_ranks(problem: AllocationProblem) -> IntArray:
+    """Return the cheapest plan with an adapter: the lower bounds, or one module at the lowest rank above 0.
+
+    Returns:
+        Ranks, int64 (modules,).
+
+    Raises:
+        BudgetError: the upper bounds allow no adapter.
+    """
+    ladder, modules = problem.ladder.array, np.arange(len(problem.tops))
+    if problem.bottoms.any():
+        return ladder[problem.bottoms]
+    if not problem.tops.any():
+        raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
+    nothing = FixedCost(problem.cost, np.zeros(len(modules), dtype=np.bool_))
+    alone = nothing.value[:, None] + nothing.additions(modules) + problem.cost.per_rank * ladder[1]
+    cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
+    return np.where(modules == cheapest, ladder[1], 0)
+
+
+def least_cost(modules: Sequence[ModuleSpec], low: IntArray | None, high: IntArray | None, cost: Cost) -> float:
+    """Cost of the cheapest plan with an adapter; see `least_ranks`, and `AllocationProblem.of` for the arguments."""
+    return plan_cost(cost, least_ranks(AllocationProblem.of(modules, cost, math.inf, low=low, high=high)))
+
+
+def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None) -> tuple[str, str, str]:
+    """Return, for an error, the cost of a plan, the limit, and the largest contributions with ways to lower them.
+
+    Savings lower the bytes of plain LoRA as well, so they do not help if the limit is a share of them.
+    """
+    cost, needed = problem.cost, plan_cost(problem.cost, ranks)
+    costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
+    peak = int(np.argmax(costs))
+    held = cost.constant[peak]
+    if isinstance(cost, TimedCost) and peak == len(costs) - 1:
+        least, most, fixed = (value / cost.unit_per_second for value in (needed, problem.limit, held))
+        reason = (
+            f" {fixed:.3g} s of it go to what every plan takes, the forward pass above all. A smaller per-device batch "
+            "or shorter sequences lower it."
+        )
+        return f"{_rounded_up(least)} s", f"time of {most:.3g} s a step", reason
+    as_share = "" if share is None else f", a share of {math.ceil(100 * share * needed / problem.limit)}%"
+    if cost.unit == "parameters":
+        return f"{needed:.0f} parameters{as_share}", f"budget of {problem.limit:.0f}", ""
+    parts = (
+        (held, "to what this moment holds even without an adapter (such as what trains outside it)"),
+        (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward (activations, logits)"),
+        (adapter[peak], "to the adapter itself"),
+    )
+    shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
+    reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}."
+    if share is None:
+        reason += (
+            " A smaller per-device batch or shorter sequences lower it, and so does gradient checkpointing where it is "
+            "off."
+        )
+    needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
+    return needs, f"budget of {given_bytes(problem.limit)} for a step", reason
+
+
+def _rounded_up(seconds: float) -> str:
+    """Format seconds > 0 with three digits, rounded up, to give a feasible limit."""
+    last = 10.0 ** (math.floor(math.log10(seconds)) - 2)
+    return f"{math.ceil(seconds / last) * last:.4g}"
+
+
+def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
+    """Find one rank on whole layers from the top down: the rank, at least 1, and the lowest layer; None if none fits.
+
+    It adapts as many layers as fit at rank 8, the common choice, or at rank 1 under a budget of parameters, where depth
+    is free (docs/design.md, "Uniform rank"); at least the top layer. They get the largest integer rank within the
+    limit.
+
+    Args:
+        problem: the allowed plans; `max_step`, `pinned` and current ranks are ignored.
+    """
+    least_rank = 1 if isinstance(problem.cost, ParameterCost) else REFERENCE_RANK
+    blocks = range(int(problem.blocks.max()) + 1)
+    lowest = bisect_left(blocks[:-1], True, key=lambda block: problem.fits(problem.uniform(least_rank, block)))
+    ranks = range(1, problem.ladder.ranks[-1] + 1)
+    rank = bisect_left(ranks, True, key=lambda rank: not problem.fits(problem.uniform(rank, lowest)))
+    return (rank, lowest) if rank and problem.uniform(rank, lowest).any() else None
+
+
+def uniform_ranks(problem: AllocationProblem) -> IntArray:
+    """One rank on all modules of as many top layers as can have a useful one, the simple baseline.
+
+    Args:
+        problem: the allowed plans; `max_step`, `pinned` and current ranks are ignored.
+
+    Returns:
+        Integer ranks up to the ladder's end, within the bounds of each module, int64 (modules,). If not even the top
+        layer fits at rank 1, some of its modules are adapted, at ranks as equal as possible.
+    """
+    window = uniform_window(problem)
+    if window:
+        return problem.uniform(*window)
+    return pack(problem.fresh(), np.zeros(len(problem.ranks)), rank_floor=1.0)
+
+
+def pack(problem: AllocationProblem, scores: FloatArray, rank_floor: float, depth_bias: float = TOP_DOWN) -> IntArray:
+    """Wanted ranks for these scores, assuming every module may move to any rank within its bounds.
+
+    First, modules are admitted in order of score + depth bias * layer, as long as all of them can have the rank floor.
+    With a high depth bias these are the top layers, and part of the next one down; without a bias they are the modules
+    with the best scores, ties going to those further up. Then every admitted module starts at rank 1, and ranks rise in
+    order of log(rank) - score until the budget is spent. With equal scores and a high depth bias this is the rule
+    top-down (docs/design.md).
+
+    Args:
+        problem: the allowed plans; `max_step` and `pinned` are ignored.
+        scores: log of each module's rank relative to the others, float (modules,).
+        rank_floor: rank to reserve for every adapted module, > 0.
+        depth_bias: score penalty per layer further down, in log rank.
+
+    Returns:
+        Ranks on the ladder, int64 (modules,); the lower bounds if nothing more fits.
+    """
+    for rung in range(int(np.clip(problem.ladder.rung(round(max(rank_floor, 1))), 1, problem.ladder.top)), 0, -1):
+        rungs = _admit(problem, scores, rung, depth_bias)
+        if (rungs > problem.bottoms).any():
+            break
+    draft = PlanBuilder(problem, scores, np.maximum(np.minimum(rungs, 1), problem.bottoms))
+    if (rungs > problem.bottoms).any():
+        draft.raise_adapted(problem.tops)
+    else:  # no module of the top layer fits, but a smaller one further down may
+        draft.fill(problem.tops)
+    return draft.ranks
+
+
+def _admit(problem: AllocationProblem, scores: FloatArray, rung: int, depth_bias: float) -> IntArray:
+    """Rungs with as many modules as fit at `rung`; the last layer reached may be partial."""
+    rungs, ladder = np.clip(rung, problem.bottoms, problem.tops), problem.ladder.array
+    order = np.lexsort((-problem.blocks, -(problem.preference(scores) + depth_bias * problem.blocks)))
+    blocks, turns = problem.blocks[order], np.zeros_like(order)
+    turns[order[1:]] = np.cumsum(blocks[1:] != blocks[:-1])  # consecutive modules of one layer share a turn
+
+    def admitted(turn: int) -> IntArray:
+        return np.where(turns < turn, rungs, problem.bottoms)
+
+    all_turns = range(1, int(turns[order[-1]]) + 2)
+    whole = bisect_left(all_turns, True, key=lambda turn: not problem.fits(ladder[admitted(turn)]))
+    draft = PlanBuilder(problem, scores, admitted(whole))
+    for member in order[(turns[order] == whole) & (rungs[order] > problem.bottoms[order])].tolist():
+        draft.lift(member, int(rungs[member]))
+    return draft.rungs
+
+
+def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *, fill: bool = True) -> Plan:
+    """Return the plan nearest to the wanted ranks that uses the whole budget.
+
+    Args:
+        problem: the allowed plans.
+        wanted: wanted ranks, int (modules,). They are rounded down onto the ladder and clipped to `max_step` and the
+            bounds.
+        scores: modules with low scores are lowered first, those with high scores are raised first, float (modules,).
+        fill: raise ranks until nothing more fits. If False, no rank exceeds the wanted one.
+
+    Returns:
+        The plan. Only if nothing else fits, it goes below `max_step` and drops pinned modules. If not even the lower
+        bounds fit, the plan is the lower bounds.
+    """
+    lower, upper = problem.bounds()
+    clipped = np.clip(problem.ladder.rung(wanted), lower, upper)
+    pinned = problem.is_pinned
+    draft = PlanBuilder(problem, scores, clipped)
+    if not fill and draft.fits():
+        return Plan(problem.ladder.array[clipped], draft.ranks, float(draft.costs.max()))
+    draft.lower(lower)
+    draft.lower(np.where(pinned, lower, problem.bottoms))
+    if not draft.fits():
+        droppable = pinned & (problem.bottoms == 0)
+        draft.drop(np.flatnonzero(droppable & (clipped > 0)))
+        upper = np.where(droppable, 0, upper)
+    draft.fill(upper if fill else np.minimum(upper, clipped))
+    return Plan(problem.ladder.array[clipped], draft.ranks, float(draft.costs.max()))
+
+
+RANK_FLOOR = 16.0
+"""Rank to reserve for every adapted module: about a quarter of the width of the models it was measured on."""
+
+
+def top_down(problem: AllocationProblem) -> IntArray:
+    """Equal ranks on as many top layers as can have `RANK_FLOOR`, and on some modules of the next layer down.
+
+    If the top layer cannot have the rank floor, a lower one is used. The whole budget is spent.
+
+    Args:
+        problem: the allowed plans; `max_step`, `pinned`, `hysteresis` and current ranks are ignored.
+
+    Returns:
+        Ranks on the ladder, int64 (modules,), none of which can be raised.
+    """
+    fresh = problem.fresh()
+    scores = np.zeros(len(problem.ranks))
+    return project(fresh, pack(fresh, scores, RANK_FLOOR), scores).ranks
+
+
+PLACEMENT = ("rank_floor", "depth_bias")
+"""Components of the placement: log2 of a factor on the rank floor, and an offset to the depth bias."""
+
+DEPTH_BIAS = 4.0
+"""Depth bias under a budget of bytes, before a policy changes it."""
+
+
+def base_rank_floor(problem: AllocationProblem) -> float:
+    """Rank floor before a policy changes it; 1 under a budget of parameters, where depth is free."""
+    return 1.0 if isinstance(problem.cost, ParameterCost) else RANK_FLOOR
+
+
+def base_depth_bias(problem: AllocationProblem) -> float:
+    """Depth bias before a policy changes it; 0 under a budget of parameters, where depth is free."""
+    return 0.0 if isinstance(problem.cost, ParameterCost) else DEPTH_BIAS
+
+
+CLOSE = 1.01
+"""Ratio of a rejected time to an accepted one below which the search for a plan ends."""
+
+GROWTH = 1.05
+"""Minimum growth factor of the search while no time is accepted."""
+
+CHECKS = 4
+"""Maximum timings of a plan before its predicted time is accepted."""
+
+SETTLED = 0.02
+"""Relative error of a predicted time that needs no correction."""
+
+FewestLayers = Callable[[IntArray], tuple[str, ...]]
+"""Returns the layers to checkpoint under a plan to stay within its memory limit."""
+
+
+@dataclass(eq=False)
+class TimeLimit:
+    """Limit on the step time.
+
+    Attributes:
+        time: step time under any plan.
+        seconds: maximum step time, > 0.
+        layers: chooses the checkpointed layers of each plan; None for those in place when the step was measured.
+        beside: step time of plain LoRA in seconds, for comparison in messages if the user set no limit; no plan reaches
+            `seconds` then. None if the user set one.
+    """
+
+    time: StepTime
+    seconds: float
+    layers: FewestLayers | None = None
+    beside: float | None = None
+
+    def added_to(self, cost: UntimedCost, limit: float) -> TimedCost:
+        """Add the step time to a cost as one more moment; without recomputation if `layers` chooses the layers."""
+        return self.time.row(() if self.layers else None).added_to(cost, limit, self.seconds)
+
+    def of(self, ranks: IntArray) -> float:
+        """Step time in seconds under a plan, int64 (modules,), recomputation included."""
+        return self.time.seconds(ranks, self.layers(ranks) if self.layers else None)
+
+    def fits(self, ranks: IntArray) -> bool:
+        """True if the step time under a plan, recomputation included, is within the limit."""
+        return self.of(ranks) <= self.seconds
+
+    def choose(self, problem: AllocationProblem, plan: Callable[[AllocationProblem], IntArray]) -> AllocationProblem:
+        """Return a problem whose plan is within the limit, recomputation included.
+
+        The problem's own time excludes recomputation if `layers` chooses the layers. If recomputation takes the plan
+        above the limit, the price of time is raised in the problem until its plan is small enough, then lowered again
+        as far as possible.
+
+        Args:
+            problem: with time among its costs.
+            plan: makes the plan of a problem, ranks int64 (modules,).
+
+        Returns:
+            The problem, with a higher price of time if needed.
+
+        Raises:
+            BudgetError: no plan satisfies both limits.
+        """
+        if self.layers is None:
+            return problem
+        over = self._over(plan(problem))
+        if over <= 1:
+            return problem
+        refused, ended, best = 1.0, np.inf, None
+        factor = max(over, CLOSE)
+        while ended > CLOSE * refused:
+            changed = with_dearer_time(problem, factor)
+            if not changed.fits(least_ranks(changed)):
+                ended = factor
+            elif (over := self._over(plan(changed))) > 1:
+                refused = factor
+            else:
+                ended, best = factor, changed
+            factor = (refused * ended) ** 0.5 if np.isfinite(ended) else refused * max(over, GROWTH)
+        if best is None:
+            raise self._impossible(self.of(least_ranks(problem)))
+        return best
+
+    def agreed(
+        self, plan: Callable[[TimeLimit], IntArray], measured: Callable[[IntArray], float], reference: float
+    ) -> TimeLimit:
+        """Return the limit with times calibrated on the plans it leads to.
+
+        A plan made for a limit favors underestimated costs over overestimated ones. It is therefore timed, all times
+        are scaled to match, and the plan is made again, until prediction and measurement agree. If they never do, since
+        plans change by whole layers, the closest limit is kept.
+
+        Args:
+            plan: makes the plan under a limit, int64 (modules,); BudgetError if there is none.
+            measured: measures the step time under a plan, as a share of the reference.
+            reference: step time of the reference by this limit's `time`, in seconds.
+
+        Returns:
+            A feasible limit with the same number of seconds.
+        """
+        limit, best, least = self, self, math.inf
+        for _ in range(CHECKS):
+            try:
+                ranks = plan(limit)
+            except BudgetError:
+                break
+            error = measured(ranks) * reference / limit.of(ranks)
+            if abs(math.log(error)) < least:
+                best, least = limit, abs(math.log(error))
+            if least <= SETTLED:
+                break
+            limit = replace(limit, time=limit.time.scaled(np.full(len(PARTS), error)))
+        return best
+
+    def check(self, problem: AllocationProblem) -> None:
+        """Raise BudgetError if the cheapest plan exceeds the time limit, recomputation included."""
+        seconds = self.of(least_ranks(problem))
+        if seconds > self.seconds:
+            raise self._impossible(seconds)
+
+    def text(self, ranks: IntArray) -> str:
+        """Format the time of a plan next to its limit, or next to plain LoRA's if there is none."""
+        seconds = self.of(ranks)
+        if self.beside is None:
+            return f"a step takes {seconds:.3g} of {self.seconds:.3g} s"
+        return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of that with rank 8 on all modules"
+
+    def state(self) -> dict[str, Any]:
+        """State for `from_state`, as arrays and JSON values."""
+        return {"seconds": self.seconds, "beside": self.beside, "time": self.time.state()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> TimeLimit:
+        """Restore the limit from `state`; a chooser for `layers` must be set again."""
+        beside = None if state["beside"] is None else float(state["beside"])
+        return cls(StepTime.from_state(state["time"]), float(state["seconds"]), beside=beside)
+
+    def _over(self, ranks: IntArray) -> float:
+        return self.of(ranks) / self.seconds
+
+    def _impossible(self, least: float) -> BudgetError:
+        return BudgetError(
+            f"The time of {self.seconds:.3g} s a step is too short for any plan within the budget. The smallest takes "
+            f"{least:.3g} s, with the gradient checkpointing that its bytes need. Raise the time, or the budget, which "
+            "then needs less checkpointing."
+        )
+
+
+def with_dearer_time(problem: AllocationProblem, factor: float) -> AllocationProblem:
+    """Return the same problem with the cost of time multiplied by a factor.
+
+    Args:
+        problem: with the step time among its costs.
+        factor: above 0.
+    """
+    cost, exact = problem.cost, exact_unit(problem.limit)
+    assert isinstance(cost, TimedCost)
+    changed = {name: getattr(cost, name).copy() for name in ("constant", "per_rank", "group_bytes")}
+    for array in changed.values():
+        array[-1] = np.ceil(array[-1] * factor / exact) * exact
+    return replace(problem, cost=replace(cost, **changed, unit_per_second=cost.unit_per_second * factor))
+
+
+def under_limit(problem: AllocationProblem, limit: float) -> AllocationProblem:
+    """Return the same problem under another limit of bytes or parameters; the time limit is unchanged.
+
+    Args:
+        problem: with or without the step time among its costs.
+        limit: in the unit of its cost, > 0.
+    """
+    changed = replace(problem, limit=limit)
+    return with_dearer_time(changed, limit / problem.limit) if isinstance(problem.cost, TimedCost) else changed

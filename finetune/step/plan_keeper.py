@@ -1,0 +1,456 @@
+"""Keeps the plan of a run within its budget: predicts costs, checkpoints layers, and shrinks the plan if needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...common.arrays import IntArray
+from ...common.checks import counted, finite
+from ...common.errors import BudgetError, UnsupportedError
+from ...common.text import format_bytes
+from ...cost.batch_shape import Batch, reshaped, shape_of
+from ...cost.cost import ByteCost, plan_cost
+from ...cost.model import MemoryModel
+from ...cost.record.calibration import measure_memory
+from ...cost.record.peak_meter import PeakMeter
+from ...cost.recording import BatchShape
+from ...data.batches import unknown_lengths
+from ...decide.applier import PlanApplier
+from ...decide.plan.plan import check_budget, least_cost
+from ...lora.adapters import signal_buffer_bytes
+from ...lora.spec import highest_ranks
+from .journal import Journal, PlanChange
+from .put_back import CutDirections, LayerCheckpointing
+from .run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+GOOD_STEPS = 20
+"""Steps without an error before a shrunken plan grows back; the wait doubles with each further failure."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanReduction:
+    """The plan before memory ran short, to be restored later, and how far it has shrunk.
+
+    Attributes:
+        ranks: the ranks of the original plan, int64 (modules,).
+        layers: names of its checkpointed layers.
+        limit: its limit of costs.
+        cost: the cost of the original plan, in the unit of the limit.
+        saved: saving of each further reduction, in that unit; 0 if none would help.
+        times: how many times the plan has shrunk since, 0 to `MOST_TRIES`.
+        step: optimizer steps done at the latest error or drop of the limit.
+    """
+
+    ranks: IntArray
+    layers: tuple[str, ...]
+    limit: float
+    cost: float
+    saved: float
+    times: int
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for `from_state`, as tensors and JSON values."""
+        return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PlanReduction:
+        """Restore a reduction from the result of `state`."""
+        return cls(
+            ranks=state["ranks"].numpy().copy(),
+            layers=tuple(state["layers"]),
+            limit=finite(state["limit"]),
+            cost=finite(state["cost"]),
+            saved=finite(state["saved"]),
+            times=counted(state["times"]),
+            step=counted(state["step"]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PlanState:
+    """Immutable state of the plan keeper, restored after a failed step.
+
+    Attributes:
+        wait: good steps before a shrunken plan grows back.
+        shape: the largest number of rows and the largest length of any batch so far.
+        underestimate: bytes by which measured peaks exceeded predictions, added to the cost of all plans.
+        unchecked: True if no step has been measured since the ranks changed.
+        before: the ranks before the last decision, int64 (modules,), restored if a peak exceeds the budget; None if
+            there are none.
+        memory: the byte model of the step with the current checkpointed layers; None if unknown.
+        reduction: how far the plan has shrunk while memory is short; None if it has not.
+        cuts: the directions then cut from ranks, oldest first.
+    """
+
+    wait: int
+    shape: BatchShape
+    underestimate: float = 0.0
+    unchecked: bool = True
+    before: IntArray | None = None
+    memory: MemoryModel | None = None
+    reduction: PlanReduction | None = None
+    cuts: tuple[CutDirections, ...] = ()
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for `from_state`, as tensors and JSON values."""
+        return {
+            "rows": self.shape.rows,
+            "length": self.shape.length,
+            "underestimate": self.underestimate,
+            "wait": self.wait,
+            **({} if self.reduction is None else {"reduction": self.reduction.state()}),
+            **({} if self.before is None else {"before": torch.from_numpy(self.before.copy())}),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PlanState:
+        """Restore from the result of `state`, without the byte model and the cut directions."""
+        return cls(
+            counted(state.get("wait", GOOD_STEPS), 1),
+            BatchShape(counted(state["rows"]), counted(state["length"])),
+            underestimate=finite(state["underestimate"]),
+            unchecked=bool(state.get("measure_next", True)),
+            before=state["before"].numpy().copy() if "before" in state else None,
+            reduction=PlanReduction.from_state(state["reduction"]) if "reduction" in state else None,
+        )
+
+
+class PlanKeeper:
+    """Keeps the plan of one run within its limit of bytes or parameters, and of time.
+
+    If the plan does not fit, more layers are checkpointed first, where allowed, and only then do ranks shrink. The
+    result always has at least one adapter: if no such plan fits, the run stops with `BudgetError`.
+
+    Args:
+        meter: measures the peak of steps; after each change, the next step is measured.
+
+    Attributes:
+        now: the current state; replaced as a whole, never modified.
+        step: the number of optimizer steps done.
+        run: the run.
+        applier: changes the ranks.
+        journal: records decisions and corrections.
+        checkpointing: chooses the layers to checkpoint; None if the run may not checkpoint any.
+    """
+
+    run: TrainingRun
+    applier: PlanApplier[Any]
+    journal: Journal
+    checkpointing: LayerCheckpointing | None = None
+
+    def __init__(self, meter: PeakMeter) -> None:
+        self.meter, self.now, self.step = meter, PlanState(GOOD_STEPS, BatchShape(0, 0)), 0
+
+    def attach(
+        self,
+        run: TrainingRun,
+        applier: PlanApplier[Any],
+        memory: MemoryModel | None,
+        journal: Journal,
+        corrected: Callable[[PlanChange], None],
+        checkpointing: LayerCheckpointing | None,
+        shape: BatchShape | None,
+    ) -> None:
+        """Start keeping the plan of a run.
+
+        Args:
+            run: the run; its optimizer's state is mapped to new ranks.
+            applier: changes the ranks.
+            memory: the byte model, to predict costs of other batch shapes; None to measure it when needed.
+            journal: records decisions and corrections.
+            corrected: called with each correction.
+            checkpointing: chooses the layers to checkpoint. `memory` then describes a step with all layers
+                checkpointed.
+            shape: the batch shape used to price plans; defaults to the run's largest batch.
+        """
+        self.run, self.applier, self.journal, self.checkpointing = run, applier, journal, checkpointing
+        self._corrected, self.meter.highest = corrected, run.replicas.highest
+        if memory:
+            # A resumed run has a shape: a larger batch is handled before its step.
+            shape = self.now.shape if self.now.shape.rows else shape or memory.shape
+            if checkpointing:
+                checkpointing.memory, memory = memory, memory.with_checkpointed(checkpointing.layers)
+                if applier.time:
+                    applier.time.layers = self.layers_of
+            self.now = replace(self.now, shape=shape, memory=memory)
+
+    @property
+    def checkpointed(self) -> tuple[str, ...]:
+        """Names of the layers chosen for gradient checkpointing."""
+        return self.checkpointing.layers if self.checkpointing else ()
+
+    @property
+    def limits_bytes(self) -> bool:
+        """True if the budget counts bytes."""
+        return isinstance(self.applier.cost, ByteCost)
+
+    def warn(self, text: str, *values: object) -> None:
+        """Log a warning in the first process only, since all processes reach the same conclusion."""
+        if self.run.replicas.processes.first:
+            logger.warning(text, *values)
+
+    # Decisions --------------------------------------------------------------------------------------------------------
+
+    def price_for_decision(self, *, checkpointing: bool = True) -> None:
+        """Set the costs for a decision: each plan with just the checkpointed layers it needs to fit.
+
+        Without selectable layers, costs are unchanged. See `checkpointed_cost`.
+
+        Args:
+            checkpointing: True if the decision may rely on gradient checkpointing.
+        """
+        if self.checkpointing and self.checkpointing.memory:
+            applier, targets, now = self.applier, self.applier.targets, self.now
+            least = partial(least_cost, targets, applier.low, applier.high) if checkpointing else None
+            room = applier.limit - now.underestimate
+            unpaid = signal_buffer_bytes(targets) * (not applier.will_measure)
+            cost = self.checkpointing.cost(highest_ranks(targets), room, now.shape, applier.ranks, least, unpaid)
+            applier.cost = replace(cost, constant=cost.constant + now.underestimate)
+
+    def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
+        """Settle after a decision: choose the checkpointed layers, and measure the next step.
+
+        Ranks changed by the decision, or all of them if set by hand, no longer grow back to their values before memory
+        ran short.
+
+        Args:
+            before: the ranks before the decision, int64 (modules,).
+            step: the optimizer steps before it.
+            by_hand: True if all ranks were set by hand.
+        """
+        ranks, reduction = self.applier.ranks, self.now.reduction
+        if reduction:
+            reduction = replace(reduction, ranks=np.where(by_hand | (ranks != before), ranks, reduction.ranks))
+        way_back = before if step > 0 else None  # there is no plan before the first one
+        self.now = replace(self.now, before=way_back, cuts=(), reduction=reduction)
+        self.checkpoint_fewest()
+        if self.limits_bytes:
+            self.measure_next()
+
+    # What makes plans cost more ---------------------------------------------------------------------------------------
+
+    def larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
+        """Predict costs for batches larger than all earlier ones, and shrink the plan if it no longer fits.
+
+        Args:
+            batches: the batches of the next step; the model has not seen them.
+            shape: the largest number of rows and the largest length of any batch so far, including these.
+        """
+        self.now = replace(self.now, shape=shape)
+        if not self.limits_bytes:
+            return
+        self.measure_next()
+        try:
+            cost = self.cost_of_shape(shape)
+        except UnsupportedError:  # the byte model predicts only the shape of its calibration
+            logger.debug("Calibrating again for %s.", shape)
+            longest = max(batches, key=lambda batch: shape_of(batch).length, default=None)
+            self.measure_again(longest, shape)
+            cost = self.cost_of_shape(shape)
+        self.applier.cost = cost
+        text = f"A batch of {shape} came, larger than the memory was planned for."
+        self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
+
+    def count_gradients(self) -> None:
+        """Add the bytes of gradients to every moment of a step, because the loop keeps them between steps."""
+        checkpointing, memory = self.checkpointing, self.now.memory
+        self.run.keep_gradients()
+        if checkpointing and checkpointing.memory:
+            checkpointing.memory = replace(checkpointing.memory, accumulates=True)
+        if memory:
+            self.now = replace(self.now, memory=replace(memory, accumulates=True))
+            self.applier.cost = self.cost_of_shape(self.now.shape)
+        else:
+            self.measure_again(None, self.now.shape)
+        text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
+        self._fit(text, "gradients stay")
+
+    def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
+        """Correct the prediction after a measured peak above the limit, and make the plan fit again.
+
+        The ranks return to those before the last decision, reduced if necessary to fit the corrected prediction.
+        Without an earlier decision, they shrink.
+
+        Args:
+            peak: the measured peak of the step, in bytes.
+            cause: why the peak exceeds the prediction, for people; empty if unknown.
+            predicted: the predicted peak of the step, in bytes; defaults to the cost of the plan.
+
+        Raises:
+            BudgetError: no plan with an adapter fits the corrected prediction.
+        """
+        applier, now = self.applier, self.now
+        ranks, cost = applier.ranks, applier.cost
+        error = max(peak - (plan_cost(applier.cost_now(), ranks) if predicted is None else predicted), 0.0)
+        self.now = replace(now, underestimate=now.underestimate + error)
+        assert isinstance(cost, ByteCost)
+        applier.cost = replace(cost, constant=cost.constant + error)
+        before = ranks if now.before is None else now.before
+        back = not np.array_equal(before, ranks)
+        text = (
+            f"The peak of step {self.step} was {format_bytes(peak, up=True)}, above the budget of "
+            f"{format_bytes(applier.limit)}"
+        )
+        text = f"{text}, {cause}" if cause else f"{text}."
+        if self.step == applier.total_steps:
+            self.warn("%s It was the last step: the plan stays.", text)
+        elif not self.fits_with_checkpointing(text):
+            self.check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
+            self.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
+            self.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
+
+    def new_limit(self, limit: float, step: int) -> None:
+        """Change the limit of a resumed run, and shrink the plan if it no longer fits.
+
+        Raises:
+            BudgetError: no plan fits.
+        """
+        applier, reason = self.applier, "The budget or the time was changed."
+        if limit != applier.limit:
+            self.now = replace(self.now, reduction=None)
+        applier.limit, self.step = limit, step
+        if not self.fits_with_checkpointing(reason) and not applier.fits():
+            self.check_possible(reason)
+            self.correct("shrunk: another budget or time", applier.ranks)
+
+    # Making a plan fit ------------------------------------------------------------------------------------------------
+
+    def cost_of_shape(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
+        """Return the cost of plans for a batch shape, in bytes.
+
+        Args:
+            shape: the shape of the largest batch.
+            memory: the byte model to use; defaults to that of the current checkpointed layers.
+
+        Raises:
+            UnsupportedError: no byte model covers this shape.
+        """
+        memory = memory or self.now.memory
+        if memory is None:
+            raise UnsupportedError("This run was resumed, and has no byte model.")
+        cost = memory.cost(shape)
+        return replace(cost, constant=cost.constant + self.now.underestimate)
+
+    def measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
+        """Measure the byte model again, with a step of a given shape.
+
+        Args:
+            batch: the batch to measure with, extended to the shape; None for the run's largest batch.
+            shape: the shape of the measured step.
+        """
+        run, targets, checkpointing = self.run, self.applier.targets, self.checkpointing
+        if checkpointing:
+            checkpointing.all()
+
+        def measure() -> MemoryModel:
+            # The largest rows and length so far may come from two batches, or from another process.
+            largest = run.largest_batch() if batch is None else run.on_device(batch)
+            whole = reshaped(largest, shape, run.step.rows_per_example)
+            return measure_memory(run.step, targets, whole, signals=True)
+
+        memory = run.measured(measure)
+        self.now = replace(self.now, memory=memory)
+        run.replicas.changed(targets, self.step)
+        if checkpointing:
+            checkpointing.memory = memory
+            self.checkpoint_fewest()
+
+    def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
+        """Return the names of the layers to checkpoint for a plan of these ranks, int64 (modules,), to fit."""
+        if self.checkpointing is None:
+            return ()
+        return self.checkpointing.fewest(ranks, self.room_for(ranks), self.now.shape)
+
+    def room_for(self, ranks: IntArray) -> float:
+        """Return the bytes that the byte model may predict for a plan, int64 (modules,), within the limit."""
+        return self.applier.limit - self.now.underestimate + self.unpaid(ranks)
+
+    def unpaid(self, ranks: IntArray) -> float:
+        """Return the bytes of signal buffers in the byte model that a run without signals does not use; else 0."""
+        return 0.0 if self.applier.measures else float(signal_buffer_bytes(self.applier.targets) @ ranks)
+
+    def fits_with_checkpointing(self, reason: str) -> bool:
+        """Try to make the plan fit by checkpointing other layers; True if it fits with unchanged ranks.
+
+        Args:
+            reason: why it may not fit, for the warning if the layers change.
+        """
+        before = self.checkpointed
+        if self.checkpointing is None or not self.checkpoint_fewest():
+            return False
+        if before != self.checkpointed:
+            self.measure_next()
+            self.warn("%s Now %s, and the plan stays.", reason, self.checkpointing)
+        return True
+
+    def correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
+        """Bring the ranks within the limit, as close as possible to some wanted ranks.
+
+        Args:
+            reason: for the decision log.
+            wanted: the wanted ranks, int64 (modules,).
+            keeps: True to keep the cut directions in main memory.
+        """
+        applier = self.applier
+        observation = applier.observation_now(self.step)
+        pairs = [CutDirections.of(target) for target in applier.targets if target.rank] if keeps else []
+        plan = applier.correct(wanted, self.step, self.run.optimizer)
+        cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < pair.rows.shape[1])
+        self.now = replace(self.now, cuts=self.now.cuts + cuts)
+        self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
+
+    def _fit(self, text: str, cause: str, hint: str = "") -> None:
+        """Make the plan fit after costs rose, and report it.
+
+        Args:
+            text: what happened; the beginning of the reported line.
+            cause: why costs rose, for the decision log.
+            hint: further text if no plan fits.
+        """
+        if self.applier.fits():
+            self.warn("%s The plan still fits.", text)
+        elif not self.fits_with_checkpointing(text):
+            self.check_possible(text + hint)
+            self.warn("%s The plan is shrunk.", text)
+            self.correct(f"shrunk: {cause}", self.applier.ranks)
+
+    def check_possible(self, context: str) -> None:
+        """Raise BudgetError, with its context, if no plan with an adapter fits."""
+        try:
+            check_budget(self.applier.problem_now(), list(self.applier.names))
+        except BudgetError as error:
+            raise BudgetError(f"{context} {error}") from error
+
+    def changed(self, change: PlanChange) -> None:
+        """Settle after a correction of ranks: choose checkpointed layers, measure the next step, record the change."""
+        self.checkpoint_fewest()
+        self.now = replace(self.now, before=None)
+        self.measure_next()
+        self._corrected(change)
+
+    def measure_next(self) -> None:
+        """Measure the peak of the next step, for comparison with the prediction."""
+        self.meter.request()
+        self.now = replace(self.now, unchecked=True)
+
+    def checkpoint_fewest(self) -> bool:
+        """Checkpoint the fewest layers with which the plan fits; return True if it then fits."""
+        self.checkpoint(self.layers_of(self.applier.ranks))
+        return self.applier.fits()
+
+    def checkpoint(self, layers: Sequence[str]) -> None:
+        """Checkpoint these layers, if layers may be chosen, and update the costs of plans."""
+        if self.checkpointing:
+            self.checkpointing.take(layers)
+            self.now = replace(self.now, memory=self.checkpointing.memory_now())
+            self.applier.cost = self.cost_of_shape(self.now.shape)

@@ -1,0 +1,146 @@
+"""Settings of `rankpilot memory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from ..common.errors import ConfigError, shown
+from ..cost.budget import Budget
+from ..cost.forecast.configured_step import Sharding
+from ..cost.step_config import ExpertBits, StepConfig, check_dropout, check_seed
+from ..data.task import Task
+
+MOST_LABELS = 1_000_000
+"""Maximum number of classes."""
+
+AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
+
+_OF_CARD = (
+    *("gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant"),
+    *("packed", "offload", "expandable_segments"),
+)
+
+_OF_DATA = ("labels", "text_column", "label_column", "seed")
+"""Settings ignored for a card, which assumes full rows and the model's own head."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig(StepConfig):
+    """The training step of `rankpilot memory`: a model with an adapter, on a batch.
+
+    Attributes:
+        model: a packaged model (listed by rankpilot assets), a Hugging Face id or a local folder.
+        data: a packaged data set, a Hugging Face id, a local file or folder; its longest rows form the batch. Without
+            data, the batch holds random token ids, and all rows have the full length.
+        rank: rank of the adapter on every target module.
+        task: classification, regression, token-classification, seq2seq or causal-lm; by default inferred from the
+            columns of the data, or else from the model's architecture.
+        labels: number of classes or tags, for a classification without data.
+        budget: also show the plans of the rules within this budget, and the choices that fit: "24GiB" for the whole
+            device, "6GiB step", "80%" of plain LoRA (rank 8 on all modules), "300k params" or "auto" (90 % of the free
+            memory on the device).
+        measure: also run real steps, and show measured bytes next to predicted ones.
+        text_column: name of the column with the text, or with the tokens.
+        label_column: name of the column with the class, the number, the tags or the target text.
+        seed: seed of random token ids and fresh adapters.
+        trainer: further settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true
+            assistant_only_loss=true label_smoothing_factor=0.1.
+        device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Downloads
+            nothing but a configuration unknown to rankpilot. MODEL is then a short name ("qwen3-8b"), a Hugging Face
+            id, a folder or a config.json.
+        device_memory: the same for a card given by its memory: "24GiB".
+        gpus: number of such cards that train together, each with its own batch; all figures are per GPU.
+        sharding: state shared by the GPUs: ddp, nothing; zero2, the optimizer state; fsdp2 and zero3, the frozen model
+            and all trained parameters.
+        dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 if the card supports it.
+            With bf16, steps run under bf16 autocast.
+        lora_dropout: dropout rate on an adapter's inputs; its masks and products use memory.
+        experts: storage of fused experts in a quantised model: as in transformers, in 16 bits; as in axolotl's
+            quantize_moe_experts; or as in Unsloth.
+        attention: attention implementation on the card: eager, sdpa, flash (2 or 3), flex, or math, which sdpa uses on
+            most AMD cards.
+        loss: model, with all logits; chunked, as in TRL's SFTTrainer; cut, as in cut cross-entropy.
+        reentrant: gradient checkpointing with use_reentrant=True.
+        packed: a row holds several texts, and may exceed the model's positions.
+        offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
+        expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
+        os: operating system of the machine with the card; on Windows memory spills into main memory without an error.
+
+    Raises:
+        ConfigError: a value is out of range, or options contradict each other.
+        BudgetError: the budget cannot be read.
+    """
+
+    model: str
+    data: str | None = None
+    rank: int = 8
+    task: Task | None = None
+    labels: int = 2
+    budget: str | None = None
+    measure: bool = False
+    text_column: str = "text"
+    label_column: str = "label"
+    seed: int = 0
+    trainer: tuple[str, ...] = ()
+    device: str | None = None
+    device_memory: str | None = None
+    gpus: int = 1
+    sharding: Sharding = "ddp"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    lora_dropout: float = 0.0
+    experts: ExpertBits = "transformers"
+    attention: AttentionKind | None = None
+    loss: Literal["model", "chunked", "cut"] = "model"
+    reentrant: bool = False
+    packed: bool = False
+    offload: bool = False
+    expandable_segments: bool = False
+    os: Literal["linux", "windows"] = "linux"
+
+    @property
+    def of_card(self) -> dict[str, Any]:
+        """Settings of the card rather than the step, as arguments of `memory_of`."""
+        return {name: getattr(self, name) for name in _OF_CARD}
+
+    @property
+    def card(self) -> str | None:
+        """The card in question; None to examine the model on its own device."""
+        return self.device or self.device_memory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        check_dropout(self.lora_dropout)
+        if self.experts != "transformers" and self.quantization == "none":
+            raise ConfigError(f"experts={self.experts!r} is of a quantised model: give --quantization with it.")
+        if self.rank < 1 or not 2 <= self.labels <= MOST_LABELS:
+            given = f"got {shown(self.rank)} and {shown(self.labels)}"
+            raise ConfigError(f"rank is at least 1 and labels 2 to {MOST_LABELS:,}; {given}.")
+        check_seed(self.seed)
+        self._check_card()
+
+    def _check_card(self) -> None:
+        if "" in (self.device, self.device_memory):
+            raise ConfigError("device is a card ('RTX 4090'), and device_memory the memory of one ('24GiB'); got ''.")
+        if self.device and self.device_memory:
+            raise ConfigError(
+                f"Give either the card ({shown(self.device)}) or its memory ({shown(self.device_memory)}): "
+                "one tells the other."
+            )
+        if not self.card:
+            defaults = {each.name: each.default for each in fields(self)}
+            given = [name for name in (*_OF_CARD, "os") if getattr(self, name) != defaults[name]]
+            if given:
+                raise ConfigError(f"{given[0]} is of a card: give --device or --device-memory with it.")
+            return
+        wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
+        wrong += [
+            each.name for each in fields(self) if each.name in _OF_DATA and getattr(self, each.name) != each.default
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "
+                "--max-length tokens."
+            )

@@ -1,0 +1,106 @@
+"""Assumptions of an answer about a card that few or no runs have verified, and the possible errors.
+
+Figures refer to the runs in benchmarks/published_peaks/axolotl.csv (`python -m benchmarks published`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..common.text import format_bytes
+from ..cost.forecast.outlook import Outlook
+
+Direction = Literal["more", "less", "either"]
+"""Direction in which a run may differ: more than predicted, less, or unknown."""
+
+LOGIT_BYTES = 12
+"""Bytes per token and vocabulary entry with full logits: in 16 bits and in fp32, each with its gradient."""
+
+SHORT = 512
+"""Tokens up to which scores of eager attention are small."""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """An assumption of an answer.
+
+    Attributes:
+        what: the assumption and the evidence.
+        direction: direction in which a run may differ from the prediction.
+    """
+
+    what: str
+    direction: Direction
+
+
+def doubts(outlook: Outlook) -> list[Doubt]:
+    """Return the assumptions of an answer; none for a loaded model, whose own steps are recorded."""
+    return list(_doubts(outlook)) if outlook.card else []
+
+
+def doubts_text(outlook: Outlook) -> str:
+    """Return the same in one line; empty if there are none."""
+    words = {"more": "A run may take more", "less": "A run may take less", "either": "A run may take more or less"}
+    found = doubts(outlook)
+    parts = []
+    for direction in get_args(Direction):
+        if of_it := [each.what for each in found if each.direction == direction]:
+            parts.append(f"{words[direction]}: {'; '.join(of_it)}.")
+    return " ".join(parts)
+
+
+def _doubts(outlook: Outlook) -> Iterator[Doubt]:
+    model, loaded, settings = outlook.step.model, outlook.step.loaded, outlook.settings
+    shape, shards = outlook.memory.shape, outlook.shards
+    if loaded.loss == "cut":
+        logits = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
+        more = f"up to {format_bytes(logits)} more" if logits else "bytes of their own"
+        yield Doubt(f"where cut cross-entropy does not run for this model, logits take {more}", "more")
+    if settings.quantization != "none" and model.fused and loaded.experts != "transformers":
+        yield Doubt("published runs with quantised experts took 3 to 32 % more than predicted, others less", "either")
+    elif settings.quantization == "int8":
+        yield Doubt(
+            "columns of outliers in int8 are not counted; published runs took 1 to 19 % more than predicted", "more"
+        )
+    if model.has_xielu and loaded.fused_activations:
+        yield Doubt("xIELU counts as its CUDA kernel, which is a package of its own (nickjbrowning/XIELU)", "more")
+    if model.is_eager is False and loaded.implementation in ("flash", "flex") and model.kind.startswith("GptOss"):
+        yield Doubt("attention with sinks counts as a kernel; without one it takes the square of the tokens", "more")
+    if loaded.offload:
+        yield Doubt("offloaded activations count by TRL's rule; the one published run took 9 % more", "more")
+    if model.keeps_state:
+        yield Doubt("layers that keep a state count as transformers' own code, not as mamba-ssm or fla", "either")
+    if model.own_code:
+        yield Doubt("the configuration names code of its own (trust_remote_code), and transformers' counts", "either")
+    if shards.gpus > 1 and shards.sharding != "ddp":
+        yield Doubt(f"{shards.sharding} counts by its rules of sharding", "either")
+    if loaded.attention == "math":
+        yield Doubt("no run on a card without fused attention is published", "either")
+
+
+def of_loading(outlook: Outlook) -> Iterator[str]:
+    """Suggest other ways to load and run the model, if they use much less memory."""
+    step, settings = outlook.step, outlook.settings
+    loaded, how = step.loaded, settings.quantization
+    if how != "none" and step.model.fused and loaded.experts == "transformers":
+        whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
+        yield (
+            f"transformers does not quantise fused experts: they take {format_bytes(whole)}. With axolotl's "
+            f"quantize_moe_experts (--experts axolotl) they take {format_bytes(fewer)} in {how}. "
+            "prepare_model_for_kbit_training of PEFT casts them to fp32, "
+            f"{format_bytes(2 * whole)}; rankpilot's preparation does not."
+        )
+    elif how != "none" and step.model.fused:
+        yield "Loading may take more than training: tensors are there in 16 bits until they are quantised."
+    if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
+        yield (
+            "In int8 a checkpointed layer still holds the inputs of its products (bitsandbytes keeps them outside of "
+            "what checkpointing sees). With use_reentrant=True (--reentrant) it does not."
+        )
+    if step.model.is_eager and outlook.memory.shape.length > SHORT:
+        yield (
+            f"Attention is eager: scores take the square of {outlook.memory.shape.length:,} tokens. "
+            "With --attention flash (a kernel for this model's sinks, if it has any) they take none."
+        )

@@ -1,0 +1,546 @@
+"""Report on an `Outlook`, and the files of `rankpilot memory`: memory.json and memory.png.
+
+It contains the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..common.drawing import save_figure
+from ..common.errors import BudgetError, UnsupportedError
+from ..common.files import write_json
+from ..common.text import byte_unit, format_bytes, make_table
+from ..cost.breakdown import KINDS, Kind
+from ..cost.cards import USUAL_CARD
+from ..cost.forecast.outlook import Choice, GridCell, Outlook, brought_by_offloading, smallest_use
+from ..cost.savers.prices import ACTIVATIONS, Saved
+from ..lora.spec import REFERENCE_RANK, absent, is_pattern
+from .config import MemoryConfig
+from .doubts import doubts, of_loading
+
+if TYPE_CHECKING:
+    from .lengths import StepsOfLengths
+
+WORDS: dict[Kind, str] = {
+    "saved": "tensors saved for backward",
+    "inputs": "inputs of checkpointed layers",
+    "recomputed": "activations of the checkpointed layer in backward",
+    "transient": "temporary: logits, gradients of activations",
+    "weights": "adapter weights",
+    "gradients": "adapter gradients",
+    "optimizer": "optimizer state",
+    "signals": "signal buffers",
+    "others": "what trains outside the adapter",
+}
+"""Display names of the kinds of bytes."""
+
+HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
+
+HELD_BACK = 0.05, 8 * 2**20
+"""Resident memory beyond the peak deserves a note above this share of it and these bytes."""
+
+
+def headline(outlook: Outlook) -> str:
+    """Return a line with the verdict, bytes and request; empty without a card, or if nothing fits."""
+    best, card = outlook.best, outlook.card
+    if card is None or best is None or best.use is None:
+        return ""
+    shape, how = outlook.memory.shape, outlook.settings.quantization
+    unit, size = byte_unit(card.memory_bytes)
+    asked = [f"{shape.rows} x {shape.length:,} tokens", f"rank {best.rank}", *([how] if how != "none" else [])]
+    asked += [] if best.layers == outlook.blocks else [f"the top {best.layers} of {outlook.blocks} layers"]
+    taken = f"{best.use.total_bytes / size:.1f} of {card.memory_bytes / size:.1f} {unit}"
+    return f"{str(best.verdict).capitalize()}: {taken} ({', '.join(asked)}).\n"
+
+
+def subject(outlook: Outlook, config: MemoryConfig) -> str:
+    """Return the subject in one line."""
+    step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
+    billions = step.model.parameters / 1e9
+    where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
+    if shards.gpus > 1:
+        where = f"{shards.gpus} x {where} under {shards.sharding}, all figures per GPU"
+    named = any(setting.startswith("optim=") for setting in config.trainer)
+    parts = [
+        f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
+        f"{f'{billions:.3g}B' if billions >= 1 else f'{1e3 * billions:.3g}M'} parameters on {where}",
+        f"{shape.rows} x {shape.length} tokens",
+        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers{_absent_text(outlook)}",
+        *([] if named else [settings.optimizer]),
+        *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
+        *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
+        *(["loaded in fp32"] if outlook.card and outlook.dtype == "fp32" else []),
+        *(["gradients accumulated"] if settings.accumulation > 1 else []),
+        *(["bf16 autocast"] if settings.bf16 else []),
+        *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
+        *(text for name, text in _AS_LOADED if getattr(step.loaded, name)),
+        *({"chunked": ["TRL's loss in chunks"], "cut": ["cut cross-entropy"]}.get(step.loaded.loss, [])),
+        *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
+        *config.trainer,
+    ]
+    return ", ".join(parts)
+
+
+_AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offload", "offloaded activations"))
+"""Settings of `LoadedAs` to mention when set."""
+
+
+def _absent_text(outlook: Outlook) -> str:
+    """Return the requested target modules that do not exist."""
+    asked = outlook.settings.target_modules
+    names = [] if asked == "all-linear" or is_pattern(asked) else [name.strip() for name in asked.split(",")]
+    missing = absent(names, (target.name for target in outlook.step.targets))
+    return f" (none is named {', '.join(missing)})" if missing else ""
+
+
+def _experts_text(outlook: Outlook) -> str:
+    """Describe how a quantised model stores fused experts."""
+    bits = outlook.settings.quantization
+    return {
+        "transformers": "experts in 16 bits, as transformers leaves them",
+        "axolotl": f"experts in {bits}, as axolotl's quantize_moe_experts keeps them",
+        "unsloth": f"experts in {bits}, as Unsloth keeps them",
+    }[outlook.step.loaded.experts]
+
+
+def _prepared(prepares: bool) -> str:
+    """Describe how a quantised model is prepared."""
+    how = "after" if prepares else "without"
+    return f"{how} prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
+
+
+def _offload_text(outlook: Outlook) -> str:
+    """Describe the benefit of offloading checkpointed inputs, if not all layers fit without it."""
+    if (found := brought_by_offloading(outlook)) is None:
+        return ""
+    return (
+        f" With offload=True (activation_offloading of TRL and axolotl) adapters on all layers fit with "
+        f"{format_bytes(found[0])} to spare: inputs of checkpointed layers lie in main memory, and copies of them take "
+        f"{found[1]:.2g} s a step at most."
+    )
+
+
+def verdict_text(outlook: Outlook) -> str:
+    """Return the result in a few sentences: on a card whether it fits, else the bytes by kind."""
+    how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
+    other = "less with --no-prepare-kbit, as under TRL's SFTTrainer" if prepares else "more with --prepare-kbit"
+    prepared = "" if how == "none" else f" The model in {how} trains {_prepared(prepares)} ({other})."
+    plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
+    both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
+    what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison: plain LoRA at rank"
+    told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + _offload_text(outlook) + told + prepared
+
+
+def _fit(outlook: Outlook) -> str:
+    """Describe whether the choices fit the card."""
+    assert outlook.card is not None, "there is no card"
+    best, card = outlook.best, outlook.card
+    if best is None:
+        tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
+        if tight:
+            return (
+                f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take a smaller batch."
+            )
+        smallest, least = smallest_use(outlook)
+        return (
+            f"Does not fit: the smallest choice, {choice_text(outlook, smallest)}, takes "
+            f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
+        )
+    assert best.use is not None, "choices of a card have a use of it"
+    spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
+    if best.verdict == "tight":
+        return (
+            f"Tight: {choice_text(outlook, best)} leaves {spare}, and predictions err within {outlook.slack:.0%} of a "
+            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({needed}). "
+            f"No plan of this batch leaves as much.{_largest_text(outlook)}"
+        )
+    return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
+
+
+def _finding(outlook: Outlook) -> str:
+    asked, *others = outlook.choices
+    breakdown, reference = outlook.breakdown(asked), outlook.reference_bytes
+    saved = sum(breakdown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
+    least = min(others, key=lambda choice: choice.step_bytes)
+    thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
+    return (
+        f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
+        f"{thin.step_bytes / reference:.0%} of the bytes that rank 8 takes as asked for; the choice that saves most, "
+        f"{choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%} of them."
+    )
+
+
+def _largest_text(outlook: Outlook) -> str:
+    """Suggest a remedy if the requested batch does not fit."""
+    fitting = [cell for cell in outlook.grid if cell.checkpointed is not None]
+    if not fitting:
+        linear = 2 * outlook.step.model.fused < outlook.step.model.parameters
+        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
+        return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
+    largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
+    how = _checkpointed_text(outlook, largest.checkpointed or 0, largest.activations)
+    return f" The largest batch of the grid that fits all layers is {largest.shape}, with {how}."
+
+
+def _time_text(outlook: Outlook, best: Choice) -> str:
+    """Name a faster plan with fewer layers than the best one, for comparison."""
+    if best.time is None:
+        return ""
+    text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
+    timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
+    for time, other in timed:
+        if time < 0.9 * best.time and other.fits:
+            return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
+    return text
+
+
+def choice_text(outlook: Outlook, choice: Choice) -> str:
+    """Describe a choice in words."""
+    if choice.label:
+        return choice.label
+    where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
+    how = _checkpointed_text(outlook, len(choice.checkpointed), _activations(outlook))
+    return f"{where} at rank {choice.rank} with {how}"
+
+
+def _activations(outlook: Outlook) -> bool:
+    """True if every choice uses selective checkpointing."""
+    return any(each.name == ACTIVATIONS for each in outlook.step.saved)
+
+
+def _checkpointed_text(outlook: Outlook, count: int, activations: bool) -> str:
+    """Describe the checkpointing: the number of layers, and selective checkpointing of activations."""
+    every = len(outlook.checkpointable)
+    layers = [] if not count else ["checkpointing" if count == every else f"{count} of {every} layers checkpointed"]
+    return " and ".join([*layers, *([ACTIVATIONS] if activations else [])]) or "no checkpointing"
+
+
+def row_label(outlook: Outlook, choice: Choice) -> str:
+    """Return the layers with adapters under a choice, or its label."""
+    where = choice.label or ("all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers")
+    return f"{where}, as asked" if choice.kind == "asked" else where
+
+
+def choice_table(outlook: Outlook) -> Table:
+    """Tabulate all choices: bytes of a step, share of the card or of rank 8 on all modules; fit and time, if known."""
+    first, card = outlook.choices[0], outlook.card is not None
+    unit, size = byte_unit(outlook.limit_bytes or outlook.reference_bytes)
+    columns = ["adapters", "rank", "checkpointed", "step", *(["on card", "spare"] if card else ["of rank 8"])]
+    columns += [*(["fits"] if first.verdict else []), *(["time"] if first.time is not None else [])]
+    budget = f"; budget {outlook.limit_bytes / size:.2f}" if outlook.limit_bytes and not card else ""
+    table = make_table(f"What each choice takes, in {unit}{budget}", columns)
+    previous = first
+    for choice in outlook.choices:
+        if choice.kind != previous.kind or (choice.kind == "depth" and choice.layers != previous.layers):
+            table.add_section()
+        previous, use = choice, choice.use
+        taken = [use.total_bytes / size, use.spare_bytes / size] if use else []
+        table.add_row(
+            row_label(outlook, choice),
+            "mixed" if choice.kind == "rule" and len(set(choice.ranks[choice.ranks > 0])) > 1 else str(choice.rank),
+            f"{len(choice.checkpointed)} of {len(outlook.checkpointable)}",
+            *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
+            *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
+            *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
+            *([f"{choice.time:.2f}"] if choice.time is not None else []),
+        )
+    return table
+
+
+def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
+    """Return a header and a row for each plain LoRA step, without exact savers and with them."""
+    unit, size = byte_unit(saved[0].step_bytes)
+    rows = [[f"step, in {unit}", "no checkpointing", "all checkpointed"]]
+    for number, each in enumerate(saved):
+        peaks = [f"{each.step_bytes / size:.2f}", "–" if each.again_bytes is None else f"{each.again_bytes / size:.2f}"]
+        rows.append([f"+ {each.name}" if number else each.name, *peaks])
+    return rows if saved[0].again_bytes is not None else [row[:2] for row in rows]
+
+
+def saver_table(saved: Sequence[Saved]) -> Table:
+    """Return the same as a terminal table."""
+    head, *rows = saver_rows(saved)
+    table = make_table("The same losses in fewer bytes: plain LoRA, rank 8 on all modules", head, first_wraps=True)
+    for name, *peaks in rows:
+        table.add_row(escape(name), *peaks)
+    return table
+
+
+def grid_table(outlook: Outlook) -> Table:
+    """Tabulate the batches that fit the card, with all layers at the requested rank, by tokens and rows."""
+    cells = outlook.grid
+    rows = sorted({cell.shape.rows for cell in cells})
+    fits = f"so that rank {outlook.rank} on all layers fits ({outlook.slack:.0%} to spare)"
+    title = f"Layers to checkpoint {fits}; * with selective checkpointing; – does not fit"
+    table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
+    for length in sorted({cell.shape.length for cell in cells}):
+        table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
+    return table
+
+
+def _cell_text(cell: GridCell) -> str:
+    if cell.checkpointed is None:
+        return "–"
+    return f"{cell.checkpointed}*" if cell.activations else str(cell.checkpointed or "none")
+
+
+def notes(outlook: Outlook) -> Iterator[str]:
+    """Yield the bytes of the main choice by kind, and notes on reading the rest."""
+    breakdown = outlook.breakdown(outlook.main)
+    kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
+    parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
+    margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
+    peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
+    yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
+    frozen = format_bytes(outlook.step.model.frozen_bytes)
+    if outlook.card is None:
+        yield f"The frozen model ({frozen}) comes on top: a budget of bytes counts it, and one of a step does not."
+    else:
+        taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
+        yield (
+            f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
+            f"the allocator reserves beside it. A row that is tight leaves less than {outlook.slack:.0%} of the card, "
+            "within which predictions err, or fits only without that reserve."
+        )
+        if (model := outlook.step.model).fused:
+            yield (
+                f"{model.fused / model.parameters:.0%} of the weights are experts in fused parameters. "
+                "Whichever experts take a token, the bytes of a step are the same."
+            )
+        seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
+        if outlook.card.rates:
+            seconds = f". That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
+            seconds += "if the card reaches what an A100 or an L40S did."
+        yield f"Time: as shares of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{seconds}"
+    if _activations(outlook):
+        yield (
+            "Plain LoRA does not fit with the free savers, or is tight. So every choice has selective checkpointing, "
+            "as a run has (gradient_checkpointing='auto'): the same losses, a few per cent more time."
+        )
+
+
+def remarks(outlook: Outlook) -> Iterator[str]:
+    """Yield the measurements of a real step, and omissions from the report."""
+    if outlook.card and not outlook.checkpointable:
+        yield f"{outlook.step.model.kind} does not support gradient checkpointing."
+    if outlook.card:
+        yield from of_loading(outlook)
+    yield from _measured(outlook)
+    yield from outlook.notes
+
+
+def _moment_text(label: str) -> str:
+    """Return the name of a moment of the step, without the names of the wrappers."""
+    phase, colon, place = label.partition(": ")
+    place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
+    return f"{phase}: {place or 'loss'}" if colon else phase
+
+
+def _measured(outlook: Outlook) -> Iterator[str]:
+    """Compare a real step with the prediction; yields nothing without one."""
+    if (measured := outlook.measured) is None:
+        return
+    predicted = outlook.choices[0].step_bytes
+    tensors = "of live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
+    parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
+    if measured.resident_bytes is not None:
+        rise = f"{format_bytes(measured.resident_bytes)}, {measured.resident_bytes / predicted:.1%} of predicted"
+        parts.append(f"the resident memory rose by {rise}")
+    if measured.process_bytes is not None:
+        parts.append(f"the process took {format_bytes(measured.process_bytes)} at its peak")
+    if measured.reserved_bytes is not None:
+        parts.append(f"the allocator reserved {format_bytes(measured.reserved_bytes)}, the model included")
+    yield f"A real step took {'; '.join(parts)}."
+    share, count = HELD_BACK
+    if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
+        yield (
+            "The process took more than its tensors: the C library keeps freed memory for later. With "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
+        )
+
+
+def configuration_text(outlook: Outlook) -> str:
+    """Return the best choice as Python code: a LoraConfig, and the relevant training arguments.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    best, settings = outlook.best, outlook.settings
+    if best is None:
+        raise BudgetError(verdict_text(outlook))
+    names = [name.strip() for name in settings.target_modules.split(",")]
+    if names == ["all-linear"] and outlook.step.model.named:
+        names = list(outlook.step.model.named)
+    modules = repr(names[0] if len(names) == 1 else names)
+    if best.layers < outlook.blocks:
+        modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
+    activations = _activations(outlook)  # only used if a run selects the checkpointed layers
+    checkpointed = not activations and 0 < len(best.checkpointed) == len(outlook.checkpointable)
+    narrow, model = _narrow_ranks(outlook, best), outlook.step.model
+    lines = [
+        "from peft import LoraConfig",
+        "",
+        *([] if settings.quantization == "none" else [f"# The model trains {_prepared(settings.prepare_kbit)}."]),
+        "lora = LoraConfig(",
+        f"    r={best.rank},",
+        f"    lora_alpha={2 * REFERENCE_RANK},",
+        f"    target_modules={modules},",
+        *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
+        *([f"    task_type={model.task_type!r},"] if model.saved_modules else []),
+        *([f"    modules_to_save={list(model.saved_modules)},"] if model.saved_modules else []),
+        ")",
+        "arguments = dict(",
+        f"    per_device_train_batch_size={settings.batch_size},",
+        f"    gradient_accumulation_steps={settings.accumulation},",
+        f"    bf16={settings.bf16},",
+        f"    gradient_checkpointing={checkpointed},",
+        "    gradient_checkpointing_kwargs={'use_reentrant': False},",
+        ")",
+    ]
+    if activations or 0 < len(best.checkpointed) < len(outlook.checkpointable):
+        again = " and ".join(
+            [
+                *([ACTIVATIONS] if activations else []),
+                *([f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []),
+            ]
+        )
+        room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
+        budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
+        lines.append(f"# With {again}, which attach(trainer) turns on inside budget='{budget}MiB step'")
+    return "\n".join(lines)
+
+
+def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
+    """Return the ranks of modules narrower than the rank of a choice, for `LoraConfig.rank_pattern`.
+
+    Keys are the ends of their names ("k_proj") if all adapted modules with that end have one rank, else full names.
+    """
+    ranks = {target.name: int(rank) for target, rank in zip(outlook.step.targets, choice.ranks, strict=True) if rank}
+    ends: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        ends.setdefault(name.rpartition(".")[2], set()).add(rank)
+    named = {name: name.rpartition(".")[2] for name in ranks}
+    return {
+        end if len(ends[end]) == 1 else name: ranks[name] for name, end in named.items() if ranks[name] < choice.rank
+    }
+
+
+SCHEMA = 1
+"""The version of the result of `figures`, described in docs/command-line.md: adding fields keeps it, renaming or
+removing one increments it.
+"""
+
+
+def figures(outlook: Outlook) -> dict[str, Any]:
+    """Return all figures as JSON values."""
+    breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
+    of_card = {} if card is None else {
+        "card": card.name,
+        **asdict(outlook.shards),
+        "memory_bytes": card.memory_bytes,
+        "context_bytes": card.context_bytes,
+        "workspace_bytes": card.workspace_bytes,
+    }  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        **outlook.facts,
+        **of_card,
+        "libraries": dict(outlook.step.libraries),
+        "parameters": outlook.step.model.parameters,
+        "frozen_bytes": outlook.step.model.frozen_bytes,
+        "rows": shape.rows,
+        "length": shape.length,
+        "rank": outlook.rank,
+        "blocks": outlook.blocks,
+        "verdict": verdict_text(outlook),
+        "fits": outlook.best is not None,
+        "peak_bytes": breakdown.total,
+        "reference_bytes": outlook.reference_bytes,
+        "checkpointed_bytes": outlook.checkpointed_bytes,
+        "exact_savers": [asdict(each) for each in outlook.step.saved],
+        "limit_bytes": outlook.limit_bytes,
+        "moment": breakdown.label,
+        "margin_bytes": breakdown.margin,
+        "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
+        "layers": [
+            {"layer": layer, **dict(zip(KINDS, row, strict=True))}
+            for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
+        ],
+        "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
+        "grid": [
+            {
+                "rows": cell.shape.rows,
+                "length": cell.shape.length,
+                "checkpointed": cell.checkpointed,
+                "activations": cell.activations,
+                "bytes": cell.bytes,
+            }
+            for cell in outlook.grid
+        ],
+        "measured": asdict(outlook.measured) if outlook.measured else None,
+        "doubts": [asdict(each) for each in doubts(outlook)],
+        "notes": outlook.notes,
+    }
+
+
+def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
+    """Return the figures of one choice."""
+    return {
+        "kind": choice.kind,
+        "label": choice_text(outlook, choice),
+        "layers": choice.layers,
+        "rank": choice.rank,
+        "checkpointed": len(choice.checkpointed),
+        "step_bytes": choice.step_bytes,
+        "share": choice.step_bytes / outlook.reference_bytes,
+        "total_bytes": choice.use and choice.use.total_bytes,
+        "spare_bytes": choice.use and choice.use.spare_bytes,
+        "verdict": choice.verdict,
+        "time": choice.time,
+        "ranks": {target.name: rank for target, rank in zip(outlook.step.targets, choice.ranks.tolist(), strict=True)},
+    }
+
+
+def write_memory_report(
+    outlook: Outlook, config: MemoryConfig, folder: Path, lengths: StepsOfLengths | None = None
+) -> str:
+    """Write memory.json and, with matplotlib, memory.png and the picture of lengths; returns a line about them.
+
+    Existing files are replaced.
+    """
+    from .picture import memory_picture
+
+    told = figures(outlook)
+    if lengths:
+        from .lengths import lengths_figures, lengths_picture
+
+        told["lengths"] = lengths_figures(lengths)
+    write_json(folder / "memory.json", told)
+    try:
+        if lengths:
+            save_figure(lengths_picture(lengths), folder / "lengths.png")
+        save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
+    except UnsupportedError as error:
+        return f"All figures: {folder}. {error}"
+    return f"Picture and all figures: {folder}"
+
+
+def picture_labels(outlook: Outlook) -> list[str]:
+    """Return the labels of the choices' bars."""
+    again = len(outlook.checkpointable)
+    return [
+        row_label(outlook, choice)
+        + ("" if choice.label else f", rank {choice.rank}")
+        + (f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed and not choice.label else "")
+        for choice in outlook.choices
+    ]

@@ -1,0 +1,160 @@
+"""The picture of a step's memory: by layer and kind, next to the memory of other choices.
+
+It suits the 900 pixels of a README; colours (Okabe and Ito 2008) suit colour-blind readers, and the title states the
+result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..common import drawing
+from ..common.arrays import FloatArray, IntArray
+from ..common.text import byte_unit, format_bytes, layer_titles
+from ..cost.breakdown import Breakdown, Kind
+from ..cost.forecast.outlook import Outlook
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KIND_COLORS: dict[Kind, tuple[str, str]] = {
+    "saved": (drawing.COLORS[0], "saved for backward"),
+    "inputs": (drawing.COLORS[5], "checkpointed inputs"),
+    "recomputed": (drawing.COLORS[3], "one checkpointed layer"),
+    "transient": (drawing.COLORS[4], "temporary"),
+    "weights": ("#004d38", "adapter weights"),
+    "gradients": (drawing.COLORS[2], "adapter gradients"),
+    "optimizer": ("#8fd3bd", "optimizer state"),
+    "signals": (drawing.COLORS[1], "signal buffers"),
+    "others": (drawing.FAINT, "outside the adapter"),
+}
+"""Colour and label of each kind: the adapter itself is green."""
+
+VISIBLE = 0.002
+"""Smallest share of the peak for a kind to be named in the picture."""
+
+RESERVED = "#c9ccd1"
+"""Colour of the allocator's reserve beyond the tensors of a step, and of the prediction's margin."""
+
+ALIKE = 0.005
+"""Neighbouring layers whose bytes differ by less than this share of the largest are one bar."""
+
+
+def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
+    """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes of each choice.
+
+    The line is the budget; on a card, it is the memory left by the frozen model and the context.
+
+    Args:
+        outlook: outlook of a step.
+        labels: labels of its choices.
+        note: the subject, in small type.
+    """
+    breakdowns = [outlook.breakdown(choice) for choice in outlook.choices]
+    main = outlook.choices.index(outlook.main)
+    shown, groups = breakdowns[main], _alike(breakdowns[main])
+    heights = 0.55 + 0.21 * max(len(groups), 6), 0.65 + 0.21 * len(breakdowns)
+    saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    title = (
+        f"{labels[main][0].upper()}{labels[main][1:]}: a step peaks at {format_bytes(shown.total)}, "
+        f"{saved / shown.total:.0%} of it for backward"
+    )
+    figure = drawing.new_figure(1.15 + sum(heights), title, note)
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    grid = figure.add_gridspec(2, 1, height_ratios=heights)
+    top = figure.add_subplot(grid[0])
+    _draw_layers(top, shown, groups)
+    bottom = figure.add_subplot(grid[1])
+    room = _draw_choices(bottom, outlook, breakdowns, labels)
+    keys: list[Any] = [
+        Patch(color=color, label=label)
+        for kind, (color, label) in KIND_COLORS.items()
+        if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
+    ]
+    keys += [Patch(color=RESERVED, label="allocator's reserve")] if outlook.card else []
+    keys += [Line2D([], [], color=drawing.BUDGET_RED, label=room)] if room else []
+    style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
+    top.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
+    return figure
+
+
+def _alike(breakdown: Breakdown) -> list[tuple[int, int]]:
+    """Return the first and last of neighbouring layers with the same bytes, from the bottom."""
+    groups: list[tuple[int, int]] = []
+    most = ALIKE * breakdown.bytes.sum(axis=1).max()
+    for layer, row in enumerate(breakdown.bytes):
+        if groups and np.abs(row - breakdown.bytes[groups[-1][0]]).sum() <= most:
+            groups[-1] = groups[-1][0], layer
+        else:
+            groups.append((layer, layer))
+    return groups
+
+
+def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, int]]) -> None:
+    unit, size = byte_unit(float(breakdown.bytes.sum(axis=1).max()))
+    firsts, titles = [first for first, _ in groups], layer_titles(breakdown.layers)
+    _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KIND_COLORS})
+    _clean_bars(axes, len(groups), "By layer")
+    names = [
+        titles[first]
+        if first == last
+        else f"{titles[first].replace('layer ', 'layers ')} to {titles[last].removeprefix('layer ')}, each"
+        for first, last in groups
+    ]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set(xlabel=f"{unit} at the peak")
+
+
+def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> str:
+    """Draw bars of the choices, with figures in columns and a line; returns the line's name, if any."""
+    choices, limit, card = outlook.choices, outlook.limit_bytes, outlook.card
+    held = choices[0].use.base_bytes + choices[0].use.context_bytes if choices[0].use else 0
+    wholes = np.array([choice.use.total_bytes - held if choice.use else choice.step_bytes for choice in choices])
+    largest = max(float(wholes.max()), limit - held if limit else 0)
+    unit, size = byte_unit(largest)
+    rows = np.arange(len(choices))[::-1]
+    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KIND_COLORS}
+    ends = _stack(axes, rows, kinds)
+    if card:
+        axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
+    beside = f" beside {format_bytes(held)} of frozen model and context" if card else ""
+    _clean_bars(axes, len(rows), f"What each choice takes{beside}", pad=18)
+    columns = [("of rank 8", [f"{choice.step_bytes / outlook.reference_bytes:.0%}" for choice in choices])]
+    columns += [("on card" if card else "step", [format_bytes(whole + held) for whole in wholes.tolist()])]
+    columns += [("time", [f"{choice.time:.2f}" for choice in choices if choice.time is not None])]
+    style: dict[str, Any] = {"fontsize": 8.5, "ha": "right", "va": "center", "transform": axes.get_yaxis_transform()}
+    for (head, cells), place in zip(columns, (1.13, 1.32, 1.43), strict=True):
+        for row, cell in zip((len(rows), *rows.tolist()), (head if cells else "", *cells), strict=False):
+            axes.text(place, row, cell, color=drawing.FAINT if cell == head else drawing.INK, **style)
+    axes.set_yticks(rows, labels)
+    axes.set(xlim=(0, 1.03 * largest / size), xlabel=f"{unit} at the peak")
+    if limit is None:
+        return ""
+    axes.axvline((limit - held) / size, color=drawing.BUDGET_RED, linewidth=1.6)
+    return f"{card.name} leaves {format_bytes(limit - held)}" if card else f"budget, {format_bytes(limit)}"
+
+
+def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:
+    """Draw one bar per row, with kinds side by side; returns the ends of the bars, (rows,)."""
+    left = np.zeros(len(rows))
+    for kind, widths in sizes.items():
+        axes.barh(rows, widths, left=left, color=KIND_COLORS[kind][0], height=0.78, linewidth=0)
+        left = left + widths
+    return left
+
+
+def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    drawing.clean_axes(axes, title, pad)
+    axes.set_ylim(-0.6, rows - 0.4)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color="#ececec", linewidth=0.8)
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
