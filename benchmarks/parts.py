@@ -28,6 +28,7 @@ from rankpilot.cost.record.calibration import calibrate
 from rankpilot.cost.record.live_storages import LivePeak
 from rankpilot.cost.record.measured_time import part_seconds_of
 from rankpilot.cost.recording import BatchShape
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.savers.exact import SAVERS, ExactSavers
 from rankpilot.data.corpora import standard_library
 from rankpilot.data.models import load_model, load_tokenizer
@@ -37,7 +38,6 @@ from rankpilot.decide.plan.parts import Part, padding_share, plan_parts
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.step.batch_rows import BatchRows, Cuts
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.finetune.step.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from rich.console import Console

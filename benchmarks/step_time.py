@@ -15,12 +15,12 @@ from rankpilot.common.text import make_table
 from rankpilot.cost.budget import TimeBudget
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.cost.record.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.step_time import StepTime
 from rankpilot.cost.training_step import TrainingStep, model_loss
 from rankpilot.data.models import load_model
 from rankpilot.decide.plan.plan import TimeLimit, project
 from rankpilot.decide.plan.problem import AllocationProblem
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
 from rich.console import Console
 from transformers import PreTrainedModel

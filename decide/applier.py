@@ -107,7 +107,7 @@ class PlanApplier(Generic[AdaptersT]):
 
     Args:
         adapters: the adapters.
-        cost: cost of plans, signal buffers included. It may be replaced; the observation keeps its reference.
+        cost: cost of plans, signal buffers included; see `price`.
         limit: the hard budget, in the unit of `cost`.
         schedule: times of the decisions.
         total_steps: optimizer steps of the run.
@@ -150,8 +150,7 @@ class PlanApplier(Generic[AdaptersT]):
     ) -> None:
         self.adapters = adapters
         self.targets: list[TargetModule] = list(adapters.targets)
-        self.cost = cost
-        self.limit = limit
+        self.price(cost, limit)
         self.time = time
         self.schedule = schedule
         self.total_steps = total_steps
@@ -174,6 +173,20 @@ class PlanApplier(Generic[AdaptersT]):
         problem = self.problem()
         self._reference_cost = reference_cost(cost, problem.max_ranks)
         check_budget(problem, list(self.names))
+
+    def price(self, cost: UntimedCost, limit: float) -> None:
+        """Set the cost of plans and the hard budget; observations keep the first plan's cost as their reference."""
+        self._cost, self._limit = cost, limit
+
+    @property
+    def cost(self) -> UntimedCost:
+        """Cost of plans, signal buffers included."""
+        return self._cost
+
+    @property
+    def limit(self) -> float:
+        """The hard budget, in the unit of `cost`."""
+        return self._limit
 
     @property
     def ranks(self) -> IntArray:

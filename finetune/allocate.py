@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer
 from ..agents.policy_file import load_policy
 from ..common.errors import ConfigError, UnsupportedError, shown
 from ..common.files import write_text
+from ..cost.savers.checkpointed_layers import settings_put_back
 from ..cost.training_step import LossFunction
 from ..decide.choice import FrontierPlan
 from ..decide.choice import frontier as frontier_of
@@ -35,7 +36,7 @@ from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
 from .plan_rate import rule_knows
-from .step.put_back import adapters_put_back, put_back, settings_put_back, switches_put_back
+from .step.put_back import adapters_put_back, put_back, switches_put_back
 from .step.replicas import check_arguments
 from .step.run import TrainingRun
 from .trainer_step import run_of_trainer

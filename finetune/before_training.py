@@ -22,6 +22,7 @@ from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.record.calibration import PlanCosts, measure_memory, plan_costs
 from ..cost.record.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.recording import BatchShape
+from ..cost.savers.checkpointed_layers import LayerCheckpointing
 from ..cost.savers.exact import ExactSavers, graphs_per_plan, takes_any_shape
 from ..cost.step_time import PARTS, StepTime
 from ..decide.applier import PlanApplier
@@ -40,7 +41,6 @@ from .step.batch_rows import BatchRows, Cuts
 from .step.exact_parts import exactness_of
 from .step.parts import StepParts
 from .step.plan_keeper import PlanKeeper
-from .step.put_back import LayerCheckpointing
 from .step.run import FIRST_ROWS, FirstRows, TrainingRun
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])

@@ -20,6 +20,7 @@ from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
 from ..cost.record.calibration import PlanCosts
+from ..cost.savers.checkpointed_layers import LayerCheckpointing, all_running_again, could_checkpoint
 from ..cost.savers.exact import SAVERS, ExactSavers, is_compiled
 from ..cost.savers.offload import can_offload, offload_inputs
 from ..cost.savers.prices import CACHE, TILES
@@ -46,13 +47,7 @@ from .probing import Progress, first_signals
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .step.journal import Journal, PlanChange
 from .step.peak_guard import PeakGuard
-from .step.put_back import (
-    AdapterSnapshot,
-    LayerCheckpointing,
-    adapters_put_back,
-    all_running_again,
-    could_checkpoint,
-)
+from .step.put_back import AdapterSnapshot, adapters_put_back
 from .step.run import FirstRows, Participant, TrainingRun
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
 

@@ -30,6 +30,7 @@ from ..cost.record.measured_time import product_sizes
 from ..cost.record.model_states import frozen_sizes, state_bytes
 from ..cost.record.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.recording import BatchShape
+from ..cost.savers.checkpointed_layers import could_checkpoint
 from ..cost.savers.exact import SAVERS, ExactSavers
 from ..cost.savers.prices import Priced
 from ..cost.step_config import StepConfig
@@ -41,7 +42,6 @@ from ..decide.plan.plan import check_budget, least_cost, top_down, uniform_ranks
 from ..decide.plan.problem import AllocationProblem
 from ..finetune.before_training import run_memory
 from ..finetune.options import FinetuneConfig
-from ..finetune.step.put_back import could_checkpoint
 from ..finetune.step.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer

@@ -200,7 +200,7 @@ class StackedEpisodes:
     def _limit_moves(self, episode: StackedEpisode) -> None:
         """Set the budget of an episode's next step, and shrink a plan over budget, like the guard of a real run."""
         applier, task, step = episode.applier, episode.task, episode.record.step
-        applier.limit = first_limit(task) * task.budget_factor(step)
+        applier.price(applier.cost, first_limit(task) * task.budget_factor(step))
         if not episode.ended and not applier.fits():
             applier.correct(applier.ranks, step)
 

@@ -18,6 +18,7 @@ from ...common.arrays import IntArray
 from ...common.errors import BudgetError
 from ...common.files import append_json_line, read_json_lines, write_json_lines
 from ...cost.cost import TimedCost, plan_cost
+from ...cost.savers.checkpointed_layers import could_checkpoint
 from ...cost.savers.prices import ACTIVATIONS, Saved, plain_text
 from ...decide.applier import PlanApplier
 from ...decide.choice import Choice
@@ -27,7 +28,6 @@ from ...decide.plan.plan import Plan
 from ...decide.plan.problem import AllocationProblem
 from ...decide.policy import Decision, Policy, decision_from_plan
 from ...lora.spec import REFERENCE_RANK
-from .put_back import could_checkpoint
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,8 +139,7 @@ class PartPlans:
         They are computed for the next power of two tokens, regardless of history: a resumed run gets the same ones.
         """
         keeper = self._keeper
-        checkpointing = keeper.checkpointing
-        memory = (checkpointing.memory if checkpointing else None) or keeper.now.memory
+        memory = keeper.now.recorded
         assert memory is not None, "steps in parts have a byte model"
         if self._memory is not memory:
             self._memory = memory
@@ -151,7 +150,7 @@ class PartPlans:
                 memory,
                 keeper.applier.ranks,
                 most,
-                chooses=checkpointing is not None,
+                chooses=keeper.now.layers is not None,
                 each=self.each,
             )
             operators = int(memory.recording.created.max()) + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from ...cost.model import MemoryModel
 from ...cost.record.model_states import excess_of_state
 from ...cost.record.peak_meter import PeakMeter, StepBatches, likely_cause
 from ...cost.recording import BatchShape
+from ...cost.savers.checkpointed_layers import LayerCheckpointing, settings_put_back
 from ...cost.savers.exact import is_compiled
 from ...decide.applier import PlanApplier
 from .evaluated_parts import EvaluatedParts
 from .journal import Journal, PlanChange
 from .parts import StepParts
 from .plan_keeper import PlanKeeper, PlanState
-from .put_back import LayerCheckpointing, settings_put_back
 from .run import Participant, TrainingRun
 from .shortage import Shortage
 
@@ -187,7 +186,7 @@ class PeakGuard(Participant):
         cost = applier.cost
         if self._step_shape != plan.now.shape:  # a smaller batch than planned for
             try:
-                cost = plan.cost_of_shape(self._step_shape)
+                cost = plan.now.cost_of(self._step_shape)
             except UnsupportedError:
                 return None
         return plan_cost(applier.cost_now(cost), applier.ranks)
@@ -199,7 +198,7 @@ class PeakGuard(Participant):
             The prediction and the likely cause if they differ by more than the margin, else nothing.
         """
         plan, applier = self.plan, self.plan.applier
-        plan.now = replace(plan.now, unchecked=False)
+        plan.update(unchecked=False)
         if predicted is None:
             return ""
         if not plan.now.underestimate:  # added to a cost that includes the excess

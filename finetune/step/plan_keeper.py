@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,19 @@ from ...common.checks import counted, finite
 from ...common.errors import BudgetError, UnsupportedError
 from ...common.text import format_bytes
 from ...cost.batch_shape import Batch, reshaped, shape_of
-from ...cost.cost import ByteCost, plan_cost
-from ...cost.model import MemoryModel
+from ...cost.cost import ByteCost, UntimedCost, plan_cost
+from ...cost.model import MemoryModel, checkpointed_cost, fewest_checkpointed
 from ...cost.record.calibration import measure_memory
 from ...cost.record.peak_meter import PeakMeter
 from ...cost.recording import BatchShape
+from ...cost.savers.checkpointed_layers import LayerCheckpointing
 from ...data.batches import unknown_lengths
 from ...decide.applier import PlanApplier
 from ...decide.plan.plan import check_budget, least_cost
 from ...lora.adapters import signal_buffer_bytes
 from ...lora.spec import highest_ranks
 from .journal import Journal, PlanChange
-from .put_back import CutDirections, LayerCheckpointing
+from .put_back import CutDirections
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -78,28 +80,57 @@ class PlanReduction:
 
 @dataclass(frozen=True, eq=False)
 class PlanState:
-    """Immutable state of the plan keeper, restored after a failed step.
+    """Limit and price of a step, and what keeps it within: one immutable value, restored after a failed step.
 
     Attributes:
         wait: good steps before a shrunken plan grows back.
         shape: the largest number of rows and the largest length of any batch so far.
+        limit: the hard limit of plans, in the unit of `cost`.
+        cost: cost of plans, signal buffers included; None before the first plan.
+        recorded: the byte model of the step, with all layers checkpointed if they may be chosen; None if unknown.
+        layers: names of the layers chosen for gradient checkpointing; None if none may be chosen.
         underestimate: bytes by which measured peaks exceeded predictions, added to the cost of all plans.
         unchecked: True if no step has been measured since the ranks changed.
         before: the ranks before the last decision, int64 (modules,), restored if a peak exceeds the budget; None if
             there are none.
-        memory: the byte model of the step with the current checkpointed layers; None if unknown.
         reduction: how far the plan has shrunk while memory is short; None if it has not.
         cuts: the directions then cut from ranks, oldest first.
     """
 
     wait: int
     shape: BatchShape
+    limit: float = math.inf
+    cost: UntimedCost | None = None
+    recorded: MemoryModel | None = None
+    layers: tuple[str, ...] | None = None
     underestimate: float = 0.0
     unchecked: bool = True
     before: IntArray | None = None
-    memory: MemoryModel | None = None
     reduction: PlanReduction | None = None
     cuts: tuple[CutDirections, ...] = ()
+
+    @cached_property
+    def memory(self) -> MemoryModel | None:
+        """The byte model of the step with the chosen layers checkpointed; None if unknown."""
+        if self.recorded is None or self.layers is None:
+            return self.recorded
+        return self.recorded.with_checkpointed(self.layers)
+
+    def cost_of(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
+        """Return the cost of plans for a batch shape, in bytes.
+
+        Args:
+            shape: the shape of the largest batch.
+            memory: the byte model to use; defaults to that of the chosen layers.
+
+        Raises:
+            UnsupportedError: no byte model covers this shape.
+        """
+        memory = memory or self.memory
+        if memory is None:
+            raise UnsupportedError("This run was resumed, and has no byte model.")
+        cost = memory.cost(shape)
+        return replace(cost, constant=cost.constant + self.underestimate)
 
     def state(self) -> dict[str, Any]:
         """Return the state for `from_state`, as tensors and JSON values."""
@@ -114,7 +145,7 @@ class PlanState:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PlanState:
-        """Restore from the result of `state`, without the byte model and the cut directions."""
+        """Restore from the result of `state`: without the byte model, its cost and limit, and the cut directions."""
         return cls(
             counted(state.get("wait", GOOD_STEPS), 1),
             BatchShape(counted(state["rows"]), counted(state["length"])),
@@ -135,7 +166,7 @@ class PlanKeeper:
         meter: measures the peak of steps; after each change, the next step is measured.
 
     Attributes:
-        now: the current state; replaced as a whole, never modified.
+        now: the current state; only `update` and `put` replace it, and the applier and the model follow.
         step: the number of optimizer steps done.
         run: the run.
         applier: changes the ranks.
@@ -175,19 +206,30 @@ class PlanKeeper:
         """
         self.run, self.applier, self.journal, self.checkpointing = run, applier, journal, checkpointing
         self._corrected, self.meter.highest = corrected, run.replicas.highest
+        self.update(limit=applier.limit, cost=applier.cost)
         if memory:
             # A resumed run has a shape: a larger batch is handled before its step.
             shape = self.now.shape if self.now.shape.rows else shape or memory.shape
-            if checkpointing:
-                checkpointing.memory, memory = memory, memory.with_checkpointed(checkpointing.layers)
-                if applier.time:
-                    applier.time.layers = self.layers_of
-            self.now = replace(self.now, shape=shape, memory=memory)
+            self.update(shape=shape, recorded=memory, layers=checkpointing and checkpointing.layers)
+            if checkpointing and applier.time:
+                applier.time.layers = self.layers_of
+
+    def put(self, state: PlanState) -> None:
+        """Replace the state, and have the applier and the checkpointed layers follow."""
+        self.now = state
+        assert state.cost is not None, "the first plan is priced"
+        self.applier.price(state.cost, state.limit)
+        if self.checkpointing and state.layers is not None:
+            self.checkpointing.take(state.layers)
+
+    def update(self, **changes: Any) -> None:
+        """Replace some fields of the state."""
+        self.put(replace(self.now, **changes))
 
     @property
     def checkpointed(self) -> tuple[str, ...]:
         """Names of the layers chosen for gradient checkpointing."""
-        return self.checkpointing.layers if self.checkpointing else ()
+        return self.now.layers or ()
 
     @property
     def limits_bytes(self) -> bool:
@@ -209,13 +251,25 @@ class PlanKeeper:
         Args:
             checkpointing: True if the decision may rely on gradient checkpointing.
         """
-        if self.checkpointing and self.checkpointing.memory:
-            applier, targets, now = self.applier, self.applier.targets, self.now
-            least = partial(least_cost, targets, applier.low, applier.high) if checkpointing else None
-            room = applier.limit - now.underestimate
-            unpaid = signal_buffer_bytes(targets) * (not applier.will_measure)
-            cost = self.checkpointing.cost(highest_ranks(targets), room, now.shape, applier.ranks, least, unpaid)
-            applier.cost = replace(cost, constant=cost.constant + now.underestimate)
+        applier, targets, now = self.applier, self.applier.targets, self.now
+        if self.checkpointing is None or now.recorded is None:
+            return
+        if not checkpointing:
+            self.update(cost=now.cost_of(now.shape, now.recorded.with_checkpointed(())))
+            return
+        unpaid = signal_buffer_bytes(targets) * (not applier.will_measure)
+        cost = checkpointed_cost(
+            now.recorded,
+            highest_ranks(targets),
+            now.limit - now.underestimate,
+            now.shape,
+            applier.ranks,
+            least=partial(least_cost, targets, applier.low, applier.high),
+            whole=self.checkpointing.whole,
+            unpaid=unpaid,
+        )
+        constant = cost.constant + now.underestimate
+        self.update(cost=replace(cost, constant=constant, per_rank=cost.per_rank + unpaid))
 
     def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
         """Settle after a decision: choose the checkpointed layers, and measure the next step.
@@ -232,7 +286,7 @@ class PlanKeeper:
         if reduction:
             reduction = replace(reduction, ranks=np.where(by_hand | (ranks != before), ranks, reduction.ranks))
         way_back = before if step > 0 else None  # there is no plan before the first one
-        self.now = replace(self.now, before=way_back, cuts=(), reduction=reduction)
+        self.update(before=way_back, cuts=(), reduction=reduction)
         self.checkpoint_fewest()
         if self.limits_bytes:
             self.measure_next()
@@ -246,30 +300,26 @@ class PlanKeeper:
             batches: the batches of the next step; the model has not seen them.
             shape: the largest number of rows and the largest length of any batch so far, including these.
         """
-        self.now = replace(self.now, shape=shape)
+        self.update(shape=shape)
         if not self.limits_bytes:
             return
         self.measure_next()
         try:
-            cost = self.cost_of_shape(shape)
+            cost = self.now.cost_of(shape)
         except UnsupportedError:  # the byte model predicts only the shape of its calibration
             logger.debug("Calibrating again for %s.", shape)
             longest = max(batches, key=lambda batch: shape_of(batch).length, default=None)
             self.measure_again(longest, shape)
-            cost = self.cost_of_shape(shape)
-        self.applier.cost = cost
+            cost = self.now.cost_of(shape)
+        self.update(cost=cost)
         text = f"A batch of {shape} came, larger than the memory was planned for."
         self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
 
     def count_gradients(self) -> None:
         """Add the bytes of gradients to every moment of a step, because the loop keeps them between steps."""
-        checkpointing, memory = self.checkpointing, self.now.memory
         self.run.keep_gradients()
-        if checkpointing and checkpointing.memory:
-            checkpointing.memory = replace(checkpointing.memory, accumulates=True)
-        if memory:
-            self.now = replace(self.now, memory=replace(memory, accumulates=True))
-            self.applier.cost = self.cost_of_shape(self.now.shape)
+        if recorded := self.now.recorded:
+            self._reprice(recorded=replace(recorded, accumulates=True))
         else:
             self.measure_again(None, self.now.shape)
         text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
@@ -292,9 +342,8 @@ class PlanKeeper:
         applier, now = self.applier, self.now
         ranks, cost = applier.ranks, applier.cost
         error = max(peak - (plan_cost(applier.cost_now(), ranks) if predicted is None else predicted), 0.0)
-        self.now = replace(now, underestimate=now.underestimate + error)
         assert isinstance(cost, ByteCost)
-        applier.cost = replace(cost, constant=cost.constant + error)
+        self.update(underestimate=now.underestimate + error, cost=replace(cost, constant=cost.constant + error))
         before = ranks if now.before is None else now.before
         back = not np.array_equal(before, ranks)
         text = (
@@ -316,30 +365,18 @@ class PlanKeeper:
             BudgetError: no plan fits.
         """
         applier, reason = self.applier, "The budget or the time was changed."
-        if limit != applier.limit:
-            self.now = replace(self.now, reduction=None)
-        applier.limit, self.step = limit, step
+        self.step = step
+        self.update(limit=limit, reduction=self.now.reduction if limit == applier.limit else None)
         if not self.fits_with_checkpointing(reason) and not applier.fits():
             self.check_possible(reason)
             self.correct("shrunk: another budget or time", applier.ranks)
 
     # Making a plan fit ------------------------------------------------------------------------------------------------
 
-    def cost_of_shape(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
-        """Return the cost of plans for a batch shape, in bytes.
-
-        Args:
-            shape: the shape of the largest batch.
-            memory: the byte model to use; defaults to that of the current checkpointed layers.
-
-        Raises:
-            UnsupportedError: no byte model covers this shape.
-        """
-        memory = memory or self.now.memory
-        if memory is None:
-            raise UnsupportedError("This run was resumed, and has no byte model.")
-        cost = memory.cost(shape)
-        return replace(cost, constant=cost.constant + self.now.underestimate)
+    def _reprice(self, **changes: Any) -> None:
+        """Replace some fields of the state, and the cost of plans with them."""
+        now = replace(self.now, **changes)
+        self.put(replace(now, cost=now.cost_of(now.shape)))
 
     def measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
         """Measure the byte model again, with a step of a given shape.
@@ -358,22 +395,22 @@ class PlanKeeper:
             whole = reshaped(largest, shape, run.step.rows_per_example)
             return measure_memory(run.step, targets, whole, signals=True)
 
-        memory = run.measured(measure)
-        self.now = replace(self.now, memory=memory)
+        self.update(recorded=run.measured(measure))
         run.replicas.changed(targets, self.step)
         if checkpointing:
-            checkpointing.memory = memory
             self.checkpoint_fewest()
 
     def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
         """Return the names of the layers to checkpoint for a plan of these ranks, int64 (modules,), to fit."""
         if self.checkpointing is None:
             return ()
-        return self.checkpointing.fewest(ranks, self.room_for(ranks), self.now.shape)
+        assert self.now.recorded is not None, "the step has been measured"
+        room = 0.0 if self.checkpointing.whole else self.room_for(ranks)
+        return fewest_checkpointed(self.now.recorded, ranks, room, self.now.shape)
 
     def room_for(self, ranks: IntArray) -> float:
         """Return the bytes that the byte model may predict for a plan, int64 (modules,), within the limit."""
-        return self.applier.limit - self.now.underestimate + self.unpaid(ranks)
+        return self.now.limit - self.now.underestimate + self.unpaid(ranks)
 
     def unpaid(self, ranks: IntArray) -> float:
         """Return the bytes of signal buffers in the byte model that a run without signals does not use; else 0."""
@@ -406,7 +443,7 @@ class PlanKeeper:
         pairs = [CutDirections.of(target) for target in applier.targets if target.rank] if keeps else []
         plan = applier.correct(wanted, self.step, self.run.optimizer)
         cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < pair.rows.shape[1])
-        self.now = replace(self.now, cuts=self.now.cuts + cuts)
+        self.update(cuts=self.now.cuts + cuts)
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 
     def _fit(self, text: str, cause: str, hint: str = "") -> None:
@@ -434,14 +471,14 @@ class PlanKeeper:
     def changed(self, change: PlanChange) -> None:
         """Settle after a correction of ranks: choose checkpointed layers, measure the next step, record the change."""
         self.checkpoint_fewest()
-        self.now = replace(self.now, before=None)
+        self.update(before=None)
         self.measure_next()
         self._corrected(change)
 
     def measure_next(self) -> None:
         """Measure the peak of the next step, for comparison with the prediction."""
         self.meter.request()
-        self.now = replace(self.now, unchecked=True)
+        self.update(unchecked=True)
 
     def checkpoint_fewest(self) -> bool:
         """Checkpoint the fewest layers with which the plan fits; return True if it then fits."""
@@ -451,6 +488,4 @@ class PlanKeeper:
     def checkpoint(self, layers: Sequence[str]) -> None:
         """Checkpoint these layers, if layers may be chosen, and update the costs of plans."""
         if self.checkpointing:
-            self.checkpointing.take(layers)
-            self.now = replace(self.now, memory=self.checkpointing.memory_now())
-            self.applier.cost = self.cost_of_shape(self.now.shape)
+            self._reprice(layers=self.checkpointing.ordered(layers))

@@ -18,8 +18,7 @@ import torch
 from ...common.errors import BudgetError
 from ...common.text import cost_text
 from ...cost.budget import Budget, free_bytes
-from ...cost.cost import ByteCost, UntimedCost, moment_costs, plan_cost
-from ...cost.model import MemoryModel
+from ...cost.cost import ByteCost, moment_costs, plan_cost
 from ...cost.record.model_states import state_bytes, trained_outside
 from ...decide.plan.plan import Plan
 from .journal import PlanChange
@@ -48,14 +47,14 @@ ROUNDING = 16
 
 def no_reduction_yet(plan: PlanKeeper) -> PlanReduction:
     """Return an empty reduction with the current plan, the one to restore later."""
-    applier, ranks, checkpointing = plan.applier, plan.applier.ranks, plan.checkpointing
+    applier, ranks, now = plan.applier, plan.applier.ranks, plan.now
     cost, whole = applier.cost_now(), None
     if isinstance(cost, ByteCost):
         costs = moment_costs(cost, ranks)
         whole = float(costs.max())
         reducible = float(cost.per_rank[costs.argmax()] @ ranks)
-        if checkpointing and checkpointing.memory:
-            every = plan.cost_of_shape(plan.now.shape, checkpointing.memory)  # all checkpointed
+        if now.layers is not None:
+            every = now.cost_of(now.shape, now.recorded)  # all checkpointed
             reducible += whole - plan_cost(applier.cost_now(every), ranks)
     else:
         reducible = plan_cost(cost, ranks)
@@ -64,7 +63,7 @@ def no_reduction_yet(plan: PlanKeeper) -> PlanReduction:
     return PlanReduction(
         ranks=ranks,
         layers=plan.checkpointed,
-        limit=applier.limit,
+        limit=now.limit,
         cost=plan_cost(cost, ranks),
         saved=saving_of_a_try(whole, reducible),
         times=0,
@@ -106,20 +105,12 @@ class StepSnapshot:
         signals: accumulated state of the signal meter.
         decisions: the number of decisions and corrections in the journal.
         plan: the state of the plan keeper.
-        limit: the limit of plans, in the unit of `cost`.
-        cost: the cost model of plans.
-        layers: the names of the checkpointed layers.
-        memory: the byte model of a step with all layers checkpointed; None if unknown.
     """
 
     adapters: AdapterSnapshot
     signals: dict[str, Any]
     decisions: int
     plan: PlanState
-    limit: float
-    cost: UntimedCost
-    layers: tuple[str, ...]
-    memory: MemoryModel | None
 
 
 class Shortage:
@@ -147,16 +138,12 @@ class Shortage:
         """Take a snapshot of everything the current step may change; later calls in the same step do nothing."""
         if self._before:
             return
-        plan, applier, checkpointing = self._plan, self._plan.applier, self._plan.checkpointing
+        plan, applier = self._plan, self._plan.applier
         self._before = StepSnapshot(
             adapters=AdapterSnapshot(plan.run.model, applier.targets, plan.run.optimizer),
             signals=applier.adapters.meter.state_dict(),
             decisions=len(plan.journal.predictions),
             plan=plan.now,
-            limit=applier.limit,
-            cost=applier.cost,
-            layers=plan.checkpointed,
-            memory=checkpointing.memory if checkpointing else None,
         )
 
     def put_back(self) -> None:
@@ -165,13 +152,10 @@ class Shortage:
         self._tried.clear()
         if before is None:
             return
-        plan, applier, checkpointing = self._plan, self._plan.applier, self._plan.checkpointing
+        plan = self._plan
         before.adapters.put_back()
-        applier.adapters.meter.load_state_dict(before.signals)
-        applier.limit, applier.cost, plan.now = before.limit, before.cost, before.plan
-        if checkpointing:
-            checkpointing.memory = before.memory
-            checkpointing.take(before.layers)
+        plan.applier.adapters.meter.load_state_dict(before.signals)
+        plan.put(before.plan)
         plan.journal.forget(before.decisions)
 
     def passed(self) -> None:
@@ -235,16 +219,15 @@ class Shortage:
         if reduction and not self._tried:
             plan.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
             self._tried.append("the plan of the steps before")
-            plan.now = replace(plan.now, reduction=replace(reduction, step=plan.step))
+            plan.update(reduction=replace(reduction, step=plan.step))
             return True
         reduction = reduction or no_reduction_yet(plan)
         limit = next_limit(reduction, plan_cost(applier.cost_now(), applier.ranks))
         if limit is None:
             return False
-        applier.limit = limit
         share = f"{100 * limit / reduction.cost:.0f} %"
         self._tried.append(f"a plan of {share} of its cost")
-        plan.now = replace(plan.now, reduction=replace(reduction, times=reduction.times + 1, step=plan.step))
+        plan.update(limit=limit, reduction=replace(reduction, times=reduction.times + 1, step=plan.step))
         if plan.fits_with_checkpointing(f"Step {number} ran out of memory, and is taken again."):
             return True
         plan.warn(
@@ -256,7 +239,7 @@ class Shortage:
             return False
         cost = plan_cost(applier.cost_now(), applier.ranks)
         if limit < cost <= limit + ROUNDING:
-            applier.limit = cost
+            plan.update(limit=cost)
         return applier.fits()
 
     def follow(self, limit: float, step: int) -> None:
@@ -273,18 +256,17 @@ class Shortage:
         plan.step, self.follows = step, True
         if plan_cost(applier.cost_now(), applier.ranks) > limit:
             self.keep()
-            plan.now = replace(plan.now, reduction=replace(reduction or no_reduction_yet(plan), step=plan.step))
-            applier.limit = limit
+            plan.update(limit=limit, reduction=replace(reduction or no_reduction_yet(plan), step=plan.step))
             reason = f"At step {plan.step} there is room for {cost_text(limit, applier.cost.unit)}."
             if not plan.fits_with_checkpointing(reason):
                 self._shrink(reason)
         elif reduction is None or limit < applier.limit:
-            applier.limit = limit
+            plan.update(limit=limit)
         elif plan.step - reduction.step >= plan.now.wait and limit > applier.limit:
             if (1 + 1e-9) * limit >= min(ROOM * reduction.cost, reduction.limit):
                 self._give_back(reduction, limit)
             else:
-                applier.limit, plan.now = limit, replace(plan.now, reduction=replace(reduction, step=plan.step))
+                plan.update(limit=limit, reduction=replace(reduction, step=plan.step))
                 plan.fits_with_checkpointing("There is more memory.")
                 if len(plan.checkpointed) <= len(reduction.layers):
                     self._give_back(reduction, limit, whole=False)
@@ -330,9 +312,10 @@ class Shortage:
                 there is room, and the rest later.
         """
         plan, applier, step = self._plan, self._plan.applier, self._plan.step
-        applier.limit = limit if whole else limit / ROOM
         if whole:
-            plan.now = replace(plan.now, reduction=None, wait=(2 if reduction.times else 1) * plan.now.wait)
+            plan.update(limit=limit, reduction=None, wait=(2 if reduction.times else 1) * plan.now.wait)
+        else:
+            plan.update(limit=limit / ROOM)
         plan.checkpoint(reduction.layers)  # as many as these ranks need
         observation = applier.observation_now(step)
         ranks = applier.ranks
@@ -340,7 +323,7 @@ class Shortage:
             more = np.where(np.arange(len(ranks)) == module, reduction.ranks, ranks)
             if applier.fits(more):
                 ranks = more
-        applier.limit = limit
+        plan.update(limit=limit)
         if np.array_equal(ranks, applier.ranks):
             plan.checkpoint_fewest()
             if whole:
@@ -351,7 +334,7 @@ class Shortage:
         applier.set_plan(ranks, step, plan.run.optimizer, decides=False)
         cuts = plan.now.cuts
         back = [cut for cut in cuts if cut.target.rank > ends[cut.target]]
-        plan.now = replace(plan.now, cuts=() if whole else tuple(cut for cut in cuts if cut not in back))
+        plan.update(cuts=() if whole else tuple(cut for cut in cuts if cut not in back))
         for cut in reversed(back):  # later ones were larger
             ends[cut.target] = cut.put_back(ends[cut.target])
         taken_back = Plan(ranks, applier.ranks, plan_cost(observation.problem.cost, applier.ranks))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rankpilot.cost.record import measured_time
 from rankpilot.cost.record.measured_time import count_work, measure_step_time, timed_plans, usual_seconds
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.step_time import Rates
 from rankpilot.cost.training_step import TrainingStep, model_loss
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.lora.targets import find_target_modules
 from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -21,11 +21,11 @@ from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.record.live_storages import LivePeak
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.savers.exact import SAVERS, ExactSavers
 from rankpilot.cost.savers.later_logits import LaterLogits
 from rankpilot.cost.savers.prices import ACTIVATIONS, CACHE, COPIES, TILES
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.lora.adapters import signal_buffer_bytes
 from rankpilot.lora.targets import find_target_modules
 from torch import nn

@@ -10,9 +10,9 @@ import torch
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import TIME, ByteCost, ParameterCost, cost_from_state, cost_state, plan_cost, unit_cost
 from rankpilot.cost.record.measured_time import count_work
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.step_time import PARAMETER_BYTES, PARTS, Rates, StepTime, StepWork, fitted
 from rankpilot.cost.training_step import model_loss, release_inputs
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.lora.targets import find_target_modules
 
 

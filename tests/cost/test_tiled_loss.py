@@ -15,13 +15,12 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import reshaped
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers.exact import loss_tiles
-from rankpilot.cost.savers.exact import ExactSavers
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
+from rankpilot.cost.savers.exact import ExactSavers, loss_tiles
 from rankpilot.cost.savers.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.savers.prices import TILES as TILED
 from rankpilot.cost.tile_size import LEAST_TOKENS, TILES
 from rankpilot.finetune.before_training import run_memory
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from rankpilot.report.config import MemoryConfig
 from rankpilot.report.here import StepSetup, measure_step, set_up
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.savers.exact import ExactSavers
 from rankpilot.cost.savers.prices import ACTIVATIONS, COPIES, ROUTED, TILES
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.step.put_back import LayerCheckpointing
 from torch import nn
 from torch.nn import functional
 from transformers import (

@@ -16,6 +16,7 @@ import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import BudgetError, UnsupportedError
+from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing, all_running_again, could_checkpoint
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import Observation
@@ -24,7 +25,6 @@ from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.policy import Decision
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.step.plan_keeper import GOOD_STEPS
-from rankpilot.finetune.step.put_back import LayerCheckpointing, all_running_again, could_checkpoint
 from rankpilot.study.replay import redecide
 from transformers import (
     LlamaConfig,
