@@ -30,7 +30,7 @@ from .plan.plan import Plan, TimeLimit, check_budget
 from .plan.problem import AllocationProblem
 from .policy import Decision, decided_plan, decision_from_plan
 from .rate_control import RunRecord
-from .settings import DecisionSchedule
+from .settings import DecisionClock, DecisionSchedule
 
 FIRST_LOSSES = 5
 """Number of losses averaged for the first loss, from the probe's start, and for the last loss, up to its end."""
@@ -120,12 +120,15 @@ class PlanApplier(Generic[AdaptersT]):
         reads: True if the policy reads signals. Otherwise none are measured, and no plan pays for their buffers.
 
     Attributes:
+        clock: the decisions taken and due.
         notes: reason a module was left out of the latest plan, by name.
 
     Raises:
         BudgetError: no plan fits the limit.
     """
 
+    cost: UntimedCost
+    limit: float
     high: IntArray | None
     low: IntArray | None
     first_loss: float
@@ -152,18 +155,14 @@ class PlanApplier(Generic[AdaptersT]):
         self.targets: list[TargetModule] = list(adapters.targets)
         self.price(cost, limit)
         self.time = time
-        self.schedule = schedule
-        self.total_steps = total_steps
-        self.decision_steps: tuple[int, ...] = schedule.steps(total_steps)
+        self.clock = DecisionClock(schedule, total_steps, reads)
         self.low, self.high = low, high
         self.seed = seed
-        self._reads = reads
         adapters.meter.values = probe_result.signals.copy()
         self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
         self.predicted = probe_result.predicted
         self.rows = rows
         self.interval_losses: list[float] = []
-        self.decision: int = 0
         self.names: tuple[str, ...] = tuple(target.name for target in self.targets)
         self.notes: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -176,54 +175,26 @@ class PlanApplier(Generic[AdaptersT]):
 
     def price(self, cost: UntimedCost, limit: float) -> None:
         """Set the cost of plans and the hard budget; observations keep the first plan's cost as their reference."""
-        self._cost, self._limit = cost, limit
-
-    @property
-    def cost(self) -> UntimedCost:
-        """Cost of plans, signal buffers included."""
-        return self._cost
-
-    @property
-    def limit(self) -> float:
-        """The hard budget, in the unit of `cost`."""
-        return self._limit
+        self.cost, self.limit = cost, limit
 
     @property
     def ranks(self) -> IntArray:
         """Current ranks, (modules,)."""
         return self.adapters.ranks
 
-    @property
-    def finished(self) -> bool:
-        """True if every decision has been taken."""
-        return self.decision >= len(self.decision_steps)
-
-    @property
-    def measures(self) -> bool:
-        """True if signals are measured until the next decision."""
-        return self._reads and not self.finished
-
-    @property
-    def will_measure(self) -> bool:
-        """True if signals are measured after the next decision; the last one may spend the memory of their buffers."""
-        return self._reads and self.decision < len(self.decision_steps) - 1
-
-    @property
-    def until(self) -> int:
-        """Optimizer step before which the next decision falls, or the end of the run."""
-        return self.total_steps if self.finished else self.decision_steps[self.decision]
-
-    def due(self, step: int) -> bool:
-        """True if the next decision falls before optimizer step `step` (counted from 0)."""
-        return not self.finished and step >= self.decision_steps[self.decision]
-
-    def problem(self) -> AllocationProblem:
-        """The plans allowed at the next decision."""
-        return self._problem(buffers=self.will_measure)
-
-    def problem_now(self) -> AllocationProblem:
-        """The plans allowed until the next decision."""
-        return self._problem(buffers=self.measures)
+    def problem(self, *, now: bool = False) -> AllocationProblem:
+        """The plans allowed at the next decision, or until then."""
+        buffers = self.clock.measures if now else self.clock.will_measure
+        cost = self.cost if buffers else self._without_buffers(self.cost)
+        return AllocationProblem.of(
+            self.targets,
+            self.time.added_to(cost, self.limit) if self.time else cost,
+            self.limit,
+            max_step=self.clock.schedule.reach(self.clock.taken),
+            low=self.low,
+            high=self.high,
+            ranks=self.ranks,
+        )
 
     def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
         """Cost of plans until the next decision, without time.
@@ -232,24 +203,12 @@ class PlanApplier(Generic[AdaptersT]):
             cost: cost of plans, signal buffers included; default: their cost in this run.
         """
         cost = cost or self.cost
-        return cost if self.measures else self._without_buffers(cost)
+        return cost if self.clock.measures else self._without_buffers(cost)
 
     def fits(self, ranks: IntArray | None = None) -> bool:
         """True if a plan is within the limits until the next decision; default: the current ranks."""
         ranks = self.ranks if ranks is None else ranks
-        return self.problem_now().fits(ranks) and (self.time is None or self.time.fits(ranks))
-
-    def _problem(self, *, buffers: bool) -> AllocationProblem:
-        cost = self.cost if buffers else self._without_buffers(self.cost)
-        return AllocationProblem.of(
-            self.targets,
-            self.time.added_to(cost, self.limit) if self.time else cost,
-            self.limit,
-            max_step=self.schedule.reach(self.decision),
-            low=self.low,
-            high=self.high,
-            ranks=self.ranks,
-        )
+        return self.problem(now=True).fits(ranks) and (self.time is None or self.time.fits(ranks))
 
     def _without_buffers(self, cost: UntimedCost) -> UntimedCost:
         if not isinstance(cost, ByteCost):
@@ -267,7 +226,7 @@ class PlanApplier(Generic[AdaptersT]):
             steps: features of the steps since then; None if the steps are not read.
             schedule: the schedule's current learning rate, as a share of its peak.
         """
-        if self.decision > 0:
+        if self.clock.taken:
             self.adapters.meter.read()
         if interval_loss is not None and np.isfinite(interval_loss):
             self.interval_losses.append(interval_loss)
@@ -278,16 +237,16 @@ class PlanApplier(Generic[AdaptersT]):
 
     def observation_now(self, step: int) -> Observation:
         """Return the current observation, without closing the interval."""
-        return self._observation(self.problem_now(), step)
+        return self._observation(self.problem(now=True), step)
 
     def _observation(self, problem: AllocationProblem, step: int, steps: FloatArray | None = None) -> Observation:
         state = RunState(
-            progress=step / self.total_steps,
-            decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
+            progress=step / self.clock.total_steps,
+            decisions_left=max(0, self.clock.left - 1),
             reference_cost=self._reference_cost,
             first_loss=self.first_loss,
             losses=tuple(self.interval_losses),
-            total_steps=self.total_steps,
+            total_steps=self.clock.total_steps,
             rows=self.rows,
             probe_fall=self.probe_fall,
             predicted=self.predicted,
@@ -317,13 +276,13 @@ class PlanApplier(Generic[AdaptersT]):
         """
         plan = self.propose(decision, optimizer)
         self._set(plan.ranks, step, optimizer)
-        self.decision += 1
+        self.clock.taken += 1
         self._limit_before = self.limit
         return plan
 
     def _set(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Set the adapters' ranks, int64 (modules,), and record their moves."""
-        if self.decision:
+        if self.clock.taken:
             ladder = self.problem().ladder
             self._moves.moved(ladder.rung(ranks) - ladder.rung(self.ranks))
         self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
@@ -360,7 +319,7 @@ class PlanApplier(Generic[AdaptersT]):
                 f"{part_of(cost, self.limit, self.cost.unit)}. Lower r, raise the budget, or plan the ranks first with "
                 "`rankpilot.allocate`."
             )
-        self.decision += 1
+        self.clock.taken += 1
         return Plan(ranks, ranks, cost)
 
     def set_plan(
@@ -377,18 +336,18 @@ class PlanApplier(Generic[AdaptersT]):
         Raises:
             BudgetError: they exceed the limit.
         """
-        problem = self.problem() if decides else self.problem_now()
+        problem = self.problem() if decides else self.problem(now=True)
         if unit_cost(problem.cost, ranks) > self.limit:
             cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
             raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
         if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
             raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
         self._set(ranks, step, optimizer)
-        self.decision += decides
+        self.clock.taken += decides
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Shrink the ranks to fit a tighter limit; not counted as a decision. See `apply`."""
-        plan = self.propose(decision_from_plan(wanted), optimizer, self.problem_now())
+        plan = self.propose(decision_from_plan(wanted), optimizer, self.problem(now=True))
         self._set(plan.ranks, step, optimizer)
         return plan
 
@@ -414,13 +373,13 @@ class PlanApplier(Generic[AdaptersT]):
             "reference_cost": self._reference_cost,
             "limit": self.limit,
             "time": self.time.state() if self.time else None,
-            "total_steps": self.total_steps,
+            "total_steps": self.clock.total_steps,
             "rows": self.rows,
             "first_loss": self.first_loss,
             "probe_fall": self.probe_fall,
             "predicted": self.predicted,
             "interval_losses": list(self.interval_losses),
-            "decision": self.decision,
+            "decision": self.clock.taken,
             "seed": self.seed,
             "moves": self._moves.state.tolist(),
             "latest": list(self._moves.latest),
@@ -472,7 +431,7 @@ class PlanApplier(Generic[AdaptersT]):
         )
         applier._reference_cost = finite(state["reference_cost"])
         applier.interval_losses = [finite(loss) for loss in state["interval_losses"]]
-        applier.decision = counted(state["decision"])
+        applier.clock.taken = counted(state["decision"])
         moves = np.array([[finite(value) for value in row] for row in state["moves"]]).reshape(len(adapters.targets), 4)
         before, (loss, error) = state["limit_before"], state["latest"]
         applier._moves.state, applier._moves.latest = moves, (finite(loss), finite(error))

@@ -190,7 +190,7 @@ class DecisionRecord:
             predicted_cost=plan.cost,
             pinned=pinned if pinned.any() else None,
             correction=correction,
-            schedule=asdict(applier.schedule),
+            schedule=asdict(applier.clock.schedule),
             notes={**(notes or {}), **applier.notes},
             saved=saved,
             rates=rates,

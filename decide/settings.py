@@ -62,3 +62,48 @@ class DecisionSchedule:
 
 ONCE = DecisionSchedule(fractions=(0.0,))
 """One plan, after the probe. All gains of policies came from their first decision (docs/experiments.md)."""
+
+
+@dataclass
+class DecisionClock:
+    """The decisions of one run: taken, due, and the times between which signals are measured.
+
+    Attributes:
+        schedule: times of the decisions, as shares of the run.
+        total_steps: optimizer steps of the run.
+        reads: True if the policy reads signals; otherwise none are measured.
+        taken: number of decisions taken.
+        steps: optimizer steps before which the decisions fall.
+    """
+
+    schedule: DecisionSchedule
+    total_steps: int
+    reads: bool
+    taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.steps: tuple[int, ...] = self.schedule.steps(self.total_steps)
+
+    @property
+    def left(self) -> int:
+        """Number of decisions still to take."""
+        return max(0, len(self.steps) - self.taken)
+
+    @property
+    def measures(self) -> bool:
+        """True if signals are measured until the next decision."""
+        return self.reads and self.left > 0
+
+    @property
+    def will_measure(self) -> bool:
+        """True if signals are measured after the next decision; the last one may spend the memory of their buffers."""
+        return self.reads and self.left > 1
+
+    @property
+    def until(self) -> int:
+        """Optimizer step before which the next decision falls, or the end of the run."""
+        return self.steps[self.taken] if self.left else self.total_steps
+
+    def due(self, step: int) -> bool:
+        """True if the next decision falls before optimizer step `step` (counted from 0)."""
+        return self.left > 0 and step >= self.until

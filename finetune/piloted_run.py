@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -50,8 +49,6 @@ from .step.peak_guard import PeakGuard
 from .step.put_back import AdapterSnapshot, adapters_put_back
 from .step.run import FirstRows, Participant, TrainingRun
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
-
-logger = logging.getLogger(__name__)
 
 CONTROL: RateControl = AlignmentRule()
 """Controls the learning rate."""
@@ -179,8 +176,8 @@ class PilotedRun:
             journal.note_saved(costs.saved)
             if tied := tied_pairs(unwrap(run.model), targets):
                 journal.note(f"{' and '.join(tied)} share one adapter, which keeps its rank (ensure_weight_tying).")
-            if run.replicas.processes.first and (names := absent_targets(run.model)):
-                logger.warning("target_modules has %s: this model has no module of that name.", ", ".join(names))
+            if names := absent_targets(run.model):
+                run.warn("target_modules has %s: this model has no module of that name.", ", ".join(names))
             if layout_of(run.optimizer) is None:
                 name = type(unwrap_optimizer(run.optimizer)).__name__
                 journal.note(f"{name} keeps state of a form that is not known: where a rank changes, it begins anew.")
@@ -411,7 +408,7 @@ class PilotedRun:
         for part in self.participants:
             part.before_optimizer_step(self.step, loss)
         self._found = None
-        if self.applier.measures:
+        if self.applier.clock.measures:
             self.applier.adapters.meter.accumulate()
 
     def after_step(self) -> None:
@@ -432,7 +429,7 @@ class PilotedRun:
     @property
     def due(self) -> bool:
         """True if a decision is due."""
-        return self.applier.due(self.step) and self.step < self.applier.total_steps
+        return self.applier.clock.due(self.step) and self.step < self.applier.clock.total_steps
 
     @without_autocast()
     def decide(self) -> None:
@@ -440,7 +437,7 @@ class PilotedRun:
         applier, step, loss, keeper = self.applier, self.step, self._losses.mean(), self.guard.plan
         keeper.price_for_decision()
         by_hand = isinstance(self._policy, PlanFile)  # the author of a plan may shrink trained adapters
-        keeps = not by_hand and not self._stays and not applier.decision
+        keeps = not by_hand and not self._stays and not applier.clock.taken
         with before_training.keep_what_was_learned(self.run, applier, self.journal.note) if keeps else nullcontext():
             share = self.control.read(step) if self.control and self._steers else 1.0
             steps = self.control.record if self.control and self._steers else None
@@ -448,7 +445,7 @@ class PilotedRun:
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
-            if keeper.checkpointing and not applier.decision:
+            if keeper.checkpointing and not applier.clock.taken:
                 faster = before_training.faster_plan(keeper, applier, self._ask, decision)
             if self.control and self._steers:  # an undo restores adapters of the previous ranks
                 self.control.steer(decision.change, step)

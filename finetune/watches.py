@@ -111,7 +111,7 @@ class LoopCalls(Participant):
         if self._hook is None:
             return
         if step == self._run.total_steps + 1:
-            self._warn(
+            self._run.warn(
                 f"Step {step} ends in a run of total_steps={self._run.total_steps}, by which its plans were timed. "
                 "Give TrainingRun the number of steps that the optimizer makes, and make the calls once for each."
             )
@@ -125,7 +125,7 @@ class LoopCalls(Participant):
         self._uneven = self._uneven + 1 if self._without else 0
         if self._uneven == 2:
             batches = self._without + 1
-            self._warn(
+            self._run.warn(
                 f"`pilot.after_step()` was called {batches} times for one step of the optimizer, again and again. With "
                 "accumulation make the calls once for each optimizer step, with all of its batches in `before_step`, "
                 f"and give TrainingRun accumulation={batches}."
@@ -135,15 +135,11 @@ class LoopCalls(Participant):
     def _stepped(self) -> None:
         self._optimizer_steps += 1
         if self._optimizer_steps == 2 and not self._called:
-            self._warn(
+            self._run.warn(
                 "The optimizer has made 2 steps, and no call was made since `pilot.begin(run)`: the first plan stays. "
                 "Call `pilot.before_step(batch)`, `pilot.before_optimizer_step(loss)` and `pilot.after_step()` in each "
                 "step, or `pilot.finish()` now."
             )
-
-    def _warn(self, text: str) -> None:
-        if self._run.replicas.processes.first:
-            logger.warning("%s", text)
 
 
 PATIENCE = 3

@@ -67,7 +67,7 @@ class StackedEpisode:
         plan = applied()
         if self.log:
             log, policy = self.log
-            number = self.applier.decision - 1
+            number = self.applier.clock.taken - 1
             log.append(
                 DecisionRecord.of(
                     self.applier,
@@ -223,7 +223,7 @@ class StackedEpisodes:
         for episode in left.values():
             episode.failed = True
         for slot, episode in episodes.items():
-            episode.record.step = max(episode.record.step, episode.applier.until)
+            episode.record.step = max(episode.record.step, episode.applier.clock.until)
             episode.loss = float(np.mean(shown[slot])) if shown[slot] else None
 
     def _lane(self, slot: int, episode: StackedEpisode) -> Member:
@@ -233,8 +233,10 @@ class StackedEpisodes:
         peak = (
             task.learning_rate * 2 ** (task.offset + episode.record.moved) * RULE.factor(ranks, scalings, self._plain)
         )
-        meter = applier.adapters.meter if applier.measures else None
-        return Member(task, slot, episode.record.step, applier.until, _scheduled(task, peak), meter, alignments=[])
+        meter = applier.adapters.meter if applier.clock.measures else None
+        return Member(
+            task, slot, episode.record.step, applier.clock.until, _scheduled(task, peak), meter, alignments=[]
+        )
 
     @staticmethod
     def _read(record: RunRecord, member: Member) -> None:

@@ -107,13 +107,13 @@ class PeakGuard(Participant):
         plan.step, self._step_shape = step, run.replicas.largest_shape(map(self.parts.shape_of, batches))
         if plan.now.unchecked:
             self._batches = StepBatches.of(batches)
-        if self._keeps_gradients is None and plan.limits_bytes and self._gradients_stay():
+        if self._keeps_gradients is None and plan.now.limits_bytes and self._gradients_stay():
             self._watch_gradients()
         if plan.checkpointing:
             plan.checkpointing.before_step()
         larger = plan.now.shape.joined(self._step_shape)
         if larger != plan.now.shape:
-            if plan.limits_bytes:
+            if plan.now.limits_bytes:
                 self.shortage.keep()
             self._larger_batch(batches, larger)
         if self.meter.due(step):
@@ -147,7 +147,7 @@ class PeakGuard(Participant):
                 raise
             return
         self.shortage.drop_step(error)
-        self.plan.warn("Step %d ran out of memory, and is taken again in smaller parts.", self.plan.step + 1)
+        self.plan.run.warn("Step %d ran out of memory, and is taken again in smaller parts.", self.plan.step + 1)
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Note that the forward and backward passes of a step did not run out of memory."""
@@ -168,13 +168,13 @@ class PeakGuard(Participant):
             self.meter.end(step)
             plan.count_gradients()
         peak = self.meter.end(step)
-        if peak is not None and plan.limits_bytes:
+        if peak is not None and plan.now.limits_bytes:
             predicted = self._predicted()
             cause = self._check(step, peak, predicted) if plan.now.unchecked else ""
             if peak > plan.applier.limit:
                 plan.above(peak, cause, predicted if self.parts.on else None)
             elif cause:
-                plan.warn("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
+                plan.run.warn("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
         self.shortage.give_back_if_room()
 
     def _predicted(self) -> float | None:
@@ -221,7 +221,7 @@ class PeakGuard(Participant):
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Measure an evaluation, and set `evaluation_share` to its share of the budget."""
-        if self.plan.limits_bytes:
+        if self.plan.now.limits_bytes:
             self.meter.begin(self.plan.run.model, self.plan.run.optimizer, self.plan.run.replicas.begin_measuring())
         try:
             yield

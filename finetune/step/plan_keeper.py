@@ -109,6 +109,11 @@ class PlanState:
     reduction: PlanReduction | None = None
     cuts: tuple[CutDirections, ...] = ()
 
+    @property
+    def limits_bytes(self) -> bool:
+        """True if the budget counts bytes."""
+        return isinstance(self.cost, ByteCost)
+
     @cached_property
     def memory(self) -> MemoryModel | None:
         """The byte model of the step with the chosen layers checkpointed; None if unknown."""
@@ -231,16 +236,6 @@ class PlanKeeper:
         """Names of the layers chosen for gradient checkpointing."""
         return self.now.layers or ()
 
-    @property
-    def limits_bytes(self) -> bool:
-        """True if the budget counts bytes."""
-        return isinstance(self.applier.cost, ByteCost)
-
-    def warn(self, text: str, *values: object) -> None:
-        """Log a warning in the first process only, since all processes reach the same conclusion."""
-        if self.run.replicas.processes.first:
-            logger.warning(text, *values)
-
     # Decisions --------------------------------------------------------------------------------------------------------
 
     def price_for_decision(self, *, checkpointing: bool = True) -> None:
@@ -257,7 +252,7 @@ class PlanKeeper:
         if not checkpointing:
             self.update(cost=now.cost_of(now.shape, now.recorded.with_checkpointed(())))
             return
-        unpaid = signal_buffer_bytes(targets) * (not applier.will_measure)
+        unpaid = signal_buffer_bytes(targets) * (not applier.clock.will_measure)
         cost = checkpointed_cost(
             now.recorded,
             highest_ranks(targets),
@@ -288,7 +283,7 @@ class PlanKeeper:
         way_back = before if step > 0 else None  # there is no plan before the first one
         self.update(before=way_back, cuts=(), reduction=reduction)
         self.checkpoint_fewest()
-        if self.limits_bytes:
+        if self.now.limits_bytes:
             self.measure_next()
 
     # What makes plans cost more ---------------------------------------------------------------------------------------
@@ -301,7 +296,7 @@ class PlanKeeper:
             shape: the largest number of rows and the largest length of any batch so far, including these.
         """
         self.update(shape=shape)
-        if not self.limits_bytes:
+        if not self.now.limits_bytes:
             return
         self.measure_next()
         try:
@@ -351,11 +346,11 @@ class PlanKeeper:
             f"{format_bytes(applier.limit)}"
         )
         text = f"{text}, {cause}" if cause else f"{text}."
-        if self.step == applier.total_steps:
-            self.warn("%s It was the last step: the plan stays.", text)
+        if self.step == applier.clock.total_steps:
+            self.run.warn("%s It was the last step: the plan stays.", text)
         elif not self.fits_with_checkpointing(text):
             self.check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
-            self.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
+            self.run.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
             self.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
     def new_limit(self, limit: float, step: int) -> None:
@@ -414,7 +409,7 @@ class PlanKeeper:
 
     def unpaid(self, ranks: IntArray) -> float:
         """Return the bytes of signal buffers in the byte model that a run without signals does not use; else 0."""
-        return 0.0 if self.applier.measures else float(signal_buffer_bytes(self.applier.targets) @ ranks)
+        return 0.0 if self.applier.clock.measures else float(signal_buffer_bytes(self.applier.targets) @ ranks)
 
     def fits_with_checkpointing(self, reason: str) -> bool:
         """Try to make the plan fit by checkpointing other layers; True if it fits with unchanged ranks.
@@ -427,7 +422,7 @@ class PlanKeeper:
             return False
         if before != self.checkpointed:
             self.measure_next()
-            self.warn("%s Now %s, and the plan stays.", reason, self.checkpointing)
+            self.run.warn("%s Now %s, and the plan stays.", reason, self.checkpointing)
         return True
 
     def correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
@@ -455,16 +450,16 @@ class PlanKeeper:
             hint: further text if no plan fits.
         """
         if self.applier.fits():
-            self.warn("%s The plan still fits.", text)
+            self.run.warn("%s The plan still fits.", text)
         elif not self.fits_with_checkpointing(text):
             self.check_possible(text + hint)
-            self.warn("%s The plan is shrunk.", text)
+            self.run.warn("%s The plan is shrunk.", text)
             self.correct(f"shrunk: {cause}", self.applier.ranks)
 
     def check_possible(self, context: str) -> None:
         """Raise BudgetError, with its context, if no plan with an adapter fits."""
         try:
-            check_budget(self.applier.problem_now(), list(self.applier.names))
+            check_budget(self.applier.problem(now=True), list(self.applier.names))
         except BudgetError as error:
             raise BudgetError(f"{context} {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,8 @@ from .batch_rows import Cuts
 from .known_losses import cuts_left, unknown_model
 from .replicas import Replicas, check_one_device
 from .undisturbed import gradients_put_back, training_mode, undisturbed
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -275,6 +278,11 @@ class TrainingRun:
     def step_in_parts(self) -> TrainingStep:
         """The step as several passes, each alongside the gradients of the earlier ones."""
         return replace(self.step, accumulates=True, bucket_copies=self.replicas.bucket_copies(several=True))
+
+    def warn(self, text: str, *values: object) -> None:
+        """Log a warning in the first process only, since all processes reach the same conclusion."""
+        if self.replicas.processes.first:
+            logger.warning(text, *values)
 
     def keep_gradients(self) -> None:
         """From now on, measure steps as in a loop that keeps its gradients."""

@@ -217,7 +217,7 @@ class Shortage:
         """Prepare to repeat this step, counted from 1; False if no smaller plan would help."""
         plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
         if reduction and not self._tried:
-            plan.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
+            plan.run.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
             self._tried.append("the plan of the steps before")
             plan.update(reduction=replace(reduction, step=plan.step))
             return True
@@ -230,7 +230,7 @@ class Shortage:
         plan.update(limit=limit, reduction=replace(reduction, times=reduction.times + 1, step=plan.step))
         if plan.fits_with_checkpointing(f"Step {number} ran out of memory, and is taken again."):
             return True
-        plan.warn(
+        plan.run.warn(
             "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
         )
         try:
@@ -278,25 +278,25 @@ class Shortage:
         except BudgetError:
             self.put_back()
             raise
-        self._plan.warn("%s The plan is shrunk.", reason)
+        self._plan.run.warn("%s The plan is shrunk.", reason)
         self._plan.correct("shrunk: less memory", self._plan.applier.ranks, keeps=self._keeps_cuts)
 
     @property
     def _keeps_cuts(self) -> bool:
         """True if cut directions are kept in main memory: not if the budget itself counts main memory."""
-        return not self._plan.limits_bytes or self._plan.run.device.type == "cuda"
+        return not self._plan.now.limits_bytes or self._plan.run.device.type == "cuda"
 
     def give_back_if_room(self) -> None:
         """Restore the plan after an out-of-memory error, once enough steps succeeded and memory is free again."""
         plan, run, applier = self._plan, self._plan.run, self._plan.applier
         reduction, history = plan.now.reduction, plan.meter.history
-        if self.follows or reduction is None or plan.step >= applier.total_steps:
+        if self.follows or reduction is None or plan.step >= applier.clock.total_steps:
             return
         if plan.step - reduction.step < plan.now.wait:
             return
         if run.device.type == "cuda" and history:  # without CUDA, good steps are the evidence
             more = reduction.cost - plan_cost(applier.cost_now(), applier.ranks)
-            if not plan.limits_bytes:
+            if not plan.now.limits_bytes:
                 more *= adapter_bytes(applier.targets, run.optimizer) / plan_cost(applier.cost, applier.ranks)
             if history[-1][1] + more - state_bytes(run.model, run.optimizer) > free_bytes(run.device):
                 return

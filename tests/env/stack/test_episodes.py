@@ -107,7 +107,7 @@ def test_a_budget_that_falls_shrinks_the_plan_and_one_that_rises_leaves_room(mak
         episode = episodes.under_way[0]
         problem = episode.observation.problem
         costs.append(float(problem.cost.per_rank[0] @ episode.applier.ranks) / problem.limit)
-        assert episode.applier.fits() or not episode.applier.decision
+        assert episode.applier.fits() or not episode.applier.clock.taken
         episodes.step({0: GROUP_RULES["left-alone"].decide(episode.observation)})
     assert max(costs[1:]) <= 1.0
     assert costs[-1] <= 0.55, "the plan of half the budget, in all of it"
