@@ -122,6 +122,10 @@ class PilotOptions(PlanOptions):
         offload: keep the inputs of checkpointed layers in main memory until needed: the same losses, and fewer
             checkpointed layers within the same bytes. For CUDA, where its time has not been measured yet; a time limit
             measures it.
+        stream: frozen weights of layers in main memory, each on the device only while its layer runs: the same losses
+            for a base that is too large for the device. "auto" streams as few layers as the budget asks for, where one
+            for everything on the device ("12GiB") cannot hold the base; a number streams this many layers; "off" none.
+            Not timed on a GPU yet.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -138,6 +142,7 @@ class PilotOptions(PlanOptions):
     learning_rate: Literal["auto"] | None = None
     control: bool | None = None
     offload: bool = False
+    stream: int | Literal["auto", "off"] = "auto"
 
     @property
     def budget_read(self) -> Budget:
@@ -162,6 +167,8 @@ class PilotOptions(PlanOptions):
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
         _check_switch("offload", self.offload)
+        if self.stream not in ("auto", "off") and not is_count(self.stream):
+            raise ConfigError(f'stream is "auto", "off" or a number of layers, at least 1; got {shown(self.stream)}.')
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):

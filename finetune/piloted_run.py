@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from ..common.checks import finite
+from ..common.checks import counted, finite
 from ..common.devices import without_autocast
-from ..common.errors import ConfigError, UnsupportedError
+from ..common.errors import BudgetError, ConfigError, UnsupportedError
 from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
@@ -36,6 +36,7 @@ from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
 from ..lora.peft_config import absent_targets, finish_load, start_kept
 from ..lora.resize import is_trained
+from ..lora.spec import REFERENCE_RANK, highest_ranks
 from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from . import before_training
 from .controlled_rate import ControlledRate
@@ -48,6 +49,7 @@ from .step.journal import Journal, PlanChange
 from .step.peak_guard import PeakGuard
 from .step.put_back import AdapterSnapshot, adapters_put_back
 from .step.run import FirstRows, Participant, TrainingRun
+from .streaming import RunStreaming
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
 
 CONTROL: RateControl = AlignmentRule()
@@ -118,6 +120,7 @@ class PilotedRun:
         self._savers: ExactSavers | None = None
         self._checkpointing: LayerCheckpointing | None = None
         self._found: AdapterSnapshot | None = None  # until a step has passed
+        self.streaming: RunStreaming = RunStreaming(run, options)
         self._switches, self._heard = ExitStack(), b""
         with _RUNS:
             if any(thread is not current_thread() and thread.is_alive() for thread in _UNDER_WAY.values()):
@@ -171,7 +174,14 @@ class PilotedRun:
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
             before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
-            costs = self._prepare(seed, None if probes else first_rows, timed, progress)
+            prepare = partial(self._prepare, seed, None if probes else first_rows, timed, progress)
+            try:
+                costs = prepare()
+            except BudgetError as error:
+                if not self.streaming.instead_of(error, budget):
+                    raise
+                costs = prepare()
+            journal.note(self.streaming.told())
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             if tied := tied_pairs(unwrap(run.model), targets):
@@ -223,6 +233,8 @@ class PilotedRun:
             whole=checkpointing is not None and checkpointing.whole,
             in_parts=self.guard.parts.on,
         )
+        plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
+        costs = self.streaming.settle(costs, budget, plain, checkpoints=checkpointing is not None)
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
@@ -265,6 +277,7 @@ class PilotedRun:
                 settings["budget"] = before["budget"]
             self.applier = self._applier_of(state)
             known, layers, names = predictions_of(state), frozenset(state["checkpointed"]), frozenset(state["savers"])
+            streamed = counted(state["streamed"])
             plan = self._plan_in_words(*known[-1])
             initial, own = (
                 InitialLoss(*map(finite, state["initial"])) if state["initial"] else None,
@@ -283,7 +296,8 @@ class PilotedRun:
         journal.open(name, known, writes=run.replicas.processes.first)
         journal.note(f"Resuming after step {step} {plan}.")
         journal.forget_control(step)
-        self._switch(names)
+        self._switch(names, streamed)
+        journal.note(self.streaming.told())
         checkpointing = self._checkpointing
         self._have_rate(initial, own)
         parts = self.guard.parts.on
@@ -325,9 +339,11 @@ class PilotedRun:
         applier.low = floor_of_experts(self._targets, applier.cost, applier.limit, low, high)
         return applier
 
-    def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
+    def _switch(self, savers: Collection[str] = tuple(SAVERS), streamed: int | None = None) -> None:
         """Make steps run as the options say until the run ends."""
         run, options = self.run, self.options
+        self._switches.callback(self.streaming.end)
+        self.streaming.begin(streamed)
         if options.gradient_checkpointing is True:
             self._switches.callback(all_running_again(run.model))
         if options.exact_savers:
@@ -515,6 +531,7 @@ class PilotedRun:
             "predictions": self.journal.predictions,
             "peaks_shown": self.shown,
             "savers": list(self._savers.names) if self._savers else [],
+            "streamed": self.streaming.count,
             "settings": run_settings(self.options, self.elastic.budget, self._policy, self._schedule),
         }
         for part in self.participants:

@@ -39,6 +39,7 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
         "keep_rate": options.keep_rate,
         "control": options.control,
         **({"offload": True} if options.offload else {}),
+        **({"stream": options.stream} if options.stream != "auto" else {}),
     }
 
 

@@ -33,6 +33,7 @@ from ..savers.exact import ExactSavers
 from ..savers.later_logits import expecting_one
 from ..savers.loss_tiles import scaled
 from ..savers.prices import Saved
+from ..savers.streamed_base import streaming_of
 from ..tile_size import LossTiles
 from ..training_step import LossFunction, TrainingStep
 from .live_storages import device_kind
@@ -390,7 +391,8 @@ def resident_bytes(model: nn.Module) -> int:
     They include the frozen model; on CUDA also all usage outside torch's allocator, by contexts and other processes,
     and cuBLAS workspaces.
     """
-    frozen, device = frozen_bytes(model), next(model.parameters()).device
+    streaming, device = streaming_of(model), next(model.parameters()).device
+    frozen = frozen_bytes(model) - (streaming.away_bytes if streaming else 0)
     if device.type != "cuda":
         return frozen
     free, total = torch.cuda.mem_get_info(device)

@@ -64,24 +64,27 @@ class Copies:
     def to_main(self, tensor: torch.Tensor) -> tuple[Any, Any]:
         """Return a copy in main memory, and its completion event."""
         there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return (there, tensor.device), self._copied(there, tensor, tensor.device)
+        return (there, tensor.device), self.into(there, tensor)
 
     def to_device(self, there: Any) -> tuple[torch.Tensor, Any]:
         """Return a copy on the device, and its completion event."""
         tensor, device = there
         here = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        return here, self._copied(here, tensor, device)
+        return here, self.into(here, tensor)
 
     def wait(self, done: Any) -> None:
         """Make later work on the device wait for a copy."""
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
 
-    def _copied(self, target: torch.Tensor, source: torch.Tensor, device: torch.device) -> Any:
+    def into(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        """Copy a tensor into another one, after all earlier work; return the completion event."""
+        device = source.device if source.is_cuda else target.device
         if device.type != "cuda":
             target.copy_(source)
             return None
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        if (stream := self._streams.get(device)) is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)

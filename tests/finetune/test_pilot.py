@@ -100,7 +100,9 @@ def loop(llama_config: LlamaConfig, tmp_path: Path) -> Loop:
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is said of the calls that a loop makes."""
-    return [text for record in caplog.records if not (text := record.getMessage()).startswith(("The peak", "Gradients"))]
+    return [
+        text for record in caplog.records if not (text := record.getMessage()).startswith(("The peak", "Gradients"))
+    ]
 
 
 def test_what_takes_part_keeps_its_state_under_keys_of_its_own(loop: Loop) -> None:

@@ -1,0 +1,84 @@
+"""Streamed layers, in bytes and seconds: what stays on the device, what main memory holds, and copies that do not hide.
+
+A streamed layer's frozen weights are on the device only while it runs (`cost/savers/streamed_base.py`). Two layers are
+there at once: the running one and the next. A copy hides behind the computation of the layers in between, so it costs
+time only where a layer has few tokens to compute.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEAST_BYTES = 2**16
+"""Smaller tensors, such as norms, stay on the device."""
+
+ON_DEVICE = 2
+"""Number of streamed layers on the device at once."""
+
+
+@dataclass(frozen=True)
+class BaseLayers:
+    """The frozen weights of a model's repeated layers.
+
+    Attributes:
+        count: number of layers.
+        sizes: bytes of each storage of a layer that can be streamed; layers are alike.
+    """
+
+    count: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, frozen: Sequence[int], count: int) -> BaseLayers:
+        """Find the storages that each layer has.
+
+        Where layers differ, those that not all have are left out, so fewer bytes are streamed than could be.
+
+        Args:
+            frozen: bytes of each storage of the frozen model.
+            count: number of layers.
+        """
+        times = Counter(size for size in frozen if size >= LEAST_BYTES)
+        return cls(count, tuple(size for size, number in times.items() for _ in range(number // count if count else 0)))
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of a layer that can be streamed."""
+        return sum(self.sizes)
+
+    def on_device(self, frozen: Sequence[int], streamed: int) -> tuple[int, ...]:
+        """Return the bytes of each storage on the device at once, with this many streamed layers.
+
+        Args:
+            frozen: bytes of each storage of the frozen model.
+            streamed: number of streamed layers.
+        """
+        away = Counter({size: number * max(streamed - ON_DEVICE, 0) for size, number in Counter(self.sizes).items()})
+        kept = []
+        for size in frozen:
+            if away[size] > 0:
+                away[size] -= 1
+            else:
+                kept.append(size)
+        return tuple(kept)
+
+    def exposed_seconds(self, streamed: int, forward: float, backward: float, bus_bytes_per_s: float) -> float:
+        """Return the seconds per step by which copies exceed the computation that hides them.
+
+        Args:
+            streamed: number of streamed layers, evenly spread.
+            forward: seconds of the layers' forward passes.
+            backward: seconds of their backward passes, with recomputation.
+            bus_bytes_per_s: rate of copies to the device.
+        """
+        if not streamed:
+            return 0.0
+        copy = self.layer_bytes / bus_bytes_per_s
+        rest = (streamed - 1) * copy  # nothing hides the first one, and the backward pass begins with the last one
+        return copy + max(rest - forward, 0.0) + max(rest - backward, 0.0)
+
+    def spread(self, streamed: int) -> tuple[int, ...]:
+        """Return the indices of the streamed layers, spread evenly, so that copies hide."""
+        return tuple(index * self.count // streamed for index in range(streamed))
