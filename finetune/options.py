@@ -123,9 +123,9 @@ class PilotOptions(PlanOptions):
             checkpointed layers within the same bytes. For CUDA, where its time has not been measured yet; a time limit
             measures it.
         stream: frozen weights of layers in main memory, each on the device only while its layer runs: the same losses
-            for a base that is too large for the device. "auto" streams as few layers as the budget asks for, where one
-            for everything on the device ("12GiB") cannot hold the base; a number streams this many layers; "off" none.
-            Not timed on a GPU yet.
+            for a base that is too large for the device. under a budget for everything on the device ("12GiB") that
+            does not hold plain LoRA with the whole base, "auto" streams as few layers as make room for it; a number
+            streams this many layers, "off" none (docs/savers.md). Not timed on a GPU yet.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})

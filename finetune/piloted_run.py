@@ -14,7 +14,7 @@ import torch
 
 from ..common.checks import counted, finite
 from ..common.devices import without_autocast
-from ..common.errors import BudgetError, ConfigError, UnsupportedError
+from ..common.errors import ConfigError, UnsupportedError
 from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
@@ -174,13 +174,7 @@ class PilotedRun:
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
             before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
-            prepare = partial(self._prepare, seed, None if probes else first_rows, timed, progress)
-            try:
-                costs = prepare()
-            except BudgetError as error:
-                if not self.streaming.instead_of(error, budget):
-                    raise
-                costs = prepare()
+            costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(self.streaming.told())
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
@@ -222,7 +216,8 @@ class PilotedRun:
         low, high = rank_bounds(targets, options.bounds or {})
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
         before_training.clear_adapter_state(run, targets, keeps=keeps)
-        costs = before_training.run_costs(
+        costs_of_plans = partial(
+            before_training.run_costs,
             run,
             targets,
             budget,
@@ -234,7 +229,7 @@ class PilotedRun:
             in_parts=self.guard.parts.on,
         )
         plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
-        costs = self.streaming.settle(costs, budget, plain, checkpoints=checkpointing is not None)
+        costs = self.streaming.costs(costs_of_plans, budget, plain, checkpoints=checkpointing is not None)
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
         limit = costs.limit.value

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..common.arrays import IntArray
-from ..common.errors import BudgetError, ConfigError, UnsupportedError
+from ..common.errors import BudgetError, ConfigError
 from ..common.text import format_bytes
 from ..cost.budget import Budget
 from ..cost.record.calibration import PlanCosts
 from ..cost.savers.streamed_base import StreamedBase, streamable_layers, streaming_of, unstreamable
+from ..cost.streaming import ON_DEVICE
 from .options import PilotOptions
 from .step.run import TrainingRun
 
@@ -55,45 +57,47 @@ class RunStreaming:
         elif isinstance(asked, int) and asked:
             self._start(asked)
 
-    def instead_of(self, error: BudgetError, budget: Budget) -> bool:
-        """Stream all layers where the budget cannot hold the whole base; False if that is not possible.
+    def costs(
+        self, measured: Callable[[], PlanCosts], budget: Budget, plain: IntArray, *, checkpoints: bool
+    ) -> PlanCosts:
+        """Return the costs of plans, and stream the base where plain LoRA does not fit beside all of it.
 
         Args:
-            error: why no plan fits.
-            budget: the budget of the run.
-        """
-        movable = self._asked == "auto" and budget.kind == "total" and self._run.device.type in DEVICES
-        if not movable or self.now or unstreamable(self._run.model):
-            return False
-        try:
-            self._start(len(streamable_layers(self._run.model)))
-        except UnsupportedError as short:
-            raise BudgetError(f"{error} {short}") from error
-        return True
-
-    def settle(self, costs: PlanCosts, budget: Budget, plain: IntArray, *, checkpoints: bool) -> PlanCosts:
-        """Keep as many layers on the device as the budget holds next to a step of plain LoRA.
-
-        Args:
-            costs: the costs of plans with all layers streamed, and the limit that they leave.
+            measured: measures the costs, and the limit that the budget sets.
             budget: the budget of the run.
             plain: the ranks of plain LoRA, int64 (modules,).
-            checkpoints: True if layers may be checkpointed, as all are in the costs; plain LoRA's step has none.
+            checkpoints: True if layers may be checkpointed, as all are in the costs.
 
-        Returns:
-            The costs with the limit that the kept layers leave.
+        Raises:
+            BudgetError: the budget does not hold the base, which cannot be streamed.
         """
-        streaming, memory = self.now, costs.memory
-        if streaming is None or memory is None or self._asked != "auto" or budget.kind != "total":
-            return costs
-        wanted = (memory.with_checkpointed(()) if checkpoints else memory).peak(plain, costs.alone)
-        layer, away = max(each.bytes for each in streaming.layers), streaming.away_bytes
-        kept = min(max(int((costs.limit.value - wanted) // layer), 0), self.count)
-        if self.count - kept <= 2:  # two are on the device anyway
-            kept = self.count
-        streaming.keep(self.count - kept)
-        taken = away - streaming.away_bytes
-        return replace(costs, limit=replace(costs.limit, value=costs.limit.value - taken))
+        auto = self._asked == "auto" and budget.kind == "total"
+        movable = auto and self._run.device.type in DEVICES and not self.now and not unstreamable(self._run.model)
+        try:
+            found = measured()
+            fits = found.memory is None or found.memory.peak(plain, found.alone) <= found.limit.value
+        except BudgetError:
+            if not movable:
+                raise
+            fits = False
+        if movable and not fits:
+            self._start(len(streamable_layers(self._run.model)))
+            found = measured()
+        if self.now and auto and found.memory:
+            memory = found.memory.with_checkpointed(()) if checkpoints else found.memory
+            taken = self._keep(found.limit.value - memory.peak(plain, found.alone))
+            found = replace(found, limit=replace(found.limit, value=found.limit.value - taken))
+        return found
+
+    def _keep(self, room: float) -> int:
+        """Keep as many layers on the device as have room, in bytes; return their bytes."""
+        assert self.now is not None, "the base streams"
+        away, layers = self.now.away_bytes, self.now.layers
+        kept = min(max(int(room // max(layer.bytes for layer in layers)), 0), len(layers))
+        if len(layers) - kept <= ON_DEVICE:  # as many are on the device anyway
+            kept = len(layers)
+        self.now.keep(len(layers) - kept)
+        return away - self.now.away_bytes
 
     def told(self) -> str:
         """Describe what streams, for people; empty if nothing does."""

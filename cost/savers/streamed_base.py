@@ -149,8 +149,8 @@ class StreamedBase:
         self._model, self.layers = model, list[StreamedLayer]()
         self.copied_bytes = 0
         self._rests_later = False  # after the backward pass that runs
-        own = set(layers)
-        around = [module for module in model.modules() if own & set(module.modules()) and module not in own]
+        inside = set(layers)
+        around = [module for module in model.modules() if inside & set(module.modules()) and module not in inside]
         self._handles: list[Any] = [module.register_forward_hook(self._after_pass) for module in around]
         self._applied: list[tuple[nn.Module, Any]] = []
         tensors = [_streamed_tensors(module, shared) for module in layers]
