@@ -450,7 +450,7 @@ def refuse_file(folder: Path) -> None:
 def _check(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Raise RunFolderError if a folder does not hold this run."""
     if not resume:
-        raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
+        raise RunFolderError(f"{folder} already exists. Pass --resume to continue it, or another --output.")
     path = folder / CONFIG
     if not path.exists():
         raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")

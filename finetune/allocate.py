@@ -136,7 +136,7 @@ def allocate(
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
     if output is not None and Path(output).exists():
-        raise ConfigError(f"{output} exists already. Name a file that does not.")
+        raise ConfigError(f"{output} already exists. Choose a new file name.")
     plan = static_plan(model, data, policy, options, **changes)
     logger.info(plan.line())
     if output is not None:

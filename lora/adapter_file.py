@@ -332,7 +332,7 @@ def export_padded(
     _refuse_other_forms(adapter)
     width = _padded_rank(max(adapter.ranks.values()), rank)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise RunFolderError(f"{output} exists already. Name a folder that does not, or an empty one.")
+        raise RunFolderError(f"{output} already exists. Choose a new or empty folder.")
     _check_padded_bytes(adapter, width)
     tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
     config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)

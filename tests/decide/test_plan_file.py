@@ -239,7 +239,7 @@ def test_a_person_decides_before_a_run_and_within_it(
     planned = read_plan(path)
     assert config.rank_pattern
     assert max(planned.values()) > 4
-    with pytest.raises(ConfigError, match=r"plan\.yaml exists already"):
+    with pytest.raises(ConfigError, match=r"plan\.yaml already exists"):
         rankpilot.allocate(make_trainer(), output=path)
 
     first = {name: min(rank, 4) for name, rank in planned.items()}

@@ -124,7 +124,7 @@ def test_a_plan_that_a_person_edited_decides_a_run(
     path, run = tmp_path / "plan.yaml", tmp_path / "run"
     small = ["--batch-size=4", "--budget=110%", "--parts=off"]
     assert cli.run(["plan", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
-    assert f"Edit it, and pass --policy {path} to rankpilot finetune" in " ".join(capsys.readouterr().out.split())
+    assert f"pass it to rankpilot finetune with --policy {path}" in " ".join(capsys.readouterr().out.split())
     text = path.read_text()
     planned = read_plan(path)
     assert sum("{" in line for line in text.splitlines()) == 2, "a line for each layer"

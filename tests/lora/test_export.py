@@ -333,7 +333,7 @@ def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     for taken in (tmp_path / "used", plain, tmp_path / "used" / "notes.txt"):
-        with pytest.raises(RunFolderError, match="exists already"):
+        with pytest.raises(RunFolderError, match="already exists"):
             export_padded(plain, taken)
     with pytest.raises(RunFolderError, match="cannot be written"):
         export_padded(plain, tmp_path / "used" / "notes.txt" / "deeper")
