@@ -142,7 +142,7 @@ def _exceeded(run: RunData) -> str:
 
 def _unlike(run: RunData) -> str:
     caveats = run.first.caveats if run.first else ()
-    return f"Expectations come from other runs, so trust them less: {', '.join(caveats)}." if caveats else ""
+    return f"Expectations come from other runs and are less reliable here: {', '.join(caveats)}." if caveats else ""
 
 
 def _misses_goal(run: RunData) -> str:

@@ -111,7 +111,7 @@ def test_one_rank_is_the_mean_of_the_kinds_that_are_adapted() -> None:
     config = SimpleNamespace(lora_alpha=16)
     plan: Any = SimpleNamespace(ranks=ranks, alphas=dict.fromkeys(ranks, 16), config=config, learning_rate=None)
     assert module._one_rank(plan, "x")[1:3] == (["q", "v"], 32)
-    with pytest.raises(ConfigError, match="torchtune cannot adapt any module of this model .q, v"):
+    with pytest.raises(ConfigError, match="torchtune cannot adapt any module of this model"):
         module._torchtune(plan)
 
 

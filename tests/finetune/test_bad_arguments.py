@@ -54,21 +54,21 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a bound of text": (lambda: PilotOptions(bounds={"q_proj": "8"}), "Bounds are .*; got 'q_proj': '8'"),
     "a bound that falls": (lambda: PilotOptions(bounds={"q_proj": (4, 2)}), r"Bounds are .*; got 'q_proj': \(4, 2\)"),
     "a bound of three": (lambda: PilotOptions(bounds={"v": (1, 2, 3)}), r"Bounds are .*; got 'v': \(1, 2, 3\)"),
-    "a log of a number": (lambda: PilotOptions(log=5), "log is the path of a folder, or None; got 5"),
-    "a log without a name": (lambda: PilotOptions(log=""), "log is the path of a folder, or None; got ''"),
-    "measured at a truth": (lambda: PilotOptions(measure_every=True), "measure_every is .*; got True"),
+    "a log of a number": (lambda: PilotOptions(log=5), "log must be a folder path or None; got 5"),
+    "a log without a name": (lambda: PilotOptions(log=""), "log must be a folder path or None; got ''"),
+    "measured at a truth": (lambda: PilotOptions(measure_every=True), "measure_every must be .*; got True"),
     "no model": (
         lambda: TrainingRun.of_loader(None, None, None, total_steps=1),
-        "model of a run is a torch.nn.Module; got None",
+        "model must be a torch.nn.Module; got None",
     ),
     "no optimizer": (
         lambda: TrainingRun.of_loader(torch.nn.Linear(1, 1), None, None, total_steps=1),
-        "optimizer of a run is a torch.optim.Optimizer; got None",
+        "optimizer must be a torch.optim.Optimizer; got None",
     ),
     "a card of a number": (lambda: memory_of("qwen3-8b", 5), "A card is its name or its memory .*; got 5"),
     "a model of a number": (lambda: memory_of(5, "T4"), "model is .* a transformers configuration; got 5"),
     "an asset of a number": (lambda: fetch_asset(5), "Unknown asset 5"),
-    "no folder": (lambda: last_checkpoint(None), "output folder of a Trainer is a path; got None"),
+    "no folder": (lambda: last_checkpoint(None), "output folder must be a path; got None"),
     "no schedule": (lambda: DecisionSchedule((2.0,)), r"probe_steps, .* whole numbers from 1 to 10,000; got \(2.0,\)"),
     "fractions of a number": (lambda: DecisionSchedule(fractions=0.5), "fractions are .*; got 0.5"),
     "steps without end": (
@@ -89,7 +89,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         "warmup_steps is a number, .*; got 'warmup_steps=abc'",
     ),
     "a decay of text": (lambda: of_trainer("weight_decay=abc"), "weight_decay is a number, .*; got 'weight_decay=abc'"),
-    "a switch of text": (lambda: of_trainer("logging_first_step=abc"), "logging_first_step is a number, true or false"),
+    "a switch of text": (
+        lambda: of_trainer("logging_first_step=abc"),
+        "logging_first_step must be a number, true or false",
+    ),
     "fractions of text": (lambda: DecisionSchedule(fractions=(0.0, "a")), r"fractions are .*; got \(0.0, 'a'\)"),
 }
 
@@ -151,7 +154,7 @@ def test_a_loss_that_is_no_number(llama_config: LlamaConfig, tmp_path: Path) -> 
     loop.pilot.begin(loop.run)
     loop.pilot.before_step(loop.batch)
     loop.loss(loop.batch).backward()  # type: ignore[no-untyped-call]
-    with pytest.raises(ConfigError, match="loss of a step is a number or a tensor; got 'x'"):
+    with pytest.raises(ConfigError, match="loss of a step must be a number or a tensor; got 'x'"):
         loop.pilot.before_optimizer_step("x")  # type: ignore[arg-type]
 
 

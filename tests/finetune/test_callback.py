@@ -274,7 +274,7 @@ def test_an_optimizer_of_unknown_state_decides_resumes_and_is_told(
 ) -> None:
     options = {"optimizer": partial(Adamax, lr=1e-2), "exact_savers": False, "plain": True}
     run = launch(**options)
-    assert capsys.readouterr().out.count("Adamax keeps state of a form that is not known") == 1
+    assert capsys.readouterr().out.count("The optimizer Adamax has unknown state") == 1
     assert len(run.decided) == len(DECISIONS)
     assert run.highest <= run.pilot.limit
     assert run.highest == pytest.approx(max(cost for _, cost in run.pilot.predictions), rel=0.01)

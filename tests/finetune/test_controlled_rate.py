@@ -125,7 +125,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
         *[1.0] * (MOMENTS[2] - MOMENTS[1]),
     ]
     assert loop.pilot.rate_factor == pytest.approx(0.25)
-    assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate goes" in line)
+    assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate changed" in line)
     rows = read_json_lines(tmp_path / CONTROL)
     assert [(row["step"], row["change"], row["undone"]) for row in rows] == [
         (MOMENTS[0], 1.0, False), (MOMENTS[1], -1.0, False), (MOMENTS[2], -2.0, True),
@@ -225,9 +225,9 @@ def test_labels_are_known_by_the_output_layer(kind: str, labels: bool) -> None:
 def test_what_cannot_be_controlled(llama_config: LlamaConfig) -> None:
     loop = Loop(deepcopy(llama_config), 1e-3)
     loop.optimizer = torch.optim.SGD(loop.parameters, lr=1e-3)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="control=True corrects the learning rate by the steps of Adam"):
+    with pytest.raises(ConfigError, match="control=True corrects the learning rate from the steps of Adam"):
         loop.pilot.begin(loop.run)
-    with pytest.raises(ConfigError, match="control is True or False"):
+    with pytest.raises(ConfigError, match="control must be True or False"):
         rankpilot.PilotOptions(control="yes")  # type: ignore[arg-type]
     short = Loop(llama_config, 1e-3)
     short.pilot.begin(TrainingRun.of_loader(short.model, short.optimizer, short.loader, total_steps=10))

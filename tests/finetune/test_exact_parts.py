@@ -106,7 +106,7 @@ def test_what_a_loss_is_of_its_rows_is_found_out(make_llama: MakeModel, loss: Lo
 def test_a_loss_in_which_rows_meet_is_told_with_its_difference(make_llama: MakeModel, loss: Loss) -> None:
     found = exactness(run_of(make_llama(), loss))
     assert found.kind == ""
-    assert "rows meet" in found.reason
+    assert "rows affect each other" in found.reason
 
 
 def test_rows_that_all_count_alike_tell_means_apart(make_llama: MakeModel) -> None:
@@ -193,7 +193,7 @@ def test_what_is_zero_before_training_is_seen(make_llama: MakeModel) -> None:
         apart = (hidden(model, batch) - base).mean().clamp(min=0)
         return each_row(model, batch) + (hidden(model, batch).mean(dim=1) - apart).sigmoid().mean()
 
-    assert "rows meet" in exactness(run_of(model, diverging)).reason
+    assert "rows affect each other" in exactness(run_of(model, diverging)).reason
 
 
 def test_a_loss_that_takes_no_part_is_told(make_llama: MakeModel) -> None:

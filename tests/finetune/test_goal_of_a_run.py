@@ -97,10 +97,10 @@ def test_what_is_expected_is_told_before_the_first_step(
     assert expected in verdict(read_run(tmp_path / "run")).results
 
 
-ROOM = "A larger budget makes room"
+ROOM = "A larger budget would help"
 """How the advice begins."""
 
-AGAIN = ", and so does gradient checkpointing, which takes time"
+AGAIN = ", as does gradient checkpointing, which takes time"
 """How it goes on where none may do so yet, and the budget counts bytes."""
 
 
@@ -124,7 +124,7 @@ def test_no_larger_budget_is_advised_where_bounds_leave_no_room(
         (PLAIN, f"{ROOM}{AGAIN}."),
         ({"budget": "60%"}, f"{ROOM}."),
         ({"budget": "3k params"}, f"{ROOM}."),
-        ({"time": "99%"} | PLAIN, "A larger budget or time makes room."),
+        ({"time": "99%"} | PLAIN, "A larger budget or time limit would help."),
     ],
 )
 def test_what_makes_room_is_told_where_it_helps(

@@ -89,10 +89,10 @@ def test_settings_of_the_trainer(tmp_path: Path, chats: tuple[str, str]) -> None
         ({"trainer": ("warmup_step=3",)}, UnknownNameError, "warmup_steps"),
         ({"trainer": ("warmup_steps",)}, ConfigError, "NAME=VALUE; got 'warmup_steps'"),
         ({"trainer": ("save_steps=3",)}, ConfigError, "save_steps is decided by --eval-steps"),
-        ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer refuses these settings: .*nope"),
+        ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer rejects these settings: .*nope"),
         ({"report_to": ("tensorbord",)}, UnknownNameError, r"tracker 'tensorbord'\. Did you mean: 'tensorboard'"),
-        ({"report_to": ("comet_ml",)}, ConfigError, r"tracker 'comet_ml' cannot be used: .*comet"),
-        ({"target_modules": "q_proj,lm_head"}, ConfigError, r"TRL's SFTTrainer cannot train this: .*lm_head"),
+        ({"report_to": ("comet_ml",)}, ConfigError, r"Cannot use tracker 'comet_ml': .*comet"),
+        ({"target_modules": "q_proj,lm_head"}, ConfigError, r"TRL's SFTTrainer cannot train with this: .*lm_head"),
     ],
 )
 def test_settings_that_are_refused(
@@ -108,7 +108,7 @@ def test_bounds() -> None:
     for wrong in ("q_proj", "q_proj=-1", "=4", "q_proj=1:2:3", "q_proj=x"):
         with pytest.raises(ConfigError, match="MODULE=LEAST:MOST"):
             rank_bounds_of((wrong,))
-    with pytest.raises(ConfigError, match="early_stopping: a number above 0"):
+    with pytest.raises(ConfigError, match="early_stopping must be above 0"):
         FinetuneConfig("a", "b", early_stopping=0)
     with pytest.raises(ConfigError, match="tolerance counts under goal"):
         FinetuneConfig("m", "d", tolerance=0.02)

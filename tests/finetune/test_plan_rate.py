@@ -149,7 +149,7 @@ def test_a_rate_by_rule_begins_low_and_is_controlled(
     assert begins <= rule
     assert pilot.rates == pytest.approx((begins, begins))
     assert (pilot._piloted.control is not None) is controls
-    assert any("steps of the run raise it" in line for line in told) is controls
+    assert any("control will raise it" in line for line in told) is controls
     pilot.finish()
 
 
@@ -202,7 +202,7 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
         loop = Loop(llama_config)
         for group in loop.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = rate
-        with pytest.raises(ConfigError, match="nothing trains at that"):
+        with pytest.raises(ConfigError, match="so nothing would train"):
             loop.train(Gives(), learning_rate=learning_rate)
     for rate in (math.nan, -1e-3):
         loop = Loop(llama_config)
@@ -231,7 +231,7 @@ def test_adapters_at_a_rate_of_0_beside_others_are_told(llama_config: LlamaConfi
     loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
     pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append)
     pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=3))
-    assert any(f"in group {still} of the optimizer have a learning rate of 0" in line for line in told)
+    assert any(f"in optimizer group {still} have a learning rate of 0" in line for line in told)
     assert pilot.rates[0] == pytest.approx(RATE * pilot.rate_factor)
     pilot.finish()
 
@@ -334,5 +334,5 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     given = rankpilot.static_plan(model, loader, Gives(), optimizer=optimizer, **options)
     assert given.learning_rate == pytest.approx(3e-3)
     for wrong in ({"learning_rate": "1e-4"}, {"learning_rate": 0.0}, {"learning_rate": 1e-3, "optimizer": optimizer}):
-        with pytest.raises(ConfigError, match="a number above 0 where no optimizer is given"):
+        with pytest.raises(ConfigError, match="a number above 0, and left out if an optimizer is given"):
             rankpilot.static_plan(model, loader, Gives(1), **options, **wrong)

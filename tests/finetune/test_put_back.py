@@ -174,7 +174,7 @@ def test_rows_without_labels_do_not_end_the_probe(new_model: Callable[..., PeftM
     with pytest.raises(DataError, match=r"The loss of rows of 1 token is not finite: a language model needs"):
         trainer.train()
     trainer = piloted(Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=masked))
-    with pytest.raises(DataError, match=r"All labels of \d+ rows that were tried are masked"):
+    with pytest.raises(DataError, match=r"All labels of the \d+ rows tried are masked"):
         trainer.train()
 
 

@@ -175,7 +175,7 @@ def test_times_that_were_once_read_or_fell_over(given: Any) -> None:
 
 def test_bounds_that_fell_over() -> None:
     for entry in ("q_proj=" + "9" * 5000, "q_proj=99999999999"):
-        with pytest.raises(ConfigError, match="A bound has the form"):
+        with pytest.raises(ConfigError, match="A bound must have the form"):
             rank_bounds_of((entry,))
     with pytest.raises(ConfigError, match="from 0 to 2,147,483,647"):
         rank_bounds(MODULES, {"q_proj": 2**63})

@@ -109,7 +109,7 @@ def that_chose(folder: Path, found: Choice, **changes: Any) -> RunData:
 def test_what_a_choice_adds(run_folder: Path) -> None:
     found = verdict(that_chose(run_folder, four_plans(caveats=("it learns labels",), taken=2), rates=(1e-3, 2e-3)))
     assert found.warnings == ()
-    assert found.caveats == ("Expectations come from other runs, so trust them less: it learns labels.",)
+    assert found.caveats == ("Expectations come from other runs and are less reliable here: it learns labels.",)
     assert found.results[1:] == (
         "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.2 %.",
         "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
