@@ -63,9 +63,9 @@ class Goal:
         """Describe the goal in words."""
         if not self.saves:
             return "the lowest loss within the budget"
-        cost = {"time": "least time a step", "bytes": "fewest bytes"}[self.kind]
+        cost = {"time": "least time per step", "bytes": "least memory"}[self.kind]
         return (
-            f"the {cost}, with a loss that is surely at most {self.tolerance:.2g} (log) above "
+            f"the {cost}, with a loss very likely at most {self.tolerance:.2g} (log) above "
             "that of rank 8 on all modules"
         )
 

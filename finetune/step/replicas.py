@@ -42,8 +42,8 @@ _REASONS = {
     "DataParallel": f"nn.DataParallel copies adapters anew in each step, so ranks cannot change. {WAY_OUT}",
     "DeepSpeedEngine": f"DeepSpeed keeps parameters in flat buffers of fixed size, so ranks cannot change. {WAY_OUT} "
     f"{PLAN_FIRST}",
-    "FullyShardedDataParallel": f"FSDP shards the adapters, so ranks cannot change. {WAY_OUT} Your own loop can shard the frozen "
-    f"base alone (docs/several-processes.md). {PLAN_FIRST}",
+    "FullyShardedDataParallel": f"FSDP shards the adapters, so ranks cannot change. {WAY_OUT} Your own loop can shard "
+    f"the frozen base alone (docs/several-processes.md). {PLAN_FIRST}",
 }
 
 

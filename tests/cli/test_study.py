@@ -38,9 +38,8 @@ def test_the_page_of_a_run_lies_in_its_folder(run_folder: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [f"Page: {folder / 'study.html'}", f"Picture of the ranks: {folder / 'ranks.png'}"]
     assert (
-        "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
-        in lines
+        "From a single run each, rankpilot's held-out loss is 4.9% lower than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules." in lines
     )
     assert not any(line.startswith("Not shown on the page") for line in lines)
     assert (folder / "study.html").read_text().startswith("<!DOCTYPE html>")
@@ -71,8 +70,8 @@ def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "summary.json").write_text(json.dumps({"groups": []}))
     (tmp_path / "study.html").write_text("mine")
     line = failure(["study", str(tmp_path)], capsys)
-    assert "holds no run: there is no decision log, and the results (" in line
-    assert "what `rankpilot policy evaluate` found is in its summary.json" in line
+    assert "is not the folder of a run: there is no decision log, and results (" in line
+    assert "for results of `rankpilot policy evaluate`, see its summary.json" in line
     assert (tmp_path / "study.html").read_text() == "mine"
 
 
@@ -96,7 +95,7 @@ def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "why": no_folder,
         f"replay {run_folder}": no_folder,
         f"{run_folder} nowhere": no_folder,
-        f"{tmp_path / 'empty'}": "there is no decision log (decisions/decisions.jsonl",
+        f"{tmp_path / 'empty'}": "it has no decision log (decisions/decisions.jsonl",
         f"{run_folder} --output {tmp_path}": "is a folder. Pass a file name",
         f"{run_folder} --output {script}": "already exists and is not a study page. Choose another name.",
         f"{run_folder} --json --output {script}": "already exists and is not a JSON file. Choose another name.",
@@ -135,7 +134,7 @@ def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pyte
     write_json(folder / "summary.json", summary)
     assert cli.run(["study", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "The model guesses" in " ".join(out.split())
+    assert "The model is guessing" in " ".join(out.split())
     assert "Not shown on the page: all decisions (" in out
     assert "Picture of the ranks" not in out
     assert f"Adapter (the page shows how to load, merge and export it): {folder / 'rankpilot' / 'adapter'}\n" in out

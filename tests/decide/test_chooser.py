@@ -394,7 +394,7 @@ def test_quality_stays_at_plain_lora_where_a_caveat_stands() -> None:
     known, strange = (chosen(seen(limit=free, predicted=predicted)) for predicted in (TEXTS, LABELLED))
     assert known.names[known.taken] != PLAIN, "or the test shows nothing"
     assert strange.names[strange.taken] == PLAIN
-    assert "unlike those that expectations come from" in strange.promise()
+    assert "unlike those behind the expectations" in strange.promise()
     bounded = chosen(seen(limit=free, predicted=LABELLED, low=np.full(16, 16)))
     assert bounded.names[bounded.taken] == PLAIN_WITHIN, "ranks that are kept stay as they are"
 

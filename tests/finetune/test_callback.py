@@ -253,7 +253,7 @@ def test_the_study_of_a_run_finds_its_trained_policy_wherever_that_has_gone(
     assert run["decisions"][0]["explanation"]["what_ifs"]
     (kept / "policy.safetensors").write_bytes(b"damaged")
     assert cli.run(["study", str(kept.parent), "--json"]) == 0
-    assert "The policy pilot is not at hand, so there are no what-ifs." in capsys.readouterr().out
+    assert "The policy pilot is not available, so there are no what-ifs." in capsys.readouterr().out
 
 
 class Stream(torch.utils.data.IterableDataset):

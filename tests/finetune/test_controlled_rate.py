@@ -136,7 +136,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
     assert f"x 2 at step {MOMENTS[0]} (to 0.002)" in told
     assert f"x 0.25 at step {MOMENTS[2]} (to 0.00025, back to the adapters of before)" in told
     (tmp_path / CONTROL).write_text('{"step": "one"}\n')
-    assert "how the learning rate was corrected" in read_run(tmp_path).missing[-1]
+    assert "learning-rate corrections" in read_run(tmp_path).missing[-1]
 
 
 def test_other_ranks_make_a_copy_useless(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_what_is_expected_is_told_before_the_first_step(
     )
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         trainer.train()
-    expected = "Expected versus rank 8 on all modules, which does not fit: loss +0.0 %, surely at most +0.0 %."
+    expected = "Expected versus rank 8 on all modules, which does not fit: loss +0.0 %, very likely at most +0.0 %."
     assert expected in caplog.text
     assert expected in verdict(read_run(tmp_path / "run")).results
 

@@ -115,8 +115,8 @@ def test_a_run_that_no_copy_helps_ends_with_adapters_that_are_whole(
     assert trains_finite(loop.optimizer, moments=True)
     assert len(loop.about) == 1 + PATIENCE
     assert loop.pilot.rate_factor == pytest.approx(2 ** -(1 + PATIENCE))
-    assert "not finite up to step 23" in verdict(read_run(tmp_path)).warnings[0]
-    assert control_sentence(read_run(tmp_path)).endswith("What was not finite after step 5, 21, 22, 23 was undone.")
+    assert "non-finite up to step 23" in verdict(read_run(tmp_path)).warnings[0]
+    assert control_sentence(read_run(tmp_path)).endswith("Non-finite values after step 5, 21, 22, 23 were undone.")
 
 
 @pytest.mark.parametrize("control", [True, False])
@@ -142,7 +142,7 @@ def test_a_loop_without_control_ends_and_keeps_its_checkpoint(llama_config: Llam
     with pytest.raises(NonFiniteError, match="they are not saved"):
         loop.pilot.finish()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert "not finite up to step 4" in verdict(read_run(tmp_path / "log")).warnings[0]
+    assert "non-finite up to step 4" in verdict(read_run(tmp_path / "log")).warnings[0]
 
 
 class Begins(TrainerCallback):

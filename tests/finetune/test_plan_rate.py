@@ -251,7 +251,7 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
     assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
     (record,) = DecisionLog(tmp_path / "decisions").read()
     assert record.rates == pytest.approx((whole.pilot.pilot.rates[0], factor * RATE))
-    assert "The plan trained at a peak learning rate of" in " ".join(verdict(read_run(tmp_path)).results)
+    assert "The plan was trained at a peak learning rate of" in " ".join(verdict(read_run(tmp_path)).results)
     again = new().train(2)
     assert again.pilot.pilot.rate_factor == factor
     whole.assert_same_adapter(again)

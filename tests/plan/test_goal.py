@@ -12,8 +12,8 @@ from rankpilot.decide.plan.goal import TOLERANCE, Goal, goal_of
 
 def test_goals_in_words() -> None:
     assert str(goal_of("quality", None)) == "the lowest loss within the budget"
-    assert str(goal_of("time", None)).startswith("the least time a step, with a loss that is surely at most 0.01 (log)")
-    assert str(goal_of("bytes", 0.02)).startswith("the fewest bytes, with a loss that is surely at most 0.02 (log)")
+    assert str(goal_of("time", None)).startswith("the least time per step, with a loss very likely at most 0.01 (log)")
+    assert str(goal_of("bytes", 0.02)).startswith("the least memory, with a loss very likely at most 0.02 (log)")
     assert goal_of("quality", None) == Goal()
     assert goal_of("time", None) == Goal("time", TOLERANCE)
     assert [goal_of(kind, None).saves for kind in ("quality", "time", "bytes")] == [False, True, True]

@@ -137,8 +137,9 @@ def written(path: Path, runs: list[RunData]) -> Path:
 def test_every_view_by_pointer(page_file: Path, visit: Open) -> None:
     here = visit(page_file)
     assert (
-        here.text("#verdict .lead") == "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
+        here.text("#verdict .lead")
+        == "From a single run each, rankpilot's held-out loss is 4.9% lower than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules."
     )
     assert here.text("h1") == "MiniLM on sst2"
     assert "energy" not in here.text("#verdict")

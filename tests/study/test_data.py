@@ -40,8 +40,8 @@ def test_a_run_as_it_is_shown(run_folder: Path) -> None:
     (run,) = data["runs"]
     assert (run["name"], run["subject"], run["unit"], run["steps"]) == ("demo", "MiniLM on sst2", "bytes", 200)
     assert run["results"] == [
-        "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
+        "From a single run each, rankpilot's held-out loss is 4.9% lower than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules."
     ]
     assert run["settings"]["budget"] == "100MiB"
     assert [module["name"] for module in run["modules"]] == list(MODULES)

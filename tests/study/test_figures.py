@@ -103,7 +103,7 @@ def test_panels_of_experts_show_their_mean() -> None:
     blocks = np.array([*np.repeat(np.arange(10), 9), 10, 11])
     figure = rank_heatmap([0], ranks, modules, blocks, 10)
     assert [axes.get_title() for axes in figure.axes] == ["q_proj", "up_proj", "other", ""]
-    assert "A cell with several modules has their mean." in texts(figure)[1]
+    assert "Cells with several modules show their mean." in texts(figure)[1]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [*(f"layer {number}" for number in range(10)), "lm_head", "embed"]
 
