@@ -98,7 +98,7 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[An
         ("finetune m d --steps 0", "at least 1"),
         ("finetune m d --train-rows 0", "at least 1, or None for all rows; got 0"),
         ("finetune m d --held-out-rows -3", "None for all rows; got None and -3"),
-        ("finetune m d --seed 100000000000", "seed is a whole number from 0 to 2**32 - 1"),
+        ("finetune m d --seed 100000000000", "seed must be a whole number from 0 to 2**32 - 1"),
         ("policy train --episodes 12", "multiple of 8"),
         ("policy train --rounds 0", "rounds is a whole number of at least 1"),
     ],

@@ -209,11 +209,11 @@ def test_a_model_without_checkpointing(
 def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2, n_positions=64).save_pretrained(tmp_path / "gpt2")
     line = failure(f"memory {tmp_path / 'gpt2'} --device T4 --max-length 100", capsys)
-    assert "The model has 64 positions, and max_length is 100. Lower --max-length." in line
+    assert "max_length is 100, but the model has only 64 positions. Lower --max-length." in line
     WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "whisper")
     for options in ("--device T4", ""):
         line = failure(f"memory {tmp_path / 'whisper'} {options}", capsys)
-        assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) reads no tokens but input_features" in line
+        assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) does not read tokens but input_features" in line
 
 
 @pytest.mark.parametrize(
@@ -237,9 +237,9 @@ def test_contradictions_are_refused_as_options(options: str, words: str, capsys:
         ("{model} --device 'RTX 9999'", "RTX 4090"),
         ("{model} --device-memory 24", "needs a unit; got '24'. Did you mean '24GiB'?"),
         ("{model} --device 24G", "Did you mean '24GiB'?"),
-        ("{model} --device-memory 400MiB", "would not hold the CUDA context"),
+        ("{model} --device-memory 400MiB", "cannot hold even the CUDA context"),
         ("{model} --python", "--python requires --device or --device-memory"),
-        ("{model} --device T4 --gpus 0", "gpus is a whole number from 1"),
+        ("{model} --device T4 --gpus 0", "gpus must be a whole number from 1"),
         ("qwen9-8b --device T4", "qwen3-8b"),
     ],
 )
@@ -269,12 +269,12 @@ def test_a_folder_that_is_broken_is_one_line(
     told = {
         "pad_token_id": "pad_token_id is not below vocab_size",
         "pad_token_id --device T4": "pad_token_id is not below vocab_size",
-        "architectures": "has architectures=[5]. Give a list of names",
-        "architectures --device T4": "has architectures=[5]. Give a list of names",
-        "vocab_size --device T4": "Give a whole number from 1 to",
+        "architectures": "has architectures=[5]. It must be a list of names",
+        "architectures --device T4": "has architectures=[5]. It must be a list of names",
+        "vocab_size --device T4": "It must be a whole number from 1 to",
         "intermediate_size": "The weights of 'intermediate_size' do not have the shapes",
         "pickled": "The weights of 'pickled' are damaged, or more than tensors",
-        "pipe --device T4": "The configuration of 'pipe' cannot be used",
+        "pipe --device T4": "The configuration of 'pipe' is not usable",
         "whole --device T4 --lengths deep.jsonl:text": "line 2 is no JSON: It is nested too deeply",
         "--config trl.yaml --device T4": "lora_modules_to_save",
     }

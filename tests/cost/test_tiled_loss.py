@@ -86,7 +86,7 @@ def test_logits_that_were_changed_are_refused() -> None:
     logits = torch.randn(2, 4, 5, requires_grad=True) * 1
     loss = tiled_causal_lm_loss(logits, torch.ones(2, 4, dtype=torch.long), 5)
     logits.detach().mul_(2)
-    with pytest.raises(UnsupportedError, match="The logits were changed"):
+    with pytest.raises(UnsupportedError, match="The logits were modified"):
         loss.backward()
 
 

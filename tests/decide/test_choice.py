@@ -188,7 +188,7 @@ def test_a_promise_tells_of_the_plan_that_is_taken(found: Choice) -> None:
     assert ("Expected versus" in told) == (found.taken != 0 and not found.misses_goal)
     if told.startswith("Expected"):
         assert ("which does not fit" in told) == (not found.fits[0])
-        assert told.endswith(f"surely at most {percent(found.surely[found.taken])}.")
+        assert told.endswith(f"very likely at most {percent(found.surely[found.taken])}.")
     assert bool(told) or len(found.plans) == 1
 
 

@@ -89,7 +89,7 @@ def test_bad_tasks_are_refused(field: str, values: list[Any]) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "1", None, True, 2**32])
 def test_seeds_that_no_task_can_have(seed: Any) -> None:
-    with pytest.raises(ConfigError, match="seed is a whole number from 0"):
+    with pytest.raises(ConfigError, match="seed must be a whole number from 0"):
         FineTuneTask("text", seed)
 
 

@@ -303,7 +303,7 @@ def test_biases_that_train_are_counted_resumed_and_saved_where_a_module_is_dropp
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"optimizer": LBFGS}, UnsupportedError, "LBFGS cannot step on a parameter that it has no state of"),
+        ({"optimizer": LBFGS}, UnsupportedError, "LBFGS cannot step on a parameter without state"),
         ({"budget": "5 params"}, BudgetError, "The smallest that works is 48 parameters"),
         ({"budget": "3k params", "learning_rate": 1e30}, NonFiniteError, "probe step"),
     ],

@@ -427,7 +427,7 @@ def test_a_budget_of_another_unit_is_refused(ended: Launch, budget: str, other: 
     name = "run" if budget == "80%" else "other"
     if name == "other":
         ended(name, max_steps=4, budget=budget).train()
-    with pytest.raises(BudgetError, match=r"the cost of a plan counts|The budget or the time was changed"):
+    with pytest.raises(BudgetError, match=r"plan costs are counted in|The budget or the time was changed"):
         ended(name, budget=other).train(resume=4)
 
 

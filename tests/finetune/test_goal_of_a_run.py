@@ -144,7 +144,7 @@ def test_what_makes_room_is_told_where_it_helps(
         assert len(lines) == 1
         assert lines[0].endswith(words)
         trainer.train()
-    unlike = "trust them less: its adapters are trained already"
+    unlike = "are less reliable here: its adapters are already trained"
     assert sum(unlike in line for line in caplog.messages) == 1, "the second run"
 
 

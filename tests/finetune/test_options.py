@@ -110,9 +110,9 @@ def test_bounds() -> None:
             rank_bounds_of((wrong,))
     with pytest.raises(ConfigError, match="early_stopping must be above 0"):
         FinetuneConfig("a", "b", early_stopping=0)
-    with pytest.raises(ConfigError, match="tolerance counts under goal"):
+    with pytest.raises(ConfigError, match="tolerance applies only to goal"):
         FinetuneConfig("m", "d", tolerance=0.02)
-    with pytest.raises(ConfigError, match="give a budget of bytes"):
+    with pytest.raises(ConfigError, match="requires a budget in bytes"):
         FinetuneConfig("m", "d", goal="bytes", budget="3k params")
 
 

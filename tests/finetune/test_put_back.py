@@ -214,7 +214,7 @@ def test_a_log_that_cannot_be_written_is_told_before_the_work(
     InterruptedProbe.steps = 0
     trainer = InterruptedProbe(new_model(), arguments(tmp_path / "run"), train_dataset=ROWS)
     rankpilot.attach(trainer, "signal-mean", "60%", schedule=SCHEDULE, log=tmp_path / "file" / "decisions")
-    with pytest.raises(RunFolderError, match="The decision log cannot be written to "):
+    with pytest.raises(RunFolderError, match="Cannot write the decision log to "):
         trainer.train()
     assert InterruptedProbe.steps == 0
 

@@ -28,8 +28,8 @@ def test_goals_in_words() -> None:
         ({"goal": "time", "tolerance": math.nan}, "from 0 to 1"),
         ({"goal": "time", "tolerance": "1%"}, "from 0 to 1, .*; got '1%'"),
         ({"goal": "bytes", "tolerance": True}, "from 0 to 1"),
-        ({"goal": "quality", "tolerance": 0.01}, "tolerance counts under goal='time' or goal='bytes' alone"),
-        ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "give a budget of bytes"),
+        ({"goal": "quality", "tolerance": 0.01}, "tolerance applies only to goal='time' or goal='bytes'"),
+        ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "requires a budget in bytes"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:

@@ -152,7 +152,7 @@ def test_every_view_by_pointer(page_file: Path, visit: Open) -> None:
     here.page.locator(".opener").nth(1).click()
     panel = here.text(".panel:not([hidden])")
     for part in (
-        "Verdict on decision 1.", "Fine-tunes differ.", "5 plans further down are not shown", "▸ plan 1",
+        "Verdict on decision 1.", "Fine-tunes differ.", "5 plans ranked lower are not shown", "▸ plan 1",
         "What the expected loss is made of", "With less memory it would have rank 4.", "Asked for, and got",
         "Ranks after it", "Modules",
     ):  # fmt: skip

@@ -87,7 +87,7 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     path.write_text('{"step": 5, "loss": 1.0, "step_s": [0.3, 0.1, 0.2]}\n{"step": 6, "step_s": []}\n')
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
     assert run["energy_joules"] == 1234.5
-    assert run["settings"]["device"] == "a GPU; at the start 3 GiB of 4 GiB free, 25% busy"
+    assert run["settings"]["device"] == "a GPU; 3 GiB of 4 GiB free at the start, 25% busy"
     assert run["settings"]["energy"] == "1 GPU, counted by NVML"
     assert run["step_seconds"] == {"rankpilot": {"x": [5], "y": [0.2], "each": 1}}
     assert run["time_limit_s"] == 0.8

@@ -70,7 +70,7 @@ def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
     run = read_run(run_folder)
     first = replace(run.decisions[0], saved=(Saved("plain LoRA", 182.0 * MIB, 100.0 * MIB),))
     (told,) = verdict(replace(run, decisions=[first, *run.decisions[1:]])).warnings
-    assert "1.1% higher than that of rank 8 on all modules, with 50% of its bytes and 80% of its time a step" in told
+    assert "1.1% higher than that of rank 8 on all modules, with 50% of its memory and 80% of its step time" in told
     assert "With all layers checkpointed it would take 100 MiB; this run took 91% of that." in told
 
 
@@ -140,7 +140,7 @@ def test_an_accuracy_at_chance(run_folder: Path) -> None:
     assert verdict(read_run(run_folder)).warnings == ()
     edit_results(run_folder, held_out_accuracy=0.51)
     (line,) = verdict(read_run(run_folder)).warnings
-    assert "hardly above that of always naming the most frequent class (50.0%), and 800 rows cannot tell" in line
+    assert "barely above always predicting the most frequent class (50.0%), and 800 rows are too few to tell" in line
     edit_results(run_folder, held_out_accuracy=0.43)
     (line,) = verdict(read_run(run_folder)).warnings
     assert "accuracy of 43.0% is no better than always predicting the most frequent class (50.0%)" in line

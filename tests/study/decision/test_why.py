@@ -63,17 +63,17 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
         "The expectation is the sum of these effects: rank of MLP modules -3.0 %, few modules +1.0 %.",
         ("Fine-tunes vary with a standard deviation of 1.0 %: the loss may be anywhere from -3.7 % to -0.2 %."),
         "The goal is the lowest loss within the budget.",
-        'The next by what they lose, with some caution: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
+        'The next best by cautious loss estimate: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
         '(+0.6 %), "rank 1 on all modules" (+6.2 %).',
         "This is less reliable than usual: it learns labels.",
         "The plan was trained at a peak learning rate of 0.002, equivalent to 0.001 for plain LoRA.",
         "A step of plain LoRA takes 8 MiB, or 3 MiB with all layers checkpointed. With exact savers it takes 6 MiB, or "
-        "2 MiB with all layers checkpointed, at the same losses.",
+        "2 MiB with all layers checkpointed, with the same losses.",
         "Every module got the rank requested by the policy.",
     ]
 
 
-PLAIN_KEPT = '"rank 8 on all modules" was taken: no'
+PLAIN_KEPT = '"rank 8 on all modules" was chosen: no'
 UNKEPT = (
     'plan "rank 1 on all modules" was chosen: the goal cannot be met: rank 8 on all modules does not '
     "fit the budget, time or bounds, and no plan that fits is very likely to stay within +1.0 % of "
@@ -109,7 +109,8 @@ def test_verdicts(of_choice: Explained, changes: dict[str, Any], words: str) -> 
 def test_what_else_was_within_the_tolerance(of_choice: Explained) -> None:
     told = of_choice(four_plans(goal=Goal("time"))).sentences()
     assert (
-        'The next within the tolerance: "rank 8 on all modules" (40 ms), "rank 16 on the MLP modules" (50 ms).' in told
+        'The next best within the tolerance: "rank 8 on all modules" (40 ms), "rank 16 on the MLP modules" (50 ms).'
+        in told
     )
     alone = four_plans(goal=Goal("time"), fits=np.arange(4) == 1)
     assert "No other plan is within the tolerance." in of_choice(alone).sentences()
@@ -157,7 +158,7 @@ def test_decisions_that_change_nothing_and_corrections(make_observation: Observe
     assert explain(kept).verdict == "At step 0 signal-mean kept the ranks."
     assert explain(kept).what_ifs == ()
     correction = explain(log_decision(observation, rule, correction=True)).to_json()
-    assert "the guard or a person changed the ranks" in correction["verdict"]
+    assert "the guard or a user changed the ranks" in correction["verdict"]
     assert "does not record how the guard" in correction["sentences"][-1]
 
 
