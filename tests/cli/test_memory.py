@@ -175,11 +175,11 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("./nowhere", "There is no model folder"),
+        ("./nowhere", "Model folder "),
         ("{models}/vit --budget 70%", "(ViTConfig) does not read tokens"),
         ("{models}/bert --max-length 513", "max_length is 513, but the model has only 512 positions"),
         ("{models}/roberta --max-length 66", "has 65 positions"),  # the first ones are those of padding
-        ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass the name of a folder"),
+        ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass a folder"),
         ("{models}/bert --budget '1KiB step'", "is too small for any adapter. The smallest that works is"),
         ("{models}/bert --budget 1%", "a share of"),
         ("{models}/llama --target-modules 'q_porj, k_porj'", "Unknown target module 'q_porj'. Did you mean: 'q_proj'"),

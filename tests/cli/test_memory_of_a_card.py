@@ -273,7 +273,7 @@ def test_a_folder_that_is_broken_is_one_line(
         "architectures --device T4": "has architectures=[5]. It must be a list of names",
         "vocab_size --device T4": "It must be a whole number from 1 to",
         "intermediate_size": "The weights of 'intermediate_size' do not have the shapes",
-        "pickled": "The weights of 'pickled' are damaged, or more than tensors",
+        "pickled": "The weights of 'pickled' are corrupt, or contain more than tensors",
         "pipe --device T4": "The configuration of 'pipe' is not usable",
         "whole --device T4 --lengths deep.jsonl:text": "line 2 is no JSON: It is nested too deeply",
         "--config trl.yaml --device T4": "lora_modules_to_save",

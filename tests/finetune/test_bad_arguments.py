@@ -89,9 +89,12 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "rows without end": (lambda: FinetuneConfig("m", "d", eval_batch_size=10**30), "eval_batch_size: .*; got 1000"),
     "a warm-up of text": (
         lambda: of_trainer("warmup_steps=abc"),
-        "warmup_steps is a number, .*; got 'warmup_steps=abc'",
+        "warmup_steps must be a number, .*; got 'warmup_steps=abc'",
     ),
-    "a decay of text": (lambda: of_trainer("weight_decay=abc"), "weight_decay is a number, .*; got 'weight_decay=abc'"),
+    "a decay of text": (
+        lambda: of_trainer("weight_decay=abc"),
+        "weight_decay must be a number, .*; got 'weight_decay=abc'",
+    ),
     "a switch of text": (
         lambda: of_trainer("logging_first_step=abc"),
         "logging_first_step must be a number, true or false",
@@ -182,6 +185,6 @@ def test_a_file_that_cannot_be_written(llama_config: LlamaConfig, tmp_path: Path
         lambda: save_policy(tmp_path / "policy", GroupNetwork(NetworkConfig(width=8)), SCHEDULE, {}),
         lambda: save_checkpoint(loop.pilot, loop.run, tmp_path / "checkpoint"),
     ):
-        with pytest.raises(RunFolderError, match=r"cannot be written: .*\. Check that .* the disk has room\."):
+        with pytest.raises(RunFolderError, match=r"Cannot write .*\. Check the path, .*free disk space\."):
             save()
     assert {path.name for path in tmp_path.iterdir()} <= {"log", "policy"}, "no part of a file is left"

@@ -292,7 +292,7 @@ def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": None}, "policy is 'default', the folder of a policy.*got None"),
+        ({"policy": None}, "policy must be 'default', a policy folder.*got None"),
         ({"policy": 3}, "got 3"),
         ({"schedule": "early"}, "schedule must be a rankpilot.DecisionSchedule or None; got 'early'"),
         ({"measure_every": 0}, "measure_every must be a number of steps.* at least 1; got 0"),
@@ -304,9 +304,9 @@ def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory)
         ({"seed": -1}, "seed must be a whole number from 0 to"),
         ({"seed": "1"}, "seed must be a whole number from 0 to"),
         ({"seed": True}, "seed must be a whole number from 0 to"),
-        ({"goal": "speed"}, "goal is one of quality, time, bytes; got 'speed'"),
+        ({"goal": "speed"}, "goal must be one of quality, time, bytes; got 'speed'"),
         ({"goal": "time"}, "signal-mean predicts no losses, so goal='time' requires policy='default'"),
-        ({"goal": "time", "tolerance": 2}, "is a number from 0 to 1"),
+        ({"goal": "time", "tolerance": 2}, "must be a number from 0 to 1"),
         ({"tolerance": 0.02}, "tolerance applies only to goal='time' or goal='bytes'"),
         ({"goal": "bytes", "budget": "3k params"}, "requires a budget in bytes"),
         ({"budget": 80}, 'Did you mean "80%"'),

@@ -191,7 +191,7 @@ class Once(torch.utils.data.IterableDataset[Any]):
 def test_rows_that_come_once_are_not_lost(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     data = Once()
     trainer = piloted(Trainer(new_model(), arguments(tmp_path / "run"), train_dataset=data))
-    with pytest.raises(DataError, match=r"\(Once\) gives its rows only once"):
+    with pytest.raises(DataError, match=r"\(Once\) can be read only once"):
         trainer.train()
     assert len(list(data)) == len(ROWS)
 

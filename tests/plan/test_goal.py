@@ -22,8 +22,8 @@ def test_goals_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"goal": "speed", "tolerance": None}, "goal is one of quality, time, bytes; got 'speed'"),
-        ({"goal": None, "tolerance": None}, "goal is one of quality, time, bytes; got None"),
+        ({"goal": "speed", "tolerance": None}, "goal must be one of quality, time, bytes; got 'speed'"),
+        ({"goal": None, "tolerance": None}, "goal must be one of quality, time, bytes; got None"),
         ({"goal": "time", "tolerance": -0.1}, r"from 0 to 1, such as 0\.01 for 1 %; got -0\.1"),
         ({"goal": "time", "tolerance": math.nan}, "from 0 to 1"),
         ({"goal": "time", "tolerance": "1%"}, "from 0 to 1, .*; got '1%'"),

@@ -78,7 +78,7 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     summary = read_json(run_folder / "summary.json")
     summary["runs"]["rankpilot"] |= {
         "energy_joules": 1234.5,
-        "energy_source": "1 GPU, counted by NVML",
+        "energy_source": "1 GPU, measured by NVML",
         "hardware": {"device": "a GPU", "free_bytes": 3 * 2**30, "total_bytes": 4 * 2**30, "busy": 0.25},
     }
     write_json(run_folder / "summary.json", summary)
@@ -88,7 +88,7 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
     assert run["energy_joules"] == 1234.5
     assert run["settings"]["device"] == "a GPU; 3 GiB of 4 GiB free at the start, 25% busy"
-    assert run["settings"]["energy"] == "1 GPU, counted by NVML"
+    assert run["settings"]["energy"] == "1 GPU, measured by NVML"
     assert run["step_seconds"] == {"rankpilot": {"x": [5], "y": [0.2], "each": 1}}
     assert run["time_limit_s"] == 0.8
     write_json(run_folder / "config.json", {"time": "75%"})

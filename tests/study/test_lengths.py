@@ -73,7 +73,7 @@ class Split(dict[str, list[list[str]]]):
     [
         ("{rows}:txt", "Unknown column 'txt'"),
         ("{rows}:number", "--lengths .*:number requires texts"),
-        ("{rows}.gone:text", "There is no data file|Unknown data set"),
+        ("{rows}.gone:text", "Data file or folder .* does not exist|Unknown data set"),
         ("gone.txt", "gone.txt"),
     ],
 )

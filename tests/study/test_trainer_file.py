@@ -197,7 +197,7 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("base_model: m\nadapter: lora\nlora_r: 2.9", "lora_r .* got 2.9"),
         ("base_model: m\nadapter: lora\nlora_modules_to_save: [1, 2]", "lora_modules_to_save .* a list of names"),
         ("base_model: m\nadapter: lora\nlora_target_modules: {a: 1}", "lora_target_modules .* a list of names"),
-        ("base_model: m\nadapter: lora\nlora_r: 8\nlora_r: 9", "lora_r. stands there twice"),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nlora_r: 9", "lora_r. appears twice"),
         ("base_model: m\nadapter: lora\nload_in_4bit: flase", "load_in_4bit must be one of true, false; got .flase"),
         ("base_model: m\nadapter: lora\nbf16: true\nfp16: 7", "fp16 must be one of true, false; got 7"),
         (
