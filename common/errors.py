@@ -115,8 +115,8 @@ class UnsupportedError(RankPilotError, TypeError):
 _EXTRAS = {
     "Pictures require matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
     "Policies and environments require gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
-    "Training, --lengths, and models or settings without packaged recordings require torch and "
-    "transformers: pip install 'rankpilot[train]'.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
+    "Training, --lengths, and models or settings without recordings require torch and transformers: pip install "
+    "'rankpilot[train]'.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
 }
 """Advice for missing packages, by the packages an extra installs."""
 

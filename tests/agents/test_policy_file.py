@@ -204,7 +204,7 @@ def test_a_file_in_place_of_a_folder(folder: Path) -> None:
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean: 'top-down'"):
         load_policy("top-downs")
-    with pytest.raises(UnknownNameError, match="Policy folder .* does not exist"):
+    with pytest.raises(UnknownNameError, match=r"Policy folder .* does not exist"):
         load_policy(tmp_path / "none")
     with pytest.raises(PolicyFileError, match=r"is not a policy folder: card\.json is missing"):
         load_policy("")

@@ -57,7 +57,7 @@ def test_mistakes(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     output, nowhere = tmp_path / "padded", tmp_path / "nowhere"
     for words, told in {
         f"{adapter}": "pass --output FOLDER",
-        f"{adapter} --output {output} --rank 12": "vLLM does not support rank 12. Allowed: 1, 8, 16, 32, 64, 128, 256, 320, 512.",
+        f"{adapter} --output {output} --rank 12": "rank 12. Allowed: 1, 8, 16, 32, 64, 128, 256, 320, 512.",
         f"{adapter} --output {output} --rank 8": "rank 9, which exceeds rank 8",
         f"{adapter} --format rank-pattern --rank 16": "--rank applies to padded adapters",
         f"{nowhere} --output {output}": "save_pretrained",

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import reshaped
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers.exact import loss_tiles
+from rankpilot.cost.savers import loss_tiles
 from rankpilot.cost.savers.exact import ExactSavers
 from rankpilot.cost.savers.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.savers.prices import TILES as TILED

@@ -105,7 +105,7 @@ def test_target_modules_that_are_not_there_are_told(
     for count in (1, 2):
         assert allocate(model, batches(ROWS), **OPTIONS | {"budget": "100%"}).rank_pattern
         told = [
-            row for row in caplog.records if row.levelname == "WARNING" and "target_modules has query:" in row.message
+            row for row in caplog.records if row.levelname == "WARNING" and "target_modules names query," in row.message
         ]
         assert len(told) == count
 

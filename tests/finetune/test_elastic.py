@@ -316,7 +316,7 @@ def test_a_run_whose_step_leaves_no_plan_is_saved(
     monkeypatch.setattr(PeakMeter, "end", lambda self, step: 2**40 if step == 2 else None)
     made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
     rankpilot.attach(made, budget="100%")
-    with pytest.raises(BudgetError, match=r"no adapter fits.*Step 2 is saved in .*run: resume"):
+    with pytest.raises(BudgetError, match=r"no adapter fits.*Step 2 is saved in .*run\. Pass resume"):
         made.train()
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
@@ -340,7 +340,7 @@ def test_a_run_for_which_no_memory_is_left_is_saved(
     steps: list[int] = []
     short = trainer(lambda: "100%" if len(steps) < 2 else last())
     short.add_callback(Recorder(lambda now: steps.append(now)))
-    with pytest.raises(error, match=rf"{message}.*Step 2 is saved in .*run: resume"):
+    with pytest.raises(error, match=rf"{message}.*Step 2 is saved in .*run\. Pass resume"):
         short.train()
     again = trainer("100%")
     again.train(resume_from_checkpoint=True)

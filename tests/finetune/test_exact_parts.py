@@ -131,7 +131,7 @@ def test_statistics_of_a_batch_are_told(make_bert: MakeModel) -> None:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return functional.cross_entropy(model.norm(logits), batch["labels"])
 
-    assert "writes into norm.running_mean" in exactness(run_of(model, normed, classes)).reason
+    assert "modifies norm.running_mean" in exactness(run_of(model, normed, classes)).reason
     assert int(model.norm.num_batches_tracked) == 0, "the test leaves no trace"
 
 

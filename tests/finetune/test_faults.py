@@ -331,7 +331,7 @@ def test_files_that_a_resumed_run_goes_on_without_are_told(ended: Launch, capsys
         next(cut.checkpoint(8).glob(f"{name}*")).unlink()
         missing.append(name)
         cut.train(resume=8)
-        assert f"checkpoint-8 holds no {', '.join(missing)}:" in capsys.readouterr().out
+        assert f"checkpoint-8 has no {', '.join(missing)}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("most", [3_000, 7_000, 30_000])
@@ -386,7 +386,7 @@ def test_another_budget_counts_at_once(ended: Launch, whole: Run, caplog: pytest
         assert resumed.pilot.pilot.figures()["budget_bytes"] == resumed.pilot.limit
         assert sum(resumed.recorder.ranks[0].values()) < sum(whole.recorder.ranks[8].values())
         assert all(peak <= resumed.pilot.limit for step, peak in resumed.pilot.peaks if step > 8)
-        assert messages_of(caplog, f"the budget is {resumed.pilot.pilot.budget} now, and was 80%")
+        assert messages_of(caplog, f"the budget is now {resumed.pilot.pilot.budget}, previously 80%")
         last = resumed.log.iloc[2 * len(resumed.recorder.ranks[0]) :]
         assert set(last["step"].tolist()) == {8}
         assert set(last["limit"].tolist()) == {resumed.pilot.limit}

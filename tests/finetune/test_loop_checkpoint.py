@@ -69,7 +69,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(whole: Loop, tmp_path:
     (tmp_path / "checkpoint" / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     for folder, foreign in ((tmp_path / "checkpoint", "notes.txt"), (tmp_path, "checkpoint")):
-        with pytest.raises(RunFolderError, match=f"such as {foreign}, which would be lost"):
+        with pytest.raises(RunFolderError, match=f"such as {foreign}, and would be lost"):
             rankpilot.save_checkpoint(whole.pilot, whole.run, folder)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -93,7 +93,7 @@ def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, t
         ),
         (lambda folder: (folder / OPTIMIZER).write_bytes(b"torn"), "Cannot read checkpoint .*Use an earlier one"),
         (lambda folder: (folder / OPTIMIZER).unlink(), "Cannot read checkpoint .*Use an earlier one"),
-        (lambda folder: (folder / "rankpilot.json").unlink(), "holds no rankpilot.json"),
+        (lambda folder: (folder / "rankpilot.json").unlink(), "has no rankpilot.json"),
     ],
     ids=["weights", "a bit of the weights", "optimizer", "no optimizer", "no state"],
 )
@@ -151,6 +151,6 @@ def test_before_a_run_has_begun(llama_config: LlamaConfig, tmp_path: Path) -> No
         loop.pilot.after_step,
         lambda: loop.pilot.limit,
     ):
-        with pytest.raises(ConfigError, match="The run has not begun. Call `begin`"):
+        with pytest.raises(ConfigError, match=r"The run has not begun\. Call `begin`"):
             call()
     assert not (tmp_path / "checkpoint").exists()

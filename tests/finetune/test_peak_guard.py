@@ -364,7 +364,7 @@ def test_an_evaluation_above_the_budget_gets_smaller_batches(
     assert len(shares) == 2, "the first batch size, and the corrected one"
     assert shares[0] > 1 >= shares[1]
     (message,) = messages_of(caplog)
-    assert f"with batches of 64 took {100 * shares[0]:.0f} % of the budget" in message
+    assert f"with a batch size of 64 took {100 * shares[0]:.0f} % of the budget" in message
     assert trainer.args.per_device_eval_batch_size == 64, "as its user chose, once the run is over"
     assert {step for step, _ in run.pilot.peaks} <= set(range(1, 7))
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]

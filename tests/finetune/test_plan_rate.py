@@ -171,7 +171,7 @@ def test_a_loss_of_0_before_training_is_told(llama_config: LlamaConfig, monkeypa
     monkeypatch.setattr(TrainingRun, "read_first_rows", lambda *_: (0.0, [(11, 12)]))
     loop, told = Loop(llama_config), list[str]()
     loop.train(Gives(), tell=told.append, learning_rate="auto")
-    assert any("The loss is 0 before training" in line for line in told)
+    assert any("The loss before training is 0" in line for line in told)
 
 
 def test_no_plan_of_a_wide_model_trains_faster_than_plain_lora(
@@ -187,7 +187,7 @@ def test_a_rate_far_from_the_rule_is_told(llama_config: LlamaConfig) -> None:
     for group in loop.optimizer.param_groups:
         group["initial_lr"] = 2e-5
     loop.train(Gives(), tell=told.append)
-    assert any("times below what the rule says" in line for line in told)
+    assert any("times below the rule's rate" in line for line in told)
 
 
 def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_a_resumed_loop_that_sets_its_rates_goes_on_at_the_same_factor(
 def test_losses_that_compare_answers_need_a_rate_of_their_own(tmp_path: Path) -> None:
     trainer = dpo(tmp_path, max_steps=1)
     rankpilot.attach(trainer, Gives(1), budget="400%", schedule=ONCE, learning_rate="auto")
-    with pytest.raises(ConfigError, match="compare answers"):
+    with pytest.raises(ConfigError, match="preference losses"):
         trainer.train()
 
 
