@@ -100,7 +100,7 @@ def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> 
     settings = options.settings
     with files.open_run(options.output, settings, resume=options.resume):
         if (options.output / CARD).exists() and (had := read_card(options.output).get("rounds", 0)) >= options.rounds:
-            tell(f"It has had {had} rounds. With more --rounds it goes on.")
+            tell(f"It has completed {had} rounds. Pass more --rounds to continue.")
             return options.output
         envs = StackVecEnv(
             options.episodes, stacks=options.stacks, workers=options.workers, cluster=options.cluster,

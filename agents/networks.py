@@ -36,7 +36,9 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         if not is_count(self.width) or self.width > MOST_WIDTH:
-            raise ConfigError(f"width of a network is a whole number from 1 to {MOST_WIDTH}; got {shown(self.width)}.")
+            raise ConfigError(
+                f"The width of a network must be a whole number from 1 to {MOST_WIDTH}; got {shown(self.width)}."
+            )
 
 
 class GroupNetwork(nn.Module):

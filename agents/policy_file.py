@@ -145,8 +145,8 @@ def load_policy(given: str | Path | Policy) -> Policy:
         named = isinstance(getattr(given, "name", None), str)
         if isinstance(given, type) or not named or not callable(getattr(given, "decide", None)):
             raise ConfigError(
-                "policy is 'default', the folder of a policy, the name of a rule, a plan in a .yaml file, or an object "
-                f"with `name` and `decide`; got {given!r}."
+                "policy must be 'default', a policy folder, the name of a rule, a plan's .yaml file, or an "
+                f"object with `name` and `decide`; got {given!r}."
             )
         return given
     if str(given) == DEFAULT:
@@ -158,13 +158,13 @@ def load_policy(given: str | Path | Policy) -> Policy:
         if folder.name == str(given):
             return GROUP_RULES.get(str(given)) or find_rule(str(given), (SHIPPED.name, *GROUP_RULES))
         raise UnknownNameError(
-            f"There is no policy folder {folder}. Pass one made by `rankpilot policy train`, {DEFAULT!r}, "
-            f"{SHIPPED.name!r}, or a rule: {', '.join((*RULES, *GROUP_RULES))}."
+            f"Policy folder {folder} does not exist. Pass one written by `rankpilot policy train`, "
+            f"{DEFAULT!r}, {SHIPPED.name!r}, or a rule: {', '.join((*RULES, *GROUP_RULES))}."
         )
     if folder.is_file():
         raise PolicyFileError(
-            f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}, a plan a .yaml file; pickles and "
-            "zips are never read."
+            f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}, or a plan's .yaml file; "
+            "pickles and zips are never read."
         )
     card = read_card(folder)
     try:
@@ -189,7 +189,8 @@ def _name(folder: Path, card: dict[str, Any]) -> str:
     name = card.get("name", folder.resolve().name)
     if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
         raise PolicyFileError(
-            f"The card in {folder} names the policy {shown(name)}; a name is a line of 1 to {MOST_NAME} characters."
+            f"The card in {folder} has the policy name {shown(name)}; a name must be one line of 1 to "
+            f"{MOST_NAME} characters."
         )
     return name
 
@@ -205,10 +206,10 @@ def _check_weights(folder: Path, network: nn.Module, weights: Weights) -> None:
         wanted, found = ((each[name].shape, each[name].dtype) if name in each else None for each in (needed, weights))
         if wanted != found:
             raise PolicyFileError(
-                f"The weights in {folder} do not fit its card: {shown(name)} is {found}, not {wanted}."
+                f"The weights in {folder} do not match its card: {shown(name)} is {found}, not {wanted}."
             )
         if not weights[name].isfinite().all():
-            raise PolicyFileError(f"The weights in {folder} hold NaN or infinity: {name}. Train the policy again.")
+            raise PolicyFileError(f"The weights in {folder} contain NaN or infinity: {name}. Train the policy again.")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = read_json(path, MOST_CARD_BYTES)
     except FileNotFoundError as error:
-        raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
+        raise PolicyFileError(f"{folder} is not a policy folder: {CARD} is missing.") from error
     except DataError as error:
         raise PolicyFileError(str(error)) from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
@@ -283,7 +284,7 @@ def _read_weights(folder: Path, card: dict[str, Any]) -> Weights:
     except DataError as error:
         raise PolicyFileError(str(error)) from error
     if sha256(path) != card.get("sha256"):
-        raise PolicyFileError(f"{path} is corrupt: its sha256 is not the one in {CARD}. Copy or train it again.")
+        raise PolicyFileError(f"{path} is corrupt: its sha256 differs from the one in {CARD}. Copy or train it again.")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:

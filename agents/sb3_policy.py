@@ -172,5 +172,5 @@ def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
         return state["more"]
     except Exception as error:  # torch raises many types for a damaged file
         raise RunFolderError(
-            f"The checkpoint {path} cannot be read ({first_line(error)}). Delete it to start over."
+            f"Cannot read checkpoint {path} ({first_line(error)}). Delete it to start over."
         ) from error

@@ -56,9 +56,11 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("rounds", "warm_rounds", "stacks", "workers", "validate_every", "validation_tasks", "width"):
             if not is_count(getattr(self, name)):
-                raise ConfigError(f"{name} is a whole number of at least 1; got {shown(getattr(self, name))}.")
+                raise ConfigError(f"{name} must be a whole number of at least 1; got {shown(getattr(self, name))}.")
         if not is_count(self.episodes) or self.episodes % TOGETHER:
-            raise ConfigError(f"episodes are a multiple of {TOGETHER}, which share a task; got {shown(self.episodes)}.")
+            raise ConfigError(
+                f"episodes must be a multiple of {TOGETHER}, which share a task; got {shown(self.episodes)}."
+            )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     """Compare policies, and show the results."""
     options = tyro.cli(Evaluate, args=arguments, prog="rankpilot policy evaluate")
     if options.tasks < 1 or not options.policies:
-        raise ConfigError(f"Name at least one policy, and one task of each regime; got {options.tasks} tasks.")
+        raise ConfigError(f"At least one policy and one task per regime are required; got {options.tasks} tasks.")
     from ..agents.policy_file import load_policy
     from ..common.files import append_json_line, open_run
     from ..env.evaluate import compare, evaluation_tasks, table
@@ -58,10 +58,10 @@ def main(arguments: Sequence[str]) -> None:
             append_json_line(options.output / "rows.jsonl", asdict(row))
     first = options.policies[0]
     found = table(rows, first)
-    shown = Table(title=f"Held-out loss above that of {first}, %", title_justify="left")
+    shown = Table(title=f"Held-out loss relative to {first}, %", title_justify="left")
     for column in ("policy", *found[first]):
         shown.add_column(column, justify="left" if column == "policy" else "right")
     for name, cells in found.items():
         shown.add_row(name, *(f"{cell:+.1f}" for cell in cells.values()))
     console.print(shown)
-    console.print(f"A line for each run: {options.output / 'rows.jsonl'}", soft_wrap=True, markup=False)
+    console.print(f"One line per run: {options.output / 'rows.jsonl'}", soft_wrap=True, markup=False)

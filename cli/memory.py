@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ..report.trainer_file import TrainerFile
 
 SPILLS = (
-    "On Windows the driver moves what does not fit the card into main memory, without an error: a step then takes many "
-    "times as long. So keep to what fits, or switch that off (CUDA - Sysmem Fallback Policy)."
+    "On Windows the driver silently moves what does not fit the card into main memory, and steps "
+    "become many times slower. Stay within what fits, or turn this off (CUDA - Sysmem Fallback "
+    "Policy)."
 )
 """Hint if the card is in a Windows machine."""
 
@@ -74,7 +75,7 @@ class Memory(MemoryConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.json and self.python:
-            raise ConfigError("--json and --python each print one thing and nothing else: give one of them.")
+            raise ConfigError("--json and --python cannot be combined; pass one of them.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Memory, arguments, default, "rankpilot memory")
     if (options.python or file) and not options.card:
         which = "--config" if file else "--python"
-        raise ConfigError(f"{which} is of a card: give --device or --device-memory with it.")
+        raise ConfigError(f"{which} requires --device or --device-memory.")
     from ..data.assets import check_model
 
     check_model(options.model, options.card)
@@ -147,9 +148,11 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
 
     file = read_trainer_file(path)
     if "max_length" not in file.settings and not peek(arguments, "--max-length"):
-        raise ConfigError(f"{path} cuts no row (max_length: null). Give --max-length, the tokens of the longest one.")
+        raise ConfigError(
+            f"{path} does not truncate rows (max_length: null). Pass --max-length with the length of the longest row."
+        )
     if "sharding" in file.settings and not peek(arguments, "--gpus"):
-        told = f"{file.settings.pop('sharding')} (priced as one GPU: give --gpus)"
+        told = f"{file.settings.pop('sharding')} (priced for one GPU: pass --gpus)"
         return replace(file, unpriced=(*file.unpriced, told))
     return file
 
@@ -169,7 +172,7 @@ def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
     settings = {name: value for name, value in file.settings.items() if name not in _FURTHER}
     card = next((each for each in ("--device", "--device-memory") if peek(arguments, each)), None)
     if card is None:
-        raise ConfigError("--config is of a card: give --device or --device-memory with it.")
+        raise ConfigError("--config requires --device or --device-memory.")
     default = object.__new__(Memory)  # not checked before command-line options are applied
     for each in fields(Memory):
         object.__setattr__(default, each.name, settings.get(each.name, each.default))
@@ -191,7 +194,7 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
         del settings["bf16"]  # the card decides
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
-    told = f"reading the step of {options.model} from its configuration ..."
+    told = f"deriving the training step of {options.model} from its configuration ..."
     with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
         return memory_of(
             _configured(options.model),

@@ -37,17 +37,17 @@ TRAINER_NAMES = {
 
 GROUPS = {
     "plan": (
-        "Who decides the ranks, and within what.",
+        "What decides the ranks, and its limits.",
         "policy budget time goal tolerance bounds exact_savers gradient_checkpointing keep_rate",
     ),
     "step": (
-        "What a training step reads, and how it computes.",
+        "The batch, the adapter and how a step is computed.",
         "batch_size accumulation max_length target_modules target_parameters optimizer quantization prepare_kbit bf16",
     ),
-    "run": ("How long it trains, and at what rate.", "steps epochs learning_rate control alpha scaling seed trainer"),
-    "data": ("Which rows and columns are read.", "task labels text_column label_column train_rows held_out_rows"),
+    "run": ("Length of the run and learning rate.", "steps epochs learning_rate control alpha scaling seed trainer"),
+    "data": ("Rows and columns to read.", "task labels text_column label_column train_rows held_out_rows"),
     "evaluation": (
-        "When it is evaluated, and what it is compared with.",
+        "Evaluation, checkpoints and baselines.",
         "eval_every eval_batch_size best early_stopping compare_uniform compare_all_linear",
     ),
 }
@@ -127,7 +127,7 @@ def peek(arguments: Sequence[str], option: str) -> str | None:
     try:
         return cast(str | None, parser.parse_known_args(arguments)[0].value)
     except ArgumentError as error:
-        raise ConfigError(f"{option} needs a value.") from error
+        raise ConfigError(f"{option} requires a value.") from error
 
 
 def read_config_file(path: str | None) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def read_config_file(path: str | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # invalid UTF-8 or JSON is a ValueError
         raise ConfigError(f"Cannot read the config file {path}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"The config file {path} holds no settings by name: {shown(values)}.")
+        raise ConfigError(f"The config file {path} must be a mapping of setting names to values; got {shown(values)}.")
     return values
 
 
@@ -176,4 +176,4 @@ def with_file_settings(base: Settings, values: dict[str, Any], path: str | None)
     try:
         return from_json(type(base), {own.get(name, name): value for name, value in values.items()}, base=base)
     except ConfigError as error:
-        raise ConfigError(f"The config file {path} does not fit: {error}") from error
+        raise ConfigError(f"Invalid config file {path}: {error}") from error

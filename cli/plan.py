@@ -77,9 +77,9 @@ def main(arguments: Sequence[str]) -> None:
     default = with_file_settings(base, read_config_file(path), path)
     options = parse(Plan, arguments, default, "rankpilot plan")
     if options.output is not None and options.output.exists():
-        raise ConfigError(f"{options.output} exists already. Name a file that does not.")
+        raise ConfigError(f"{options.output} already exists. Choose a new file name.")
     if options.log is not None and options.log.exists():
-        raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
+        raise ConfigError(f"{options.log} already exists. Choose a new folder name.")
     from ..data.assets import check_model
 
     check_model(options.model)
@@ -106,11 +106,11 @@ def main(arguments: Sequence[str]) -> None:
         console.out(text, end="", highlight=False)
     else:
         write_text(output, text)
-        use = f" Edit it, and pass --policy {output} to rankpilot finetune." if form == "plan" else ""
-        console.print(f"{output} holds the plan.{use}", soft_wrap=True, markup=False)
+        use = f" You can edit it and pass it to rankpilot finetune with --policy {output}." if form == "plan" else ""
+        console.print(f"Wrote the plan to {output}.{use}", soft_wrap=True, markup=False)
     notes.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
     if plan.learning_rate is not None:
-        notes.print(f"Learning rate for it: {plan.learning_rate:.3g}", markup=False, highlight=False)
+        notes.print(f"Learning rate for this plan: {plan.learning_rate:.3g}", markup=False, highlight=False)
 
 
 def _frontier(plan: StaticPlan) -> Table:
@@ -127,14 +127,14 @@ def _frontier(plan: StaticPlan) -> Table:
         for each in plan.frontier
     ]
     columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
-    title = "Plans that are worth their cost; losses against rank 8 on all modules"
+    title = "Plans on the cost-loss frontier; losses relative to rank 8 on all modules"
     return make_table(title, columns, rows, first_wraps=True)
 
 
 def _note(plan: FrontierPlan) -> str:
     """Remark on a frontier plan, in addition to its figures."""
     if plan.taken:
-        return ", taken"
+        return ", chosen"
     return "" if plan.fits else ", too large"
 
 
@@ -171,7 +171,7 @@ def _torchtune(plan: StaticPlan) -> str:
     attention = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in kinds]
     mlp = any(name in kinds for name in ("gate_proj", "up_proj", "down_proj"))
     if not attention and not mlp:
-        raise ConfigError(f"torchtune names no module of this model: it has {', '.join(kinds)}. Take --for peft.")
+        raise ConfigError(f"torchtune cannot adapt any module of this model ({', '.join(kinds)}). Use --for peft.")
     modules = json.dumps(attention).replace("o_proj", "output_proj")
     settings = f"  lora_attn_modules: {modules}\n  apply_lora_to_mlp: {json.dumps(mlp)}\n"
     rate = _rate_line(plan, "optimizer:\n  lr")
@@ -187,8 +187,8 @@ def _one_rank(plan: StaticPlan, program: str) -> tuple[str, list[str], int, int]
     one_alpha = len({plan.alphas[name] for name in adapted}) == 1
     alpha = round(plan.config.lora_alpha if one_alpha else sum(scales) / len(scales) * rank)
     comment = (
-        f"# {program} has one rank for all modules and takes no rank pattern, so this is not the plan:\n"
-        f"# it has the plan's mean rank on every module of the kinds that the plan adapts ({len(adapted)} of\n"
-        f"# {len(plan.ranks)} modules there). For the plan itself use --for peft or axolotl.\n"
+        f"# {program} supports a single rank and no rank pattern, so this only approximates the plan:\n"
+        f"# its mean rank, on every module of the kinds it adapts ({len(adapted)} of {len(plan.ranks)} modules in\n"
+        "# the plan). For the plan itself, use --for peft or --for axolotl.\n"
     )
     return comment, kinds, rank, alpha

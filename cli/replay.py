@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     log = find_log(options.run)
     policy = policy_of(log) if options.policy is None else load_policy(options.policy)
     if policy is None:
-        raise RunFolderError(f"The policy that decided in {options.run} is not at hand: name one with --policy.")
+        raise RunFolderError(f"The policy used in {options.run} is not available. Pass one with --policy.")
     found = replay(log, policy)
     if options.json:
         console.out(json.dumps(found.to_json(), indent=2, allow_nan=False), highlight=False)

@@ -101,9 +101,9 @@ def write_study(
             console.print(sentence, style="yellow", markup=False, highlight=False)
         if run.saved:
             console.print(saver_table(run.saved))
-        _tell(*shown["results"], *(f"Left out of the page: {part}." for part in shown["left_out"]))
+        _tell(*shown["results"], *(f"Not shown on the page: {part}." for part in shown["left_out"]))
         if run.adapter:
-            _tell(f"Adapter (the page says how to load, merge and export it): {run.adapter}")
+            _tell(f"Adapter (the page shows how to load, merge and export it): {run.adapter}")
     _tell(f"Page: {path}", *filter(None, drawn))
     return path
 
@@ -116,27 +116,27 @@ def _tell(*lines: str) -> None:
 def _check(options: StudyOptions) -> None:
     """Reject invalid options before anything is read."""
     if not options.runs:
-        raise ConfigError("No run was given. Pass the folder of a run, or those of several: rankpilot study RUN...")
+        raise ConfigError("No run given. Pass one or more run folders: rankpilot study RUN...")
     for folder in options.runs:
         if not folder.is_dir():
             raise RunFolderError(
-                f"There is no folder {str(folder)!r}. Each word after `rankpilot study` is the folder of a run; "
-                "`rankpilot replay` is a command of its own."
+                f"Folder {str(folder)!r} does not exist. The arguments of `rankpilot study` are run folders; to "
+                "replay a run, use `rankpilot replay`."
             )
     output = options.output
     if output is None and len(options.runs) > 1 and not options.json:
-        raise ConfigError(f"{len(options.runs)} runs have no common folder for their page. Pass --output FILE.")
+        raise ConfigError(f"{len(options.runs)} runs have no common folder for the page. Pass --output FILE.")
     if options.json and options.open:
-        raise ConfigError("--open opens the page, and --json writes none. Pass one of them.")
+        raise ConfigError("--open opens the page, which --json does not write. Pass only one of them.")
     if output is None or not output.exists():
         return
     if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder. Pass the name of a file, such as {output / PAGE}.")
+        raise ConfigError(f"--output {output} is a folder. Pass a file name, such as {output / PAGE}.")
     start = b"{" if options.json else b"<!DOCTYPE html>"  # so that no other file of the user is overwritten
     with output.open("rb") as stream:
         if stream.read(len(start)) != start:
-            kind = "JSON" if options.json else "page"
-            raise ConfigError(f"--output {output} exists and is no {kind}. Pass a name that is free.")
+            kind = "JSON file" if options.json else "study page"
+            raise ConfigError(f"--output {output} already exists and is not a {kind}. Choose another name.")
 
 
 def _read(folders: Sequence[Path], explain: Depth, policy: Path | None) -> tuple[list[RunData], dict[str, Any]]:
@@ -175,4 +175,4 @@ def _give_json(data: dict[str, Any], path: Path | None) -> None:
         console.out(json.dumps(data, indent=2, allow_nan=False), highlight=False)
     else:
         write_json(path, data)
-        _tell(f"Data of the page: {path}")
+        _tell(f"Page data: {path}")

@@ -28,5 +28,5 @@ def train_command(options: Train) -> None:
     rows = read_json_lines(folder / PROGRESS)
     save_figure(learning_curve(rows), folder / "learning_curve.png")
     console.print(f"{learning_sentence(rows)}.", markup=False, highlight=False, soft_wrap=True)
-    line = f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}"
+    line = f"Policy saved to {folder}. To use it: rankpilot finetune MODEL DATA --policy {folder}"
     console.print(line, markup=False, soft_wrap=True)

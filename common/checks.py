@@ -43,12 +43,12 @@ def finite(value: Any) -> float:
     """Return a finite number."""
     number = float(value)
     if isinstance(value, str) or not math.isfinite(number):
-        raise ValueError(f"{value!r} is no finite number")
+        raise ValueError(f"{value!r} is not a finite number")
     return number
 
 
 def counted(value: Any, least: int = 0) -> int:
     """Return an integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        raise ValueError(f"{value!r} is no whole number from {least} on")
+        raise ValueError(f"{value!r} is not a whole number of at least {least}")
     return value

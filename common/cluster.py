@@ -79,13 +79,13 @@ def _connected(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UnsupportedError("Working on a cluster needs Ray: pip install 'rankpilot[cluster]'.") from error
+        raise UnsupportedError("Using a cluster requires Ray: pip install 'rankpilot[cluster]'.") from error
     _check_address(address)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        needs = "the same versions of Python and Ray, and know its token if it has one (docs/train-policy.md)"
-        trouble = f"The cluster at {address!r} cannot be joined: {first_line(error)}"
+        needs = "the same versions of Python and Ray, and the cluster's token if it has one (docs/train-policy.md)"
+        trouble = f"Cannot join the cluster at {address!r}: {first_line(error)}"
         raise ConfigError(f"{trouble}. This machine must be part of it, with {needs}.") from error
     return ray
 
@@ -96,10 +96,10 @@ def _check_address(address: str) -> None:
         return
     if not re.fullmatch(r"[^\s:/]+:\d{1,5}", address):
         allowed = f"{LOCAL!r}, {AUTO!r} or HOST:PORT of a Ray cluster that this machine is part of"
-        raise ConfigError(f"--cluster is {allowed}; got {address!r}.")
+        raise ConfigError(f"--cluster must be {allowed}; got {address!r}.")
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         start = f"Start a cluster there: ray start --head --port {port}."
-        raise ConfigError(f"Nothing answers at {address} ({error}). {start}") from error
+        raise ConfigError(f"No answer from {address} ({error}). {start}") from error

@@ -27,7 +27,7 @@ def find_device(name: str = "auto") -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # one per way of being absent
-        raise ConfigError(f"No device {name!r} is at hand. Use cpu, or leave it at auto.") from error
+        raise ConfigError(f"Device {name!r} is not available. Use cpu or auto.") from error
     return torch.device(name)
 
 
@@ -89,7 +89,7 @@ def _of_gpu(device: torch.device) -> EnergyCounter | None:
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         return EnergyCounter(
-            f"{properties.name}, counted by NVML",
+            f"{properties.name}, measured by NVML",
             lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3,
         )
     return None
@@ -104,7 +104,7 @@ def _of_processors(powercap: Path) -> EnergyCounter | None:
     if not counters:
         return None
     many = "processors" if len(counters) > 1 else "processor"
-    return EnergyCounter(f"{len(counters)} {many}, counted by RAPL", lambda: sum(each.joules() for each in counters))
+    return EnergyCounter(f"{len(counters)} {many}, measured by RAPL", lambda: sum(each.joules() for each in counters))
 
 
 class _Package:

@@ -51,7 +51,7 @@ def first_line(error: Exception) -> str:
 NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter", "os error ")
 """Fragments of safetensors, tokenizers and `torch.save` errors on a full disk; they are not OSErrors."""
 
-CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
+CHECK_PATH = "Check the path, its permissions, and the free disk space."
 
 
 def not_written(error: Exception) -> bool:
@@ -113,9 +113,9 @@ class UnsupportedError(RankPilotError, TypeError):
 
 
 _EXTRAS = {
-    "A picture needs matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
-    "Policies and environments need gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
-    "Training, --lengths, and models or settings whose steps do not ship need torch and transformers: pip install "
+    "Pictures require matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
+    "Policies and environments require gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
+    "Training, --lengths, and models or settings without recordings require torch and transformers: pip install "
     "'rankpilot[train]'.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
 }
 """Advice for missing packages, by the packages an extra installs."""

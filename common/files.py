@@ -72,7 +72,7 @@ def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
     import torch
 
     if not is_whole_archive(path):
-        raise DataError(f"{path.name} is torn")
+        raise DataError(f"{path.name} is corrupt")
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -107,7 +107,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RankPilotError) or not not_written(error):
             raise
-        raise RunFolderError(f"{path} cannot be written: {first_line(error)}. {CHECK_PATH}") from error
+        raise RunFolderError(f"Cannot write {path}: {first_line(error)}. {CHECK_PATH}") from error
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     with open(path, "rb", opener=_without_waiting) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
-        raise DataError(f"{path} has more than {most:,} bytes, which is the most that is read of such a file.")
+        raise DataError(f"{path} exceeds {most:,} bytes, the limit for such a file.")
     return content
 
 
@@ -182,7 +182,7 @@ def read_text(path: Path, most: int = MOST_TEXT_BYTES) -> str:
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {first_line(error)}.") from error
+        raise DataError(f"{path} is not UTF-8 text: {first_line(error)}.") from error
 
 
 def parse_json(text: str) -> Any:
@@ -200,7 +200,7 @@ def parse_json(text: str) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError("It has half of a surrogate pair in a text.") from error
+            raise DataError("It contains half of a surrogate pair.") from error
     return value
 
 
@@ -227,7 +227,7 @@ def read_object(path: Path, most: int = MOST_TEXT_BYTES) -> dict[str, Any]:
     """
     value = read_json(path, most)
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds no values by name: {shown(value)}.")
+        raise DataError(f"{path} must be a mapping of names to values; got {shown(value)}.")
     return value
 
 
@@ -289,14 +289,16 @@ def _plain_loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
-                raise yaml.composer.ComposerError(None, None, "references (*name) are not read; write values out", mark)
+                raise yaml.composer.ComposerError(
+                    None, None, "references (*name) are not supported; write the values out", mark
+                )
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
                 if key.value in seen:
-                    told = f"{shown(key.value)} stands there twice"
+                    told = f"{shown(key.value)} appears twice"
                     raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
@@ -336,7 +338,7 @@ def check_tensor_file(path: Path, most: int = MOST_TENSOR_BYTES) -> None:
     """
     size = path.stat().st_size
     if not path.is_file() or size > most:
-        raise DataError(f"{path} is no file, or has more than {most:,} bytes, the most that is read of such a file.")
+        raise DataError(f"{path} is not a file, or exceeds {most:,} bytes, the limit for such a file.")
     with path.open("rb") as stream:
         head = stream.read(9)
     if head.startswith(PICKLES) and head[8:] != b"{":  # the header follows its length, encoded in arbitrary bytes
@@ -354,7 +356,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read as tensors: {first_line(error)}") from error
+        raise DataError(f"Cannot read {path} as tensors: {first_line(error)}") from error
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
@@ -370,7 +372,7 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
         return arrays, metadata
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read as arrays: {first_line(error)}") from error
+        raise DataError(f"Cannot read {path} as arrays: {first_line(error)}") from error
 
 
 def expanded(name: str) -> Path:
@@ -419,7 +421,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
         lock.acquire()
     except Timeout as error:
         raise RunFolderError(
-            f"Another process works in {folder}. Wait until it ends, or pass another --output."
+            f"Another process is using {folder}. Wait until it ends, or pass another --output."
         ) from error
     try:
         if (folder / CONFIG).exists():
@@ -433,7 +435,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
                 (folder / CONFIG).unlink(missing_ok=True)
             raise
     except (KeyboardInterrupt, Terminated) as end:
-        end.add_note("The same command with --resume continues from here.")
+        end.add_note("Run the same command with --resume to continue.")
         raise
     finally:
         lock.release()
@@ -442,26 +444,26 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
 def refuse_file(folder: Path) -> None:
     """Raise RunFolderError if a file is in the folder's place, or the folder cannot be created."""
     if "\0" in str(folder):
-        raise RunFolderError(f"{shown(str(folder))} is no name of a folder. Pass another one as --output.")
+        raise RunFolderError(f"{shown(str(folder))} is not a valid folder name. Pass another one as --output.")
     if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
+        raise RunFolderError(f"{folder} is a file. Pass a folder as --output.")
 
 
 def _check(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Raise RunFolderError if a folder does not hold this run."""
     if not resume:
-        raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
+        raise RunFolderError(f"{folder} already exists. Pass --resume to continue it, or another --output.")
     path = folder / CONFIG
     if not path.exists():
-        raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
+        raise RunFolderError(f"{folder} is not empty and has no {CONFIG}, so it is not a run of rankpilot.")
     try:
         previous = read_object(path)
     except ValueError as error:
-        raise RunFolderError(f"This version of rankpilot cannot go on with {path}: {error}") from error
+        raise RunFolderError(f"This version of rankpilot cannot continue {path}: {error}") from error
     differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
     if differing:
         told = "; ".join(
-            f"{key:.80}: {shown(previous.get(key))} there, {shown(config.get(key))} now" for key in differing[:3]
+            f"{key:.80}: {shown(previous.get(key))} then, {shown(config.get(key))} now" for key in differing[:3]
         )
         raise RunFolderError(f"{folder} was started with other settings ({told}). Use those, or another --output.")
 
@@ -489,7 +491,7 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
         ConfigError: a key is unknown or missing, a value has the wrong type, or the class rejects it.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"settings are keys with values; got {shown(values)}.")
+        raise ConfigError(f"settings must be a mapping of names to values; got {shown(values)}.")
     names = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
     unknown = [key for key in values if key not in names]
     needed = [] if base else [name for name, required in names.items() if required or complete]
@@ -497,7 +499,7 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
     if unknown or missing:
         both = (("unknown", unknown), ("missing", missing))
         problems = [f"{label} {', '.join(map(shown, keys[:MOST_LISTED]))}" for label, keys in both if keys]
-        raise ConfigError(f"{' and '.join(problems)}; the settings are {', '.join(names)}.")
+        raise ConfigError(f"{' and '.join(problems)}; valid settings are {', '.join(names)}.")
     types = get_type_hints(kind)
     read = {name: _read(types[name], value, name) for name, value in values.items()}
     return replace(base, **read) if base else kind(**read)
@@ -516,7 +518,7 @@ def _read(expected: Any, value: Any, name: str) -> Any:
                     return _read(argument, value, name)
                 except ConfigError as error:
                     problems.append(str(error).removesuffix(f"; got {shown(value)}."))
-        others = "".join(f", or {problem.removeprefix(f'{name} is ')}" for problem in problems[1:])
+        others = "".join(f", or {problem.removeprefix(f'{name} must be ')}" for problem in problems[1:])
         raise ConfigError(f"{problems[0]}{others}; got {shown(value)}.")
     if is_dataclass(expected):
         assert isinstance(expected, type)
@@ -535,7 +537,7 @@ def _read(expected: Any, value: Any, name: str) -> Any:
     if type(value) is expected:
         return value
     allowed = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else _words(expected)
-    raise ConfigError(f"{name} is {allowed}; got {shown(value)}.")
+    raise ConfigError(f"{name} must be {allowed}; got {shown(value)}.")
 
 
 _WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
@@ -544,5 +546,5 @@ _WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number",
 def _words(expected: Any) -> str:
     """Name of a type in errors."""
     if get_origin(expected) is tuple:
-        return f"a list, each item {_words(get_args(expected)[0])}"
+        return f"a list where each item is {_words(get_args(expected)[0])}"
     return _WORDS.get(expected, str(expected))

@@ -29,9 +29,9 @@ for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
 _FORMS = (
-    "'24GiB', '350MB', a whole number of bytes from 1024 on (all that the device holds, the frozen model included), "
-    "'6GiB step' (a step beside the frozen model), '80%' (of what plain LoRA takes, rank 8 on all modules), "
-    "'300k params' or 'auto'"
+    "'24GiB', '350MB', a whole number of at least 1024 bytes (everything on the device, including "
+    "the frozen model), '6GiB step' (a step on top of the frozen model), '80%' (of the memory of "
+    "plain LoRA, rank 8 on all modules), '300k params' or 'auto'"
 )
 
 AUTO_SHARE = 0.9
@@ -107,7 +107,7 @@ class Budget:
             number = math.nan
         value = number / 100 if unit == "%" else number * _factor(unit)
         if not (math.isfinite(value) and number > 0 and value > 0):
-            raise BudgetError(f"Cannot read the budget {shown(given)}. Allowed: {_FORMS}, all above zero.")
+            raise BudgetError(f"Cannot read the budget {shown(given)}. Allowed: {_FORMS}; all must be above zero.")
         if unit == "%":
             return cls("share", value)
         if unit and unit.endswith(("params", "parameters")):
@@ -128,8 +128,8 @@ class Budget:
             percent = 100 if number == 1 else number
             meant = f'"{percent:.0f}%" or "{number:.0f}GiB"' if percent <= 100 * MOST_SHARE else f'"{number:.0f}MB"'
             raise BudgetError(
-                f"The budget {given!r} would be {number:.0f} bytes, too few for any adapter. Did you mean {meant}? "
-                f"Allowed: {_FORMS}."
+                f"The budget {given!r} would be {number:.0f} bytes, too few for any adapter. Did you mean "
+                f"{meant}? Allowed: {_FORMS}."
             )
         return cls("total", number)
 
@@ -151,19 +151,19 @@ class Budget:
         """
         allowed = given_bytes(limit.value) if self.kind == "bytes" else cost_text(limit.value, limit.unit)
         if self.kind == "parameters":
-            return f"The budget is {allowed} of the adapter."
+            return f"The budget is {allowed} in the adapter."
         if self.kind == "share":
             whole = cost_text(limit.value / self.value, limit.unit)
-            what = "plain LoRA or the trained ranks take" if kept else "plain LoRA takes, rank 8 on all modules"
-            return f"The budget is {allowed} for a step beside the frozen model: {self} of {whole}, which {what}."
+            what = "plain LoRA or the trained ranks" if kept else "plain LoRA (rank 8 on all modules)"
+            return f"The budget is {allowed} per step on top of the frozen model: {self} of the {whole} of {what}."
         if self.kind == "total":
             rest = format_bytes(self.value - limit.value, up=True)
             return (
-                f"The budget is {given_bytes(self.value)} in all: {allowed} for a step, and {rest} for the frozen "
-                "model, the device's context and what the allocator reserves."
+                f"The total budget is {given_bytes(self.value)}: {allowed} per step, and {rest} for the frozen "
+                "model, the device's context and the allocator's reserve."
             )
-        free = ", nine tenths of what is free" if self.kind == "auto" else ""
-        return f"The budget is {allowed} for a step beside the frozen model{free}."
+        free = ", nine tenths of the free memory" if self.kind == "auto" else ""
+        return f"The budget is {allowed} per step on top of the frozen model{free}."
 
     @property
     def unit(self) -> CostUnit | None:
@@ -194,8 +194,8 @@ class Budget:
             given = "auto" if self.kind == "auto" else f"{self.value:,.0f} {self.unit}"
             form = "'300k params'" if cost.unit == "parameters" else "'24GiB', '6GiB step'"
             raise BudgetError(
-                f"The budget is {given}, and the cost of a plan counts {cost.unit}. Give a budget of {cost.unit} "
-                f"({form}) or a share ('80%'), or let the cost count {self.unit}."
+                f"The budget is {given}, but plan costs are counted in {cost.unit}. Pass a budget in {cost.unit} "
+                f"({form}) or a share ('80%'), or count costs in {self.unit}."
             )
         whole = reference_cost(cost, max_ranks)
         if kept is not None:
@@ -221,13 +221,13 @@ def budget_now(given: GivenBudget) -> Budget:
         found = given()
     except Exception as error:
         raise ConfigError(
-            f"The function that was given as budget failed with {type(error).__name__}: {first_line(error)}. It takes "
-            "no argument, and returns a budget such as '24GiB'."
+            f"The budget function failed with {type(error).__name__}: {first_line(error)}. It must take no "
+            "argument and return a budget such as '24GiB'."
         ) from error
     try:
         return Budget.parse(found)
     except BudgetError as error:
-        raise BudgetError(f"The function that was given as budget returned {shown(found)}. {error}") from error
+        raise BudgetError(f"The budget function returned {shown(found)}. {error}") from error
 
 
 def budget_text(given: object) -> str:
@@ -279,7 +279,7 @@ def beyond_device(budget: Budget, device: torch.device) -> str:
     if budget.kind not in ("bytes", "total") or budget.value <= there:
         return ""
     what = "card" if cuda else "machine"
-    return f"The budget is more than this {what} has, {format_bytes(there)}: a step inside it may run out of memory."
+    return f"The budget exceeds this {what}'s memory, {format_bytes(there)}, so a step within it may run out of memory."
 
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
@@ -288,7 +288,7 @@ def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
 
 
 _TIME_FORMS = (
-    "'75%' (of a step of plain LoRA, rank 8 on all target modules, no checkpointing), '0.8s' or '800ms' a step"
+    "'75%' (of a step of plain LoRA, rank 8 on all target modules, no checkpointing), '0.8s' or '800ms' per step"
 )
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -320,7 +320,7 @@ class TimeBudget:
         unit = match.group(2) if match else None
         value = number / 100 if unit == "%" else number * _SECONDS[unit or "s"]
         if not (math.isfinite(value) and value > 0):
-            raise BudgetError(f"Cannot read the time {shown(given)}. Allowed: {_TIME_FORMS}, all above zero.")
+            raise BudgetError(f"Cannot read the time {shown(given)}. Allowed: {_TIME_FORMS}; all must be above zero.")
         if unit is None:
             share = f" or '{100 * number:g}%'" if number <= MOST_SHARE else ""
             raise BudgetError(f"The time {given!r} has no unit. Write '{number:g}s'{share}. Allowed: {_TIME_FORMS}.")

@@ -124,7 +124,7 @@ def find_device_spec(name: str) -> DeviceSpec:
         UnknownNameError: no card of the table has this name, or several have.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"A card is its name or its memory ('RTX 4090', '24GiB'); got {shown(name)}.")
+        raise ConfigError(f"A card must be its name or its memory ('RTX 4090', '24GiB'); got {shown(name)}.")
     if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
     spelled = re.sub(r"(?<=[\s-])(\d+)\s*gi?b?\b", r"\1gb", name.lower().strip())
@@ -142,9 +142,9 @@ def find_device_spec(name: str) -> DeviceSpec:
     number = re.fullmatch(r"([0-9.]+)\s*g?", name.strip(), re.IGNORECASE)
     if number and not nearest:
         raise UnknownNameError(f"The memory of a device needs a unit; got {name!r}. Did you mean '{number[1]}GiB'?")
-    hint = "The card's memory alone, as in '24GiB', works too."
+    hint = "The card's memory alone also works, such as '24GiB'."
     if nearest:
-        raise UnknownNameError(f"{name!r} stands for several cards: {', '.join(map(repr, nearest))}. Give one of them.")
+        raise UnknownNameError(f"{name!r} matches several cards: {', '.join(map(repr, nearest))}. Choose one of them.")
     raise UnknownNameError.of("device", name, device_table(), hint)
 
 
@@ -152,11 +152,13 @@ def _of_memory(given: str) -> DeviceSpec:
     try:
         memory = int(Budget.parse(given).value)
     except BudgetError as error:
-        raise UnknownNameError(f"Cannot read the device memory {given!r}. Give it as '24GiB' or '24564MiB'.") from error
+        raise UnknownNameError(
+            f"Cannot read the device memory {given!r}. Write it as '24GiB' or '24564MiB'."
+        ) from error
     if not UNKNOWN_CONTEXT_BYTES < memory <= MOST_MEMORY:
-        small = f"would not hold the CUDA context, {UNKNOWN_CONTEXT_BYTES // _MIB} MiB"
-        why = small if memory <= MOST_MEMORY else "is larger than any"
-        raise UnknownNameError(f"A device of {shown(given)} {why}. Give its memory as '24GiB', or its name.")
+        small = f"cannot hold even the CUDA context, {UNKNOWN_CONTEXT_BYTES // _MIB} MiB"
+        why = small if memory <= MOST_MEMORY else "exceeds any card"
+        raise UnknownNameError(f"A device memory of {shown(given)} {why}. Pass its memory as '24GiB', or its name.")
     return DeviceSpec(given.strip(), memory, UNKNOWN_CONTEXT_BYTES)
 
 

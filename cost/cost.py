@@ -191,11 +191,11 @@ def check_cost(cost: Cost, modules: int) -> None:
         if values.shape != shape or values.dtype != (np.bool_ if name == "needs" else np.float64):
             raise ValueError(f"{name} of the cost has shape {values.shape} and type {values.dtype}, not {shape}")
         if not np.isfinite(values).all():
-            raise ValueError(f"{name} of the cost holds NaN or infinity")
+            raise ValueError(f"{name} of the cost contains NaN or infinity")
     if cost.unit not in get_args(CostUnit) or moments == 0 or not all(isinstance(name, str) for name in cost.moments):
-        raise ValueError(f"the cost is of {moments} moments, in {cost.unit!r}")
+        raise ValueError(f"the cost has {moments} moments, in {cost.unit!r}")
     if isinstance(cost, TimedCost) and not (moments > 1 and 0 < cost.unit_per_second < math.inf):
-        raise ValueError(f"the cost of time is of {moments} moments, {cost.unit_per_second} for a second")
+        raise ValueError(f"the time cost has {moments} moments, {cost.unit_per_second} per second")
 
 
 class FixedCost:

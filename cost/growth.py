@@ -118,13 +118,13 @@ class Growth:
         recorded = self.recorded
         if not np.isfinite(self.row_power).all() and shape != recorded:
             raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: the operations of this model depend on its data, so only "
-                f"the shape that was measured, {recorded}, is known. Calibrate with the larger batch."
+                f"Batches of {shape} cannot be predicted: this model's operations depend on its data, so only the "
+                f"measured shape, {recorded}, is known. Calibrate with the larger batch."
             )
         if self.length_ratio == 1 and shape.length != recorded.length:
             raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, and one "
-                "length does not tell how memory grows with length. Calibrate with the longer batch."
+                f"Batches of {shape} cannot be predicted: the model was measured only with batches of {recorded}, "
+                "and a single length does not show how memory grows with length. Calibrate with the longer batch."
             )
         factor = np.ones(len(self.row_power))
         if shape != recorded:

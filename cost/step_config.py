@@ -83,14 +83,15 @@ class StepConfig:
         rows, length = self.batch_size or 2, self.max_length or 64
         if rows * length > MOST_TOKENS:
             asked = f"{shown(rows)} x {shown(length)}"
-            raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
+            raise ConfigError(f"batch_size times max_length must be at most {MOST_TOKENS:,} tokens; got {asked}.")
         if not self.prepare_kbit and self.quantization == "none":
-            raise ConfigError("prepare_kbit is of a quantised model: give a quantization with it, nf4 or int8.")
+            raise ConfigError("prepare_kbit requires a quantised model: set quantization to nf4 or int8.")
         least = min(self.batch_size, self.accumulation, self.max_length)
         if least < 0 or self.max_length == 1 or self.accumulation > MOST_TOKENS:
             raise ConfigError(
-                f"batch_size is at least 1, accumulation 1 to {MOST_TOKENS:,}, max_length at least 2, and 0 is the "
-                f"usual of each; got {shown(self.batch_size)}, {shown(self.accumulation)} and {shown(self.max_length)}."
+                f"batch_size must be at least 1, accumulation 1 to {MOST_TOKENS:,} and max_length at least 2, or "
+                f"0 for the default; got {shown(self.batch_size)}, {shown(self.accumulation)} and "
+                f"{shown(self.max_length)}."
             )
 
     def sized(self, *, continues: bool, positions: int | None = None) -> Self:
@@ -112,16 +113,16 @@ class StepConfig:
 def check_seed(seed: object) -> None:
     """Raise ConfigError for a seed that NumPy's generators reject."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is a whole number from 0 to 2**32 - 1; got {seed!r}.")
+        raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.")
 
 
 def check_dropout(share: Any) -> None:
     """Raise ConfigError for a dropout rate that `peft.LoraConfig` rejects."""
     if not is_real(share) or not 0 <= share < 1:
-        raise ConfigError(f"lora_dropout is from 0 to below 1; got {shown(share)}.")
+        raise ConfigError(f"lora_dropout must be at least 0 and below 1; got {shown(share)}.")
 
 
 def check_length(length: int, most: int | None) -> None:
     """Raise ConfigError for rows longer than the model's positions."""
     if most is not None and length > most:
-        raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")
+        raise ConfigError(f"max_length is {length}, but the model has only {most} positions. Lower --max-length.")

@@ -194,7 +194,7 @@ def fitted(
         ConfigError: there is no plan, or a time is not above 0.
     """
     if not len(seconds) or not (seconds > 0).all():
-        raise ConfigError(f"Step times are above 0 seconds; got {seconds.tolist()}.")
+        raise ConfigError(f"Step times must be above 0 seconds; got {seconds.tolist()}.")
     parts = np.stack([nominal.parts(ranks, layers) for ranks, layers in plans])
     again = {layers for _, layers in plans}
     tied = len(again) == 1 and again != {()}
@@ -258,7 +258,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         if not (self.flops > 0 and self.bytes > 0 and self.operator_seconds >= 0 and self.launch_seconds >= 0):
-            raise ConfigError(f"Rates are above 0, and operators take no less than 0 seconds; got {self}.")
+            raise ConfigError(f"Rates must be above 0, and operator times at least 0 seconds; got {self}.")
 
 
 @dataclass(frozen=True, eq=False)

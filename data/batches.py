@@ -66,8 +66,9 @@ def _check_repeats(dataset: Any) -> None:
     """Raise DataError if a data set can be iterated only once: the examples inspected here would be lost."""
     if iter(dataset) is iter(dataset) or _is_used_up(dataset):
         raise DataError(
-            f"The data set ({type(dataset).__name__}) gives its rows only once, and rankpilot looks at some before the "
-            "run, which would be lost. Let `__iter__` begin anew each time, as that of a datasets.IterableDataset does."
+            f"The data set ({type(dataset).__name__}) can be read only once, and rankpilot inspects some rows "
+            "before the run, which would be lost. Make `__iter__` restart each time, as "
+            "datasets.IterableDataset does."
         )
 
 
@@ -135,8 +136,8 @@ def unknown_lengths(dataset: Any) -> str:
     if hasattr(dataset, "__len__") and _holds_token_ids(dataset):
         return ""
     return (
-        " Of a data set without a length, or whose rows hold no token ids, only the first rows are known before: put "
-        "the longest first, or give bytes."
+        " For a data set without a length or without token ids, only the first rows are known "
+        "beforehand: put the longest first, or pass a budget in bytes."
     )
 
 

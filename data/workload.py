@@ -54,9 +54,9 @@ def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict
     for part in parts:
         if is_list(part, label):
             raise DataError(
-                f"The column {label!r} holds lists (row 1: {shorten(part[0][label])}), and classification takes one "
-                "class for a text. A tag for each token: pass --task token-classification, and the tokens as a list "
-                "too. Several classes for one text (multi-label) cannot be trained."
+                f"Column {label!r} contains lists (row 1: {shorten(part[0][label])}), but classification needs "
+                "one class per text. For a tag per token, pass --task token-classification, with the tokens as a "
+                "list too. Several classes per text (multi-label) are not supported."
             )
         check_no_gaps(part, label, blanks=False)
     return _numbered(parts[0].features[label], chain.from_iterable(values_of(part, label) for part in parts), label)
@@ -71,13 +71,13 @@ def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, .
     for part in parts:
         for name in (text, label):
             check_no_gaps(part, name)
-            advice = "Token classification needs a list of tokens and a list of tags in each row."
+            advice = "Token classification requires a list of tokens and a list of tags in each row."
             check_rows(part, name, lambda value: None if isinstance(value, list) else kind_of(value), advice)
         for row, (words, tags) in enumerate(zip(values_of(part, text), values_of(part, label), strict=True), 1):
             if len(words) != len(tags):
                 raise DataError(
-                    f"Row {row} has {len(words)} values in the column {text!r} and {len(tags)} in {label!r}. Each "
-                    "token needs one tag."
+                    f"Row {row} has {len(words)} values in column {text!r} and {len(tags)} in {label!r}. Each token "
+                    "needs one tag."
                 )
             for name, values, wrong in ((text, words, not_text), (label, tags, _not_tag)):
                 bad = next((value for value in values if wrong(value) is not None), None)
@@ -99,15 +99,15 @@ def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[st
     kinds = sorted({"numbers" if isinstance(value, (int, float)) else "text" for value in distinct})
     if len(kinds) > 1:
         examples = shorten(sorted(map(str, distinct)))
-        raise DataError(f"The column {label!r} holds both numbers and text: {examples}. Write all of them as text.")
+        raise DataError(f"Column {label!r} contains both numbers and text: {examples}. Write all of them as text.")
     declared = getattr(feature, "names", None)
     ordered = range(len(declared)) if declared else sorted(distinct)
     names = tuple(declared or map(str, ordered))
     if len(names) < 2:
-        raise DataError(f"The column {label!r} holds a single class, {names}: nothing to learn.")
+        raise DataError(f"Column {label!r} contains a single class, {names}: nothing to learn.")
     unknown = distinct - set(ordered)
     if unknown:
-        raise DataError(f"The column {label!r} holds {min(unknown)!r}, and its classes are 0 to {len(names) - 1}.")
+        raise DataError(f"Column {label!r} contains {min(unknown)!r}, but its classes are 0 to {len(names) - 1}.")
     return names, {value: number for number, value in enumerate(ordered)}
 
 
@@ -115,7 +115,7 @@ def check_text(parts: list[Dataset], name: str, option: str) -> None:
     """Raise DataError if a row holds no text; `option` sets the column."""
     for part in parts:
         check_no_gaps(part, name)
-        check_rows(part, name, not_text, f"Set {option} to a column of text, or write its values as text.")
+        check_rows(part, name, not_text, f"Set {option} to a text column, or write its values as text.")
         check_filled(part, name, f"Set {option} to another column, or fill this one.")
 
 
@@ -123,9 +123,9 @@ def check_numbers(parts: list[Dataset], name: str) -> None:
     """Raise DataError if a row holds no finite number."""
     for part in parts:
         check_no_gaps(part, name, blanks=False)
-        check_rows(part, name, not_number, "Regression needs a finite number in each row.")
+        check_rows(part, name, not_number, "Regression requires a finite number in each row.")
     if len({float(value) for part in parts for value in part[name]}) == 1:
-        raise DataError(f"The column {name!r} holds the same number in each row: nothing to learn.")
+        raise DataError(f"Column {name!r} has the same number in each row: nothing to learn.")
 
 
 def labelled(
@@ -154,7 +154,9 @@ def tagged(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], le
         ConfigError: the tokenizer does not map pieces to tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError("Token classification needs a fast tokenizer (tokenizer.json), which this model has not.")
+        raise ConfigError(
+            "Token classification requires a fast tokenizer (tokenizer.json), which this model does not have."
+        )
 
     def encode(rows: Rows) -> dict[str, Any]:
         tokens = tokenizer(rows[text], is_split_into_words=True, truncation=True, max_length=length)
@@ -211,10 +213,10 @@ def load_splits(name: str) -> DatasetDict:
     path = expanded(name)
     is_local = path.exists() or name.startswith((".", "/", "~")) or path.suffix in _READERS
     if is_local and not path.exists():
-        raise AssetError(f"There is no data file or folder {path}.")
+        raise AssetError(f"Data file or folder {path} does not exist.")
     if path.is_file():
         if path.suffix not in _READERS:
-            raise DataError(f"Cannot read {path}: its suffix is not one of {', '.join(_READERS)}.")
+            raise DataError(f"Cannot read {path}: its suffix must be one of {', '.join(_READERS)}.")
         if path.stat().st_size == 0:
             raise DataError(f"The data file {path} is empty.")
     try:
@@ -230,7 +232,7 @@ def load_splits(name: str) -> DatasetDict:
     except Exception as error:  # datasets passes on the errors of its many readers
         if is_local:
             reason = (_broken_line(path) if path.suffix == ".jsonl" else "") or _root(error)
-            raise DataError(f"The data {path} cannot be read: {reason}") from error
+            raise DataError(f"Cannot read the data {path}: {reason}") from error
         raise not_found("data set", name, dict.fromkeys(DATASETS), error) from error
     return DatasetDict(loaded)
 
@@ -243,7 +245,7 @@ def _broken_line(path: Path) -> str:
                 parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
                 if line.strip():
-                    return f"line {number} is no JSON: {first_line(error)}"
+                    return f"line {number} is not JSON: {first_line(error)}"
     return ""
 
 
@@ -366,7 +368,7 @@ def load_workload(
     step = StepConfig(max_length=max_length)
     for name, rows in (("train_rows", train_rows), ("held_out_rows", held_out_rows)):
         if rows is not None and rows < 1:
-            raise ConfigError(f"{name} is at least 1; got {rows}. Leave it out for all rows.")
+            raise ConfigError(f"{name} must be at least 1; got {rows}. Leave it out for all rows.")
     tokenizer = load_tokenizer(model)
     splits = load_splits(data)
     source = splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -376,7 +378,7 @@ def load_workload(
     sources = [source] if held_out is None else [source, held_out]
     if any(len(part) == 0 for part in sources):
         sizes = " and ".join(str(len(part)) for part in sources)
-        raise DataError(f"The data set {data!r} has no rows in one of its splits: {sizes}.")
+        raise DataError(f"The data set {data!r} has an empty split: {sizes}.")
     whole = halves(source, seed) if held_out is None else (source, held_out)
     parts = [
         part.shuffle(seed=seed).select(range(min(rows or len(part), len(part))))

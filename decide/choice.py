@@ -127,17 +127,19 @@ class Choice:
         fits = "" if self.fits[0] else ", which does not fit"
         if self.misses_goal:
             return (
-                f"The goal cannot be kept: {PLAIN} does not fit the budget, time or bounds, and no plan that fits "
-                f"surely stays within {percent(self.goal.tolerance)} of its loss. "
-                "A larger budget, time or tolerance helps."
+                f"The goal cannot be met: {PLAIN} does not fit the budget, time or bounds, and no plan that fits "
+                f"is very likely to stay within {percent(self.goal.tolerance)} of its loss. A larger budget, time "
+                "or tolerance helps."
             )
         if self.taken == 0:
             if not self.goal.saves:
                 if self.caveats:
-                    return f"This run is unlike those that expectations come from, so {PLAIN} stays."
+                    return f"This run is unlike those behind the expectations, so {PLAIN} is kept."
                 return f"No plan that fits is clearly better than {PLAIN}." if len(self.plans) > 1 else ""
-            return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
-        return f"Expected versus {PLAIN}{fits}: loss {expected}, surely at most {surely}."
+            return (
+                f"No cheaper plan is very likely to stay within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
+            )
+        return f"Expected versus {PLAIN}{fits}: loss {expected}, very likely at most {surely}."
 
     @property
     def lacks_room(self) -> bool:

@@ -167,9 +167,9 @@ class PlanChooser:
         problem, worth = observation.problem, self.worth or packaged_worth()
         cost = problem.cost
         if self.goal.kind == "time" and not isinstance(cost, TimedCost):
-            raise ConfigError("goal='time' needs the time of a step, and here the time of a step is not known.")
+            raise ConfigError("goal='time' requires a known step time, which is not available here.")
         if self.goal.kind == "bytes" and cost.unit != "bytes":
-            raise ConfigError(f"goal='bytes' needs a budget of bytes, and this one counts {cost.unit}.")
+            raise ConfigError(f"goal='bytes' requires a budget in bytes; this one counts {cost.unit}.")
         names, plans, fits, costs = _that_fit(observation)
         timed = isinstance(cost, TimedCost)
         features = modules_of(observation).features(plans)
@@ -195,7 +195,7 @@ def _caveats(observation: Observation) -> Iterator[str]:
     if learns_labels(observation.run.tolist()):
         yield "it learns labels, not texts"
     if (observation.problem.ranks > NEW_RANK).any():
-        yield "its adapters are trained already"
+        yield "its adapters are already trained"
 
 
 def _beyond(observation: Observation) -> Iterator[tuple[str, float]]:
@@ -263,4 +263,6 @@ def check_expects(policy: Policy, what: str, instead: str) -> None:
         ConfigError: it cannot.
     """
     if not isinstance(policy, PlanChooser):
-        raise ConfigError(f"{policy.name} expects nothing of plans, so {what} needs policy={DEFAULT!r}. Or {instead}.")
+        raise ConfigError(
+            f"{policy.name} predicts no losses, so {what} requires policy={DEFAULT!r}. Otherwise, {instead}."
+        )

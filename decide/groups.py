@@ -187,7 +187,7 @@ class GroupView:
             ConfigError: there is no such action.
         """
         if not 0 <= action < self.actions:
-            raise ConfigError(f"Actions are from 0 to {self.actions - 1} here; got {shown(action)}.")
+            raise ConfigError(f"Actions must be from 0 to {self.actions - 1} here; got {shown(action)}.")
         if not self.allowed[action]:
             action = NOTHING
         if action in RATE_CHANGES:

@@ -200,8 +200,8 @@ class DecisionRecord:
         size = len(self.modules)
         if size == 0 or self.number < 0 or self.step < 0 or len(set(self.modules)) < size:
             raise DataError(
-                "A decision has modules of different names, and a number and a step from 0 on; "
-                f"got {size} modules, decision {self.number}, step {self.step}."
+                f"A decision needs distinct module names, and a number and a step of at least 0; got {size} "
+                f"modules, decision {self.number}, step {self.step}."
             )
         given = {
             "rank_before": self.rank_before,
@@ -327,7 +327,7 @@ class DecisionLog:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(
-                f"The decision log cannot be written to {self.folder}: {first_line(error)}. Pass another folder as "
+                f"Cannot write the decision log to {self.folder}: {first_line(error)}. Pass another folder as "
                 "`log`, or make that one writable."
             ) from error
 
@@ -357,7 +357,9 @@ class DecisionLog:
         """
         path = self._arrays(record.number)
         if path.exists():
-            raise RunFolderError(f"Decision {record.number} is already in {self.folder}. Call `truncate` on resume.")
+            raise RunFolderError(
+                f"Decision {record.number} is already in {self.folder}. Call `truncate` when resuming."
+            )
         from safetensors.numpy import save  # late: not needed by a Trainer
 
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays_of(record).items()}
@@ -376,7 +378,7 @@ class DecisionLog:
         """
         lines = self._lines()
         if not lines:
-            raise RunFolderError(f"No decision log in {self.folder}: there is no decision in {LINES}.")
+            raise RunFolderError(f"No decision log in {self.folder}: {LINES} has no decisions.")
         return [self._record(line) for line in lines]
 
     def logged(self, number: int) -> DecisionRecord:
@@ -388,7 +390,7 @@ class DecisionLog:
         lines = self._lines()
         found = [line for line in lines if line["decision"] == number]
         if not found:
-            raise RunFolderError(f"No decision {number} in {self.folder}: it holds {len(lines)} decisions.")
+            raise RunFolderError(f"No decision {number} in {self.folder}, which has {len(lines)} decisions.")
         return self._record(found[0])
 
     def to_pandas(self) -> Any:
@@ -405,7 +407,7 @@ class DecisionLog:
         try:
             import pandas
         except ImportError as error:
-            raise ConfigError("A table of a decision log needs pandas: pip install pandas.") from error
+            raise ConfigError("Reading a decision log as a table requires pandas: pip install pandas.") from error
         columns: dict[str, list[Any]] = {}
         for record in self.read():
             run = zip(RUN_FEATURES, record.observation.run.tolist(), strict=True)
@@ -447,22 +449,20 @@ class DecisionLog:
         if not path.is_file():
             if any(self.folder.glob("part-*.parquet")):
                 raise RunFolderError(
-                    f"{self.folder} is a decision log of rankpilot 0.2 (Parquet), which this version does not read. "
-                    "Study it with that version, or make the run again."
+                    f"{self.folder} is a decision log of rankpilot 0.2 (Parquet), which this version cannot read. "
+                    "Study it with that version, or repeat the run."
                 )
             return []
         try:
             text = read_text(path, MOST_LINES_BYTES)
         except (DataError, OSError) as error:
-            raise RunFolderError(f"The decision log {path} cannot be read: {error}") from error
+            raise RunFolderError(f"Cannot read the decision log {path}: {error}") from error
         lines = []
         for place, row in enumerate(text.splitlines(), 1):
             try:
                 line = json.loads(row)
             except (ValueError, RecursionError):
-                logger.warning(
-                    "Line %d of %s is no whole line of JSON, as after a crash, and is left out.", place, path
-                )
+                logger.warning("Line %d of %s is incomplete, probably after a crash, and was skipped.", place, path)
                 continue
             _check_line(line, f"Line {place} of {path}")
             lines.append(line)
@@ -474,10 +474,10 @@ class DecisionLog:
             arrays, described = read_arrays(path)
             names = json.dumps([MODULE_FEATURES, RUN_FEATURES])
             if described.get(_METADATA) != names:
-                raise ValueError("its policy saw other features than those of this version")
+                raise ValueError("its policy used other features than this version's")
             return _record_of(line, arrays)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise RunFolderError(f"{path} is missing, damaged or of another decision: {first_line(error)}") from error
+            raise RunFolderError(f"{path} is missing, corrupt or of another decision: {first_line(error)}") from error
 
 
 def _line_of(record: DecisionRecord) -> dict[str, Any]:
@@ -530,14 +530,14 @@ def _check_line(line: Any, where: str) -> None:
     if not isinstance(line, dict) or line.get("schema") != SCHEMA:
         version = line.get("schema") if isinstance(line, dict) else None
         raise RunFolderError(
-            f"{where} is no decision of log schema {SCHEMA}: its schema is {shown(version)}. Read it with the version "
-            "of rankpilot that wrote it."
+            f"{where} is not a decision of log schema {SCHEMA}, but of {shown(version)}. Read it with the "
+            "version of rankpilot that wrote it."
         )
     for kinds, names in _TYPES.items():
         for name in names:
             if name not in line or type(line[name]) not in kinds or not is_moderate(line[name]):
                 value = shown(line[name]) if name in line else "missing"
-                raise RunFolderError(f"{where} is damaged: {name} is {value}.")
+                raise RunFolderError(f"{where} is corrupt: {name} is {value}.")
 
 
 def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
@@ -550,7 +550,7 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
     size = len(names)
     for name in _RANKS:
         if arrays[name].shape != (size,) or arrays[name].dtype != np.int64 or arrays[name].min() < 0:
-            raise ValueError(f"{name} holds no whole number from 0 on for each of {size} modules")
+            raise ValueError(f"{name} is not a whole number of at least 0 for each of {size} modules")
     for name, shape in (("features", (size, len(MODULE_FEATURES))), ("run_features", (len(RUN_FEATURES),))):
         if arrays[name].shape != shape or arrays[name].dtype != np.float32:
             raise ValueError(f"{name} has shape {arrays[name].shape} and type {arrays[name].dtype}")

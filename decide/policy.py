@@ -70,7 +70,7 @@ def decision_from_plan(ranks: IntArray) -> Decision:
         ConfigError: they are invalid.
     """
     if not are_ranks(ranks):
-        raise ConfigError(f"Ranks are whole numbers from 0 on, one for each module; got {shown(ranks)}.")
+        raise ConfigError(f"Ranks must be whole numbers of at least 0, one per module; got {shown(ranks)}.")
     return Decision(np.asarray(ranks).astype(np.int64), np.zeros(len(ranks)))
 
 
@@ -91,8 +91,9 @@ def asked(policy: Policy, observation: Observation) -> Decision:
     wanted = decision.ranks if isinstance(decision, Decision) else decision
     if not isinstance(decision, Decision) or not are_ranks(wanted) or len(wanted) != len(names) or not np.any(wanted):
         raise ConfigError(
-            f"The policy {policy.name!r} decided {shown(wanted)}. A rankpilot Decision has whole numbers from 0 on as "
-            f"ranks, one for each of {len(names)} modules, and one of them is above 0, or nothing would train."
+            f"Policy {policy.name!r} decided {shown(wanted)}. A rankpilot Decision needs a whole number of at "
+            f"least 0 as rank for each of {len(names)} modules, at least one above 0, or nothing would be "
+            "trained."
         )
     return replace(decision, ranks=np.asarray(wanted).astype(np.int64))
 
@@ -104,7 +105,7 @@ def rounding(policy: Policy, observation: Observation, decision: Decision) -> st
     if not between.any():
         return ""
     ranks, rungs = (", ".join(map(str, each)) for each in (np.unique(wanted[between])[:3], ladder.ranks))
-    return f"{policy.name} wants rank {ranks}, which is rounded down onto the ladder {rungs}."
+    return f"{policy.name} requests rank {ranks}, rounded down to the ladder {rungs}."
 
 
 def decision_to_keep(observation: Observation) -> Decision:
@@ -147,7 +148,7 @@ def decision_from_scores(
     given, scores = scores, np.asarray(scores)
     if scores.shape != (len(observation.names),) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
         raise ConfigError(
-            f"Scores are finite numbers, one for each of {len(observation.names)} modules; got {shown(given)}."
+            f"Scores must be finite numbers, one for each of {len(observation.names)} modules; got {shown(given)}."
         )
     scores = scores.astype(np.float64)
     rank_floor = float(base_rank_floor(problem) * 2.0 ** placement[0])
@@ -180,7 +181,7 @@ def decision_line(step: int, before: IntArray, after: IntArray, cost: float, lim
         unit: unit of both: "bytes" or "parameters".
     """
     count = int(np.count_nonzero(np.asarray(before) != np.asarray(after)))
-    moved = f"{plural(count, 'module')} moved" if count else "no module moved"
+    moved = f"{plural(count, 'module')} changed" if count else "no module changed"
     if step == 0:  # earlier ranks only served for measuring
         moved = f"{np.count_nonzero(after)} of {len(after)} modules adapted"
     return f"step {step}: {moved}, {part_of(cost, limit, unit)}, mean rank {np.mean(after):.1f}"

@@ -81,8 +81,8 @@ class GivenPlan:
         missing = [name for name in observation.names if name not in self.ranks]
         if missing:
             raise ConfigError(
-                f"The plan {self.name} gives no rank for {len(missing)} of {len(observation.names)} modules, "
-                f"{missing[0]!r} among them. Give each target module a rank; 0 is no adapter."
+                f"The plan {self.name} has no rank for {len(missing)} of {len(observation.names)} modules, "
+                f"including {missing[0]!r}. Set a rank for each target module; 0 means no adapter."
             )
         ranks = np.array([self.ranks[name] for name in observation.names], dtype=np.int64)
         return Decision(ranks, np.zeros(len(ranks)), exact=True)
@@ -160,7 +160,8 @@ class PlanFile:
             return DecisionSchedule(fractions=read_at, max_step=len(DEFAULT_RANKS))
         except (ConfigError, TypeError) as error:
             raise ConfigError(
-                f"read_at in {self.path} is a list of rising shares of the run, from 0 to below 1: {first_line(error)}"
+                f"read_at in {self.path} must be an ascending list of shares of the run, from 0 to below 1: "
+                f"{first_line(error)}"
             ) from error
 
     def decide(self, observation: Observation) -> Decision:
@@ -175,7 +176,7 @@ class PlanFile:
         except (UnknownNameError, ConfigError, BudgetError) as error:
             if is_first(observation):
                 raise
-            logger.warning("The plan in %s cannot be used, so the ranks stay as they are: %s", self.path, error)
+            logger.warning("Cannot use the plan in %s, so the ranks are kept: %s", self.path, error)
             return decision_to_keep(observation)
 
     def _exactly(self, observation: Observation) -> Decision:
@@ -192,13 +193,13 @@ class PlanFile:
         if not problem.fits(decision.ranks):
             times = plan_cost(problem.cost, decision.ranks) / problem.limit
             raise BudgetError(
-                f"A step under the plan in {self.path} takes {times:.3g} times as long as the time allows. Lower some "
-                "ranks, or allow more time."
+                f"A step under the plan in {self.path} takes {times:.3g} times the allowed time. Lower some "
+                "ranks, or raise the time."
             )
         if not np.array_equal(decided_plan(problem, decision).ranks, decision.ranks):
             raise ConfigError(
-                f"The plan in {self.path} moves a module by more than {problem.max_step} rungs at one decision. Leave "
-                "`schedule` out, or give it a larger max_step."
+                f"The plan in {self.path} changes a module by more than {problem.max_step} rungs in one decision. "
+                "Drop `schedule`, or raise its max_step."
             )
         return decision
 
@@ -216,10 +217,14 @@ def read_plan(path: Path) -> dict[str, int]:
     modules = content.get("modules", content)
     ranks = dict(_flat(modules)) if isinstance(modules, Mapping) else {}
     if not ranks:
-        raise ConfigError(f"{path} holds no ranks. Under `modules`, give each target module its rank, as NAME: RANK.")
+        raise ConfigError(
+            f"{path} contains no ranks. Under `modules`, set the rank of each target module as NAME: RANK."
+        )
     for name, rank in ranks.items():
         if type(rank) is not int or rank < 0:
-            raise ConfigError(f"The rank of {shown(name)} in {path} is {shown(rank)}; it is a whole number from 0 on.")
+            raise ConfigError(
+                f"The rank of {shown(name)} in {path} must be a whole number of at least 0; got {shown(rank)}."
+            )
     return ranks
 
 
@@ -252,11 +257,11 @@ def _document(path: Path) -> Mapping[Any, Any]:
     try:
         content = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no plan {path}. `rankpilot plan ... --output {path}` writes one.") from error
+        raise ConfigError(f"Plan {path} does not exist. `rankpilot plan ... --output {path}` writes one.") from error
     except (OSError, DataError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {first_line(error)}.") from error
+        raise ConfigError(f"Cannot read {path} as YAML: {first_line(error)}.") from error
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} {'is empty' if content is None else 'holds no mapping'}. A plan has `modules`.")
+        raise ConfigError(f"{path} {'is empty' if content is None else 'is not a mapping'}. A plan needs `modules`.")
     return content
 
 
@@ -417,8 +422,8 @@ RULES: dict[str, Policy] = {rule.name: rule for rule in _RULES}
 def find_rule(name: str, others: Sequence[str] = ()) -> Policy:
     """Return the rule of that name; for an unknown one, raise UnknownNameError, listing `others` as well."""
     if name not in RULES:
-        hint = "Other policies: 'default', which chooses a plan, a folder, or a plan's .yaml file."
+        hint = "Other policies: 'default' (chooses a plan), a policy folder, or a plan's .yaml file."
         if name.endswith(("%", "iB", "MB", "GB")):
-            hint = f'It reads as a budget: pass budget="{name}", after the policy.'
+            hint = f'It looks like a budget: pass budget="{name}", after the policy.'
         raise UnknownNameError.of("rule", name, (*others, *RULES), hint)
     return RULES[name]

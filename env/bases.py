@@ -136,9 +136,9 @@ def weights_file(name: str) -> Path:
     path = BASES_FOLDER / name / "model.safetensors"
     if not path.is_file():
         raise AssetError(
-            f"The weights of proxy base {name!r} are missing ({path}). The wheel has those of training and validation "
-            f"alone. In a checkout, `git checkout a1dc0e36 -- env/weights/{name}` brings the ones that suites were "
-            f"measured on, and `python -m tools.pretrain {name}` makes new ones."
+            f"The weights of proxy base {name!r} are missing ({path}). The wheel contains only those for "
+            f"training and validation. In a checkout, `git checkout a1dc0e36 -- env/weights/{name}` restores "
+            f"the original ones, and `python -m tools.pretrain {name}` makes new ones."
         )
     return path
 
@@ -153,7 +153,7 @@ def load_base_model(name: str) -> PreTrainedModel:
     model, weights = new_base_model(find_base(name)), _weights(name)
     _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
     if unexpected:
-        raise AssetError(f"The weights of proxy base {name!r} do not fit its architecture: {unexpected[:3]}.")
+        raise AssetError(f"The weights of proxy base {name!r} do not match its architecture: {unexpected[:3]}.")
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()

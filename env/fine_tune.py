@@ -125,18 +125,18 @@ class FineTuneConfig:
     def __post_init__(self) -> None:
         if self.tasks is not None:
             if not isinstance(self.tasks, Sequence) or not self.tasks:
-                raise ConfigError(f"tasks are a list of FineTuneTask with one at least; got {shown(self.tasks)}.")
+                raise ConfigError(f"tasks must be a list of at least one FineTuneTask; got {shown(self.tasks)}.")
             for task in self.tasks:
                 check_task(task)
         if self.base is not None:
             find_base(self.base)
         if self.steps is not None and not (is_count(self.steps) and self.steps >= SHORTEST):
-            raise ConfigError(f"Episodes have at least {SHORTEST} optimizer steps; got {shown(self.steps)}.")
+            raise ConfigError(f"Episodes need at least {SHORTEST} optimizer steps; got {shown(self.steps)}.")
         if self.against not in GROUP_RULES:
             raise UnknownNameError.of("rule to compare with", self.against, GROUP_RULES)
         if not is_count(self.episodes_per_task):
             raise ConfigError(
-                f"episodes_per_task is a whole number of at least 1; got {shown(self.episodes_per_task)}."
+                f"episodes_per_task must be a whole number of at least 1; got {shown(self.episodes_per_task)}."
             )
         draw_task(np.random.default_rng(0), self.split, self.base, self.regime)
 
@@ -200,7 +200,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         self.config = FineTuneConfig(**settings)
         if not is_count(num_envs) or num_envs % self.config.episodes_per_task:
             raise ConfigError(
-                f"num_envs is a whole number and a multiple of episodes_per_task; got {shown(num_envs)} and "
+                f"num_envs must be a whole number and a multiple of episodes_per_task; got {shown(num_envs)} and "
                 f"{self.config.episodes_per_task}."
             )
         self.num_envs, self.render_mode = num_envs, render_mode
@@ -222,13 +222,13 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     ) -> tuple[Arrays, dict[str, Any]]:
         """Start an episode in every slot; there are no options."""
         if options:
-            raise ConfigError(f"There are no options of reset; got {shown(options)}.")
+            raise ConfigError(f"reset takes no options; got {shown(options)}.")
         if seed is not None or not self._generators:
             seeds = (
                 seed if isinstance(seed, list) else [None if seed is None else seed + n for n in range(self.num_envs)]
             )
             if len(seeds) != self.num_envs:
-                raise ConfigError(f"A seed is a whole number, or one for each of {self.num_envs} environments.")
+                raise ConfigError(f"seed must be a whole number, or one for each of {self.num_envs} environments.")
             self._generators = [seeding.np_random(each)[0] for each in seeds]
         self._begin()
         return self._seen(), self._gathered(self._infos())
@@ -288,7 +288,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     @property
     def _stack(self) -> StackedEpisodes:
         if not self.tasks:
-            raise ConfigError("No episode is under way: call reset() first.")
+            raise ConfigError("No episode is in progress: call reset() first.")
         return self._stacks[self.tasks[0].base]
 
     @property
@@ -341,7 +341,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
             or actions.dtype.kind not in "iu"
             or not bool(((actions >= 0) & (actions < count)).all())
         ):
-            raise ConfigError(f"Actions are {self.num_envs} whole numbers from 0 to {count - 1}; got {shown(actions)}.")
+            raise ConfigError(
+                f"Actions must be {self.num_envs} whole numbers from 0 to {count - 1}; got {shown(actions)}."
+            )
         return {
             slot: view.decision(action_of(view, action))
             for slot, (view, action) in enumerate(zip(self._views, actions.tolist(), strict=True))

@@ -136,7 +136,9 @@ class StackVecEnv(VecEnv):
         **settings: Any,
     ) -> None:
         if not (is_count(stacks) and is_count(workers)):
-            raise ConfigError(f"stacks and workers are whole numbers from 1; got {shown(stacks)} and {shown(workers)}.")
+            raise ConfigError(
+                f"stacks and workers must be whole numbers of at least 1; got {shown(stacks)} and {shown(workers)}."
+            )
         self._settings = {"num_envs": num_envs, **settings}
         like = FineTuneVectorEnv(**self._settings)
         self._stacks, self._soft = stacks, soft
@@ -159,7 +161,7 @@ class StackVecEnv(VecEnv):
             return {number: future.result() for number, future in futures.items()}
         except BrokenExecutor as error:
             raise WorkerError(
-                "A worker process ended, for lack of memory perhaps. Go on with --resume, and with fewer workers."
+                "A worker process died, possibly out of memory. Continue with --resume and fewer workers."
             ) from error
 
     def reset(self) -> Any:
@@ -223,7 +225,7 @@ class StackVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Raise an error: attributes of single episodes cannot be set."""
-        raise ConfigError(f"{attr_name!r} of single episodes cannot be set: pass it when you make the environment.")
+        raise ConfigError(f"{attr_name!r} cannot be set for single episodes: pass it when creating the environment.")
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call `action_masks` on some episodes; there is no other method.

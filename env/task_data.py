@@ -395,7 +395,7 @@ def _worth(task: FineTuneTask) -> list[float]:
 
 def _changes(task: FineTuneTask) -> tuple[Change, ...]:
     if task.kind != "planted":
-        raise ConfigError(f"Task {task.id} has no teacher, so its best allocation is not known.")
+        raise ConfigError(f"Task {task.id} has no teacher, so its best allocation is unknown.")
     return load_task(task).changes
 
 

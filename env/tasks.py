@@ -134,8 +134,8 @@ class FineTuneTask:
         counts = (self.steps, self.batch_size, self.eval_rows, self.length)
         if not all(map(is_count, counts)) or not 2 <= self.length <= POSITIONS:
             raise ConfigError(
-                "Steps, batch_size and eval_rows of a task are whole numbers of at least 1, and length is one from 2 "
-                f"to {POSITIONS}; got {', '.join(map(shown, counts))}."
+                "steps, batch_size and eval_rows of a task must be whole numbers of at least 1, and length from "
+                f"2 to {POSITIONS}; got {', '.join(map(shown, counts))}."
             )
         if (
             not is_positive(self.mean_rank)
@@ -143,15 +143,15 @@ class FineTuneTask:
             or not (is_real(self.offset) and bool(np.isfinite(self.offset)))
         ):
             raise ConfigError(
-                "mean_rank and learning_rate of a task are above 0, and its offset is a finite number; got "
+                "mean_rank and learning_rate of a task must be above 0, and its offset a finite number; got "
                 f"{shown(self.mean_rank)}, {shown(self.learning_rate)} and {shown(self.offset)}."
             )
         if not all(0 <= share < 1 for share in (self.turn, self.warm_up, *(at for at, _ in self.moves))):
-            raise ConfigError(f"Shares of the steps of a task are from 0 to below 1; got {self}.")
+            raise ConfigError(f"Shares of a task's steps must be at least 0 and below 1; got {self}.")
         if not all(is_positive(factor) for _, factor in self.moves):
-            raise ConfigError(f"Factors on the budget are above 0; got {shown(self.moves)}.")
+            raise ConfigError(f"Budget factors must be above 0; got {shown(self.moves)}.")
         if self.then is not None and self.kind != "text":
-            raise ConfigError(f"A text alone can change on the way; got {self.kind!r} with then={self.then!r}.")
+            raise ConfigError(f"Only a text can change during the run; got {self.kind!r} with then={self.then!r}.")
 
     @property
     def id(self) -> str:
@@ -221,7 +221,7 @@ def draw_task(
 def check_task(task: object) -> FineTuneTask:
     """Return the given task; raise ConfigError for any other type."""
     if not isinstance(task, FineTuneTask):
-        raise ConfigError(f"A task is a FineTuneTask; got {shown(task)}.")
+        raise ConfigError(f"A task must be a FineTuneTask; got {shown(task)}.")
     return task
 
 

@@ -137,7 +137,7 @@ def allocate(
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
     if output is not None and Path(output).exists():
-        raise ConfigError(f"{output} exists already. Name a file that does not.")
+        raise ConfigError(f"{output} already exists. Choose a new file name.")
     plan = static_plan(model, data, policy, options, **changes)
     logger.info(plan.line())
     if output is not None:
@@ -201,17 +201,17 @@ def static_plan(
     if isinstance(model, Trainer):
         if data is not None:
             raise ConfigError(
-                f"A Trainer has its own data; got {shown(data)} as `data`. Pass a policy by its name: "
-                "`rankpilot.allocate(trainer, policy=...)`."
+                f"A Trainer has its own data, so `data` must be left out; got {shown(data)}. To choose a policy, "
+                "pass it by name: `rankpilot.allocate(trainer, policy=...)`."
             )
         return _plan_of_trainer(model, policy, PilotOptions.of(options, changes), frontier)
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
-            f"allocate takes a Trainer or a model that is loaded, as `from_pretrained` returns it; got {shown(model)}. "
-            "A model by name is planned by the command `rankpilot plan`."
+            f"allocate takes a Trainer or a loaded model (from `from_pretrained`); got {shown(model)}. To "
+            "plan for a model by name, use the command `rankpilot plan`."
         )
     if data is None:
-        raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
+        raise ConfigError("allocate needs batches of the fine-tune: pass a DataLoader as `data`, or a Trainer.")
     with switches_put_back(model):
         has_adapters = isinstance(wrappers_of(model)[-1], PeftModel)
         with nullcontext(model) if has_adapters else lent_adapters(model) as adapted:
@@ -257,7 +257,7 @@ def _plan_of_model(
     given = learning_rate if isinstance(learning_rate, int | float) else None
     if learning_rate not in (None, "auto") and (given is None or not 0 < given < math.inf or optimizer is not None):
         raise ConfigError(
-            "learning_rate is 'auto', or a number above 0 where no optimizer is given, which has its own; got "
+            "learning_rate must be 'auto' or a number above 0, and left out if an optimizer is given; got "
             f"{shown(learning_rate)}{' and an optimizer' if optimizer is not None else ''}."
         )
     ruled = learning_rate == "auto" or (learning_rate is None and optimizer is None)
@@ -315,8 +315,9 @@ def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
     name = type(model).__name__
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError(
-            f"{name} holds adapters already, and is no PeftModel of one kind of adapter. Pass the PeftModel that "
-            "`peft.get_peft_model(model, LoraConfig(...))` returned, or the model without its adapters."
+            f"{name} already has adapters, but is not a PeftModel with a single kind of adapter. Pass the "
+            "PeftModel returned by `peft.get_peft_model(model, LoraConfig(...))`, or the model without "
+            "adapters."
         )
     new_head = isinstance(model, PreTrainedModel) and any(part in name for part in _NEW_HEADS)
     modules = dict(model.named_modules(remove_duplicate=False))

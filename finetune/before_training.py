@@ -179,7 +179,7 @@ def _largest_that_fits(
 
 
 TIMES_OF_WHOLE_BATCHES = (
-    "Times are of the largest batch as a whole: steps in parts take less, and no limit counts on that."
+    "Step times are for the largest batch run whole; steps in parts are faster, but time limits do not rely on that."
 )
 """Report line for a run in parts whose plans have times."""
 
@@ -203,7 +203,7 @@ def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decisio
     if not keeper.layers_of(applier.propose(decision).ranks):
         return ""
     if found and found.goal.kind == "bytes":
-        return "gradient_checkpointing=False takes less time, and more bytes."
+        return "gradient_checkpointing=False takes less time, but more memory."
     if expected is None:
         return ""
     keeper.price_for_decision(checkpointing=False)
@@ -220,8 +220,8 @@ def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decisio
         return ""
     return (
         f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
-        f"{ranks.mean():.1f}, and a loss that is expected to differ from this plan's by {percent(loss - expected)}"
-        + (", which is too little to be sure of." if loss < expected else ".")
+        f"{ranks.mean():.1f}, with an expected loss difference of {percent(loss - expected)} from this "
+        "plan" + (", too small to be certain." if loss < expected else ".")
     )
 
 
@@ -262,15 +262,15 @@ def try_parts(
     if run.whole:
         parts.turn_off(run.whole)
     elif run.replicas.all_passes_alike:
-        parts.turn_off("static_graph of DistributedDataParallel takes all passes for alike")
+        parts.turn_off("DistributedDataParallel's static_graph requires all passes to be alike")
     elif reason := _reason_of_compiled(run, plans):
         parts.turn_off(reason)
     elif (unknown := run.unknown()) and not parts.asked:
         padding = run.measured(partial(_padding, run, run.cuts, seed))
         brings = f"and {padding:.0%} of the tokens are padding"
-        parts.turn_off(f'{unknown}, so rows may meet in it. parts="on" tests that, {brings}')
+        parts.turn_off(f'{unknown}, so rows may affect each other. parts="on" tests for that, {brings}')
     elif unknown and run.replicas.processes.count > 1:
-        parts.turn_off(f"{unknown}, and several processes do not test their batches")
+        parts.turn_off(f"{unknown}, and batches are not tested when several processes train")
     else:
         found = exactness_of(run, targets, seed, known=not unknown)
         parts.decide(found, run.step.rows_per_example, seed=seed if unknown else None)
@@ -296,11 +296,11 @@ def _reason_of_compiled(run: TrainingRun, plans: int) -> str:
     if not most:
         return ""
     if run.replicas.processes.count > 1:
-        return "of a compiled model in several processes, the graphs of parts are not known"
+        return "the number of graphs needed for parts of a compiled model is unknown with several processes"
     if not takes_any_shape(run.wrapped):
-        return "each shape would be compiled"
+        return "each shape would be compiled separately"
     limit: int = torch._dynamo.config.recompile_limit
-    beyond = f"in parts the compiled model may take {most} graphs, and torch._dynamo.config.recompile_limit is {limit}"
+    beyond = f"parts of the compiled model may need {most} graphs, and torch._dynamo.config.recompile_limit is {limit}"
     return beyond if most > limit else ""
 
 
@@ -378,16 +378,16 @@ def clear_adapter_state(run: TrainingRun, targets: Sequence[TargetModule], *, ke
         reset_state(run.optimizer, parameters)
 
 
-LOOKING = "Trying the training step on some rows ..."
-RECORDING = "Recording small training steps, to price plans ..."
+LOOKING = "Trying the training step on a few rows ..."
+RECORDING = "Recording small training steps to price plans ..."
 TIMING = "Timing training steps ..."
 """Report lines before slow operations."""
 
 STAY = (
-    "Ranks and learning rate stay as they are: under reinforcement learning, ranks that follow gradients lose reward; "
-    "plan them first (`rankpilot.allocate`)."
+    "Ranks and learning rate are not changed: in reinforcement learning, adapting ranks to gradients "
+    "lowers the reward. Plan them beforehand (`rankpilot.allocate`)."
 )
-ROLLOUTS = "It holds for training steps; the rollouts between them are not counted."
+ROLLOUTS = "It applies to training steps; rollouts between them are not counted."
 
 
 def budget_text(
@@ -406,7 +406,7 @@ def budget_text(
         return f"{STAY} {budget.told(limit, kept=True)} {ROLLOUTS}"
     kept, device = any(map(is_trained, targets)), targets[0].weight_a.device
     rank = unwrap(run.model).peft_config[targets[0].adapter].r
-    ranks = f" r={rank} of the LoraConfig is no ceiling and no start: bounds limits what the policy gives to modules."
+    ranks = f" LoraConfig's r={rank} is ignored; use `bounds` to limit ranks."
     beyond = beyond_device(budget, device)
     return budget.told(limit, kept=kept) + (beyond and f" {beyond}") + ("" if kept else ranks)
 
@@ -420,8 +420,8 @@ def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) ->
         size = sum(parameter.numel() for name, parameter in trained if f".{other}" in name.partition(".lora_")[2])
         if size:
             logger.warning(
-                "The adapter %r trains too: %d parameters, which the budget does not count, at ranks that stay. To "
-                "train %r alone call `model.set_adapter(%r)` and make the optimizer after it; a budget of bytes counts "
+                "Adapter %r is trained too: %d parameters with fixed ranks, not counted by the budget. To train "
+                "only %r, call `model.set_adapter(%r)` before creating the optimizer; a budget in bytes counts "
                 "both.",
                 other,
                 size,
@@ -431,8 +431,8 @@ def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) ->
 
 
 KEPT = (
-    "The adapters are trained already, so the first plan takes rank from them only where bounds ask for it. fresh=True "
-    "begins with new ones."
+    "The adapters are already trained, so the first plan lowers ranks only where bounds require it. "
+    "fresh=True starts with new ones."
 )
 
 
@@ -468,9 +468,9 @@ def keep_what_was_learned(
     yield
     losses.append(run.read_first_rows(applier.seed)[0])
     told = (
-        f"The adapters are trained already, and this budget does not hold their ranks ({before.sum()} together): the "
-        f"loss on {FIRST_ROWS} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
-        "budget keeps what they have learned."
+        f"The adapters are already trained, and their ranks ({before.sum()} in total) do not fit the "
+        f"budget: the loss on {FIRST_ROWS} rows was {losses[0]:.4g} before the plan and is "
+        f"{losses[1]:.4g} after it. A larger budget keeps what they have learned."
     )
     if losses[1] <= MUCH_LOST * losses[0]:
         note(told)

@@ -122,7 +122,7 @@ class StopOnSigterm(StopWithCheckpoint):
         self.release()
         if self.stopped:
             logger.warning(
-                "Ended by SIGTERM after step %d, with a checkpoint: resume_from_checkpoint=True goes on from it.",
+                "Stopped by SIGTERM after step %d, with a checkpoint. Pass resume_from_checkpoint=True to continue.",
                 state.global_step,
             )
             raise Terminated
@@ -133,11 +133,12 @@ EVALUATION_ROOM = 0.5
 
 
 _WITHOUT_TRAINER = (
-    "A RankPilotCallback decides the ranks of the one Trainer that it was made for. Make the Trainer without it, and "
-    'then call `rankpilot.attach(trainer, "default", budget="80%")`, with the arguments that the callback had.'
+    "A RankPilotCallback works only with the Trainer it was created for. Create the Trainer without "
+    'it, then call `rankpilot.attach(trainer, "default", budget="80%")` with the arguments of the '
+    "callback."
 )
 
-WITH_LIGER = "Steps are measured with Liger's kernels; exact savers that bring nothing beside its fused loss are off."
+WITH_LIGER = "Steps are measured with Liger's kernels; exact savers with no benefit on top of its fused loss are off."
 
 
 def attach(
@@ -174,11 +175,11 @@ def attach(
     if not isinstance(trainer, Trainer):
         kind = trainer.__name__ if isinstance(trainer, type) else f"a {type(trainer).__name__}"
         raise ConfigError(
-            f"attach takes a Trainer that has been made, of transformers or TRL; got {kind}. For a loop of your own "
-            "there is `rankpilot.RankPilot`, for a LoraConfig alone `rankpilot.allocate`."
+            f"attach takes an existing Trainer from transformers or TRL; got {kind}. For your own training "
+            "loop use `rankpilot.RankPilot`, for a LoraConfig only `rankpilot.allocate`."
         )
     if any(isinstance(one, RankPilotCallback) for one in trainer.callback_handler.callbacks):
-        raise UnsupportedError("Two RankPilotCallbacks would decide the ranks of one Trainer. Call attach once.")
+        raise UnsupportedError("This Trainer already has a RankPilotCallback. Call attach only once.")
     callback = RankPilotCallback(trainer, policy, options, **changes)
     add_before_users(trainer, callback)
     return callback
@@ -281,7 +282,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             folder = self._resumed or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
             if absent := [kind for kind in ("rng_state", "optimizer", "scheduler") if not any(folder.glob(f"{kind}*"))]:
-                pilot.journal.note(f"{folder.name} holds no {', '.join(absent)}: the run goes on without.")
+                pilot.journal.note(f"{folder.name} has no {', '.join(absent)}; continuing without.")
         else:
             pilot.begin(run, name=name)
         if args.use_liger_kernel:
@@ -326,8 +327,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             self._between_steps = True  # adapters and optimizer are in the state of a complete step
             self.trainer._save_checkpoint(self.trainer.model, None)
             raise type(error)(
-                f"{error} Step {state.global_step} is saved in {args.output_dir}: resume_from_checkpoint=True goes on "
-                "from it."
+                f"{error} Step {state.global_step} is saved in {args.output_dir}. Pass "
+                "resume_from_checkpoint=True to continue."
             ) from error
 
     def on_pre_optimizer_step(self, *event: Any, **objects: Any) -> None:
@@ -408,7 +409,7 @@ def ready_to_train(trainer: Trainer, scaling: Scaling) -> None:
         UnsupportedError: the model has no adapter of a known kind.
     """
     if isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset):
-        raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
+        raise DataError("The training set is empty. Pass a train_dataset with at least one row.")
     if trainer.model is not None:  # in a search, the next trial's model does not exist yet
         let_train([target for target in resizable_targets(trainer.model, scaling) if not target.rank])
 
@@ -450,12 +451,12 @@ class Evaluations:
         share = self._pilot.guard.evaluation_share
         if share > 1 and self._pilot.guard.evaluated.on:
             self._measured = 0
-            logger.warning("An evaluation took %.0f %% of the budget: the next one has smaller parts.", 100 * share)
+            logger.warning("An evaluation took %.0f %% of the budget; the next one uses smaller parts.", 100 * share)
         elif share > 1 and rows > 1:
             self._own = self._own or rows
             self._have(max(1, int(EVALUATION_ROOM * rows / share)))
             logger.warning(
-                "An evaluation with batches of %d took %.0f %% of the budget: the next one has batches of %d.",
+                "An evaluation with a batch size of %d took %.0f %% of the budget; the next one uses %d.",
                 rows,
                 100 * share,
                 self._trainer.args.per_device_eval_batch_size,
@@ -491,10 +492,10 @@ def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) ->
     needed = plans * (graphs_per_plan(model) or int(args.torch_compile))
     if needed > limit:
         logger.warning(
-            "This run is compiled and plans %d sets of ranks, which takes %d graphs; "
-            "torch._dynamo.config.recompile_limit is %d, and what is beyond it runs uncompiled. Give `attach` a "
-            "schedule of fewer decisions, or raise the limit before training: a little above %d, as new lengths of "
-            "batches and corrections of the peak take further graphs.",
+            "This run is compiled and plans %d sets of ranks, which need %d graphs, but "
+            "torch._dynamo.config.recompile_limit is %d; graphs beyond it run uncompiled. Use a schedule "
+            "with fewer decisions in `attach`, or set the limit a little above %d before training (new batch "
+            "lengths and peak corrections need extra graphs).",
             plans,
             needed,
             limit,

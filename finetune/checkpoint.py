@@ -63,14 +63,14 @@ def last_checkpoint(
         >>> trainer.train(resume_from_checkpoint=rankpilot.last_checkpoint("output"))  # doctest: +SKIP
     """
     if not isinstance(folder, str | Path):
-        raise ConfigError(f"The output folder of a Trainer is a path; got {shown(folder)}.")
+        raise ConfigError(f"A Trainer's output folder must be a path; got {shown(folder)}.")
     numbered = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
     found = [path for path, number in numbered.items() if number.isdecimal() and path.is_dir()]
     for path in sorted(found, key=lambda path: -int(numbered[path])):
         fault = fault_of(path, piloted=piloted)
         if not fault:
             return path
-        tell(f"{path.name} is passed over: {fault}")
+        tell(f"skipping {path.name}: {fault}")
     return None
 
 
@@ -87,13 +87,13 @@ def chosen_checkpoint(resume: str | Path | bool | None, output: str | Path) -> s
     if resume is True:
         whole = last_checkpoint(output)
         if whole is None and any(Path(output).glob("checkpoint-*")):
-            raise RunFolderError(f"No checkpoint can be resumed. {way_out(Path(output))}")
+            raise RunFolderError(f"No checkpoint to resume from. {way_out(Path(output))}")
         return str(whole) if whole else True  # without any checkpoint the Trainer reports it
     if not resume:
         return None
     fault = fault_of(Path(resume), piloted=True)
     if fault:
-        raise RunFolderError(f"{resume} cannot be resumed: {fault}. {way_out(Path(resume).parent)}")
+        raise RunFolderError(f"Cannot resume from {resume}: {fault}. {way_out(Path(resume).parent)}")
     return str(resume)
 
 
@@ -101,16 +101,17 @@ def way_out(folder: Path) -> str:
     """Return advice for a folder with a checkpoint that cannot be resumed."""
     whole = last_checkpoint(folder, tell=lambda _: None)
     if whole:
-        return f"The last whole checkpoint is {whole}: pass it as resume_from_checkpoint."
+        return f"The last complete checkpoint is {whole}; pass it as resume_from_checkpoint."
     told = (
-        f"There is no whole checkpoint with the state of rankpilot in {folder}: those without it were cut off, or made "
-        "without rankpilot.attach. Start the run again."
+        f"No complete checkpoint with rankpilot's state was found in {folder}; others were cut off or "
+        "written without rankpilot.attach. Start the run again."
     )
     plain = last_checkpoint(folder, piloted=False, tell=lambda _: None)
     if plain:
         told += (
-            f" A run keeps what an adapter has learned: give its Trainer the model `PeftModel.from_pretrained(base, "
-            f"{str(plain)!r}, is_trainable=True)`, and call `train()` without a checkpoint."
+            " To keep what an adapter has learned, give the Trainer the model "
+            f"`PeftModel.from_pretrained(base, {str(plain)!r}, is_trainable=True)` and call `train()` without "
+            "a checkpoint."
         )
     return told
 
@@ -140,7 +141,7 @@ def _processes_of(checkpoint: Path) -> int:
 def fault_of(checkpoint: Path, *, piloted: bool) -> str:
     """Return the fault in a checkpoint's files, in a few words; empty if they are complete."""
     if not checkpoint.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     for path in _files_of(checkpoint, piloted=piloted):
         name = path.relative_to(checkpoint)
         if not path.is_file():
@@ -156,7 +157,7 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
         except (ValueError, SafetensorError, BadZipFile, NotImplementedError, RuntimeError, EOFError):
             whole = False
         if not whole:
-            return f"{name} is torn"
+            return f"{name} is corrupt"
     return ""
 
 
@@ -194,7 +195,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     missing = [name for name in (STATE, TENSORS) if not (checkpoint / name).is_file()]
     if missing:
         raise RunFolderError(
-            f"{checkpoint} holds no {missing[0]}: it was made without rankpilot.attach, or was cut off. "
+            f"{checkpoint} has no {missing[0]}: it was cut off, or written without rankpilot.attach. "
             f"{way_out(checkpoint.parent)}"
         )
     try:
@@ -203,17 +204,17 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise RunFolderError(f"{error} {way_out(checkpoint.parent)}") from error
     if state.get("format", 1) != FORMAT:
         raise RunFolderError(
-            f"{checkpoint} was written by another version of rankpilot and cannot be resumed by this one. Resume with "
-            "the version that wrote it, or start the run again in a new folder."
+            f"{checkpoint} was written by another version of rankpilot and cannot be resumed by this one. Use "
+            "that version, or start the run again in a new folder."
         )
     try:
         files.check_tensor_file(checkpoint / TENSORS, MOST_STATE_BYTES)
         if not _is_as_written(checkpoint, state):
-            raise DataError("it is not what was written")
+            raise DataError("its contents have changed")
         tensors = load_file(checkpoint / TENSORS)
     except (ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise RunFolderError(
-            f"{checkpoint / TENSORS} is torn or foreign: {first_line(error)}. {way_out(checkpoint.parent)}"
+            f"{checkpoint / TENSORS} is corrupt or not rankpilot's: {first_line(error)}. {way_out(checkpoint.parent)}"
         ) from error
     for name, tensor in tensors.items():
         *parents, last = name.split("/")
@@ -221,7 +222,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise RunFolderError(f"{checkpoint / TENSORS} does not fit {STATE}: it has a tensor {shown(name)}.")
+                raise RunFolderError(f"{checkpoint / TENSORS} does not match {STATE}: unexpected tensor {shown(name)}.")
         place[last] = tensor
     return state
 

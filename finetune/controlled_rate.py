@@ -100,7 +100,7 @@ class ControlledRate(Participant):
         if self._control and step in self._steps and (self._seen or self.record.losses):
             self._decide(step, self._control)
         if self._control and self._steps and step == self._steps[-1] and not self.record.changed:
-            self._journal.note(f"step {step}: the learning rate stays as it is: no moment was sure of a change.")
+            self._journal.note(f"step {step}: the learning rate is kept; no moment gave clear evidence for a change.")
         if self._kept is None or step in self._copies:
             self._keep(step)
 
@@ -119,7 +119,7 @@ class ControlledRate(Participant):
             return False
         at, self._seen = self._kept_at, []
         self.record.losses, self.record.alignments = [], []
-        said = f"It left weights or moments that are not finite. Adapters and optimizer are back at step {at}."
+        said = f"It made weights or optimizer moments non-finite. Adapters and optimizer are restored to step {at}."
         # By half: the cause may be one batch, not the rate.
         self._take(HALVED, step, said, {"not_finite": True}, back=True)
         return self._broken[1] < PATIENCE
@@ -142,16 +142,18 @@ class ControlledRate(Participant):
         """Apply the policy's decision to the rate, an index of `CHANGES`."""
         if self.record.losses:
             back = change == UNDO and self._kept is not None
-            self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
+            self._take(
+                change, step, "Adapters and optimizer are restored from their copy." if back else "", {}, back=back
+            )
 
     def _decide(self, step: int, control: RateControl) -> None:
         seen = self.record.observe(self.read(step))
         action = self._run.replicas.processes.on_first(lambda: int(control.act(seen[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
         aligned, loss = named["alignment"] / 4, math.exp(named["loss"] / 2)
-        said = f"Alignment of the last steps {aligned:+.2f}, loss {loss:.2f} of the first."
+        said = f"Alignment of recent steps {aligned:+.2f}, loss {loss:.2f} of its initial value."
         if back := action == UNDO and self._kept is not None:
-            said += " Adapters and optimizer are back where the rate was last kept or raised."
+            said += " Adapters and optimizer are restored to when the rate was last kept or raised."
         self._take(action, step, said, {"seen": named}, back=back)
 
     def _take(self, action: int, step: int, said: str, row: Mapping[str, Any], *, back: bool) -> None:
@@ -165,7 +167,7 @@ class ControlledRate(Participant):
         self._rate.move(2**self.record.moved)
         rate = self._rate.rate
         if CHANGES[action]:
-            self._journal.note(f"step {step}: the learning rate goes from {before:.2g} to {rate:.2g}. {said}".rstrip())
+            self._journal.note(f"step {step}: learning rate changed from {before:.2g} to {rate:.2g}. {said}".rstrip())
         self._journal.log_control({"step": step, "change": CHANGES[action], "undone": back, "rate": rate, **row})
 
     def state(self) -> dict[str, Any]:
@@ -183,7 +185,7 @@ class ControlledRate(Participant):
         if state.get("kept"):
             self._keep(counted(state["kept_at"])).load_state_dict(state["kept"])
         elif state.get("kept_at") is not None:
-            self._journal.note("The checkpoint could not hold the copy for undoing: an undo goes back to this step.")
+            self._journal.note("The checkpoint has no copy to undo to, so an undo returns to this step.")
         last, row = state.get("broken", self._broken)
         self._broken = int(last), counted(row)
         lists = ("losses", "alignments", "_first", "_first_alignments", "_means")

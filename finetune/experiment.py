@@ -174,8 +174,8 @@ def run_one(
         raise Terminated
     if not all_finite(p for p in model.parameters() if p.requires_grad):
         raise NonFiniteError(
-            f"The run {name} ends with weights that are NaN or infinite, and they are not saved. Its last checkpoint "
-            f"is {last_checkpoint(folder / name, piloted=piloted, tell=tell)}. Lower the learning rate."
+            f"Run {name} ended with NaN or infinite weights, which were not saved. Its last checkpoint is "
+            f"{last_checkpoint(folder / name, piloted=piloted, tell=tell)}. Lower the learning rate."
         )
     held_out = trainer.evaluate()
 
@@ -202,7 +202,7 @@ def _written(
     _save_adapter(model, workload, folder)
     if not math.isfinite(held_out):
         raise NonFiniteError(
-            f"The held-out loss is {held_out}: training diverged, or no row that is held out has a label that counts. "
+            f"The held-out loss is {held_out}: training diverged, or no held-out row has a label that counts. "
             f"The adapter is in {folder / 'adapter'}."
         )
     found = result()

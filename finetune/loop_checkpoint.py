@@ -72,24 +72,23 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunFolderError(f"There is no checkpoint {folder}. Pass a folder that `save_checkpoint` wrote.")
+        raise RunFolderError(f"Checkpoint {folder} does not exist. Pass a folder written by `save_checkpoint`.")
     state = load_state(folder)
     targets = resizable_targets(run.model, pilot.options.scaling)
     try:
         files.check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         if state.pop(WEIGHTS, None) not in (None, files.sha256(folder / WEIGHTS)):
-            raise DataError(f"{WEIGHTS} is not what was written")
+            raise DataError(f"{WEIGHTS} has changed since it was written")
         weights = load_file(folder / WEIGHTS)
         moments = files.load_archive(folder / OPTIMIZER, "cpu")  # the optimizer moves state to the device
     except Exception as error:  # readers raise many errors on damaged or foreign files
-        raise RunFolderError(
-            f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."
-        ) from error
+        raise RunFolderError(f"Cannot read checkpoint {folder}: {first_line(error)}. Use an earlier one.") from error
     other = sorted(weights.keys() ^ _trained(run, targets).keys())
     if other:
         raise RunFolderError(
-            f"The checkpoint {folder} is of another model: {len(other)} of the parameters that train are in one of the "
-            f"two alone, such as {other[0]}. Make model, adapters and optimizer as for the run that wrote it."
+            f"Checkpoint {folder} belongs to another model: {len(other)} trainable parameters are missing in "
+            f"one of the two, such as {other[0]}. Build model, adapters and optimizer as in the run that "
+            "wrote it."
         )
     try:
         with torch.no_grad():
@@ -100,8 +99,8 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
         step = counted(state["step"])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise RunFolderError(
-            f"The checkpoint {folder} does not fit the model or the optimizer: {first_line(error)}. Make them as for "
-            "the run that wrote it."
+            f"Checkpoint {folder} does not fit the model or the optimizer: {first_line(error)}. Build them as "
+            "in the run that wrote it."
         ) from error
     pilot.resume(run, state, step=step, name=name)
     return step
@@ -114,8 +113,8 @@ def _check_replaceable(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if foreign := sorted(names - {WEIGHTS, OPTIMIZER, STATE, TENSORS}):
         raise RunFolderError(
-            f"{path} holds something else than a checkpoint of a loop, such as {foreign[0]}, which would be lost. Give "
-            "the checkpoint a folder of its own, such as 'checkpoint' inside this one."
+            f"{path} contains files that are not a loop checkpoint, such as {foreign[0]}, and would be lost. "
+            "Use a separate folder, such as 'checkpoint' inside this one."
         )
 
 

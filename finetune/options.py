@@ -66,10 +66,10 @@ class PlanOptions:
         _check_switch("keep_rate", self.keep_rate)
         if self.gradient_checkpointing not in (True, False, "auto"):
             raise ConfigError(
-                f'gradient_checkpointing is "auto", True or False; got {shown(self.gradient_checkpointing)}.'
+                f'gradient_checkpointing must be "auto", True or False; got {shown(self.gradient_checkpointing)}.'
             )
         if self.parts not in ("auto", "on", "off"):
-            raise ConfigError(f'parts is "auto", "on" or "off"; got {shown(self.parts)}.')
+            raise ConfigError(f'parts must be "auto", "on" or "off"; got {shown(self.parts)}.')
         _ = self.time_read, self.aim
 
     @property
@@ -153,15 +153,15 @@ class PilotOptions(PlanOptions):
         super().__post_init__()
         if self.learning_rate not in (None, "auto"):
             raise ConfigError(
-                f'learning_rate is "auto", or None for that of the optimizer; got {shown(self.learning_rate)}. Give '
-                "a rate of your own to the optimizer (TrainingArguments.learning_rate)."
+                f'learning_rate must be "auto", or None to keep the optimizer\'s; got {shown(self.learning_rate)}. '
+                "To set a rate of your own, pass it to the optimizer (TrainingArguments.learning_rate)."
             )
         if self.schedule is not None and not isinstance(self.schedule, DecisionSchedule):
-            raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {self.schedule!r}.")
+            raise ConfigError(f"schedule must be a rankpilot.DecisionSchedule or None; got {self.schedule!r}.")
         if not is_count(self.measure_every):
-            raise ConfigError(f"measure_every is a number of steps, at least 1; got {shown(self.measure_every)}.")
+            raise ConfigError(f"measure_every must be a number of steps, at least 1; got {shown(self.measure_every)}.")
         if self.log is not None and not (isinstance(self.log, str | Path) and str(self.log)):
-            raise ConfigError(f"log is the path of a folder, or None; got {shown(self.log)}.")
+            raise ConfigError(f"log must be a folder path or None; got {shown(self.log)}.")
         if self.seed is not None:
             check_seed(self.seed)
         check_scaling(self.scaling)
@@ -172,7 +172,7 @@ class PilotOptions(PlanOptions):
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):
-            raise ConfigError(f"bounds are a dictionary from module names to ranks; got {shown(self.bounds)}.")
+            raise ConfigError(f"bounds must be a dictionary from module names to ranks; got {shown(self.bounds)}.")
         for name, bound in (self.bounds or {}).items():
             bound_of(name, bound)
 
@@ -204,7 +204,7 @@ GivenOptions = PilotOptions | GivenBudget | None
 
 def _check_switch(name: str, switch: object) -> None:
     if not isinstance(switch, bool):
-        raise ConfigError(f"{name} is True or False; got {switch!r}.")
+        raise ConfigError(f"{name} must be True or False; got {switch!r}.")
 
 
 _RANK = re.compile(r"[0-9]{1,10}")
@@ -316,25 +316,25 @@ class FinetuneConfig(StepConfig, PlanOptions):
         numbers = all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
         if not (1 <= self.steps <= MOST_STEPS and 1 <= self.eval_every <= MOST_STEPS) or not numbers:
             raise ConfigError(
-                f"steps and eval_every are at least 1 and at most {MOST_STEPS:,}, learning_rate (or auto) and alpha "
+                f"steps and eval_every must be between 1 and {MOST_STEPS:,}, learning_rate (or auto) and alpha "
                 f"above 0; got {shown(self.steps)}, {shown(self.eval_every)}, {shown(given)} and {self.alpha}."
             )
         if given == "auto" and "adamw" not in self.optimizer:
             raise ConfigError(
-                f"learning_rate auto is for Adam and its variants; with {self.optimizer} give a rate, such as 1e-3."
+                f"learning_rate auto is for Adam and its variants; with {self.optimizer} pass a rate, such as 1e-3."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
         wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value <= MOST_STEPS}
         if wrong:
             raise ConfigError(
-                f"{', '.join(wrong)}: a number above 0, up to {MOST_STEPS:,}, or left out; got "
+                f"{', '.join(wrong)} must be above 0 and at most {MOST_STEPS:,}, or left out; got "
                 f"{', '.join(map(shown, wrong.values()))}."
             )
         check_seed(self.seed)
         if min(rows for rows in (self.train_rows, self.held_out_rows, 1) if rows is not None) < 1:
             raise ConfigError(
-                f"train_rows and held_out_rows are at least 1, or None for all rows; got {self.train_rows} and "
-                f"{self.held_out_rows}."
+                f"train_rows and held_out_rows must be at least 1, or None for all rows; got {self.train_rows} "
+                f"and {self.held_out_rows}."
             )
 
 
@@ -350,7 +350,7 @@ def rank_bounds_of(given: tuple[str, ...]) -> Bounds:
         numbers = text.split(":")
         if not name or len(numbers) > 2 or not all(_RANK.fullmatch(number) for number in numbers):
             raise ConfigError(
-                f"A bound has the form MODULE=RANK or MODULE=LEAST:MOST, as q_proj=0:16; got {shown(entry)}."
+                f"A bound must have the form MODULE=RANK or MODULE=LEAST:MOST, such as q_proj=0:16; got {shown(entry)}."
             )
         ranks = [int(number) for number in numbers]
         bounds[name] = ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])

@@ -341,7 +341,7 @@ def _taking_over(pilot: RankPilot, run: TrainingRun) -> Iterator[PilotedRun]:
     targets = resizable_targets(run.model, pilot.options.scaling)
     check_run(run, targets)
     if pilot.options.control:
-        check_follows(run.optimizer, "control=True", "Leave control out.")
+        check_follows(run.optimizer, "control=True", "Drop control.")
     if steers_rate(pilot.policy):
         check_follows(run.optimizer, f"policy {pilot.policy.name!r}", f"Pass another, such as {DEFAULT!r}.")
     if pilot._piloted:
@@ -362,5 +362,5 @@ def _begun(piloted: PilotedRun | None) -> PilotedRun:
         ConfigError: it has not begun.
     """
     if piloted is None or not piloted.begun:
-        raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
+        raise ConfigError("The run has not begun. Call `begin` or `rankpilot.load_checkpoint` first.")
     return piloted

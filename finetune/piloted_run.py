@@ -125,9 +125,9 @@ class PilotedRun:
         with _RUNS:
             if any(thread is not current_thread() and thread.is_alive() for thread in _UNDER_WAY.values()):
                 raise UnsupportedError(
-                    "Another thread of this process trains under rankpilot, and what steps take cannot be told apart. "
-                    "Train one run after the other, or each in a process of its own. A loop that was broken off ends "
-                    "with `pilot.finish()`."
+                    "Another thread of this process is training under rankpilot, and their memory cannot be told "
+                    "apart. Run them one after the other, or in separate processes. An aborted loop must call "
+                    "`pilot.finish()`."
                 )
             _UNDER_WAY[self] = current_thread()
 
@@ -179,12 +179,12 @@ class PilotedRun:
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             if tied := tied_pairs(unwrap(run.model), targets):
-                journal.note(f"{' and '.join(tied)} share one adapter, which keeps its rank (ensure_weight_tying).")
+                journal.note(f"{' and '.join(tied)} share one adapter, whose rank is fixed (ensure_weight_tying).")
             if names := absent_targets(run.model):
-                run.warn("target_modules has %s: this model has no module of that name.", ", ".join(names))
+                run.warn("target_modules names %s, but the model has no such module.", ", ".join(names))
             if layout_of(run.optimizer) is None:
                 name = type(unwrap_optimizer(run.optimizer)).__name__
-                journal.note(f"{name} keeps state of a form that is not known: where a rank changes, it begins anew.")
+                journal.note(f"The optimizer {name} has unknown state, which is reset wherever a rank changes.")
             self.elastic.first_limit(costs.limit)
             self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
@@ -231,7 +231,7 @@ class PilotedRun:
         plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
         costs = self.streaming.costs(costs_of_plans, budget, plain, checkpoints=checkpointing is not None)
         if self.guard.parts.on and costs.memory and not costs.alone:
-            self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
+            self.guard.parts.turn_off("this model's operations depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
         timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing)
         self.journal.note(before_training.TIMING if time else "")
@@ -283,8 +283,8 @@ class PilotedRun:
                 part.begin(state)
         if self.guard.parts.on and not run.in_parts:
             raise ConfigError(
-                "The batches of this run were run in parts, and its plan needs that: make its TrainingRun with "
-                "in_parts=True, and take the parts of a batch from `pilot.parts`."
+                "This run's plan requires batches in parts: create its TrainingRun with in_parts=True, and "
+                "iterate over `pilot.parts`."
             )
         self.begun = True
         finish_load(run.model, targets)
@@ -354,9 +354,11 @@ class PilotedRun:
         if options.offload and can_offload(run.wrapped):
             self._switches.callback(offload_inputs(run.model))
             run.offload_inputs()
-            self.journal.note("Inputs of checkpointed layers lie in main memory, but for the nearest (offload=True).")
+            self.journal.note(
+                "Inputs of checkpointed layers are kept in main memory, except the nearest (offload=True)."
+            )
         elif options.offload:
-            self.journal.note("offload=True changes nothing: the model is in main memory already, or it is compiled.")
+            self.journal.note("offload=True has no effect: the model is already in main memory, or it is compiled.")
 
     def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Make the learning rate follow the plan until the run ends."""
@@ -373,8 +375,8 @@ class PilotedRun:
             labels = self.rate.of_labels and not self._steers
             steps = () if labels else self._schedule.steps(total) if self._steers else decision_steps(total)
             if not steps:
-                shows = "the steps of a run on labels show" if labels else f"a run of {total} steps shows"
-                self.journal.note(f"The learning rate is not controlled: {shows} too little.")
+                shows = "steps on labels give" if labels else f"{total} steps give"
+                self.journal.note(f"The learning rate is not controlled: {shows} too little evidence.")
             self.control = ControlledRate(self.run, self._targets, self.rate, control, steps, self.journal)
             self.finite.control = self.control
             with readable_state():
@@ -466,12 +468,12 @@ class PilotedRun:
         self._record(PlanChange(step, observation, decision, plan), loss)
         if decision.exact and (others := int(np.count_nonzero(plan.ranks != decision.ranks))):
             self.journal.note(
-                f"step {step}: {plural(others, 'module')} could not have exactly the rank that was decided, within the "
-                "budget, the bounds and how far a rank may move; the nearest plan stands."
+                f"step {step}: {plural(others, 'module')} could not get exactly the decided rank within the "
+                "budget, the bounds and the largest rank change; the nearest plan is used."
             )
         if faster and (again := keeper.checkpointed):
             count = plural(len(again), "layer")
-            self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
+            self.journal.note(f"Gradient checkpointing of {count} costs time but does not change the loss. {faster}")
 
     def _ask(self, observation: Observation) -> Decision:
         return self.run.replicas.processes.on_first(lambda: asked(self._policy, observation))
@@ -495,7 +497,7 @@ class PilotedRun:
         """Announce new ranks, and record their reason."""
         self._ranks_changed()
         history, time, checkpointing = self.guard.meter.history, self.applier.time, self.guard.plan.checkpointing
-        alone = "priced with the longest row alone" if self.guard.parts.on else ""
+        alone = "priced for the longest row alone" if self.guard.parts.on else ""
         remarks = str(checkpointing or ""), alone, time.text(self.applier.ranks) if time else ""
         self.journal.record(
             self.applier,

@@ -65,8 +65,8 @@ def check_follows(optimizer: torch.optim.Optimizer, asked: str, instead: str) ->
     """
     if not follows_rule(optimizer):
         raise ConfigError(
-            f"{asked} corrects the learning rate by the steps of Adam and its variants; "
-            f"{type(unwrap_optimizer(optimizer)).__name__} is none, or chooses its rate itself. {instead}"
+            f"{asked} corrects the learning rate from the steps of Adam or a variant; "
+            f"{type(unwrap_optimizer(optimizer)).__name__} is not one, or sets its own rate. {instead}"
         )
 
 
@@ -92,8 +92,8 @@ def rate_by_rule(
     width = hidden_width(model)
     if width is None:
         raise ConfigError(
-            "learning_rate='auto' needs the width of the model, and the configuration of "
-            f"{type(unwrap(model)).__name__} has none of {', '.join(_WIDTHS)}. Give a rate, such as 2e-4."
+            "learning_rate='auto' needs the model's width, but the configuration of "
+            f"{type(unwrap(model)).__name__} has none of {', '.join(_WIDTHS)}. Pass a rate, such as 2e-4."
         )
     return RULE.plain(width, steps, _scale(targets), initial)
 
@@ -137,8 +137,8 @@ def _groups_at_zero(run: TrainingRun) -> list[int]:
     for group, rate in rates.items():
         if not 0 <= rate < math.inf:
             raise ConfigError(
-                f"The optimizer's learning rate is {rate} in group {group}, and nothing trains at that: make the "
-                "optimizer with numbers above 0, or use TrainingArguments.learning_rate."
+                f"The optimizer's learning rate is {rate} in group {group}, so nothing would train. Create the "
+                "optimizer with a rate above 0, or set TrainingArguments.learning_rate."
             )
     return [group for group, rate in rates.items() if not rate and any(rates.values())]
 
@@ -191,18 +191,18 @@ class PlanRate(Participant):
         self._follows = follows_rule(optimizer)
         if auto and not self._follows:
             raise ConfigError(
-                f"learning_rate='auto' is for Adam and its variants; {type(optimizer).__name__} is none, or chooses "
-                "its rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
+                f"learning_rate='auto' is for Adam and its variants; {type(optimizer).__name__} is not one, or "
+                "sets its own rate. Leave learning_rate out, and set the optimizer's rate."
             )
         if auto and run.learns_preferences:
             raise ConfigError(
-                "learning_rate='auto' is for losses on labels, and the batches of this run have none: losses that "
-                "compare answers want far lower rates. Leave learning_rate out, and give the optimizer a rate (DPO: "
-                "about 5e-6)."
+                "learning_rate='auto' is for losses on labels, and the batches of this run have none: preference "
+                "losses need far lower rates. Leave learning_rate out, and set the optimizer's rate (about 5e-6 "
+                "for DPO)."
             )
         if auto and not own_rate(run.model, run.optimizer):
             raise ConfigError(
-                "learning_rate='auto' multiplies the rate of the optimizer, which is 0: make the optimizer with any "
+                "learning_rate='auto' scales the optimizer's rate, which is 0. Create the optimizer with any "
                 "rate above 0 (TrainingArguments.learning_rate)."
             )
         self.own: float = own or probe_rate(run.model, run.optimizer)
@@ -263,29 +263,29 @@ class PlanRate(Participant):
         lines = []
         if self._still:
             groups = ", ".join(map(str, self._still))
-            lines.append(f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing.")
+            lines.append(f"Adapters in optimizer group {groups} have a learning rate of 0 and are not trained.")
         if not np.allclose(self._plain, self._plain[0]):
-            lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
+            lines.append("lora_alpha differs between modules (alpha_pattern); each module keeps its own.")
         if self.initial and self.initial.loss < LEAST_LOSS:
-            lines.append(f"The loss is {self.initial.loss:.2g} before training: are the labels right?")
+            lines.append(f"The loss before training is {self.initial.loss:.2g}. Are the labels correct?")
         if self._decides and self.rule:
             ends = RateRange.around(self.rule)
             raised = self._raised and not self.of_labels
-            begins = "steps of the run raise it" if raised else "no steps are sure to raise it here"
-            of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} under this plan"
-            between = f"between {ends.low:.2g} and {ends.high:.2g} here, with {ends.middle:.2g} in the middle"
-            begin = f"The run begins at {self.plain:.2g}{of_plan}; {begins}."
-            return " ".join([f"The best learning rate of plain LoRA is likely {between}. {begin}", *lines])
+            begins = "control will raise it during the run" if raised else "control may not raise it here"
+            of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} for this plan"
+            between = f"between {ends.low:.2g} and {ends.high:.2g} here, most likely {ends.middle:.2g}"
+            begin = f"The run starts at {self.plain:.2g}{of_plan}; {begins}."
+            return " ".join([f"The best learning rate for plain LoRA is {between}. {begin}", *lines])
         if abs(self.factor - 1) > 0.01:
             lines.append(
-                f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "
-                f"{self.rate:.3g} (keep_rate=True leaves it)."
+                f"The learning rate {self.own:.3g} is taken as plain LoRA's; this plan trains at {self.rate:.3g} "
+                "(keep_rate=True keeps yours)."
             )
         if self.rule and not 1 / FAR <= self.own / self.rule <= FAR:
             times = max(self.own / self.rule, self.rule / self.own)
             lines.append(
-                f"{self.own:.2g} is {times:.0f} times {'above' if self.own > self.rule else 'below'} what the rule "
-                f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' looks at the run."
+                f"{self.own:.2g} is {times:.0f} times {'above' if self.own > self.rule else 'below'} the rule's "
+                f"rate for plain LoRA here, {self.rule:.2g}; learning_rate='auto' adapts to the run."
             )
         return " ".join(lines)
 

@@ -105,7 +105,7 @@ def run_probe(
     steps = probe_steps(run, schedule)
     batches: Iterable[Any] = run.small_batches(steps, schedule.probe_batch, seed)
     if progress:
-        batches = progress(batches, "probing the modules", steps)
+        batches = progress(batches, "probing modules", steps)
     counts, length = [], 0
 
     def losses() -> Iterator[Callable[[], torch.Tensor]]:
@@ -152,15 +152,16 @@ def unprobed(first_rows: FirstRows, modules: int) -> ProbeResult:
 
 def _all_masked(rows: int) -> DataError:
     return DataError(
-        f"All labels of {rows} rows that were tried are masked (-100), so there is no loss to learn from. Check what "
-        "masks them: a response template that is not found, or texts cut short."
+        f"All labels of the {rows} rows tried are masked (-100), so there is no loss. Check what masks "
+        "them: a response template that is not found, or truncated texts."
     )
 
 
 def _too_short(length: int) -> DataError:
     return DataError(
-        f"The loss of rows of {plural(length, 'token')} is not finite: a language model needs a token to read and one "
-        "to predict. Leave such rows out, or raise the length at which texts are cut."
+        f"The loss of rows of {plural(length, 'token')} is not finite: a language model needs at least "
+        "two tokens, one to read and one to predict. Remove such rows, or raise the length at which "
+        "texts are truncated."
     )
 
 

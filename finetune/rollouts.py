@@ -30,10 +30,7 @@ from .options import PilotOptions
 
 TOKENS = "input_ids"
 
-PLAN_FIRST = (
-    "Allocate the ranks on data of the same kind with `rankpilot.allocate`, and train with the LoraConfig that it "
-    "returns."
-)
+PLAN_FIRST = "Plan the ranks with `rankpilot.allocate` on similar data, and train with the LoraConfig it returns."
 
 _DECIDING = ("bounds", "schedule", "fresh", "learning_rate", "control", "time", "goal", "tolerance")
 """Options that would change ranks or rate."""
@@ -56,8 +53,8 @@ def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOpti
     given += [name for name in _DECIDING if getattr(options, name) != getattr(default, name)]
     if given:
         raise UnsupportedError(
-            f"{type(trainer).__name__} makes its data while it trains, and ranks and learning rate stay as they are "
-            f"there: leave out {', '.join(given)}. {PLAN_FIRST}"
+            f"{type(trainer).__name__} generates its data during training, so ranks and learning rate are not "
+            f"changed: leave out {', '.join(given)}. {PLAN_FIRST}"
         )
     return AsConfigured(), replace(options, keep_rate=True)
 
@@ -66,15 +63,15 @@ def refuse_to_plan(trainer: Trainer) -> None:
     """Raise UnsupportedError if a Trainer generates its data: there is no loss to plan with."""
     if makes_rollouts(trainer):
         raise UnsupportedError(
-            f"{type(trainer).__name__} makes its data while it trains, so no plan can be made of it. {PLAN_FIRST}"
+            f"{type(trainer).__name__} generates its data during training, so no plan can be made from it. {PLAN_FIRST}"
         )
 
 
 def refuse_answers(trainer: Trainer, *_: Any, **__: Any) -> None:
     """Raise UnsupportedError in place of answers generated within a training step (TRL's GKDTrainer)."""
     raise UnsupportedError(
-        f"{type(trainer).__name__} makes its data while it trains, in its training step, so what a step takes cannot "
-        f"be measured before. {PLAN_FIRST}"
+        f"{type(trainer).__name__} generates its data in its training step, so the step's memory cannot "
+        f"be measured beforehand. {PLAN_FIRST}"
     )
 
 
@@ -98,10 +95,10 @@ class Rollouts:
         columns = getattr(trainer.train_dataset, "column_names", None) or ()
         if {"image", "images"} & {*columns} or getattr(trainer, "environment_factories", None):
             raise UnsupportedError(
-                f"{kind} with images or environments: what its steps take is not known. {PLAN_FIRST}"
+                f"{kind} with images or environments: the memory of its steps is unknown. {PLAN_FIRST}"
             )
         if not args.max_completion_length:
-            raise UnsupportedError(f"{kind} cuts its answers nowhere: give max_completion_length, such as 256.")
+            raise UnsupportedError(f"{kind} has no limit on completions: set max_completion_length, such as 256.")
         self.rows: int = args.per_device_train_batch_size
         multiple = getattr(args, "pad_to_multiple_of", None) or 1
         longest = _longest_prompts(trainer, self.rows)

@@ -64,30 +64,32 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
         RunFolderError: they differ from those of the state.
     """
     if "settings" not in state:
-        raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
+        raise RunFolderError(
+            f"Not the state of a run: its keys are {shown([*state])}. Pass what `state_dict` returned."
+        )
     before, adapters = state["settings"], adapter_settings(targets)
     ranks, scalings = adapters["ranks"], adapters["scalings"]
     there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
     differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
     if differing:
-        each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)
+        each = "; ".join(f"{key}: {shown(before.get(key))} then, {now[key]!r} now" for key in differing)
         raise RunFolderError(
-            f"The run that is resumed had other settings ({each}). Resume with those, or start a new run; only "
-            "the budget and the time may change."
+            f"The resumed run had other settings ({each}). Resume with those, or start a new run; only the "
+            "budget and the time may change."
         )
     other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
     if other:
         raise RunFolderError(
-            f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
-            f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
-            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimizer and this state."
+            f"{len(other)} adapters of the model differ in rank from the resumed run, such as "
+            f"{shown(other[0])}: {shown(there.get(other[0]))} then, {ranks.get(other[0])} now. In your own "
+            "loop, `rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimizer and this state."
         )
     other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
     if other:
         raise RunFolderError(
-            f"The run that is resumed had another scaling: at rank {REFERENCE_RANK}, {shown(other[0])} is multiplied "
-            f"by {finite(scaled[other[0]]):g} there and by {scalings[other[0]]:g} now. Make the LoraConfig with the "
-            "lora_alpha and use_rslora of then."
+            f"The resumed run used another scaling: at rank {REFERENCE_RANK}, {shown(other[0])} was "
+            f"multiplied by {finite(scaled[other[0]]):g}, now by {scalings[other[0]]:g}. Create the "
+            "LoraConfig with the same lora_alpha and use_rslora."
         )
     return dict(before)
 
@@ -106,12 +108,14 @@ def readable_state() -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise RunFolderError(
-            f"The state of the run that is resumed is damaged, or of another model: {first_line(error)}. Take an "
-            "earlier checkpoint."
+            f"The state of the resumed run is corrupt, or belongs to another model: {first_line(error)}. Use "
+            "an earlier checkpoint."
         ) from error
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """Describe the changed limits, for people; empty if there are none."""
     differing = [key for key in MAY_CHANGE if now[key] != before.get(key)]
-    return "; ".join(f"the {key} is {now[key] or 'none'} now, and was {before.get(key) or 'none'}" for key in differing)
+    return "; ".join(
+        f"the {key} is now {now[key] or 'none'}, previously {before.get(key) or 'none'}" for key in differing
+    )

@@ -224,7 +224,7 @@ def check_possible(config: FinetuneConfig) -> None:
     """
     check_installed(config.optimizer, config.quantization)
     if config.bf16 and torch.cuda.is_available() and not is_torch_bf16_gpu_available():
-        raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")
+        raise UnsupportedError("This GPU does not support bfloat16. Drop --bf16.")
 
 
 def started_processes() -> int:
@@ -344,7 +344,7 @@ def _sft_trainer(texts: Texts, common: dict[str, Any]) -> Trainer:
     try:
         trainer: Trainer = SFTTrainer(**common)
     except ValueError as error:
-        raise ConfigError(f"TRL's SFTTrainer cannot train this: {error}") from error
+        raise ConfigError(f"TRL's SFTTrainer cannot train with this: {error}") from error
     return trainer
 
 
@@ -364,7 +364,7 @@ def arguments_class(task: Task) -> type[TrainingArguments]:
     if task != "causal-lm":
         return kind
     if find_spec("trl") is None:
-        raise UnsupportedError("Fine-tuning a causal language model needs TRL: pip install 'rankpilot[trl]'.")
+        raise UnsupportedError("Fine-tuning a causal language model requires TRL: pip install 'rankpilot[trl]'.")
     from trl import SFTConfig
 
     kind = SFTConfig
@@ -416,13 +416,13 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         try:
             INTEGRATION_TO_CALLBACK.get(tracker, object)()
         except (RuntimeError, ImportError) as error:
-            raise ConfigError(f"The tracker {tracker!r} cannot be used: {first_line(error)}") from error
+            raise ConfigError(f"Cannot use tracker {tracker!r}: {first_line(error)}") from error
     if task == "causal-lm":
         values["max_length"] = config.max_length
     try:
         return kind(**values | further)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"The Trainer refuses these settings: {first_line(error)}") from error
+        raise ConfigError(f"The Trainer rejects these settings: {first_line(error)}") from error
 
 
 def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> dict[str, Any]:
@@ -436,9 +436,9 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
     for entry in given:
         name, equals, text = entry.partition("=")
         if not equals:
-            raise ConfigError(f"A setting of the Trainer has the form NAME=VALUE; got {entry!r}.")
+            raise ConfigError(f"A Trainer setting must have the form NAME=VALUE; got {entry!r}.")
         if name in DECIDED:
-            raise ConfigError(f"{name} is decided by {DECIDED[name]}: use that instead of {entry!r}.")
+            raise ConfigError(f"{name} is set by {DECIDED[name]}; use that instead of {entry!r}.")
         if name not in usual:
             raise UnknownNameError.of(f"setting of {kind.__name__}", name, usual)
         try:
@@ -446,7 +446,7 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
         except ValueError:
             values[name] = text
         if isinstance(usual[name], int | float) and isinstance(values[name], str | list | dict):
-            raise ConfigError(f"{name} is a number, true or false; got {shown(entry)}.")
+            raise ConfigError(f"{name} must be a number, true or false; got {shown(entry)}.")
     return values
 
 

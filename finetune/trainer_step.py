@@ -97,9 +97,9 @@ class TrainerStep:
                 f"called `accelerator.backward` {len(losses)} times" if len(losses) != 1 else "has a constant loss"
             )
             raise UnsupportedError(
-                f"The training step of {type(trainer).__name__} {problem}, so what it takes cannot be measured. Let "
-                "`training_step` pass one loss, which depends on the model, to `self.accelerator.backward`, or drive "
-                "`rankpilot.RankPilot` from a loop of your own."
+                f"The training step of {type(trainer).__name__} {problem}, so its memory cannot be measured. "
+                "`training_step` must pass a single loss that depends on the model to "
+                "`self.accelerator.backward`; otherwise drive `rankpilot.RankPilot` from your own loop."
             )
         loss: torch.Tensor = losses[0]
         return loss
@@ -188,7 +188,7 @@ class TrainerStep:
     def _foreign(self, methods: Sequence[str]) -> str:
         """Return why the loss of this Trainer is not known; see `unknown_trainer`."""
         if self._counts != self._counts_now():
-            return "the loss counts otherwise than before training"
+            return "the loss has changed since before training"
         ours = {name: self._before[name] for name, own in self._ours.items() if vars(self.trainer).get(name) is own}
         return unknown_trainer(
             self.trainer, methods, {name: None if before is _ABSENT else before for name, before in ours.items()}
@@ -203,9 +203,9 @@ class TrainerStep:
     def _whole(self) -> str:
         """The reason why steps of this Trainer run whole; empty if nothing prevents parts."""
         if self.rollouts:
-            return f"{type(self.trainer).__name__} makes its batches in its steps"
+            return f"{type(self.trainer).__name__} creates its batches in its steps"
         searches = self.trainer.args.auto_find_batch_size
-        return "auto_find_batch_size begins again with smaller batches where memory runs out" if searches else ""
+        return "auto_find_batch_size restarts with smaller batches when memory runs out" if searches else ""
 
     def around_training(
         self, follows: Callable[[], bool], prepare: Callable[[Any], Any], break_off: Callable[[], None]
@@ -306,7 +306,7 @@ class TrainerStep:
     ) -> Result:
         """Evaluate a batch in parts."""
         by_call, guard = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL), self._listener.pilot.guard
-        whole = f"{type(self.trainer).__name__} shows means over them" if by_call else ""
+        whole = f"{type(self.trainer).__name__} reports averages over them" if by_call else ""
         whole = "the model is sharded" if guard.plan.run.replicas.sharded else whole
         unknown = self._foreign(EVALUATION)
         return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole, unknown)
@@ -453,7 +453,7 @@ def run_of_trainer(trainer: Trainer) -> TrainingRun:
         return finder.run
     finally:
         handler.callbacks = callbacks
-    raise AssertionError("training begins with an event")
+    raise AssertionError("training starts with an event")
 
 
 class _FoundError(Exception):

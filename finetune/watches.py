@@ -26,9 +26,9 @@ from .step.run import Participant, TrainingRun
 logger = logging.getLogger(__name__)
 
 _MISSING = {
-    "before_step": "`pilot.before_step(batch)`, so its peak is not measured and its batch not looked at: call it "
-    "before the model sees the batches of the step",
-    "before_optimizer_step": "`pilot.before_optimizer_step(loss)`, so its gradients are not seen: call it after "
+    "before_step": "`pilot.before_step(batch)`, so its peak was not measured and its batch not inspected: call it "
+    "before the model runs on the batches of the step",
+    "before_optimizer_step": "`pilot.before_optimizer_step(loss)`, so its gradients were not inspected: call it after "
     "`loss.backward()` and before `optimizer.step()`",
 }
 """Consequence of a missing call in a step, and the place of the call."""
@@ -82,15 +82,16 @@ class LoopCalls(Participant):
         """
         if self._over:
             raise self._refusal(
-                f"`pilot.{call}` was called after the run's `finish`, from which on nothing is measured: call `begin` "
-                "again, or `rankpilot.load_checkpoint`, and `finish` after the last step."
+                f"`pilot.{call}` was called after the run's `finish`, which ends measuring: call `begin` again, "
+                "or `rankpilot.load_checkpoint`, and `finish` after the last step."
             )
         self._called = True
         self._made.add(call)
         if self._optimizer_steps > 1:
             raise self._refusal(
-                f"The optimizer has made {self._optimizer_steps} steps since the last `pilot.after_step()`, so no peak "
-                "is compared with the budget and no later plan is made: call it once after each `optimizer.step()`."
+                f"The optimizer made {self._optimizer_steps} steps since the last `pilot.after_step()`, so peaks "
+                "are not checked against the budget and no further plans are made. Call it once after each "
+                "`optimizer.step()`."
             )
 
     def _refusal(self, text: str) -> ConfigError:
@@ -107,13 +108,16 @@ class LoopCalls(Participant):
         missing = next((text for call, text in _MISSING.items() if call not in self._made), None)
         self._made.clear()
         if missing:
-            raise self._refusal(f"Step {step} had no {missing}. `pilot.after_step()` follows both, once a step.")
+            raise self._refusal(
+                f"Step {step} had no call of {missing}. `pilot.after_step()` must follow both, once per step."
+            )
         if self._hook is None:
             return
         if step == self._run.total_steps + 1:
             self._run.warn(
-                f"Step {step} ends in a run of total_steps={self._run.total_steps}, by which its plans were timed. "
-                "Give TrainingRun the number of steps that the optimizer makes, and make the calls once for each."
+                f"Step {step} exceeds total_steps={self._run.total_steps}, on which the schedule of plans is "
+                "based. Pass the number of optimizer steps to TrainingRun, and make each call once per optimizer "
+                "step."
             )
         self._count()
 
@@ -126,9 +130,9 @@ class LoopCalls(Participant):
         if self._uneven == 2:
             batches = self._without + 1
             self._run.warn(
-                f"`pilot.after_step()` was called {batches} times for one step of the optimizer, again and again. With "
-                "accumulation make the calls once for each optimizer step, with all of its batches in `before_step`, "
-                f"and give TrainingRun accumulation={batches}."
+                f"`pilot.after_step()` was repeatedly called {batches} times per optimizer step. With gradient "
+                "accumulation, make the calls once per optimizer step, pass all its batches to `before_step`, "
+                f"and pass accumulation={batches} to TrainingRun."
             )
         self._optimizer_steps = self._without = 0
 
@@ -136,9 +140,9 @@ class LoopCalls(Participant):
         self._optimizer_steps += 1
         if self._optimizer_steps == 2 and not self._called:
             self._run.warn(
-                "The optimizer has made 2 steps, and no call was made since `pilot.begin(run)`: the first plan stays. "
-                "Call `pilot.before_step(batch)`, `pilot.before_optimizer_step(loss)` and `pilot.after_step()` in each "
-                "step, or `pilot.finish()` now."
+                "The optimizer made 2 steps without any call since `pilot.begin(run)`, so the first plan is "
+                "kept. Call `pilot.before_step(batch)`, `pilot.before_optimizer_step(loss)` and "
+                "`pilot.after_step()` in each step, or `pilot.finish()` now."
             )
 
 
@@ -166,7 +170,7 @@ class LossMeter(Participant):
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Add the mean loss of this step; a NaN loss, as with fully masked labels, is skipped."""
         if not (isinstance(loss, torch.Tensor) or is_real(loss)):
-            raise ConfigError(f"The loss of a step is a number or a tensor; got {shown(loss)}.")
+            raise ConfigError(f"The loss of a step must be a number or a tensor; got {shown(loss)}.")
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
         self.total = self.total + mean.nan_to_num(0.0, 0.0, 0.0)
         self.count = self.count + mean.isfinite()
@@ -276,7 +280,7 @@ class FiniteWatch(Participant):
         if processes.least(trains_finite(self._run.optimizer, moments=control is not None))[0]:
             if loss and not self._told:
                 self._told = True
-                self._journal.note(f"step {step}: the loss was not finite. All that trains is, so the run goes on.")
+                self._journal.note(f"step {step}: the loss was not finite, but all trained parameters are; continuing.")
         elif not (control and control.undo_broken(step)):
             raise self._diverged(step)
 
@@ -293,11 +297,11 @@ class FiniteWatch(Participant):
         """Log a row and return the error of a run that has diverged."""
         self._journal.log_control({"step": step, "change": 0.0, "undone": False, "not_finite": True})
         last = last_checkpoint(self._run.folder, tell=logger.debug) if self._run.folder else None
-        saved = f"The last checkpoint is {last}." if last else "No checkpoint is replaced."
-        helps = "" if self.control else " With control=True a run undoes such a step."
+        saved = f"The last checkpoint is {last}." if last else "No checkpoint is overwritten."
+        helps = "" if self.control else " control=True undoes such steps."
         return NonFiniteError(
-            f"After step {step} what trains holds NaN or infinity: the run has diverged, and nothing of that is saved. "
-            f"{saved} Lower the learning rate, clip gradients, or look at the data.{helps}"
+            f"After step {step} trained parameters contain NaN or infinity: the run has diverged, and they "
+            f"are not saved. {saved} Lower the learning rate, clip gradients, or check the data.{helps}"
         )
 
 
@@ -326,17 +330,16 @@ class GradientWatch(Participant):
         if not present:
             raise self._refusal(
                 f"No adapter received a gradient in step {step + 1}: the loss does not depend on them, so the run "
-                "would train nothing. Check that the loss is computed with the adapted model (not with a copy of it, "
-                "and not under `torch.no_grad`), and that the adapter is active."
+                "would train nothing. Check that the loss is computed with the adapted model (not a copy, and "
+                "not under `torch.no_grad`), and that the adapter is active."
             )
         if not self._meter.measuring:
             return
         self._zero_looks = 0 if bool((norms_of(present) != 0).any()) else self._zero_looks + 1
         if self._zero_looks >= PATIENCE:
             raise self._refusal(
-                f"The gradients of all adapters are zero, in step {step + 1} as in the steps that were looked at "
-                "before it: the run trains nothing. Check that the batches hold labels that count (not all of them "
-                "-100)."
+                f"The gradients of all adapters are zero in step {step + 1}, as in the steps checked before it: "
+                "the run trains nothing. Check that the batches have labels that count (not all of them -100)."
             )
 
     def _refusal(self, text: str) -> NoGradientError:

@@ -115,16 +115,17 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 ranks[parameter], more = divmod(width := ranks.pop(module), width // rank)
                 stacks[module] = parameter, width // rank
                 if more:
-                    raise ValueError(f"{width} rows of {module} are no multiple of rank {rank}")
+                    raise ValueError(f"{width} rows of {module} are not a multiple of rank {rank}")
         expected = {name: _resolve(config.rank_pattern, name, config.r) for name in ranks}
         alphas = {name: float(_resolve(config.alpha_pattern, name, config.lora_alpha)) for name in ranks}
     except (re.error, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise RunFolderError(f"The ranks and alphas in {folder / CONFIG_NAME} cannot be read: {error}") from error
+        raise RunFolderError(f"Cannot read the ranks and alphas in {folder / CONFIG_NAME}: {error}") from error
     for name, rank in ranks.items():
         if rank not in (0, expected[name]):
             raise ConfigError(
-                f"{name} has rank {rank} in the weights of {folder} and {expected[name]} in its configuration, so that "
-                "its scale is unknown, and plain PEFT cannot load it. Save again after `sync_config(model, targets)`."
+                f"{name} has rank {rank} in the weights of {folder} but {expected[name]} in its configuration, so "
+                "its scale is unknown and plain PEFT cannot load it. Save it again after `sync_config(model, "
+                "targets)`."
             )
     return SavedAdapter(config, _turned(folder, tensors, stacks) if older else tensors, ranks, alphas, stacks)
 
@@ -151,8 +152,8 @@ def _turned(
         up, down = (factors.get(f"{stem}.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
         if not up or not down:
             raise UnsupportedError(
-                f"{folder} holds adapters of experts by PEFT before 0.19, and those of gate_up_proj or of down_proj "
-                "alone, which do not show which way round they are. Merge it with that version, or train it again."
+                f"{folder} contains expert adapters written by PEFT before 0.19, for only one of gate_up_proj and "
+                "down_proj, so their orientation is unknown. Merge them with that version, or retrain."
             )
         inputs = (up["A"][1].shape[1], 2 * down["A"][1].shape[1]) == (down["B"][1].shape[0], up["B"][1].shape[0])
         if inputs == stem.endswith("feed_forward.experts"):  # of Llama 4
@@ -160,7 +161,7 @@ def _turned(
             turned[key_a] = b.reshape(len(b), -1, experts).permute(2, 1, 0).flatten(0, 1).contiguous()
             turned[key_b] = a.reshape(experts, -1, a.shape[1]).permute(2, 1, 0).flatten(1).contiguous()
     if any(turned[key] is not tensor for key, tensor in tensors.items()):
-        logger.warning("%s has adapters of experts as PEFT before 0.19 laid them out. They are turned round.", folder)
+        logger.warning("%s has expert adapters in the layout of PEFT before 0.19. They are transposed.", folder)
     return turned
 
 
@@ -198,10 +199,10 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
             size = tensor.shape["AB".index(side)] if tensor.dim() > 1 else -1
             sides.setdefault(name, {})[side] = size
     if not sides:
-        raise UnsupportedError(f"{folder / SAFETENSORS_WEIGHTS_NAME} holds no LoRA pair.")
+        raise UnsupportedError(f"{folder / SAFETENSORS_WEIGHTS_NAME} contains no LoRA pair.")
     for name, sizes in sides.items():
         if sizes.get("A", -1) < 0 or sizes.get("A") != sizes.get("B"):
-            raise RunFolderError(f"The pair of {name} in {folder} is incomplete: A and B of one rank are needed.")
+            raise RunFolderError(f"The pair of {name} in {folder} is incomplete: it needs A and B of the same rank.")
     return {name: sizes["A"] for name, sizes in sides.items()}
 
 
@@ -210,18 +211,17 @@ def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
     path = folder / CONFIG_NAME
     values = _read_file(path, lambda: read_object(path, MOST_CONFIG_BYTES))
     if values.get("peft_type") not in list(PeftType):
-        raise RunFolderError(f"{path} is corrupt or foreign: peft_type is {shown(values.get('peft_type'))}.")
+        raise RunFolderError(f"{path} is corrupt or not an adapter: peft_type is {shown(values.get('peft_type'))}.")
     _check_types(path, values)
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(path, name, values.get(name) or {})
     config = _read_file(path, lambda: LoraConfig.from_pretrained(str(folder)))
     if type(config) is not LoraConfig:
-        raise UnsupportedError(f"{path} is of {type(config).__name__}. Only LoRA adapters can be exported.")
+        raise UnsupportedError(f"{path} is a {type(config).__name__}. Only LoRA adapters can be exported.")
     others = [name for name in config.target_parameters or () if name.rpartition(".")[2] not in _STACKED]
     if others:
         raise UnsupportedError(
-            f"{path} has target_parameters {', '.join(others)}, which are not known. Known: those that end in "
-            f"{', '.join(_STACKED)}."
+            f"{path} has unknown target_parameters {', '.join(others)}. Known: those ending in {', '.join(_STACKED)}."
         )
     version = str(values.get("peft_version") or "0.17")  # 0.17 did not write its version
     return config, bool(config.target_parameters) and bool(re.match(r"0\.(\d|1[0-8])(\D|$)", version))
@@ -233,31 +233,32 @@ def _check_types(path: Path, values: Mapping[str, object]) -> None:
         value = values.get(name)
         known = value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
         if not known or (isinstance(value, float) and not math.isfinite(value)):
-            raise RunFolderError(f"{path} is corrupt or foreign: {name} is {shown(value)}.")
+            raise RunFolderError(f"{path} is corrupt or not an adapter: {name} is {shown(value)}.")
 
 
 def _check_patterns(path: Path, name: str, patterns: object) -> None:
     """Refuse regular expressions with possibly exponential time; names and simple patterns match at once."""
     if not isinstance(patterns, dict):
-        raise RunFolderError(f"{path} is corrupt or foreign: {name} is {shown(patterns)}, no values by module.")
+        raise RunFolderError(
+            f"{path} is corrupt or not an adapter: {name} is {shown(patterns)}, not a mapping of modules to values."
+        )
     for pattern in patterns:
         repeats = len(_REPEAT.findall(pattern)) + (pattern.count("(") if "|" in pattern else 0)
         if len(pattern) > MOST_PATTERN or repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
             raise RunFolderError(
-                f"{path} has the {name} {shown(pattern)}, which may take very long to match. Write out the names of "
-                "the modules."
+                f"The {name} {shown(pattern)} in {path} may take very long to match. Write out the module names."
             )
     for value in patterns.values():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RunFolderError(f"{path} is corrupt or foreign: {name} has the value {shown(value)}.")
+            raise RunFolderError(f"{path} is corrupt or not an adapter: {name} has the value {shown(value)}.")
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists() and (folder / WEIGHTS_NAME).exists():
         raise UnsupportedError(
-            f"{folder / WEIGHTS_NAME} is a pickle, which can run code when it is read, so it is not. Load the adapter "
-            "with PEFT, if you trust it, and save it with `save_pretrained(folder, safe_serialization=True)`."
+            f"{folder / WEIGHTS_NAME} is a pickle, which could run code, so it is not read. If you trust it, "
+            "load the adapter with PEFT and save it with `save_pretrained(folder, safe_serialization=True)`."
         )
     return _read_file(path, lambda: load_file(path))
 
@@ -265,13 +266,13 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _read_file(path: Path, read: Callable[[], T]) -> T:
     """Return the result of `read` on a file; raise RunFolderError if the file is missing or corrupt."""
     if not path.is_file():
-        raise RunFolderError(f"There is no {path}. Name a folder that `save_pretrained` of a PEFT model wrote.")
+        raise RunFolderError(f"{path} does not exist. Pass a folder written by `save_pretrained` of a PEFT model.")
     try:
         return read()
     except RecursionError as error:  # PEFT retries endlessly without an unknown setting
-        raise RunFolderError(f"{path} is corrupt or foreign: it holds settings inside a setting.") from error
+        raise RunFolderError(f"{path} is corrupt or not an adapter: it has nested settings.") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError) as error:
-        raise RunFolderError(f"{path} is corrupt or foreign: {first_line(error)}") from error
+        raise RunFolderError(f"{path} is corrupt or not an adapter: {first_line(error)}") from error
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -332,7 +333,7 @@ def export_padded(
     _refuse_other_forms(adapter)
     width = _padded_rank(max(adapter.ranks.values()), rank)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise RunFolderError(f"{output} exists already. Name a folder that does not, or an empty one.")
+        raise RunFolderError(f"{output} already exists. Choose a new or empty folder.")
     _check_padded_bytes(adapter, width)
     tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
     config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)
@@ -350,7 +351,9 @@ def export_padded(
         settings["bias"] = adapter.config.bias
     if settings:
         told = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
-        logger.warning("%s also holds %s: plain PEFT reads that, vLLM and llama.cpp may refuse it.", output, told)
+        logger.warning(
+            "%s also contains %s: plain PEFT reads that, but vLLM and llama.cpp may reject it.", output, told
+        )
     return output
 
 
@@ -369,7 +372,7 @@ def export_rank_pattern(adapter_folder: str | Path) -> LoraConfig:
     """
     adapter = read_adapter(Path(adapter_folder))
     if not any(adapter.ranks.values()):
-        raise ConfigError(f"All modules of {adapter_folder} are at rank 0: there is nothing to fine-tune again.")
+        raise ConfigError(f"All modules of {adapter_folder} are at rank 0, so there is nothing to fine-tune.")
     return pattern_config(adapter.config, adapter.ranks, adapter.alphas)
 
 
@@ -438,28 +441,28 @@ def _axolotl_comments(config: LoraConfig, alphas: dict[str, int]) -> list[str]:
     needed = "lora_rank_pattern and lora_alpha_pattern need" if alphas else "lora_rank_pattern needs"
     comments = [
         f"Ranks by rankpilot. {needed} axolotl of July 2026 or later",
-        "(axolotl-ai-cloud/axolotl#3673). Leave lora_target_linear out: it would adapt other modules as well.",
+        ("(axolotl-ai-cloud/axolotl#3673). Do not set lora_target_linear: it would adapt other modules as well."),
     ]
     exact = [(alphas[key], alpha) for key, alpha in config.alpha_pattern.items() if alpha]
     if not alphas and config.lora_alpha:
         exact = [(max(1, round(config.lora_alpha)), config.lora_alpha)]
     error = max((abs(whole / alpha - 1) for whole, alpha in exact), default=0.0)
     if error:
-        comments.append(f"Axolotl takes whole alphas only: the relative error of a scaling is up to {error:.2g}.")
+        comments.append(f"Axolotl supports whole alphas only: the relative error of a scaling is up to {error:.2g}.")
     unknown = [n for n in ("lora_bias", *_OTHER_FORMS) if n not in _AXOLOTL_KEYS and getattr(config, n, None)]
     if unknown:
-        comments.append(f"Axolotl has no key for {', '.join(unknown)}, which this adapter was trained with.")
+        comments.append(f"Axolotl has no key for {', '.join(unknown)}, with which this adapter was trained.")
     return comments
 
 
 def _padded_rank(highest: int, wanted: int | None) -> int:
     """Return the rank to pad to: `wanted`, or the smallest vLLM allows from `highest` on."""
     if wanted is not None and wanted not in VLLM_RANKS:
-        raise ConfigError(f"vLLM has no slot for rank {wanted}. Allowed: {', '.join(map(str, VLLM_RANKS))}.")
+        raise ConfigError(f"vLLM does not support rank {wanted}. Allowed: {', '.join(map(str, VLLM_RANKS))}.")
     fitting = [rank for rank in VLLM_RANKS if rank >= highest and wanted in (None, rank)]
     if not fitting:
-        limit = f"rank {wanted}" if wanted else f"{VLLM_RANKS[-1]}, the largest that vLLM has a slot for"
-        raise ConfigError(f"A module has rank {highest}, which does not fit {limit}. Padding never lowers a rank.")
+        limit = f"rank {wanted}" if wanted else f"{VLLM_RANKS[-1]}, the largest that vLLM supports"
+        raise ConfigError(f"A module has rank {highest}, which exceeds {limit}. Padding never lowers a rank.")
     return fitting[0]
 
 
@@ -475,7 +478,7 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
             taken += rank * math.prod(sizes) * tensor.element_size()
     if taken > MOST_PADDED_BYTES:
         raise ConfigError(
-            f"At rank {rank} the adapter would take {taken:,} bytes; at most {MOST_PADDED_BYTES:,} are padded."
+            f"At rank {rank} the adapter would take {taken:,} bytes; the limit for padding is {MOST_PADDED_BYTES:,}."
         )
 
 
@@ -489,8 +492,9 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     new = tensor if side == "A" else (tensor.double() * adapter.scale(name)).to(tensor.dtype)
     if not bool(torch.isfinite(new).all()):
         raise NonFiniteError(
-            f"{key} holds NaN or infinity, or does so after multiplication by the scale {adapter.scale(name):.4g} in "
-            f"{tensor.dtype}. Save the adapter in float32, and check that its training did not diverge."
+            f"{key} contains NaN or infinity, possibly after multiplying by the scale "
+            f"{adapter.scale(name):.4g} in {tensor.dtype}. Save the adapter in float32, and check that its "
+            "training did not diverge."
         )
     if kind == ".bias":
         return new
@@ -528,16 +532,16 @@ def _refuse_other_forms(adapter: SavedAdapter) -> None:
     forms = adapter.settings(_OTHER_FORMS)
     if forms:
         raise UnsupportedError(
-            f"The adapter is more than LoRA ({', '.join(forms)}), which vLLM and llama.cpp do not read. Merge it into "
-            "its base model with PEFT's `merge_and_unload()` and serve that."
+            f"The adapter uses more than LoRA ({', '.join(forms)}), which vLLM and llama.cpp cannot read. "
+            "Merge it into its base model with PEFT's `merge_and_unload()` and serve that."
         )
     start = adapter.config.init_lora_weights
     if str(start).lower().startswith(CHANGES_THE_BASE):
         raise UnsupportedError(
-            f"init_lora_weights={start!r} changes the base model's weights when PEFT loads the adapter, and by "
-            "another amount at another rank. Save it with `path_initial_model_for_weight_conversion`: that gives "
+            f"init_lora_weights={start!r} changes the base model's weights when PEFT loads the adapter, by an "
+            "amount that depends on the rank. Save it with `path_initial_model_for_weight_conversion` to get "
             "plain LoRA."
         )
     unknown = [key for key in adapter.tensors if ".lora_" in key and not PAIR_KEY.fullmatch(key)]
     if unknown:
-        raise UnsupportedError(f"{unknown[0]} is not a tensor of a LoRA pair, so the adapter cannot be padded.")
+        raise UnsupportedError(f"{unknown[0]} is not part of a LoRA pair, so the adapter cannot be padded.")

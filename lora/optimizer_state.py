@@ -272,8 +272,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     device = next(parameter.device for group in inner.param_groups for parameter in group["params"])
     if layout_of(inner) is None and _after_a_step(inner, torch.empty(4, 4, device=device)) is None:
         raise UnsupportedError(
-            f"{type(inner).__name__} cannot step on a parameter that it has no state of, as one has after a change of "
-            "rank. Use another optimizer, such as AdamW (optim='adamw_torch')."
+            f"{type(inner).__name__} cannot step on a parameter without state, such as one whose rank has "
+            "changed. Use another optimizer, such as AdamW (optim='adamw_torch')."
         )
 
 

@@ -86,14 +86,14 @@ def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
     ends = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
     if not paths:
         raise ConfigError(
-            f"target_parameters={target_parameters!r}: {type(base).__name__} has no fused experts. Leave it out."
+            f"target_parameters={target_parameters!r}: {type(base).__name__} has no fused experts. Drop it."
         )
     if target_parameters == "all-experts":
         return quantised or ends
     names = [part.strip() for part in target_parameters.split(",")]
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
-            raise UnknownNameError.of("target parameter", name, ends, "all-experts takes all fused experts.")
+            raise UnknownNameError.of("target parameter", name, ends, "all-experts selects all fused experts.")
     return [path for path in quantised if path.endswith(tuple(f".{name}" for name in names))] or names
 
 
@@ -133,13 +133,13 @@ def left_out(base: nn.Module) -> dict[str, str]:
         if is_router(name, module):
             found[name] = "routers"
         elif next(fused_experts(module, recurse=False), None) is not None or hasattr(module, "parametrizations"):
-            found[name] = "experts, which are fused parameters"
+            found[name] = "fused experts"
         elif hasattr(module, "A_log") and hasattr(module, "D"):
-            found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "of Mamba's layers all but in_proj")
+            found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "Mamba's layers except in_proj")
         elif name.endswith(".altup.correction_coefs"):  # in training, its clamped weight is read past an adapter
             found[name] = "AltUp's correction_coefs"
         elif isinstance(module, (nn.Linear, Conv1D)) and id(module) not in inside:
-            found[name] = "what reads no text"
+            found[name] = "modules that read no text"
     return found
 
 
@@ -164,9 +164,9 @@ def _all_linear(base: nn.Module) -> str | list[str]:
     taken = sorted({name.rpartition(".")[2] for name in {*named} - {*kept}})
     parts = [
         *dict.fromkeys(reasons.values()),
-        *([f"{', '.join(taken)}, which PEFT takes for experts"] if taken else []),
+        *([f"{', '.join(taken)}, which PEFT treats as experts"] if taken else []),
     ]
-    logger.warning("target_modules='all-linear' leaves out: %s.", "; ".join(parts))
+    logger.warning("target_modules='all-linear' excludes: %s.", "; ".join(parts))
     return kept
 
 
@@ -208,24 +208,24 @@ def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
     if len(missing := absent(names, paths)) == len(names):
         linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
         ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
-        raise UnknownNameError.of("target module", missing[0], ends, "all-linear takes all linear layers.")
+        raise UnknownNameError.of("target module", missing[0], ends, "all-linear selects all linear layers.")
     return names
 
 
 def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
     if is_slow_pattern(pattern):
         raise ConfigError(
-            f"target_modules={shown(pattern)} may take very long to match. Repeat no group and at most "
-            f"{MOST_REPEATS} other parts, or write out the names of the modules."
+            f"target_modules={shown(pattern)} may take very long to match. Do not repeat groups, repeat at "
+            f"most {MOST_REPEATS} other parts, or write out the module names."
         )
     try:
         found = [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as error:
-        raise ConfigError(f"target_modules={pattern!r} is no regular expression: {error}.") from error
+        raise ConfigError(f"target_modules={pattern!r} is not a valid regular expression: {error}.") from error
     if not found:
         raise ConfigError(
-            f"target_modules={pattern!r} matches no linear layer or embedding of {type(base).__name__}. The expression "
-            f"has to match whole names, such as {paths[-1]!r}."
+            f"target_modules={pattern!r} matches no linear layer or embedding of {type(base).__name__}. The "
+            f"expression must match full names, such as {paths[-1]!r}."
         )
     return pattern
 
@@ -466,8 +466,8 @@ def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
 
 
 PATTERN = (
-    "The rank_pattern of the LoraConfig is where nothing starts, since the policy decides all ranks. "
-    "`bounds` pins the rank of a module."
+    "LoraConfig's rank_pattern is ignored, since the policy decides all ranks. Use `bounds` to fix "
+    "the rank of a module."
 )
 
 
@@ -497,7 +497,7 @@ def start_kept(
     if not begins or fresh or both:
         yield
         if begins and start is not True:
-            note(f"This run begins with PEFT's default directions, instead of those of init_lora_weights={start!r}.")
+            note(f"This run starts with PEFT's default initialization instead of init_lora_weights={start!r}.")
         return
     before = [_drawn(target).to("cpu", copy=True) for target in targets]
     yield

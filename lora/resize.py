@@ -180,16 +180,16 @@ def set_ranks(
     notes = [f"{change.name} has rank {change.after} ({change.note})" for change in changes if change.note]
     if notes:
         more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
-        logger.warning("Ranks that could not be set as asked: %s%s.", "; ".join(notes[:3]), more)
+        logger.warning("Ranks that could not be set as requested: %s%s.", "; ".join(notes[:3]), more)
     return [change for change in changes if change.before != change.after or change.note]
 
 
 def _change(target: TargetModule, before: int, wanted: int, broken: bool) -> RankChange:
     note = ""
     if target.rank != wanted and broken:
-        note = f"not set to {wanted}: its factors, gradients or optimizer state hold NaN or infinity"
+        note = f"not set to {wanted}: its factors, gradients or optimizer state contain NaN or infinity"
     elif wanted > target.max_rank:
-        note = f"asked for {wanted}, above min(d_in, d_out) = {target.max_rank}"
+        note = f"requested {wanted}, above min(d_in, d_out) = {target.max_rank}"
     return RankChange(target.name, before, target.rank, note)
 
 

@@ -42,7 +42,9 @@ class RankLadder:
     def __post_init__(self) -> None:
         rising = all(low < high for low, high in zip(self.ranks, self.ranks[1:], strict=False))
         if len(self.ranks) < 2 or self.ranks[0] != 0 or not rising:
-            raise ConfigError(f"A rank ladder rises strictly from 0, for example {DEFAULT_RANKS}; got {self.ranks}.")
+            raise ConfigError(
+                f"A rank ladder must ascend strictly from 0, for example {DEFAULT_RANKS}; got {self.ranks}."
+            )
 
     @property
     def top(self) -> int:
@@ -137,8 +139,8 @@ def check_scaling(scaling: object) -> None:
     """Raise ConfigError unless this is a `Scaling`."""
     if scaling not in get_args(Scaling):
         raise ConfigError(
-            f"scaling is 'alpha' (lora_alpha stays when a rank changes, and PEFT divides it by the rank) or 'constant' "
-            f"(lora_alpha / r stays); got {scaling!r}."
+            "scaling must be 'alpha' (lora_alpha stays constant when a rank changes, and PEFT divides it by "
+            f"the rank) or 'constant' (lora_alpha / r stays constant); got {scaling!r}."
         )
 
 
@@ -151,4 +153,4 @@ def check_rank(rank: int, targets: Sequence[ModuleSpec]) -> None:
     """Raise ConfigError for a rank that exceeds the maximum of every module."""
     widest = max(target.max_rank for target in targets)
     if rank > widest:
-        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {rank}.")
+        raise ConfigError(f"rank must be at most {widest}, the smaller dimension of the widest module; got {rank}.")

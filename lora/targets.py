@@ -44,8 +44,8 @@ def guard_base(model: nn.Module) -> None:
         # Repacking sets this attribute, and unpacking leaves it (as False).
         if hasattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu"):
             raise UnsupportedError(
-                f"The 4-bit weights of {name!r} were repacked for inference by an evaluation on this CPU, and can no "
-                "longer be trained through. Load the model again and call "
+                f"The 4-bit weights of {name!r} were repacked for inference by an evaluation on this CPU, and "
+                "training through them is no longer possible. Reload the model and call "
                 "`rankpilot.lora.targets.guard_base(model)` before any evaluation."
             )
         if module.weight.device.type == "cpu":
@@ -107,8 +107,8 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
     if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         stored = "no weight" if weight is None else f"a weight of {weight.dtype}"
         raise UnsupportedError(
-            f"{type(base).__name__} holds {stored}, whose real values cannot be read. Supported: plain weights, and "
-            "weights quantised by bitsandbytes, torchao or optimum-quanto."
+            f"{type(base).__name__} has {stored}, whose actual values cannot be read. Supported: plain "
+            "weights, and weights quantised by bitsandbytes, torchao or optimum-quanto."
         )
     result: torch.Tensor = weight
     return result
@@ -262,8 +262,8 @@ def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
         reason = f"its factors are {type(layer.lora_A[adapter]).__name__}, not Linear"
     if reason:
         raise UnsupportedError(
-            f"Target module {name!r}: {reason}. Use LoRA, rsLoRA or DoRA on linear layers and token embeddings, or "
-            "leave the module out of `target_modules`."
+            f"Target module {name!r}: {reason}. Use LoRA, rsLoRA or DoRA on linear layers and token "
+            "embeddings, or remove the module from `target_modules`."
         )
 
 
@@ -271,16 +271,17 @@ def _refuse_config(config: LoraConfig) -> None:
     """Raise UnsupportedError for settings that keep an adapter of changed ranks from being loaded."""
     if str(config.init_lora_weights).lower().startswith(CHANGES_THE_BASE):
         raise UnsupportedError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
-            "computes from the rank each time it loads the adapter, so an adapter of new ranks would load wrong. "
-            "Use the default, or 'eva'. Ranks for such a start come from `allocate` under the default one: set "
-            "init_lora_weights in the LoraConfig that it returns, and train without rankpilot."
+            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that "
+            "PEFT computes from the rank each time it loads the adapter, so an adapter with new ranks would "
+            "load incorrectly. Use the default, or 'eva'. To use this initialization, plan the ranks with "
+            "`allocate` under the default one, set init_lora_weights in the LoraConfig it returns, and train "
+            "without rankpilot."
         )
 
 
 PLAN_FIRST = (
-    "Or plan first, and train anywhere: `rankpilot plan MODEL DATA --budget 70% --output plan.json`, and then "
-    "LoraConfig(**json.load(open('plan.json'))), without rankpilot (docs/train-anywhere.md)."
+    "Or plan first and train anywhere: `rankpilot plan MODEL DATA --budget 70% --output plan.json`, "
+    "then LoraConfig(**json.load(open('plan.json'))), without rankpilot (docs/train-anywhere.md)."
 )
 
 
@@ -289,8 +290,8 @@ def _refuse_unsloth(base: nn.Module) -> None:
         forward = vars(module).get("forward", type(module).forward)
         if str(getattr(forward, "__module__", "")).startswith("unsloth"):
             raise UnsupportedError(
-                f"Unsloth runs {type(module).__name__} with kernels of its own, which compute adapters and layers "
-                f"in one piece, so what a step takes is not known here. Load the model with transformers. {PLAN_FIRST}"
+                f"Unsloth runs {type(module).__name__} with its own kernels, which fuse adapters and layers, so "
+                f"the memory of a step is unknown. Load the model with transformers. {PLAN_FIRST}"
             )
 
 
@@ -300,7 +301,7 @@ def _refuse_shards(targets: Sequence[TargetModule]) -> None:
             if type(weight.data) is not torch.Tensor:
                 raise UnsupportedError(
                     f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), so their "
-                    f"rank cannot change. Leave the adapters whole (fully_shard with ignored_params). {PLAN_FIRST}"
+                    f"rank cannot change. Keep the adapters unsharded (fully_shard with ignored_params). {PLAN_FIRST}"
                 )
 
 
@@ -371,7 +372,7 @@ def unwrap(model: nn.Module) -> PeftModel:
     """
     inner = wrappers_of(model)[-1]
     if isinstance(inner, PeftMixedModel):
-        raise UnsupportedError("A PeftMixedModel mixes kinds of adapters: call `get_peft_model` without mixed=True.")
+        raise UnsupportedError("PeftMixedModel mixes kinds of adapters. Call `get_peft_model` without mixed=True.")
     if not isinstance(inner, PeftModel):
         raise UnsupportedError(
             f"{type(model).__name__} is not a PEFT model. Wrap it first: "
@@ -404,7 +405,7 @@ def check_ranks(targets: Sequence[TargetModule], ranks: Mapping[str, int]) -> No
         if name not in names:
             raise UnknownNameError.of("target module", name, names)
         if rank < 0:
-            raise ConfigError(f"Rank {rank} of {name!r} is negative. Ranks start at 0, which drops the adapter.")
+            raise ConfigError(f"Rank {rank} of {name!r} is negative. The lowest rank is 0, which removes the adapter.")
     check_unmerged(targets)
 
 
@@ -413,7 +414,7 @@ def check_unmerged(targets: Iterable[TargetModule]) -> None:
     merged = next((target.name for target in targets if target.layer.merged), None)
     if merged:
         raise UnsupportedError(
-            f"The adapter of {merged!r} is merged into the frozen weight, where its rank cannot change. Call "
+            f"The adapter of {merged!r} is merged into the frozen weight, so its rank cannot change. Call "
             "`unmerge_adapter()` first."
         )
 
@@ -423,14 +424,14 @@ def check_trains(targets: Iterable[TargetModule]) -> None:
     for target in targets:
         if target.layer.disable_adapters:
             raise UnsupportedError(
-                f"The adapter of {target.name!r} is disabled, so it would not train. Call "
+                f"The adapter of {target.name!r} is disabled, so it would not be trained. Call "
                 "`model.base_model.enable_adapter_layers()` first, or leave the `disable_adapter()` block."
             )
         if target.rank > 0 and not (target.weight_a.requires_grad and target.weight_b.requires_grad):
             raise UnsupportedError(
-                f"The adapter of {target.name!r} is frozen (requires_grad is False), so its rank cannot be decided. "
-                "An adapter that is loaded to be trained further needs `is_trainable=True`. Leave modules that are not "
-                "to train out of `target_modules`; `bounds` keep the rank of one that is."
+                f"The adapter of {target.name!r} is frozen (requires_grad is False), so its rank cannot be "
+                "decided. To continue training a loaded adapter, pass `is_trainable=True`. Remove modules that "
+                "should not be trained from `target_modules`; use `bounds` to fix the rank of one that should."
             )
 
 

@@ -114,26 +114,25 @@ class MemoryConfig(StepConfig):
             Budget.parse(self.budget)
         check_dropout(self.lora_dropout)
         if self.experts != "transformers" and self.quantization == "none":
-            raise ConfigError(f"experts={self.experts!r} is of a quantised model: give --quantization with it.")
+            raise ConfigError(f"experts={self.experts!r} requires a quantised model: add --quantization.")
         if self.rank < 1 or not 2 <= self.labels <= MOST_LABELS:
             given = f"got {shown(self.rank)} and {shown(self.labels)}"
-            raise ConfigError(f"rank is at least 1 and labels 2 to {MOST_LABELS:,}; {given}.")
+            raise ConfigError(f"rank must be at least 1 and labels between 2 and {MOST_LABELS:,}; {given}.")
         check_seed(self.seed)
         self._check_card()
 
     def _check_card(self) -> None:
         if "" in (self.device, self.device_memory):
-            raise ConfigError("device is a card ('RTX 4090'), and device_memory the memory of one ('24GiB'); got ''.")
+            raise ConfigError("device must be a card ('RTX 4090') and device_memory a size ('24GiB'); got ''.")
         if self.device and self.device_memory:
             raise ConfigError(
-                f"Give either the card ({shown(self.device)}) or its memory ({shown(self.device_memory)}): "
-                "one tells the other."
+                f"Pass either device ({shown(self.device)}) or device_memory ({shown(self.device_memory)}), not both."
             )
         if not self.card:
             defaults = {each.name: each.default for each in fields(self)}
             given = [name for name in (*_OF_CARD, "os") if getattr(self, name) != defaults[name]]
             if given:
-                raise ConfigError(f"{given[0]} is of a card: give --device or --device-memory with it.")
+                raise ConfigError(f"{given[0]} requires --device or --device-memory.")
             return
         wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
         wrong += [
@@ -141,6 +140,6 @@ class MemoryConfig(StepConfig):
         ]
         if wrong:
             raise ConfigError(
-                f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "
-                "--max-length tokens."
+                f"{', '.join(wrong)} cannot be combined with --device or --device-memory, which assume full rows "
+                "of --max-length tokens."
             )

@@ -42,7 +42,11 @@ def doubts(outlook: Outlook) -> list[Doubt]:
 
 def doubts_text(outlook: Outlook) -> str:
     """Return the same in one line; empty if there are none."""
-    words = {"more": "A run may take more", "less": "A run may take less", "either": "A run may take more or less"}
+    words = {
+        "more": "Actual use may be higher",
+        "less": "Actual use may be lower",
+        "either": "Actual use may be higher or lower",
+    }
     found = doubts(outlook)
     parts = []
     for direction in get_args(Direction):
@@ -56,28 +60,32 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     shape, shards = outlook.memory.shape, outlook.shards
     if loaded.loss == "cut":
         logits = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
-        more = f"up to {format_bytes(logits)} more" if logits else "bytes of their own"
-        yield Doubt(f"where cut cross-entropy does not run for this model, logits take {more}", "more")
+        more = f"up to {format_bytes(logits)} more" if logits else "additional memory"
+        yield Doubt(f"if cut cross-entropy is not supported for this model, logits take {more}", "more")
     if settings.quantization != "none" and model.fused and loaded.experts != "transformers":
-        yield Doubt("published runs with quantised experts took 3 to 32 % more than predicted, others less", "either")
+        yield Doubt("published runs with quantised experts took 3 to 32 % more than predicted, or less", "either")
     elif settings.quantization == "int8":
-        yield Doubt(
-            "columns of outliers in int8 are not counted; published runs took 1 to 19 % more than predicted", "more"
-        )
+        yield Doubt("int8 outlier columns are not counted; published runs took 1 to 19 % more than predicted", "more")
     if model.has_xielu and loaded.fused_activations:
-        yield Doubt("xIELU counts as its CUDA kernel, which is a package of its own (nickjbrowning/XIELU)", "more")
+        yield Doubt("xIELU is counted as its CUDA kernel, a separate package (nickjbrowning/XIELU)", "more")
     if model.is_eager is False and loaded.implementation in ("flash", "flex") and model.kind.startswith("GptOss"):
-        yield Doubt("attention with sinks counts as a kernel; without one it takes the square of the tokens", "more")
+        yield Doubt(
+            "attention with sinks is counted as a fused kernel; without one its memory grows with the square "
+            "of the tokens",
+            "more",
+        )
     if loaded.offload:
-        yield Doubt("offloaded activations count by TRL's rule; the one published run took 9 % more", "more")
+        yield Doubt("activation offloading is modelled on TRL's; the one published run took 9 % more", "more")
     if model.keeps_state:
-        yield Doubt("layers that keep a state count as transformers' own code, not as mamba-ssm or fla", "either")
+        yield Doubt("stateful layers are counted as in transformers' own code, not mamba-ssm or fla", "either")
     if model.own_code:
-        yield Doubt("the configuration names code of its own (trust_remote_code), and transformers' counts", "either")
+        yield Doubt(
+            "the configuration refers to custom code (trust_remote_code); transformers' own code is counted", "either"
+        )
     if shards.gpus > 1 and shards.sharding != "ddp":
-        yield Doubt(f"{shards.sharding} counts by its rules of sharding", "either")
+        yield Doubt(f"{shards.sharding} is modelled on its sharding rules only", "either")
     if loaded.attention == "math":
-        yield Doubt("no run on a card without fused attention is published", "either")
+        yield Doubt("no runs on cards without fused attention have been published", "either")
 
 
 def of_loading(outlook: Outlook) -> Iterator[str]:
@@ -87,20 +95,20 @@ def of_loading(outlook: Outlook) -> Iterator[str]:
     if how != "none" and step.model.fused and loaded.experts == "transformers":
         whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
         yield (
-            f"transformers does not quantise fused experts: they take {format_bytes(whole)}. With axolotl's "
-            f"quantize_moe_experts (--experts axolotl) they take {format_bytes(fewer)} in {how}. "
-            "prepare_model_for_kbit_training of PEFT casts them to fp32, "
-            f"{format_bytes(2 * whole)}; rankpilot's preparation does not."
+            f"transformers does not quantise fused experts: they take {format_bytes(whole)}, or "
+            f"{format_bytes(fewer)} in {how} with axolotl's quantize_moe_experts (--experts axolotl). PEFT's "
+            f"prepare_model_for_kbit_training casts them to fp32, {format_bytes(2 * whole)}; rankpilot's "
+            "preparation does not."
         )
     elif how != "none" and step.model.fused:
-        yield "Loading may take more than training: tensors are there in 16 bits until they are quantised."
+        yield "Loading may need more memory than training: tensors are in 16 bits until they are quantised."
     if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
         yield (
-            "In int8 a checkpointed layer still holds the inputs of its products (bitsandbytes keeps them outside of "
-            "what checkpointing sees). With use_reentrant=True (--reentrant) it does not."
+            "In int8, checkpointed layers still keep the inputs of their matrix products (bitsandbytes "
+            "stores them where checkpointing cannot see them). use_reentrant=True (--reentrant) avoids this."
         )
     if step.model.is_eager and outlook.memory.shape.length > SHORT:
         yield (
-            f"Attention is eager: scores take the square of {outlook.memory.shape.length:,} tokens. "
-            "With --attention flash (a kernel for this model's sinks, if it has any) they take none."
+            f"Attention is eager: scores grow with the square of {outlook.memory.shape.length:,} tokens. With "
+            "--attention flash (if a kernel supports this model's sinks) they take no memory."
         )

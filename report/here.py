@@ -109,7 +109,7 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
             switch_checkpointing(setup.model.get_base_model(), True)
             recorded = setup.measure_memory(tell, "with gradient checkpointing")
         except UnsupportedError as error:
-            notes.append(f"Without a figure for gradient checkpointing: {error}")
+            notes.append(f"No figure for gradient checkpointing: {error}")
     parameters = sum(parameter.numel() for parameter in setup.model.parameters() if not parameter.requires_grad)
     model = LoadedModel(
         kind=type(setup.model.get_base_model()).__name__,
@@ -128,7 +128,7 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
     for label, shape, memory in batches:
         outlook.add("batch", label, memory, shape, ranks)
     for name, plan in rules.items():
-        outlook.add("rule", f"{name} inside {config.budget}", asked, asked.shape, plan)
+        outlook.add("rule", f"{name} within {config.budget}", asked, asked.shape, plan)
     return outlook
 
 

@@ -87,8 +87,8 @@ def read_lengths(path: Path) -> IntArray:
     if not words or wrong is not None:
         what = "nothing" if wrong is None else shown(wrong)
         raise DataError(
-            f"{path} holds {what} where the tokens of a row are wanted: whole numbers above 0, one for each row, "
-            "between spaces, commas or line ends."
+            f"{path} contains {what}; expected one length in tokens per row, as whole numbers above 0 "
+            "separated by spaces, commas or newlines."
         )
     return np.array([int(word) for word in words], dtype=np.int64)
 
@@ -112,7 +112,9 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         found = read_lengths(Path(given))
         return np.minimum(found, max_length or found)
     if not name:
-        raise DataError(f"There is no file {given}: give one with the tokens of each row, or DATASET:COLUMN.")
+        raise DataError(
+            f"File {given} does not exist. Pass a file with the length in tokens of each row, or DATASET:COLUMN."
+        )
     from ..data.columns import check_rows, kind_of, not_text  # these need datasets
     from ..data.workload import load_splits
 
@@ -121,7 +123,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
     if column not in part.column_names:
         raise UnknownNameError.of("column", column, part.column_names)
     is_tokens = len(part) > 0 and isinstance(part[0][column], list)
-    advice = f"--lengths {given} counts texts, or lists of tokens."
+    advice = f"--lengths {given} requires texts or lists of tokens."
     check_rows(
         part, column, (lambda row: None if isinstance(row, list) else kind_of(row)) if is_tokens else not_text, advice
     )
@@ -130,7 +132,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         rows = _tokenizer(model)(rows, verbose=False)["input_ids"] if rows else []
     found = np.array([len(row) for row in rows if len(row)], dtype=np.int64)
     if not len(found):
-        raise DataError(f"The column {column!r} of {name} holds no tokens: its {len(part)} rows are empty.")
+        raise DataError(f"Column {column!r} of {name} has no tokens: all {len(part)} rows are empty.")
     return np.minimum(found, max_length or found)
 
 
@@ -141,8 +143,8 @@ def _tokenizer(model: str) -> Any:
         return load_tokenizer(model)
     except (UnknownNameError, AssetError) as error:
         raise AssetError(
-            f"The tokens of a column are counted by the tokenizer of {model}, which is not here: {first_line(error)} "
-            "Give the folder of the model, or a file with the tokens of each row."
+            f"Counting the tokens of a column requires the tokenizer of {model}, which is not available: "
+            f"{first_line(error)} Pass the model's folder, or a file with the length of each row."
         ) from error
 
 
@@ -160,7 +162,9 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
     memory, ranks = outlook.memory, (outlook.best or outlook.main).ranks
     whole = BatchShape(rows := memory.shape.rows, int(lengths.max()))
     if not memory.predicts(whole) or not memory.predicts(BatchShape(1, 1)):
-        raise UnsupportedError("The operations of this model depend on its data, so parts of a step are not known.")
+        raise UnsupportedError(
+            "The operations of this model depend on its data, so steps in parts cannot be predicted."
+        )
     order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
     batches = order[: len(order) // rows * rows][: MOST_STEPS * rows].reshape(-1, rows)
     limit = outlook.room_for_tensors if outlook.card else outlook.limit_bytes or np.inf
@@ -225,8 +229,8 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
 def lengths_table(found: StepsOfLengths) -> Table:
     """Return a table of steps in parts and padded rectangles."""
     table = make_table(
-        f"{plural(found.steps, 'step')} of {found.rows} rows of these lengths, at most {found.longest:,} tokens",
-        ("step", "time", "highest peak", "checkpointed layers", "steps that do not fit"),
+        f"{plural(found.steps, 'step')} of {found.rows} rows, up to {found.longest:,} tokens each",
+        ("step", "time", "highest peak", "checkpointed layers", "steps that don't fit"),
     )
     table.add_row(
         "padded rectangle",
@@ -237,18 +241,23 @@ def lengths_table(found: StepsOfLengths) -> Table:
     )
     highest = "none fits" if np.isnan(found.parts_bytes).all() else format_bytes(float(np.nanmax(found.parts_bytes)))
     table.add_row(
-        f"{found.parts:.1f} parts", f"{found.time:.2f}", highest, f"{found.layers:.1f} in the mean", f"{found.too_long}"
+        f"{found.parts:.1f} parts", f"{found.time:.2f}", highest, f"{found.layers:.1f} on average", f"{found.too_long}"
     )
     return table
 
 
 def lengths_text(found: StepsOfLengths) -> str:
     """Describe the benefit of parts in a line or two."""
-    padding = f"Parts leave out {found.padding_saved:.0%} of the padding."
-    fits = "Every row fits alone" if found.fits == found.longest else f"A row of up to {found.fits:,} tokens fits alone"
+    padding = f"Splitting into parts avoids {found.padding_saved:.0%} of the padding."
+    fits = (
+        "Every row fits on its own"
+        if found.fits == found.longest
+        else f"Rows of up to {found.fits:,} tokens fit on their own"
+    )
     longest = f" {fits}." if found.limit < np.inf else ""
     filling = (
-        f" Below {found.filling_tokens:,} tokens a part takes no less time, since its launches do: by published rates."
+        f" Below {found.filling_tokens:,} tokens kernel launches dominate (data-sheet rates), so smaller parts are not "
+        "faster."
         if found.filling_tokens > 1
         else ""
     )
@@ -258,16 +267,16 @@ def lengths_text(found: StepsOfLengths) -> str:
 def lengths_picture(found: StepsOfLengths) -> Figure:
     """Draw the bytes of each step as a rectangle and in parts, sorted by rectangle, and the limit."""
     order = np.argsort(found.rectangle_bytes)
-    title = f"In parts, steps take {found.time:.2f} of the time, without {found.padding_saved:.0%} of their padding"
-    note = f"{found.rows} rows a step; a rectangle has {found.rectangle_layers} layers checkpointed in every step"
+    title = f"In parts: {found.time:.2f}x the step time, {found.padding_saved:.0%} less padding"
+    note = f"{found.rows} rows per step; as rectangles, every step checkpoints {found.rectangle_layers} layers"
     figure = drawing.new_figure(3.4, title, note)
     axes = figure.add_subplot()
     unit, size = byte_unit(float(found.rectangle_bytes.max()))
     axes.plot(found.rectangle_bytes[order] / size, color=drawing.COLORS[1], label="padded rectangle")
     axes.plot(found.parts_bytes[order] / size, ".", color=drawing.COLORS[0], label="in parts", markersize=3)
     if found.limit < np.inf:
-        axes.axhline(found.limit / size, color=drawing.BUDGET_RED, label="what fits")
-    axes.set(xlabel="steps, by the longest row", ylabel=f"{unit} at the peak", ylim=(0, None))
+        axes.axhline(found.limit / size, color=drawing.BUDGET_RED, label="available")
+    axes.set(xlabel="steps, sorted by longest row", ylabel=f"peak, {unit}", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return figure
 

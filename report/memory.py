@@ -38,7 +38,7 @@ WORDS: dict[Kind, str] = {
     "gradients": "adapter gradients",
     "optimizer": "optimizer state",
     "signals": "signal buffers",
-    "others": "what trains outside the adapter",
+    "others": "other trainable parameters",
 }
 """Display names of the kinds of bytes."""
 
@@ -82,7 +82,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
         *(text for name, text in _AS_LOADED if getattr(step.loaded, name)),
-        *({"chunked": ["TRL's loss in chunks"], "cut": ["cut cross-entropy"]}.get(step.loaded.loss, [])),
+        *({"chunked": ["TRL's chunked loss"], "cut": ["cut cross-entropy"]}.get(step.loaded.loss, [])),
         *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
         *config.trainer,
     ]
@@ -98,23 +98,23 @@ def _absent_text(outlook: Outlook) -> str:
     asked = outlook.settings.target_modules
     names = [] if asked == "all-linear" or is_pattern(asked) else [name.strip() for name in asked.split(",")]
     missing = absent(names, (target.name for target in outlook.step.targets))
-    return f" (none is named {', '.join(missing)})" if missing else ""
+    return f" (no module is named {', '.join(missing)})" if missing else ""
 
 
 def _experts_text(outlook: Outlook) -> str:
     """Describe how a quantised model stores fused experts."""
     bits = outlook.settings.quantization
     return {
-        "transformers": "experts in 16 bits, as transformers leaves them",
-        "axolotl": f"experts in {bits}, as axolotl's quantize_moe_experts keeps them",
-        "unsloth": f"experts in {bits}, as Unsloth keeps them",
+        "transformers": "experts in 16 bits, as in transformers",
+        "axolotl": f"experts in {bits}, as with axolotl's quantize_moe_experts",
+        "unsloth": f"experts in {bits}, as in Unsloth",
     }[outlook.step.loaded.experts]
 
 
 def _prepared(prepares: bool) -> str:
     """Describe how a quantised model is prepared."""
     how = "after" if prepares else "without"
-    return f"{how} prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
+    return f"{how} prepare_model_for_kbit_training, which keeps unquantised weights in fp32"
 
 
 def _offload_text(outlook: Outlook) -> str:
@@ -122,21 +122,21 @@ def _offload_text(outlook: Outlook) -> str:
     if (found := brought_by_offloading(outlook)) is None:
         return ""
     return (
-        f" With offload=True (activation_offloading of TRL and axolotl) adapters on all layers fit with "
-        f"{format_bytes(found[0])} to spare: inputs of checkpointed layers lie in main memory, and copies of them take "
-        f"{found[1]:.2g} s a step at most."
+        " With offload=True (activation_offloading in TRL and axolotl), adapters on all layers fit with "
+        f"{format_bytes(found[0])} to spare: inputs of checkpointed layers are kept in main memory, and "
+        f"copying them adds at most {found[1]:.2g} s per step."
     )
 
 
 def verdict_text(outlook: Outlook) -> str:
     """Return the result in a few sentences: on a card whether it fits, else the bytes by kind."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
-    other = "less with --no-prepare-kbit, as under TRL's SFTTrainer" if prepares else "more with --prepare-kbit"
-    prepared = "" if how == "none" else f" The model in {how} trains {_prepared(prepares)} ({other})."
+    other = "--no-prepare-kbit takes less, as TRL's SFTTrainer does" if prepares else "--prepare-kbit takes more"
+    prepared = "" if how == "none" else f" The {how} model is trained {_prepared(prepares)} ({other})."
     plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
-    what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison: plain LoRA at rank"
-    told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
+    what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
+    told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
     return (_finding(outlook) if outlook.card is None else _fit(outlook)) + _offload_text(outlook) + told + prepared
 
 
@@ -149,20 +149,20 @@ def _fit(outlook: Outlook) -> str:
         if tight:
             return (
                 f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take a smaller batch."
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
             )
         smallest, least = smallest_use(outlook)
         return (
-            f"Does not fit: the smallest choice, {choice_text(outlook, smallest)}, takes "
+            f"Does not fit: even the smallest choice, {choice_text(outlook, smallest)}, takes "
             f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
         )
     assert best.use is not None, "choices of a card have a use of it"
     spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if best.verdict == "tight":
         return (
-            f"Tight: {choice_text(outlook, best)} leaves {spare}, and predictions err within {outlook.slack:.0%} of a "
-            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({needed}). "
-            f"No plan of this batch leaves as much.{_largest_text(outlook)}"
+            f"Tight: {choice_text(outlook, best)} leaves {spare} free, less than the prediction error of "
+            f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} "
+            f"({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
         )
     return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
 
@@ -174,9 +174,9 @@ def _finding(outlook: Outlook) -> str:
     least = min(others, key=lambda choice: choice.step_bytes)
     thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
     return (
-        f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
-        f"{thin.step_bytes / reference:.0%} of the bytes that rank 8 takes as asked for; the choice that saves most, "
-        f"{choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%} of them."
+        f"{saved / breakdown.total:.0%} of the peak is kept for the backward pass. Compared with rank 8 "
+        f"as requested, rank 1 takes {thin.step_bytes / reference:.0%} of the memory; the smallest "
+        f"choice, {choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%}."
     )
 
 
@@ -186,21 +186,21 @@ def _largest_text(outlook: Outlook) -> str:
     if not fitting:
         linear = 2 * outlook.step.model.fused < outlook.step.model.parameters
         smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
-        return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
+        return f" No batch of the grid fits. Use {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
     how = _checkpointed_text(outlook, largest.checkpointed or 0, largest.activations)
-    return f" The largest batch of the grid that fits all layers is {largest.shape}, with {how}."
+    return f" The largest batch that fits with adapters on all layers is {largest.shape}, with {how}."
 
 
 def _time_text(outlook: Outlook, best: Choice) -> str:
     """Name a faster plan with fewer layers than the best one, for comparison."""
     if best.time is None:
         return ""
-    text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
+    text = f", at {best.time:.2f}x the step time of plain LoRA without checkpointing"
     timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
     for time, other in timed:
         if time < 0.9 * best.time and other.fits:
-            return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
+            return f"{text}. Faster, with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}x"
     return text
 
 
@@ -228,7 +228,7 @@ def _checkpointed_text(outlook: Outlook, count: int, activations: bool) -> str:
 def row_label(outlook: Outlook, choice: Choice) -> str:
     """Return the layers with adapters under a choice, or its label."""
     where = choice.label or ("all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers")
-    return f"{where}, as asked" if choice.kind == "asked" else where
+    return f"{where}, as requested" if choice.kind == "asked" else where
 
 
 def choice_table(outlook: Outlook) -> Table:
@@ -238,7 +238,7 @@ def choice_table(outlook: Outlook) -> Table:
     columns = ["adapters", "rank", "checkpointed", "step", *(["on card", "spare"] if card else ["of rank 8"])]
     columns += [*(["fits"] if first.verdict else []), *(["time"] if first.time is not None else [])]
     budget = f"; budget {outlook.limit_bytes / size:.2f}" if outlook.limit_bytes and not card else ""
-    table = make_table(f"What each choice takes, in {unit}{budget}", columns)
+    table = make_table(f"Memory of each choice, in {unit}{budget}", columns)
     previous = first
     for choice in outlook.choices:
         if choice.kind != previous.kind or (choice.kind == "depth" and choice.layers != previous.layers):
@@ -270,7 +270,7 @@ def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
 def saver_table(saved: Sequence[Saved]) -> Table:
     """Return the same as a terminal table."""
     head, *rows = saver_rows(saved)
-    table = make_table("The same losses in fewer bytes: plain LoRA, rank 8 on all modules", head, first_wraps=True)
+    table = make_table("Same losses in less memory: plain LoRA, rank 8 on all modules", head, first_wraps=True)
     for name, *peaks in rows:
         table.add_row(escape(name), *peaks)
     return table
@@ -280,7 +280,7 @@ def grid_table(outlook: Outlook) -> Table:
     """Tabulate the batches that fit the card, with all layers at the requested rank, by tokens and rows."""
     cells = outlook.grid
     rows = sorted({cell.shape.rows for cell in cells})
-    fits = f"so that rank {outlook.rank} on all layers fits ({outlook.slack:.0%} to spare)"
+    fits = f"to fit rank {outlook.rank} on all layers ({outlook.slack:.0%} to spare)"
     title = f"Layers to checkpoint {fits}; * with selective checkpointing; – does not fit"
     table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
     for length in sorted({cell.shape.length for cell in cells}):
@@ -301,31 +301,38 @@ def notes(outlook: Outlook) -> Iterator[str]:
     parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
     margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
-    yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
+    yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join([*parts, *margin])}."
     frozen = format_bytes(outlook.step.model.frozen_bytes)
     if outlook.card is None:
-        yield f"The frozen model ({frozen}) comes on top: a budget of bytes counts it, and one of a step does not."
+        yield (
+            f"The frozen model ({frozen}) comes on top: it counts toward a total budget, but not toward a "
+            "'step' budget."
+        )
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
-            f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
-            f"the allocator reserves beside it. A row that is tight leaves less than {outlook.slack:.0%} of the card, "
-            "within which predictions err, or fits only without that reserve."
+            f"Counted on the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the "
+            f"step, and the allocator's reserve. Tight choices leave less than {outlook.slack:.0%} of the "
+            "card free, which is within the prediction error, or fit only without that reserve."
         )
         if (model := outlook.step.model).fused:
             yield (
-                f"{model.fused / model.parameters:.0%} of the weights are experts in fused parameters. "
-                "Whichever experts take a token, the bytes of a step are the same."
+                f"{model.fused / model.parameters:.0%} of the weights are fused experts. The memory of a step "
+                "does not depend on how tokens are routed."
             )
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
-            seconds = f". That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
-            seconds += "if the card reaches what an A100 or an L40S did."
-        yield f"Time: as shares of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{seconds}"
+            seconds = f", about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
+            seconds += "if the card is as efficient as an A100 or an L40S in published runs."
+        yield (
+            "Time: relative to plain LoRA (rank 8 on all modules, no checkpointing), estimated from "
+            f"operation counts{seconds}"
+        )
     if _activations(outlook):
         yield (
-            "Plain LoRA does not fit with the free savers, or is tight. So every choice has selective checkpointing, "
-            "as a run has (gradient_checkpointing='auto'): the same losses, a few per cent more time."
+            "Plain LoRA does not fit comfortably with the free savers, so all choices use selective "
+            "checkpointing, as a run would (gradient_checkpointing='auto'): the same losses, a few percent "
+            "slower."
         )
 
 
@@ -351,21 +358,21 @@ def _measured(outlook: Outlook) -> Iterator[str]:
     if (measured := outlook.measured) is None:
         return
     predicted = outlook.choices[0].step_bytes
-    tensors = "of live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
+    tensors = "in live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
     parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
     if measured.resident_bytes is not None:
         rise = f"{format_bytes(measured.resident_bytes)}, {measured.resident_bytes / predicted:.1%} of predicted"
-        parts.append(f"the resident memory rose by {rise}")
+        parts.append(f"resident memory rose by {rise}")
     if measured.process_bytes is not None:
-        parts.append(f"the process took {format_bytes(measured.process_bytes)} at its peak")
+        parts.append(f"the process peaked at {format_bytes(measured.process_bytes)}")
     if measured.reserved_bytes is not None:
-        parts.append(f"the allocator reserved {format_bytes(measured.reserved_bytes)}, the model included")
-    yield f"A real step took {'; '.join(parts)}."
+        parts.append(f"the allocator reserved {format_bytes(measured.reserved_bytes)}, including the model")
+    yield f"Measured step: {'; '.join(parts)}."
     share, count = HELD_BACK
     if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
         yield (
-            "The process took more than its tensors: the C library keeps freed memory for later. With "
-            "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
+            "The process used more than its tensors because the C library keeps freed memory. With "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment, it returns large blocks immediately."
         )
 
 
@@ -390,12 +397,12 @@ def configuration_text(outlook: Outlook) -> str:
     lines = [
         "from peft import LoraConfig",
         "",
-        *([] if settings.quantization == "none" else [f"# The model trains {_prepared(settings.prepare_kbit)}."]),
+        *([] if settings.quantization == "none" else [f"# The model is trained {_prepared(settings.prepare_kbit)}."]),
         "lora = LoraConfig(",
         f"    r={best.rank},",
         f"    lora_alpha={2 * REFERENCE_RANK},",
         f"    target_modules={modules},",
-        *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
+        *([f"    rank_pattern={narrow},  # modules narrower than {best.rank}"] if narrow else []),
         *([f"    task_type={model.task_type!r},"] if model.saved_modules else []),
         *([f"    modules_to_save={list(model.saved_modules)},"] if model.saved_modules else []),
         ")",
@@ -416,7 +423,7 @@ def configuration_text(outlook: Outlook) -> str:
         )
         room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
         budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
-        lines.append(f"# With {again}, which attach(trainer) turns on inside budget='{budget}MiB step'")
+        lines.append(f"# With {again}, which attach(trainer) enables under budget='{budget}MiB step'")
     return "\n".join(lines)
 
 

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (drawing.COLORS[0], "saved for backward"),
     "inputs": (drawing.COLORS[5], "checkpointed inputs"),
-    "recomputed": (drawing.COLORS[3], "one checkpointed layer"),
+    "recomputed": (drawing.COLORS[3], "recomputed layer"),
     "transient": (drawing.COLORS[4], "temporary"),
     "weights": ("#004d38", "adapter weights"),
     "gradients": (drawing.COLORS[2], "adapter gradients"),
     "optimizer": ("#8fd3bd", "optimizer state"),
     "signals": (drawing.COLORS[1], "signal buffers"),
-    "others": (drawing.FAINT, "outside the adapter"),
+    "others": (drawing.FAINT, "other trainables"),
 }
 """Colour and label of each kind: the adapter itself is green."""
 
@@ -108,7 +108,7 @@ def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, i
         for first, last in groups
     ]
     axes.set_yticks(range(len(groups)), names)
-    axes.set(xlabel=f"{unit} at the peak")
+    axes.set(xlabel=f"peak, {unit}")
 
 
 def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> str:
@@ -123,8 +123,8 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
     ends = _stack(axes, rows, kinds)
     if card:
         axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
-    beside = f" beside {format_bytes(held)} of frozen model and context" if card else ""
-    _clean_bars(axes, len(rows), f"What each choice takes{beside}", pad=18)
+    beside = f" on top of {format_bytes(held)} for the frozen model and context" if card else ""
+    _clean_bars(axes, len(rows), f"Memory of each choice{beside}", pad=18)
     columns = [("of rank 8", [f"{choice.step_bytes / outlook.reference_bytes:.0%}" for choice in choices])]
     columns += [("on card" if card else "step", [format_bytes(whole + held) for whole in wholes.tolist()])]
     columns += [("time", [f"{choice.time:.2f}" for choice in choices if choice.time is not None])]
@@ -133,7 +133,7 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
         for row, cell in zip((len(rows), *rows.tolist()), (head if cells else "", *cells), strict=False):
             axes.text(place, row, cell, color=drawing.FAINT if cell == head else drawing.INK, **style)
     axes.set_yticks(rows, labels)
-    axes.set(xlim=(0, 1.03 * largest / size), xlabel=f"{unit} at the peak")
+    axes.set(xlim=(0, 1.03 * largest / size), xlabel=f"peak, {unit}")
     if limit is None:
         return ""
     axes.axvline((limit - held) / size, color=drawing.BUDGET_RED, linewidth=1.6)

@@ -43,14 +43,14 @@ class TrainerFile:
     def remarks(self, path: str) -> Iterator[str]:
         """Yield a line for each kind of uncounted key."""
         if self.unpriced:
-            yield f"Changes memory in {path}, and is not priced: {', '.join(self.unpriced)}."
+            yield f"Settings in {path} that affect memory but are not counted: {', '.join(self.unpriced)}."
         if self.unread:
             table = KEYS[self.program]
             known = [*table["priced"], *table["unpriced"], *table["harmless"]]
             near = {key: difflib.get_close_matches(key[:MOST_NAME], known, 1, 0.75) for key in self.unread[:20]}
             near |= {key: [new] for key, new in table["renamed"].items()}
             told = (f"{key} (did you mean {near[key][0]}?)" if near.get(key) else key for key in self.unread)
-            yield f"Not known to {self.program} {table['version']} in {path}, so not counted: {', '.join(told)}."
+            yield f"Settings in {path} unknown to {self.program} {table['version']}, not counted: {', '.join(told)}."
 
 
 KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("trainer_keys.json").read_text("utf-8"))
@@ -78,19 +78,19 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path} holds no settings by name: {shown(values)}.")
+        raise ConfigError(f"{path} must be a mapping of setting names to values; got {shown(values)}.")
     program = _program(values)
     if not program:
         raise ConfigError(
-            f"{path} is no file of axolotl (base_model), TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path "
-            f"and finetuning_type). It has: {', '.join(map(shown, list(values)[:5]))}."
+            f"{path} is not a config of axolotl (base_model), TRL (model_name_or_path) or LLaMA-Factory "
+            f"(model_name_or_path and finetuning_type). Its keys: {', '.join(map(shown, list(values)[:5]))}."
         )
     keys = _Keys(values, str(path))
     table = KEYS[program]
     if foreign := [key for key in table["refused"] if keys.get(key, False) is not False]:
         known = Counter(training for key in foreign for training in table["refused"][key])
         most = [training for training, count in known.most_common(3) if count == max(known.values())]
-        raise keys.refuse(f"is of another training, {' or '.join(most)} ({', '.join(foreign[:4])})")
+        raise keys.refuse(f"configures another kind of training, {' or '.join(most)} ({', '.join(foreign[:4])})")
     settings = _READERS[program](keys) | {"exact_savers": False}
     if settings.get("quantization"):
         settings["prepare_kbit"] = False  # all three keep norms and embeddings in 16 bits
@@ -132,7 +132,9 @@ class _Keys:
             return bool(word)
         if word in ("false", "no", "off", "none", ""):
             return False
-        raise ConfigError(f"{self.path}: {name} is {', '.join(('true', 'false', *words))}; got {shown(value)}.")
+        raise ConfigError(
+            f"{self.path}: {name} must be one of {', '.join(('true', 'false', *words))}; got {shown(value)}."
+        )
 
     def any(self, *names: str) -> bool:
         """True if any of the switches is on; reads all of them, to validate each."""
@@ -142,7 +144,7 @@ class _Keys:
         """Return a name in lower case; empty for none."""
         value = self.get(name)
         if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{self.path}: {name} is a name; got {shown(value)}.")
+            raise ConfigError(f"{self.path}: {name} must be a string; got {shown(value)}.")
         return (value or default or "").lower()
 
     def number(self, name: str, default: float, least: int = 1) -> Any:
@@ -155,7 +157,7 @@ class _Keys:
             good = False
         if not good:
             kind = "whole number" if isinstance(default, int) else "number"
-            raise ConfigError(f"{self.path}: {name} is a {kind} from {least} on; got {shown(value)}.")
+            raise ConfigError(f"{self.path}: {name} must be a {kind} of at least {least}; got {shown(value)}.")
         return found
 
     def names(self, name: str, default: str | None = None) -> list[str] | str | None:
@@ -163,7 +165,7 @@ class _Keys:
         value = self.get(name, default)
         if value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_name, value))):
             return value or None
-        raise ConfigError(f"{self.path}: {name} is a name or a list of names; got {shown(value)}.")
+        raise ConfigError(f"{self.path}: {name} must be a name or a list of names; got {shown(value)}.")
 
     def changes(self, name: str, rule: Any) -> bool:
         """True if an unpriced key has a value that affects memory (see `KEYS`)."""
@@ -179,12 +181,14 @@ class _Keys:
         """Return the model's name; None if the command line must provide it."""
         value = self.get(name)
         if value is not None and (not isinstance(value, str) or not value):
-            raise ConfigError(f"{self.path}: {name} is the name of a model or a folder; got {shown(value)}.")
+            raise ConfigError(f"{self.path}: {name} must be a model name or a folder; got {shown(value)}.")
         return value
 
-    def refuse(self, what: str, do: str = "Measure it in your own trainer: rankpilot.attach(trainer)") -> ConfigError:
+    def refuse(
+        self, what: str, do: str = "To measure it in your own trainer, use rankpilot.attach(trainer)"
+    ) -> ConfigError:
         """Return the error for an unsupported kind of training."""
-        return ConfigError(f"{self.path} {what}. Here rankpilot prices SFT with LoRA or QLoRA. {do}.")
+        return ConfigError(f"{self.path} {what}. rankpilot memory --config supports SFT with LoRA or QLoRA. {do}.")
 
 
 _OPTIMIZERS = {
@@ -203,7 +207,7 @@ def _optimizer(keys: _Keys, name: str, default: str) -> str:
     if given not in _OPTIMIZERS:
         near = difflib.get_close_matches(given, _OPTIMIZERS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(_OPTIMIZERS))}."
-        raise ConfigError(f"{keys.path}: the optimizer {shown(given)} is not one whose bytes are known.{hint}")
+        raise ConfigError(f"{keys.path}: the memory of optimizer {shown(given)} is unknown.{hint}")
     return _OPTIMIZERS[given]
 
 
@@ -246,7 +250,7 @@ def _quantization(keys: _Keys) -> str | None:
     """
     four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     if four and eight:
-        raise ConfigError(f"{keys.path} has load_in_4bit and load_in_8bit: set one of them.")
+        raise ConfigError(f"{keys.path} sets both load_in_4bit and load_in_8bit. Set only one.")
     return "nf4" if four else "int8" if eight else None
 
 
@@ -261,7 +265,7 @@ def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
     on = keys.flag("activation_checkpointing", on)  # the name from transformers 5.24 on
     given = keys.get("activation_checkpointing_kwargs") or keys.get("gradient_checkpointing_kwargs") or {}
     if not isinstance(given, dict):
-        raise ConfigError(f"{keys.path}: gradient_checkpointing_kwargs are settings by name; got {shown(given)}.")
+        raise ConfigError(f"{keys.path}: gradient_checkpointing_kwargs must be a mapping; got {shown(given)}.")
     keys.notes += ["every_n_layers"] if given.get("every_n_layers", 1) != 1 else []
     reentrant = keys.switch("use_reentrant", given.get("use_reentrant", reentrant))
     return {"gradient_checkpointing": on, "reentrant": on and reentrant}
@@ -273,10 +277,10 @@ def _sharding(keys: _Keys) -> str | None:
         value = keys.get(name)
         names = value if isinstance(value, list) else ()
         if not (value is False or isinstance(value, kinds | None)) or not all(map(_is_name, names)):
-            raise ConfigError(f"{keys.path}: {name} is a name, or settings by name; got {shown(value)}.")
+            raise ConfigError(f"{keys.path}: {name} must be a name or a mapping; got {shown(value)}.")
     if keys.get("fsdp") or keys.get("fsdp_config"):
         text = f"{keys.get('fsdp')} {keys.get('fsdp_config')}".lower()
-        keys.notes += ["offload of FSDP"] if re.search(r"offload_params\W+true|\boffload\b", text) else []
+        keys.notes += ["FSDP offload"] if re.search(r"offload_params\W+true|\boffload\b", text) else []
         return "fsdp2"
     given = keys.get("deepspeed")
     if not given:
@@ -289,18 +293,18 @@ def _sharding(keys: _Keys) -> str | None:
     zero = given.get("zero_optimization") if isinstance(given, dict) else None
     text = f"zero{zero.get('stage')} {zero}" if isinstance(zero, dict) else str(given)
     stage = re.search(r"(?<![a-z])z(?:ero)?_?(?:stage)?_?([0-3])(?![0-9]|\.[0-9])", text.lower())
-    keys.notes += ["offload of DeepSpeed"] if re.search(r"offload(?!\w*\W+device\W+none)", text.lower()) else []
-    keys.notes += [] if stage else ["deepspeed (its ZeRO stage is not told)"]
+    keys.notes += ["DeepSpeed offload"] if re.search(r"offload(?!\w*\W+device\W+none)", text.lower()) else []
+    keys.notes += [] if stage else ["deepspeed (unknown ZeRO stage)"]
     return f"zero{stage[1]}" if stage and stage[1] in "23" else None
 
 
 def _axolotl(keys: _Keys) -> dict[str, Any]:
     adapter, rl = keys.get("adapter"), keys.get("rl")
     if adapter not in ("lora", "qlora"):
-        what = "everything" if adapter is None else f"with adapter: {shown(adapter)}"
+        what = "all weights" if adapter is None else f"with adapter: {shown(adapter)}"
         raise keys.refuse(f"trains {what}", "Set adapter: lora or qlora")
     if rl:
-        raise keys.refuse(f"trains by rl: {shown(rl)}")
+        raise keys.refuse(f"trains with rl: {shown(rl)}")
     plugins = keys.get("plugins") or []
     plugins = [str(name) for name in (plugins if isinstance(plugins, list) else [plugins])]
     keys.notes += [name for name in plugins if not re.search("CutCrossEntropy|Liger|LMEval|SwanLab", name)]
@@ -318,7 +322,9 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     named = _names(keys, "lora_target_modules")
     if not named and not keys.flag("lora_target_linear"):
         named = "q_proj,v_proj"
-        keys.notes.append("lora_target_modules (none are named: PEFT's own count, q_proj and v_proj for most models)")
+        keys.notes.append(
+            "lora_target_modules (none given: PEFT's default is assumed, q_proj and v_proj for most models)"
+        )
     half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
     return {
         "model": keys.model("base_model"),
@@ -347,16 +353,16 @@ _DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp
 
 def _trl(keys: _Keys) -> dict[str, Any]:
     if not keys.flag("use_peft"):
-        raise keys.refuse("trains everything, since TRL's use_peft is false by default", "Set use_peft: true")
+        raise keys.refuse("trains all weights, since TRL's use_peft defaults to false", "Set use_peft: true")
     loss = keys.get("loss_type", "nll")
     if loss not in ("nll", "chunked_nll", "dft"):
-        raise keys.refuse(f"has loss_type: {shown(loss)}, which is no loss of SFT")
+        raise keys.refuse(f"has loss_type: {shown(loss)}, which is not an SFT loss")
     quantization, nested = _quantization(keys), keys.flag("use_bnb_nested_quant")
     attention = _attention(keys, "attn_implementation")
     flat = keys.any("packing", "padding_free") and attention == "flash"
     length, dtype = keys.number("max_length", 1024), keys.word("dtype", "float32").removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise ConfigError(f"{keys.path}: dtype is {', '.join(_DTYPES)}; got {shown(dtype)}.")
+        raise ConfigError(f"{keys.path}: dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}.")
     return {
         "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_r", 16),
@@ -387,7 +393,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse(f"trains in stage: {shown(stage)}")
     bits, target = keys.number("quantization_bit", 0, 0), _names(keys, "lora_target", "all")
     if bits not in (0, 4, 8):
-        raise ConfigError(f"{keys.path}: quantization_bit: {bits} is not priced. Set 4 or 8.")
+        raise ConfigError(f"{keys.path}: quantization_bit: {bits} is not supported. Use 4 or 8.")
     flash = _attention(keys, "flash_attn")
     flat = keys.flag("neat_packing") and flash == "flash"
     return {

@@ -48,7 +48,7 @@ MOST_POINTS = 1500
 MOST_PLANS = 24
 """Maximum number of plans of one decision on a page, the best for the goal."""
 
-NOT_MEASURED = 'not measured: no counter can be read (on NVIDIA: pip install -e ".[energy]")'
+NOT_MEASURED = 'not measured: no energy counter is available (on NVIDIA: pip install -e ".[energy]")'
 
 LOADERS = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
@@ -133,7 +133,7 @@ def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
     busy = "" if facts.get("busy") is None else f", {facts['busy']:.0%} busy"
     free, total = (format_bytes(facts.get(name) or 0) for name in ("free_bytes", "total_bytes"))
     return {
-        "device": f"{facts.get('device')}; at the start {free} of {total} free{busy}",
+        "device": f"{facts.get('device')}; {free} of {total} free at the start{busy}",
         "energy": result.get("energy_source") or NOT_MEASURED,
     }
 
@@ -153,9 +153,10 @@ def _adapter(run: RunData) -> dict[str, str] | None:
     given = "" if base else "base_model, "
     return {
         "folder": str(folder),
-        "base": str(base) if base else "the one that was fine-tuned",
-        "load": f"from peft import {loader}\n\nmodel = {loader}.from_pretrained({given}{str(folder)!r}{options})\n"
-        "merged = model.merge_and_unload()  # the base model with the adapter in its weights, for save_pretrained",
+        "base": str(base) if base else "the fine-tuned model",
+        "load": f"from peft import {loader}\n\nmodel = "
+        f"{loader}.from_pretrained({given}{str(folder)!r}{options})\nmerged = model.merge_and_unload()  # "
+        "the base model with the adapter merged into its weights, for save_pretrained",
         "export": f"rankpilot export {quote(str(folder))} --output padded\n"
         f"rankpilot export {quote(str(folder))} --format rank-pattern",
     }

@@ -39,7 +39,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     rounds = [row for row in rows if "over_rule" in row]
     checks = drawing.finite_points([(row["round"], -row["validation"]) for row in rows if "validation" in row])
-    note = "Both panels: by how much the held-out loss is below that under the rule, in hundredths of its log."
+    note = "Both panels: held-out loss below the rule's, in hundredths of its log."
     figure = drawing.new_figure(4.1, learning_sentence(rows), note)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     training = drawing.clean_axes(panels[0], "Training, on new tasks each round")
@@ -52,7 +52,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     )
     training.fill_between(numbers, low, high, color=drawing.COLORS[0], alpha=0.15, linewidth=0, label="10-90% of runs")
     training.plot(numbers, means, color=drawing.COLORS[0], linewidth=2, label="mean")
-    validation = drawing.clean_axes(panels[1], "Validation tasks, which choose what is kept")
+    validation = drawing.clean_axes(panels[1], "Validation tasks, which decide what is kept")
     if len(checks):
         validation.plot(*checks.T, color=drawing.COLORS[1], linewidth=2, marker="o", label="agent")
     for axes in panels:
@@ -66,7 +66,7 @@ def learning_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """Describe the result of training an agent; see `learning_curve`."""
     checks = [(row["validation"], row["round"]) for row in rows if "validation" in row]
     if not checks:
-        return f"An agent was trained in {plural(sum('over_rule' in row for row in rows), 'round')}"
+        return f"An agent was trained for {plural(sum('over_rule' in row for row in rows), 'round')}"
     value, number = min(checks)
     told = f"its losses on validation tasks are {abs(value):.1f} % {'below' if value <= 0 else 'above'} the rule's"
     return f"The agent of round {number} is kept: {told}" if number else f"The copy of the rule is kept: {told}"
@@ -149,7 +149,7 @@ def rank_heatmap(
         [*starts.tolist(), len(order)],
         [*steps, total_steps],
     )
-    note = "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
+    note = "Network output at the top. Triangles: decisions. Numbers: new ranks."
     figure = drawing.new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
     axes = figure.add_subplot(grid[0])
@@ -249,8 +249,8 @@ def _rank_panels(
     lines = math.ceil(len(grid.kinds) / PANELS_IN_A_ROW)
     columns = math.ceil(len(grid.kinds) / lines)
     row_inches = float(np.clip(5.0 / len(grid.layers), *PANEL_ROW_INCHES))
-    shared = " A cell with several modules has their mean." if grid.shared else ""
-    note = f"Output of the network at the top. Triangles: decisions.{shared}"
+    shared = " Cells with several modules show their mean." if grid.shared else ""
+    note = f"Network output at the top. Triangles: decisions.{shared}"
     panel_inches = max(row_inches * len(grid.layers), 1.2)
     figure = drawing.new_figure(1.2 + lines * (panel_inches + 0.45), title, note)
     panels = figure.add_gridspec(lines, columns + 1, width_ratios=(*[1.0] * columns, 0.14), wspace=0.04)

@@ -93,7 +93,7 @@ def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
         ConfigError: the decision was not made by a policy.
     """
     if logged.correction:
-        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
+        raise ConfigError(f"At step {logged.step} the guard or a user changed the ranks; no policy decided.")
     if logged.choice and isinstance(policy, PlanChooser):
         policy = replace(policy, goal=logged.choice.goal)
     return DecidedAgain(logged, policy)
@@ -183,7 +183,7 @@ class Replay:
 
     def table(self) -> Table:
         """Return a table with one row per decision, and the missing ones below."""
-        columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"of {self.policy}")
+        columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"from {self.policy}")
         rows = [
             (
                 str(row.logged.number),
@@ -195,7 +195,7 @@ class Replay:
             )
             for row in self.agreements
         ]
-        table = make_table(f"{self.run} versus {self.policy}, in the states of the run", columns, rows)
+        table = make_table(f"{self.run} versus {self.policy}, replayed on the states of the run", columns, rows)
         table.caption, table.caption_justify = "\n".join(self.lacking) or None, "left"
         return table
 
@@ -214,7 +214,7 @@ def replay(log: DecisionLog, policy: Policy) -> Replay:
     """
     records = log.read()
     changed = [record.number for record in records if record.correction]
-    lacking = f"Decision {', '.join(map(str, changed))}: the guard or a person changed the ranks; no policy decided."
+    lacking = f"Decision {', '.join(map(str, changed))}: the guard or a user changed the ranks; no policy decided."
     agreements = tuple(Agreement(each, redecide(each, policy).ranks) for each in records if not each.correction)
     return Replay(records[0].policy, policy.name, agreements, (lacking,) if changed else ())
 
@@ -357,7 +357,7 @@ def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
 
 def _thrifty(case: DecidedAgain) -> PlanChooser:
     if not isinstance(case.policy, PlanChooser) or not case.policy.goal.saves:
-        raise ConfigError(f"{case.policy.name} follows no goal of cost here: there is no tolerance to change.")
+        raise ConfigError(f"{case.policy.name} has no cost goal here, so there is no tolerance to change.")
     return case.policy
 
 
@@ -381,8 +381,8 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
     def but(before: str) -> str:
         """Describe the effect of one step less."""
         if steps == 1:
-            return "the smallest step that was tried"
-        return f"{before} {'changes nothing' if question.target is None else 'leaves its rank as it is'}"
+            return "the smallest step tried"
+        return f"{before} {'changes nothing' if question.target is None else 'does not change its rank'}"
 
     if question.kind == "signals":
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"
@@ -395,7 +395,7 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
         word = "larger" if question.direction > 0 else "smaller"
         detail = f"{cost_text(amount, case.observation.problem.cost.unit)}; {but(f'{0.1 * abs(less):.1f} %')}"
         return f"With a budget {0.1 * steps:.1f} % {word} ({detail})"
-    words = "might have rank {} at most" if question.kind == "most" else "had to have rank {} at least"
+    words = "could have rank {} at most" if question.kind == "most" else "had to have rank {} at least"
     detail = f" ({but(f'{question.amount(case, steps - 1):.0f}')})" if steps > 1 else ""
     return f"If {question.label} {words.format(f'{amount:.0f}')}{detail}"
 

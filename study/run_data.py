@@ -144,7 +144,7 @@ class RunData:
         """Display name of the predicted cost: for steps in parts, that of the smallest possible part."""
         rows = self.results.get(PILOT, {}), *self.metrics.get(PILOT, ())
         alone = any("parts" in row for row in rows)
-        return "predicted cost with the longest row alone" if alone else "predicted cost"
+        return "predicted cost for the longest row alone" if alone else "predicted cost"
 
     def predicted(self) -> Points:
         """(step, predicted cost of the plan) of each decision."""
@@ -180,7 +180,7 @@ def find_log(folder: Path) -> DecisionLog:
     """Like `log_of`, but raises RunFolderError if there is none."""
     log = log_of(folder)
     if log is None:
-        raise RunFolderError(f"{folder} holds no decision log: there is neither decisions/{LINES} nor {LINES}.")
+        raise RunFolderError(f"{folder} has no decision log: neither decisions/{LINES} nor {LINES} exists.")
     return log
 
 
@@ -195,20 +195,20 @@ def read_run(folder: Path) -> RunData:
     of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
     if log is None and not (folder / "summary.json").is_file():
         raise RunFolderError(
-            f"{folder} holds no run: there is no decision log (decisions/{LINES} or {LINES}) and no "
-            "summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
+            f"{folder} is not the folder of a run: it has no decision log (decisions/{LINES} or {LINES}) and "
+            "no summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
             "rankpilot.attach, or the folder of a decision log."
         )
     summary = _read_summary(folder, missing) if of_finetune else {}
     if log is None and not summary:
         raise RunFolderError(
-            f"{folder} holds no run: there is no decision log, and {missing[0]}. The page is about fine-tunes; what "
-            "`rankpilot policy evaluate` found is in its summary.json."
+            f"{folder} is not the folder of a run: there is no decision log, and {missing[0]}. The page shows "
+            "fine-tunes; for results of `rankpilot policy evaluate`, see its summary.json."
         )
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions: list[DecisionRecord] = []
     if log is None:
-        missing.append("the decisions (no decision log)")
+        missing.append("decisions (no decision log)")
     else:
         try:
             decisions = log.read()
@@ -230,7 +230,7 @@ def _read_control(folder: Path, missing: list[str]) -> dict[str, Any]:
         broken = tuple((counted(row["step"]), bool(row["undone"])) for row in rows if row.get("not_finite"))
         return {"control": moves, "broken": broken}
     except (DataError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        missing.append(f"how the learning rate was corrected ({first_line(error)})")
+        missing.append(f"learning-rate corrections ({first_line(error)})")
         return {}
 
 
@@ -239,12 +239,12 @@ def control_sentence(run: RunData) -> str:
     if not run.control:
         return ""
     moves = [
-        f"x {factor:.2g} at step {step} (to {rate:.2g}{', back to the adapters of before' if undone else ''})"
+        (f"x {factor:.2g} at step {step} (to {rate:.2g}{', restoring the previous adapters' if undone else ''})")
         for step, factor, rate, undone in run.control
     ]
     steps = [str(step) for step, undone in run.broken if undone]
-    undone = f" What was not finite after step {', '.join(steps)} was undone." if steps else ""
-    return f"The learning rate was corrected by what steps showed: {', '.join(moves)}.{undone}"
+    undone = f" Non-finite values after step {', '.join(steps)} were undone." if steps else ""
+    return f"The learning rate was corrected during the run: {', '.join(moves)}.{undone}"
 
 
 def moves_sentence(record: DecisionRecord, predicted_of: str) -> str:
@@ -261,9 +261,9 @@ def moves_sentence(record: DecisionRecord, predicted_of: str) -> str:
         moved = f"{np.count_nonzero(after)} of {len(after)} modules adapted"
     plan = f"{cost_text(record.predicted_cost, unit)} of {cost_text(record.problem.limit, unit)}"
     measured = record.measured_cost
-    seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""
+    seen = f" (measured before: {cost_text(measured, unit)})" if measured is not None else ""
     changed = int((record.rank_clipped != after).sum())
-    budget = f" The budget changed what was asked for {changed} modules." if changed else ""
+    budget = f" The budget changed the requested rank of {changed} modules." if changed else ""
     return f"{moved}; {predicted_of} {plan}{seen}.{budget}"
 
 
@@ -272,7 +272,9 @@ def rates_sentence(record: DecisionRecord) -> str:
     rates = record.rates
     if rates is None or math.isclose(*rates, rel_tol=0.01):
         return ""
-    return f"The plan trained at a peak learning rate of {rates[1]:.3g}, which is {rates[0]:.3g} for plain LoRA."
+    return (
+        f"The plan was trained at a peak learning rate of {rates[1]:.3g}, equivalent to {rates[0]:.3g} for plain LoRA."
+    )
 
 
 def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
@@ -293,22 +295,22 @@ def run_names(runs: Sequence[RunData]) -> list[str]:
 def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
     path = folder / "summary.json"
     if not path.is_file():
-        missing.append("the results, as the run has not finished (no summary.json)")
+        missing.append("results (the run has not finished: no summary.json)")
         return {}
     try:
         summary = read_object(path)
         if not isinstance(summary["runs"][PILOT], dict):
-            raise TypeError(f"the run {PILOT!r} has no results")
+            raise TypeError(f"results ({PILOT!r} has none)")
         check_summary(summary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        missing.append(f"the results ({path} is unreadable: {_said(error)})")
+        missing.append(f"results ({path} is unreadable: {_said(error)})")
         return {}
     return summary
 
 
 def _said(error: Exception) -> str:
     """Describe an error about a file."""
-    return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+    return f"missing {error}" if isinstance(error, KeyError) else first_line(error)
 
 
 def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> dict[str, Rows]:
@@ -364,10 +366,10 @@ def check_summary(summary: Any) -> None:
         _check_numbers(hardware, ("busy", "free_bytes", "total_bytes"), f"{shown(name)}: ")
         for text in (hardware.get("device"), run.get("energy_source")):
             if not isinstance(text, str | None):
-                raise TypeError(f"{shown(name)} has a name of hardware that is {shown(text)}")
+                raise TypeError(f"{shown(name)} has an invalid hardware name: {shown(text)}")
         ranks = run.get("ranks") or {}
         if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
-            raise TypeError(f"{shown(name)} has a rank that is none")
+            raise TypeError(f"{shown(name)} has an invalid rank")
     _check_numbers(summary, _SETUP, "")
     if not (summary.get("largest_class") or 0) <= 1:
         raise TypeError(f"largest_class is {summary['largest_class']}, not a share")

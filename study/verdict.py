@@ -60,8 +60,8 @@ def _diverged(run: RunData) -> str:
     """Report a non-finite loss or gradient, or a training loss that ends above its start."""
     if ended := [at for at, undone in run.broken if not undone]:
         return (
-            f"The run diverged: losses, gradients or weights were not finite up to step {ended[0]}, where it ended. "
-            "Lower the learning rate."
+            f"The run diverged: losses, gradients or weights were non-finite up to step {ended[0]}, where it "
+            "ended. Lower the learning rate."
         )
     held_out = run.results.get(PILOT, {}).get("held_out_loss")
     values: list[tuple[str, float, float]] = []
@@ -75,13 +75,13 @@ def _diverged(run: RunData) -> str:
     losses = run.points(PILOT, "loss")
     if held_out is not None and losses and held_out > BLOWN_UP * losses[0][1] > 0:
         return (
-            f"The run diverged: the held-out loss is {held_out:.4g} at its end, and the first training loss "
+            f"The run diverged: the final held-out loss is {held_out:.4g}, the first training loss "
             f"{losses[0][1]:.4g}. Lower the learning rate."
         )
     start, end = rise_of(losses)
     if end > (1 + DIVERGED) * start:
         return f"The run diverged: the training loss rose from {start:.4g} to {end:.4g}. Lower the learning rate."
-    return f"The training loss did not fall: it began at {start:.4g} and ends at {end:.4g}." if end > start else ""
+    return f"The training loss did not fall: it started at {start:.4g} and ended at {end:.4g}." if end > start else ""
 
 
 def rise_of(losses: Points) -> tuple[float, float]:
@@ -110,12 +110,12 @@ def _guesses(run: RunData) -> str:
         return ""
     if accuracy > largest:
         return (
-            f"The model may be guessing: its held-out accuracy of {accuracy:.1%} is hardly above that of always naming "
-            f"the most frequent class ({largest:.1%}), and {rows:,} rows cannot tell them apart."
+            f"The model may be guessing: its held-out accuracy of {accuracy:.1%} is barely above always "
+            f"predicting the most frequent class ({largest:.1%}), and {rows:,} rows are too few to tell."
         )
     return (
-        f"The model guesses: its held-out accuracy of {accuracy:.1%} is no better than always naming the most frequent "
-        f"class ({largest:.1%})."
+        f"The model is guessing: its held-out accuracy of {accuracy:.1%} is no better than always "
+        f"predicting the most frequent class ({largest:.1%})."
     )
 
 
@@ -127,8 +127,8 @@ def _rose(run: RunData) -> str:
     if last[1] <= (1 + RISE) * lowest[1]:
         return ""
     return (
-        f"The held-out loss rose during the run: from {lowest[1]:.3f} at step {lowest[0]:g} to {last[1]:.3f} at step "
-        f"{last[0]:g}. Train fewer steps, or lower the learning rate."
+        f"The held-out loss rose during the run, from {lowest[1]:.3f} at step {lowest[0]:g} to "
+        f"{last[1]:.3f} at step {last[0]:g}. Train for fewer steps, or lower the learning rate."
     )
 
 
@@ -142,7 +142,7 @@ def _exceeded(run: RunData) -> str:
 
 def _unlike(run: RunData) -> str:
     caveats = run.first.caveats if run.first else ()
-    return f"Expectations come from other runs, so trust them less: {', '.join(caveats)}." if caveats else ""
+    return f"Expectations come from other runs and are less reliable here: {', '.join(caveats)}." if caveats else ""
 
 
 def _misses_goal(run: RunData) -> str:
@@ -182,20 +182,20 @@ def _against(run: RunData, name: str, what: str) -> str:
         return ""
     word = "lower" if change < 0 else "higher"
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
-    sentence = f"One run each, so luck counts too: rankpilot's held-out loss is {differs} that of {what}"
+    sentence = f"From a single run each, rankpilot's held-out loss is {differs} that of {what}"
     if name == UNIFORM and (ranks := [rank for rank in (other.get("ranks") or {}).values() if rank]):
         least, most = min(ranks), max(ranks)
         equal = f"rank {most}" if least == most else f"ranks {least} to {most}"
         sentence += f", {equal} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"
-        for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))
+        for key, unit in (("peak_bytes", "memory"), ("median_step_s", "step time"))
         if name == ALL_LINEAR and mine.get(key) and other.get(key)
     ]
     again = run.saved[0].again_bytes if shares and run.saved else None
     checkpointed = (
-        f" With all layers checkpointed it would take {format_bytes(again)}, of which the run took "
-        f"{mine['peak_bytes'] / again:.0%}."
+        f" With all layers checkpointed it would take {format_bytes(again)}; this run took "
+        f"{mine['peak_bytes'] / again:.0%} of that."
         if again and mine.get("peak_bytes")
         else ""
     )
@@ -208,17 +208,17 @@ def _against(run: RunData, name: str, what: str) -> str:
 def loss_sentence(lasts: Mapping[str, float]) -> str:
     """Compare the first run's last held-out loss with those of other runs."""
     if not lasts:
-        return "Training loss; no held-out loss was measured"
+        return "Training loss (no held-out loss was measured)"
     (run, value), *others = lasts.items()
     if not others:
         return f"{run} ends at a held-out loss of {value:.3f}"
     other, reference = others[0]
     change = (value - reference) / reference
     if abs(change) < 0.0005:
-        return f"{run} and {other} end level at a held-out loss of {value:.3f}"
+        return f"{run} and {other} end equal at a held-out loss of {value:.3f}"
     word = "below" if change < 0 else "above"
     differs = f"{abs(change):.1%} {word} {other}"
-    return f"{run} ends {differs} on held-out data, one run each: {value:.3f} against {reference:.3f}"
+    return f"{run} ends {differs} on held-out data ({value:.3f} vs {reference:.3f}, one run each)"
 
 
 def cost_sentence(run: RunData) -> str:
@@ -229,10 +229,10 @@ def cost_sentence(run: RunData) -> str:
     if not len(limits):
         return ""
     if not measured and not len(predicted):
-        return f"Budget of {cost_text(limits[-1, 1], run.unit)}; nothing was measured"
+        return f"Budget of {cost_text(limits[-1, 1], run.unit)}; no measurements"
     if not measured:
         text, _ = _most(predicted, in_force(limits, predicted[:, 0] + 1), run.unit)
-        return f"Plans take at most {text}{'' if run.unit == 'parameters' else '; nothing was measured'}"
+        return f"Plans take at most {text}{'' if run.unit == 'parameters' else '; no measurements'}"
     name, points = measured[0]
     budgets = in_force(limits, points[:, 0])
     text, share = _most(points, budgets, run.unit)
@@ -240,7 +240,7 @@ def cost_sentence(run: RunData) -> str:
         over = int((points[:, 1] > budgets).sum())
         return f"{name} exceeds the budget at {over} of {len(points)} measured steps: {text}"
     percent = f"{min(share, 0.999):.1%}" if share > 0.99 else f"{share:.0%}"
-    return f"{name} keeps to the budget at every measured step: at most {text} ({percent})"
+    return f"{name} stays within the budget at every measured step: at most {text} ({percent})"
 
 
 def _most(points: FloatArray, limits: FloatArray, unit: str) -> tuple[str, float]:
@@ -287,7 +287,7 @@ def ranks_sentence(ranks: IntArray, modules: Sequence[str]) -> str:
     most, moved = int(np.argmax(change)), int(np.count_nonzero(change))
     beside = "the only change" if moved == 1 else f"the largest of {moved} changes"
     event = f"{short_names(modules)[most]} went from rank {first[most]} to {final[most]}, {beside}; " if moved else ""
-    return f"{event}{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of all rank{ending}"
+    return f"{event}{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of the total rank{ending}"
 
 
 def _end(count: int) -> str:

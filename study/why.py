@@ -26,7 +26,7 @@ from .run_data import rates_sentence
 RATE_TOLD = {
     HALVED: ", and halved the learning rate",
     DOUBLED: ", and doubled the learning rate",
-    UNDO: ", and went back to the last copy at a quarter of the learning rate",
+    UNDO: ", and restored the last copy at a quarter of the learning rate",
 }
 """Changes to the learning rate by a decision, in addition to ranks."""
 
@@ -54,11 +54,11 @@ class Explanation:
         logged, found = self.logged, self.logged.choice
         where = f"At step {logged.step}"
         if logged.correction:
-            return f"{where} the guard or a person changed the ranks; no policy decided."
+            return f"{where} the guard or a user changed the ranks; no policy decided."
         if found is None:
-            did = "kept the ranks in place" if logged.kept else "decided; it expects nothing of plans"
+            did = "kept the ranks" if logged.kept else "decided; it predicts no losses"
             return f"{where} {logged.policy} {did}{RATE_TOLD.get(logged.decision.change, '')}."
-        taken = f'{where} the plan "{found.names[found.taken]}" was taken'
+        taken = f'{where} the plan "{found.names[found.taken]}" was chosen'
         promise = found.promise()
         if found.taken == 0 or found.misses_goal:
             return f"{taken}{promise and f': {promise[0].lower()}{promise[1:]}'}"
@@ -127,17 +127,17 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
     """
     found = Explanation(logged)
     if logged.correction:
-        return replace(found, notes=("The log does not tell how the guard, or a person, chose these ranks.",))
+        return replace(found, notes=("The log does not record how the guard or a user chose these ranks.",))
     if not what_ifs or (logged.kept and not logged.decision.change):
         return found
     named: Policy | None = GROUP_RULES.get(logged.policy) or RULES.get(logged.policy)
     given = policy or named or (PlanChooser() if logged.choice else None)
     same_weights = (sha256 := getattr(given, "sha256", None)) == logged.policy_sha256
     if given is None or not same_weights or (sha256 is None and given.name != logged.policy):
-        return replace(found, notes=(f"The policy {logged.policy} is not at hand, so there are no what-ifs.",))
+        return replace(found, notes=(f"The policy {logged.policy} is not available, so there are no what-ifs.",))
     case = redecide(logged, given)
     if differences := ", ".join(name for name in case.differences if name != "rank_after"):
-        note = f"Taken again here, the decision differs in {differences}; so there are no what-ifs."
+        note = f"Repeated here, the decision differs in {differences}, so there are no what-ifs."
         return replace(found, notes=(note,))
     answers = (what_if(case, question) for question in usual_questions(case))
     return replace(found, what_ifs=tuple(answer for answer in answers if answer))
@@ -158,12 +158,13 @@ def _against_plain(logged: DecisionRecord, found: Choice) -> str:
     unfit = "" if found.fits[0] else ", which does not fit"
     if not found.goal.saves:
         expected, surely = (percent(float(values[found.taken])) for values in (found.expected, found.surely))
-        return f": its loss is expected to be {expected} versus {PLAIN}{unfit}, surely at most {surely}"
-    most = "the least time a step" if found.goal.kind == "time" else "the fewest bytes"
+        return f": its loss is expected to be {expected} versus {PLAIN}{unfit}, very likely at most {surely}"
+    most = "the least time per step" if found.goal.kind == "time" else "the least memory"
     mine, plain = (_cost(logged, found, plan) for plan in (found.taken, 0))
     return (
-        f": of {plural(int(found.within_tolerance.sum()), 'plan')} that surely stay within "
-        f"{percent(found.goal.tolerance)} of the loss of {PLAIN} it takes {most}, {mine} against {plain}{unfit}"
+        f": of {plural(int(found.within_tolerance.sum()), 'plan')} very likely within "
+        f"{percent(found.goal.tolerance)} of the loss of {PLAIN}, it takes {most}, {mine} versus "
+        f"{plain}{unfit}"
     )
 
 
@@ -176,18 +177,18 @@ def _cost(logged: DecisionRecord, found: Choice, plan: int) -> str:
 def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
     parts = [f"{name} {percent(value)}" for name, value in _parts(found)]
     if parts:
-        more = " and smaller parts" if len(parts) > SHOWN else ""
-        yield f"What is expected is the sum of its parts: {', '.join(parts[:SHOWN])}{more}."
+        more = " and smaller ones" if len(parts) > SHOWN else ""
+        yield f"The expectation is the sum of these effects: {', '.join(parts[:SHOWN])}{more}."
         columns = (found.expected, found.reach, found.spread)
         expected, reach, spread = (float(values[found.taken]) for values in columns)
         yield (
-            f"Fine-tunes differ, by a standard deviation of {100 * spread:.1f} %: the loss may "
-            f"be from {percent(expected - reach)} to {percent(expected + reach)}."
+            f"Fine-tunes vary with a standard deviation of {100 * spread:.1f} %: the loss may be anywhere "
+            f"from {percent(expected - reach)} to {percent(expected + reach)}."
         )
     yield f"The goal is {found.goal}."
     yield _runners_up(logged, found)
     if found.caveats:
-        yield f"Trust it less than usual: {', '.join(found.caveats)}."
+        yield f"This is less reliable than usual: {', '.join(found.caveats)}."
 
 
 def _parts(found: Choice) -> list[tuple[str, float]]:
@@ -204,33 +205,33 @@ def _runners_up(logged: DecisionRecord, found: Choice) -> str:
         return f"No other plan {'is within the tolerance' if saves else 'fits'}."
     worth = [_cost(logged, found, plan) if saves else percent(float(found.cautious[plan])) for plan in others[:SHOWN]]
     plans = ", ".join(f'"{found.names[plan]}" ({each})' for plan, each in zip(others, worth, strict=False))
-    return f"The next {'within the tolerance' if saves else 'by what they lose, with some caution'}: {plans}."
+    return f"The next best {'within the tolerance' if saves else 'by cautious loss estimate'}: {plans}."
 
 
 def _of_budget(logged: DecisionRecord) -> list[str]:
     """Describe changes to the policy's requested ranks: clipping to the ladder and bounds, then to the budget."""
     asked, clipped, got = logged.rank_wanted, logged.rank_clipped, logged.rank_after
     if np.array_equal(asked, got):
-        return ["Every module got the rank that the policy asked for."]
+        return ["Every module got the rank requested by the policy."]
     problem = logged.problem
     ladder, (lower, upper) = problem.ladder, problem.bounds()
     rungs = ladder.rung(asked)
     allowed = ladder.array[np.clip(rungs, lower, upper)]
     reasons = np.full(len(asked), "", dtype=object)
-    reach = "no module may move further at one decision"
+    reach = "modules may move no further in one decision"
     reasons[rungs > upper] = np.where(upper < problem.tops, reach, "their upper bound is lower")[rungs > upper]
     reasons[rungs < lower] = np.where(lower > problem.bottoms, reach, "their lower bound is higher")[rungs < lower]
     reasons[problem.is_pinned & (allowed != asked)] = "they are pinned"
     off_ladder = (allowed == clipped) & (ladder.array[rungs] == clipped) & (asked != clipped)
-    reasons[off_ladder] = "the ladder has no such rank, and the next one below counts"
-    reasons[clipped != allowed] = "it was given by hand, or changed by a limit of time"
+    reasons[off_ladder] = "the ladder does not have that rank, so the next lower one is used"
+    reasons[clipped != allowed] = "it was set by hand, or changed by a time limit"
     counts = Counter(filter(None, reasons.tolist()))
-    found = [f"{plural(count, 'module')} did not get the rank asked for: {why}." for why, count in counts.items()]
+    found = [f"{plural(count, 'module')} did not get the requested rank: {why}." for why, count in counts.items()]
     lowered, raised = int((got < clipped).sum()), int((got > clipped).sum())
     if lowered:
-        found.append(f"{plural(lowered, 'module')} had to give way, since the ranks asked for exceed the budget.")
+        found.append(f"{plural(lowered, 'module')} got a lower rank because the requested ranks exceed the budget.")
     if raised:
-        found.append(f"What was left of the budget raised {plural(raised, 'module')}.")
+        found.append(f"The remaining budget raised the rank of {plural(raised, 'module')}.")
     return found
 
 

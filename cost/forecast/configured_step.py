@@ -223,11 +223,11 @@ class Shards:
 
     def __post_init__(self) -> None:
         if type(self.gpus) is not int or not 1 <= self.gpus <= MOST_GPUS:
-            raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {shown(self.gpus)}.")
+            raise ConfigError(f"gpus must be a whole number from 1 to {MOST_GPUS:,}; got {shown(self.gpus)}.")
         if self.sharding not in get_args(Sharding):
-            raise ConfigError(f"sharding is {', '.join(get_args(Sharding))}; got {shown(self.sharding)}.")
+            raise ConfigError(f"sharding must be one of {', '.join(get_args(Sharding))}; got {shown(self.sharding)}.")
         if self.gpus == 1 and self.sharding != "ddp":
-            raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
+            raise ConfigError(f"sharding {self.sharding} needs several GPUs: set gpus to at least 2.")
 
     def loaded(self, model: LoadedModel) -> tuple[int, ...]:
         """Return the bytes of each storage of the frozen model on one GPU; the last is the gathered part."""

@@ -147,7 +147,7 @@ class StepRecorder:
                 (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
             self._targets = find_target_modules(model)
             if empty := next((each.name for each in self._targets if each.max_rank < 1), ""):
-                raise ConfigError(f"The configuration of {config.model_type!r} makes {empty} with a width of 0.")
+                raise ConfigError(f"The configuration of {config.model_type!r} gives {empty} a width of 0.")
             self._training = training_step.TrainingStep(
                 model, _loss(model, step, loaded), _optimizer(step, model), accumulates=step.accumulation > 1
             )
@@ -245,20 +245,20 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
     except RankPilotError:
         raise
     except AttributeError as error:
-        raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
+        raise ConfigError(f"The configuration lacks a setting its model needs: {first_line(error)}") from error
     except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
         needs = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
-        why = "because what it computes depends on contents" if needs else "because it failed"
+        why = "because its operations depend on data" if needs else "because it failed"
         if any(
             str(frame.f_globals.get("__name__")).startswith("liger_kernel") for frame, _ in walk_tb(error.__traceback__)
         ):
             raise UnsupportedError(
-                f"Liger has replaced parts of {config.model_type!r} in this process, and its kernels need a GPU's "
-                "numbers: predict the step before that, or in another process (`rankpilot memory`)."
+                f"Liger has replaced parts of {config.model_type!r} in this process, and its kernels only run on "
+                "a GPU. Predict the step before applying Liger, or in another process (`rankpilot memory`)."
             ) from error
         raise UnsupportedError(
             f"A step of {config.model_type!r} cannot be predicted from its configuration, {why} "
-            f"({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+            f"({first_line(error)[:120]}). Load the model and measure it with `rankpilot memory`."
         ) from error
 
 
@@ -380,7 +380,7 @@ def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype |
         base: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ConfigError(
-            f"No {auto_class} can be made from this configuration of {config.model_type!r}: {said_of(error)}"
+            f"Cannot create {auto_class} from this configuration of {config.model_type!r}: {said_of(error)}"
         ) from error
     if getattr(config, "scale_decoder_outputs", True) is False:
         # T5 version 1.1: its configuration claims a tied output layer, but its weights are untied.

@@ -41,9 +41,9 @@ def check_known(name: str) -> None:
         return
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
         path = expanded(name)
-        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
+        raise AssetError(f"No configuration found at {path}. Pass a folder with a config.json, or the file itself.")
     if "/" not in name and not short_name(name):
-        hint = "A folder with a config.json or a Hugging Face id works too."
+        hint = "A folder with a config.json or a Hugging Face id also works."
         raise UnknownNameError.of("model", name, published_models(), hint)
 
 

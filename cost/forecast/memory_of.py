@@ -111,14 +111,14 @@ def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known | _OF_LOAD)
     if not is_count(rank):
-        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
+        raise ConfigError(f"rank must be a whole number of at least 1; got {shown(rank)}.")
 
 
 def _adapter(given: object) -> dict[str, Any]:
     """Return extra arguments of `peft.LoraConfig`, refusing those set through the step's settings."""
     own = {"target_modules", "target_parameters", "task_type"}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) and name not in own for name in given):
-        told = f"adapter has arguments of peft.LoraConfig by name, without {', '.join(sorted(own))}"
+        told = f"adapter must contain arguments of peft.LoraConfig by name, except {', '.join(sorted(own))}"
         raise ConfigError(f"{told}; got {shown(given)}.")
     return dict(given)
 
@@ -226,7 +226,7 @@ def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
         from transformers import PreTrainedConfig
 
         if not isinstance(model, PreTrainedConfig):
-            raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
+            raise ConfigError(f"model must be a name, a path or a transformers configuration; got {shown(model)}.")
         return _plain(model)
     check_known(model)
     path = expanded(model)

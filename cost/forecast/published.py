@@ -81,8 +81,9 @@ def _read(name: str, place: str | Path) -> PreTrainedConfig:
         return read_configuration(place)
     except OSError as error:
         raise AssetError(
-            f"The configuration of {name!r} could not be read: {first_line(error)} Check the id or path and the "
-            f"network; without one, a local config.json works, or one of {', '.join(list(published_models())[:5])}, ..."
+            f"Cannot read the configuration of {name!r}: {first_line(error)} Check the id or path and the "
+            "network. Offline, pass a local config.json, or one of "
+            f"{', '.join(list(published_models())[:5])}, ..."
         ) from error
     except (*UNUSABLE, ValueError) as error:
         raise unusable(name, error) from error
@@ -101,12 +102,12 @@ def unusable(name: str, error: Exception) -> ConfigError:
         return error
     if needs_code(error):
         return ConfigError(
-            f"The model {name!r} needs Python code that comes with it (`auto_map`), and rankpilot never runs such "
-            "code. Take a model whose class is part of transformers."
+            f"Model {name!r} requires its own Python code (`auto_map`), which rankpilot never runs. Use a "
+            "model that is part of transformers."
         )
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
     told = said_of(cause if isinstance(cause, Exception) else error)
-    return ConfigError(f"The configuration of {name!r} cannot be used: {told}")
+    return ConfigError(f"The configuration of {name!r} is not usable: {told}")
 
 
 def said_of(error: Exception) -> str:
@@ -149,7 +150,7 @@ def _check_numbers(fields: Mapping[str, Any], model: str) -> None:
 
 def _wrong_size(model: str, name: str, value: object) -> ConfigError:
     whole = f"a whole number from {int(name in _SIZES)} to {_most(name):,}"
-    return ConfigError(f"The configuration of {model!r} has {name}={shown(value)}. Give {whole}.")
+    return ConfigError(f"The configuration of {model!r} has {name}={shown(value)}. It must be {whole}.")
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
@@ -158,14 +159,16 @@ def check_sizes(config: PreTrainedConfig) -> None:
     named = config.architectures
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise ConfigError(
-            f"The configuration of {model!r} has architectures={shown(named)}. "
-            "Give a list of names, as in ['LlamaForCausalLM']."
+            f"The configuration of {model!r} has architectures={shown(named)}. It must be a list of names, "
+            "such as ['LlamaForCausalLM']."
         )
     try:
         text: Any = config.get_text_config()
         fields = vars(text)
     except (ValueError, TypeError) as error:  # it has several text parts, or an invalid one
-        raise ConfigError(f"The configuration of {model!r} has no one model of text: {first_line(error)}") from error
+        raise ConfigError(
+            f"The configuration of {model!r} does not contain a single text model: {first_line(error)}"
+        ) from error
     for name, value in fields.items():
         if type(value) is int and _A_SIZE.fullmatch(name) and not 0 <= value <= _most(name):
             raise _wrong_size(model, name, value)
@@ -196,7 +199,7 @@ def check_reads_tokens(config: PreTrainedConfig, name: str = "") -> None:
         return
     what = f"The model {name!r} ({type(config).__name__})" if name else f"The model ({type(config).__name__})"
     raise ConfigError(
-        f"{what} reads no tokens{'' if main in _TOKENS else f' but {main}'}: rankpilot plans and trains models of text."
+        f"{what} does not read tokens{'' if main in _TOKENS else f' but {main}'}: rankpilot supports text models only."
     )
 
 
@@ -207,8 +210,8 @@ def check_experts(config: PreTrainedConfig) -> None:
     chosen = getattr(text, "num_experts_per_tok", None)
     if experts > 1 and isinstance(chosen, int) and not 1 <= chosen <= experts:
         raise ConfigError(
-            f"The configuration of {config.model_type!r} sends each token to num_experts_per_tok={chosen} of its "
-            f"{experts} experts. Give 1 to {experts}."
+            f"The configuration of {config.model_type!r} routes each token to num_experts_per_tok={chosen} of "
+            f"its {experts} experts. It must be 1 to {experts}."
         )
 
 
@@ -226,11 +229,11 @@ def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
     given: Any = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
     method = getattr(given, "value", given)
     if not isinstance(method, str):
-        raise ConfigError(f"quant_method of the configuration is a name, as in 'gptq'; got {shown(method)}.")
+        raise ConfigError(f"quant_method of the configuration must be a name, such as 'gptq'; got {shown(method)}.")
     if method not in ("", "bitsandbytes") and quantization != "none":
         raise ConfigError(
-            f"The weights of this {config.model_type!r} are stored in {method}, which transformers does not turn into "
-            f"{quantization}. Leave --quantization out, or take a checkpoint in bf16."
+            f"The weights of this {config.model_type!r} are stored in {method}, which transformers cannot "
+            f"convert to {quantization}. Drop --quantization, or use a bf16 checkpoint."
         )
     return method
 

@@ -83,7 +83,7 @@ def unpacked(content: bytes, keys: Collection[str] | None = None) -> dict[str, S
     try:
         plain = reader.decompress(content, max_length=MOST_BYTES)
         if not reader.eof:
-            raise DataError(f"It is cut off, or unpacks to more than {MOST_BYTES:,} bytes.")
+            raise DataError(f"It is truncated, or unpacks to more than {MOST_BYTES:,} bytes.")
         start = 8 + int.from_bytes(plain[:8], "little")
         told, heads = json.loads(plain[8:start])
         sizes = [np.dtype(head[0]).itemsize * math.prod(head[2]) for head in heads]
@@ -99,7 +99,7 @@ def unpacked(content: bytes, keys: Collection[str] | None = None) -> dict[str, S
             if keys is None or key in keys
         }
     except (lzma.LZMAError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"It is no file of recorded steps: {first_line(error)}") from error
+        raise DataError(f"It is not a file of recorded steps: {first_line(error)}") from error
 
 
 def _written(array: NDArray[Any], small: bool) -> tuple[Any, bytes]:

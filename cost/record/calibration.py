@@ -249,17 +249,17 @@ def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
     )
     named, rest = list(branches)[:MOST_BRANCHES], len(branches) - MOST_BRANCHES
     if len(absent) == 1:
-        text = f"{absent[0]!r} took no part in the forward pass. Leave it out of `target_modules`"
+        text = f"{absent[0]!r} took no part in the forward pass. Remove it from `target_modules`"
     else:
         where = ", ".join(map(repr, named)) + (f" and {rest} more" if rest > 0 else "")
         text = (
-            f"{len(absent)} of {len(absent) + len(ran)} target modules took no part in the forward pass, all those of "
-            f"{where}. Leave them out of `target_modules`"
+            f"{len(absent)} of {len(absent) + len(ran)} target modules took no part in the forward pass, all "
+            f"those of {where}. Remove them from `target_modules`"
         )
     if rest > 0:
         return f"{text}."
     pattern = "|".join(map(re.escape, named))
-    return rf"""{text}, or give LoraConfig exclude_modules=r"({pattern})(\..*)?"."""
+    return rf'{text}, or set exclude_modules=r"({pattern})(\..*)?" in the LoraConfig.'
 
 
 LOOP_BYTES = 1024
@@ -413,9 +413,10 @@ def beside_model(budget: Budget, model: nn.Module) -> Budget:
     resident = resident_bytes(model)
     if resident >= budget.value:
         raise BudgetError(
-            f"The budget of {format_bytes(budget.value)} in all is less than the frozen model and the device's context "
-            f"take, {format_bytes(resident, up=True)}. Give more, or load the model in a smaller precision (bf16, or "
-            f"quantised). For a step alone, beside the frozen model, write '{format_bytes(budget.value)} step'."
+            f"The total budget of {format_bytes(budget.value)} is less than the frozen model and the device's "
+            f"context take, {format_bytes(resident, up=True)}. Raise it, or load the model in lower precision "
+            "(bf16, or quantised). For a step only, on top of the frozen model, write "
+            f"'{format_bytes(budget.value)} step'."
         )
     share = AUTO_SHARE if next(model.parameters()).device.type == "cuda" else 1.0
     return Budget("bytes", share * (budget.value - resident))

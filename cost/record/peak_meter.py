@@ -58,21 +58,22 @@ def likely_cause(peak: int, predicted: float, batches: StepBatches, accumulation
     if batches.count and batches.count != accumulation:
         took = f"{batches.count} batch" if batches.count == 1 else f"{batches.count} batches"
         cause = (
-            f"the step took {took}, and the run was told accumulation={accumulation}. The last step of an epoch may "
-            "have fewer; else tell the run how many make a step, and pass all of them to `before_step`."
+            f"the step ran {took}, but accumulation={accumulation} was declared. The last step of an epoch "
+            "may have fewer; otherwise declare the number of batches per step, and pass all of them to "
+            "`before_step`."
         )
     elif peak < predicted and batches.unpadded:
         cause = (
-            "no row of the step is padded, and the prediction leaves room for rows that are. A peak below the "
-            "prediction is no danger."
+            "no row of the step is padded, while the prediction allows for padding. A peak below the "
+            "prediction is harmless."
         )
     else:
         cause = (
-            f"the step computes {'more' if peak > predicted else 'less'} than the one that was measured "
-            "before training, because the model, the loss or the kind of batch has changed since, or another library "
+            f"the step computes {'more' if peak > predicted else 'less'} than the one measured before "
+            "training, because the model, the loss or the kind of batch has changed, or another library "
             "keeps tensors."
         )
-    return f"where {format_bytes(predicted)} were predicted. Likely cause: {cause}"
+    return f"while {format_bytes(predicted)} were predicted. Likely cause: {cause}"
 
 
 class PeakMeter:

@@ -105,7 +105,7 @@ def _read_past_layers(model: nn.Module) -> list[str]:
     ]
     if found:
         mixer = found[0].rpartition(".")[2]
-        logger.warning("layers of Mamba stay as they are: load it with llm_int8_skip_modules=[%r].", mixer)
+        logger.warning("Mamba layers cannot be quantised: load the model with llm_int8_skip_modules=[%r].", mixer)
     return found
 
 

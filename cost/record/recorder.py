@@ -31,9 +31,10 @@ from .autograd_graph import flow_from, kept_on_context, saved_by
 from .live_storages import LiveStorages
 
 _FOREIGN_HOOKS = (
-    "The training step saves tensors through hooks of its own, such as those of torch.utils.checkpoint in its loss or "
-    "in a model's own code, or of torch.autograd.graph.save_on_cpu. So what it holds cannot be measured. Leave them "
-    "out (gradient_checkpointing=True is measured), or give a budget of parameters ('300k params')."
+    "The training step saves tensors through custom hooks, such as those of torch.utils.checkpoint "
+    "in its loss or the model's own code, or of torch.autograd.graph.save_on_cpu, so its memory "
+    "cannot be measured. Remove them (gradient_checkpointing=True is supported), or pass a budget in "
+    "parameters ('300k params')."
 )
 
 AGREE: ContextVar[Callable[[Callable[[], Recording]], Recording] | None] = ContextVar("AGREE", default=None)
@@ -132,8 +133,8 @@ class Recorder:
         count = len(unsaved.created)
         if not np.array_equal(unsaved.created, recording.created[recording.created <= recording.forward_end]):
             raise UnsupportedError(
-                f"{type(self.model).__name__} runs other operations each time on the same batch, so its memory cannot "
-                "be predicted. Switch off what is random in its structure (layer drop, routing noise)."
+                f"{type(self.model).__name__} runs different operations each time on the same batch, so its "
+                "memory cannot be predicted. Disable randomness in its structure (layer drop, routing noise)."
             )
         freed = np.concatenate([unsaved.freed, recording.freed[count:]])
         for serial, time in recording.on_context_until.items():  # the context holds these in both passes

@@ -74,7 +74,7 @@ def plain_text(saved: Sequence[Saved]) -> str:
         + ("" if each.again_bytes is None else f", or {format_bytes(each.again_bytes)} with all layers checkpointed")
         for each in (saved[0], saved[-1])
     ]
-    with_savers = f" With exact savers it takes {peaks[1]}, at the same losses." if len(saved) > 1 else ""
+    with_savers = f" With exact savers it takes {peaks[1]}, with the same losses." if len(saved) > 1 else ""
     return f"A step of plain LoRA takes {peaks[0]}.{with_savers}"
 
 

@@ -133,9 +133,9 @@ class TiledCrossEntropy(torch.autograd.Function):
         same = torch.isclose(found, ctx.found, rtol=0, atol=0, equal_nan=True).all()
         if not same.is_meta and not bool(same):
             raise UnsupportedError(
-                "The logits were changed between the loss and its backward pass, or the backward pass ran twice. The "
-                "tiled loss needs them as they were, and writes their gradient in their place. Change a copy of "
-                "them, or give exact_savers=False."
+                "The logits were modified between the loss and its backward pass, or the backward pass ran "
+                "twice. The tiled loss needs them unchanged and overwrites them with their gradient. Modify a "
+                "copy of them, or pass exact_savers=False."
             )
         return result, None, None, None
 

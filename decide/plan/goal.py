@@ -46,12 +46,12 @@ class Goal:
 
     def __post_init__(self) -> None:
         if self.kind not in GOALS:
-            raise ConfigError(f"goal is one of {', '.join(GOALS)}; got {self.kind!r}.")
+            raise ConfigError(f"goal must be one of {', '.join(GOALS)}; got {self.kind!r}.")
         number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
         if not number or not 0 <= self.tolerance <= 1:
             raise ConfigError(
-                "tolerance, by which the log loss may be above that of rank 8 on all modules, is a number from 0 to 1, "
-                f"such as 0.01 for 1 %; got {self.tolerance!r}."
+                "tolerance, the allowed log loss above that of rank 8 on all modules, must be a number from 0 to "
+                f"1, such as 0.01 for 1 %; got {self.tolerance!r}."
             )
 
     @property
@@ -63,9 +63,9 @@ class Goal:
         """Describe the goal in words."""
         if not self.saves:
             return "the lowest loss within the budget"
-        cost = {"time": "least time a step", "bytes": "fewest bytes"}[self.kind]
+        cost = {"time": "least time per step", "bytes": "least memory"}[self.kind]
         return (
-            f"the {cost}, with a loss that is surely at most {self.tolerance:.2g} (log) above "
+            f"the {cost}, with a loss very likely at most {self.tolerance:.2g} (log) above "
             "that of rank 8 on all modules"
         )
 
@@ -83,9 +83,7 @@ def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = Non
     """
     found = Goal(goal, TOLERANCE if tolerance is None else tolerance)  # type: ignore[arg-type]
     if tolerance is not None and not found.saves:
-        raise ConfigError("tolerance counts under goal='time' or goal='bytes' alone: give one, or leave tolerance out.")
+        raise ConfigError("tolerance applies only to goal='time' or goal='bytes'. Set one of them, or drop tolerance.")
     if found.kind == "bytes" and budget_unit == "parameters":
-        raise ConfigError(
-            "goal='bytes' does not go with a budget of parameters: give a budget of bytes ('24GiB', '80%')."
-        )
+        raise ConfigError("goal='bytes' requires a budget in bytes ('24GiB', '80%'), not in parameters.")
     return found

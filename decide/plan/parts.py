@@ -149,8 +149,9 @@ def too_long(row: int, length: int, room: float, layers: int, bytes_of: ShapeCos
     fits = longest_that_fits(length, room, layers, bytes_of)
     rest = f"the longest that fits has {fits:,}" if fits else "no row fits at all"
     return BudgetError(
-        f"Row {row} of the batch has {length:,} tokens and does not fit alone"
-        f"{' with all layers checkpointed' if layers else ''}: {rest}. Cut rows to that length, or raise the budget."
+        f"Row {row} of the batch has {length:,} tokens and does not fit on its "
+        f"own{' with all layers checkpointed' if layers else ''}: {rest}. Truncate rows to that length, "
+        "or raise the budget."
     )
 
 
@@ -165,10 +166,10 @@ def parts_sentence(figures: Mapping[str, float]) -> str:
     if figures.get("parts", 1.0) <= 1 and not figures.get("padding_saved"):
         return ""
     count = int(figures.get("batches_too_large", 0))
-    large = f" As a whole, {count:,} of them would not have fit." if count else ""
+    large = f" {count:,} of them would not have fit whole." if count else ""
     return (
-        f"Batches ran in {figures['parts']:.1f} parts in the mean, without {figures['padding_saved']:.0%} of their "
-        f"padding.{large}"
+        f"Batches ran in {figures['parts']:.1f} parts on average, without {figures['padding_saved']:.0%} "
+        f"of their padding.{large}"
     )
 
 

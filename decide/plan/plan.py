@@ -68,11 +68,11 @@ def check_budget(problem: AllocationProblem, names: list[str], share: float | No
         count = np.count_nonzero(least)
         first = names[int(np.argmax(least > 0))]
         cause = f"the lower bounds on the ranks of {count} modules"
-        where = f"(rank {least.max()} at most, {first!r} among them)"
+        where = f"(rank {least.max()} at most, including {first!r})"
         if count == 1:
-            cause, where = f"the lower bound on the rank of {first!r}", f"(rank {least.max()} on it alone)"
+            cause, where = f"the lower bound on the rank of {first!r}", f"(only rank {least.max()} on it)"
     else:
-        cause, where = "any adapter", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
+        cause, where = "any adapter", f"(only rank {least.max()} on {names[int(np.argmax(least))]!r})"
     if not problem.fits(least):
         needed, given, reason = _shortfall(problem, least, share)
         raise BudgetError(f"The {given} is too small for {cause}. The smallest that works is {needed} {where}.{reason}")
@@ -91,7 +91,7 @@ def least_ranks(problem: AllocationProblem) -> IntArray:
     if problem.bottoms.any():
         return ladder[problem.bottoms]
     if not problem.tops.any():
-        raise BudgetError("The upper bounds on the ranks leave no module a rank above 0.")
+        raise BudgetError("The upper bounds leave no module a rank above 0.")
     nothing = FixedCost(problem.cost, np.zeros(len(modules), dtype=np.bool_))
     alone = nothing.value[:, None] + nothing.additions(modules) + problem.cost.per_rank * ladder[1]
     cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
@@ -115,27 +115,26 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
     if isinstance(cost, TimedCost) and peak == len(costs) - 1:
         least, most, fixed = (value / cost.unit_per_second for value in (needed, problem.limit, held))
         reason = (
-            f" {fixed:.3g} s of it go to what every plan takes, the forward pass above all. A smaller per-device batch "
+            f" Every plan takes {fixed:.3g} s of it, mostly for the forward pass. A smaller per-device batch "
             "or shorter sequences lower it."
         )
-        return f"{_rounded_up(least)} s", f"time of {most:.3g} s a step", reason
-    as_share = "" if share is None else f", a share of {math.ceil(100 * share * needed / problem.limit)}%"
+        return f"{_rounded_up(least)} s", f"time of {most:.3g} s per step", reason
+    as_share = "" if share is None else f", or {math.ceil(100 * share * needed / problem.limit)}% as a share"
     if cost.unit == "parameters":
         return f"{needed:.0f} parameters{as_share}", f"budget of {problem.limit:.0f}", ""
     parts = (
-        (held, "to what this moment holds even without an adapter (such as what trains outside it)"),
-        (costs[peak] - adapter[peak] - held, "to what is saved or computed for backward (activations, logits)"),
-        (adapter[peak], "to the adapter itself"),
+        (held, "for tensors unrelated to the adapter (such as other trainable parameters)"),
+        (costs[peak] - adapter[peak] - held, "for tensors saved or computed for backward (activations, logits)"),
+        (adapter[peak], "for the adapter itself"),
     )
-    shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
+    shares = [f"{format_bytes(size)} of it is {use}" for size, use in parts if size > 0]
     reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}."
     if share is None:
         reason += (
-            " A smaller per-device batch or shorter sequences lower it, and so does gradient checkpointing where it is "
-            "off."
+            " A smaller per-device batch, shorter sequences, or gradient checkpointing if it is off would lower it."
         )
     needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
-    return needs, f"budget of {given_bytes(problem.limit)} for a step", reason
+    return needs, f"budget of {given_bytes(problem.limit)} per step", reason
 
 
 def _rounded_up(seconds: float) -> str:
@@ -416,8 +415,8 @@ class TimeLimit:
         """Format the time of a plan next to its limit, or next to plain LoRA's if there is none."""
         seconds = self.of(ranks)
         if self.beside is None:
-            return f"a step takes {seconds:.3g} of {self.seconds:.3g} s"
-        return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of that with rank 8 on all modules"
+            return f"a step takes {seconds:.3g} s of {self.seconds:.3g} s"
+        return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of the time with rank 8 on all modules"
 
     def state(self) -> dict[str, Any]:
         """State for `from_state`, as arrays and JSON values."""
@@ -434,9 +433,9 @@ class TimeLimit:
 
     def _impossible(self, least: float) -> BudgetError:
         return BudgetError(
-            f"The time of {self.seconds:.3g} s a step is too short for any plan within the budget. The smallest takes "
-            f"{least:.3g} s, with the gradient checkpointing that its bytes need. Raise the time, or the budget, which "
-            "then needs less checkpointing."
+            f"The time of {self.seconds:.3g} s per step is too short for any plan within the budget. The "
+            f"fastest takes {least:.3g} s, with the gradient checkpointing its memory requires. Raise the "
+            "time, or raise the budget so that less checkpointing is needed."
         )
 
 

@@ -53,7 +53,7 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
         least, most = bound_of(name, bound)
         if not any(least <= rank <= most for rank in DEFAULT_RANKS):
             raise ConfigError(
-                f"The bounds of {name!r} leave it no rank: no rank of {DEFAULT_RANKS} is from {least} to {most}."
+                f"The bounds of {name!r} allow no rank: none of {DEFAULT_RANKS} is between {least} and {most}."
             )
         low[chosen], high[chosen] = np.minimum(least, useful[chosen]), most
     return low, high
@@ -82,8 +82,8 @@ def bound_of(name: object, bound: object) -> tuple[int, int]:
         case (int(least), int(most)) if 0 <= least <= most <= MOST_RANK:
             return least, most
     raise ConfigError(
-        "Bounds are a rank or a pair from low to high by the name of a module or its end, as in {'q_proj': (0, 16)}, "
-        f"from 0 to {MOST_RANK:,}; got {shown(name)}: {shown(bound)}."
+        f"Bounds must be a rank or a (low, high) pair by module name or its suffix, such as {{'q_proj': "
+        f"(0, 16)}}, from 0 to {MOST_RANK:,}; got {shown(name)}: {shown(bound)}."
     )
 
 
@@ -171,11 +171,11 @@ class AllocationProblem:
 
     def __post_init__(self) -> None:
         if not self.hysteresis >= 0:
-            raise ConfigError(f"hysteresis is at least 0, got {self.hysteresis}.")
+            raise ConfigError(f"hysteresis must be at least 0; got {self.hysteresis}.")
         for name, bound in (("low", self.low), ("high", self.high)):
             if bound is not None and (np.shape(bound) != np.shape(self.ranks) or np.min(bound, initial=0) < 0):
                 raise ConfigError(
-                    f"{name} holds one rank of at least 0 for each of the {len(self.ranks)} modules; got "
+                    f"{name} must have a rank of at least 0 for each of the {len(self.ranks)} modules; got "
                     f"{np.size(bound)} from {np.min(bound, initial=0)}."
                 )
         if self.low is not None:
@@ -189,9 +189,11 @@ class AllocationProblem:
         module, ladder = int(wrong[0]), self.ladder.ranks
         least, most = int(low[module]), int(self._most[module])
         reason = (
-            f"low {least} is above high {most}" if least > most else f"no rank of {ladder} is from {least} to {most}"
+            f"low {least} is above high {most}"
+            if least > most
+            else f"no rank of {ladder} is between {least} and {most}"
         )
-        raise ConfigError(f"The bounds of module {module} leave it no rank: {reason}.")
+        raise ConfigError(f"The bounds of module {module} allow no rank: {reason}.")
 
     @cached_property
     def _most(self) -> IntArray:
@@ -417,9 +419,9 @@ def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
     """
     expected = (len(problem.ranks), len(problem.ladder.ranks))
     if np.shape(utility) != expected:
-        raise ConfigError(f"utility holds a number for each module and rung, {expected}; got {np.shape(utility)}.")
+        raise ConfigError(f"utility must have a number for each module and rung, {expected}; got {np.shape(utility)}.")
     if not np.isfinite(utility).all() or (np.diff(utility, axis=1) < 0).any() or utility[:, 0].any():
-        raise ConfigError("utility is 0 at rank 0, finite, and does not fall along the ladder.")
+        raise ConfigError("utility must be 0 at rank 0, finite, and non-decreasing along the ladder.")
     problem = problem.fresh()
     ladder = problem.ladder.array
     if not problem.fits(ladder[problem.bottoms]):

@@ -89,7 +89,8 @@ for sentence in why.sentences():
 found = first.choice
 for plan in best_first(found)[:5]:
     print(
-        f"  {found.names[plan]}: expected {percent(found.expected[plan])}, surely at most {percent(found.surely[plan])}"
+        f"  {found.names[plan]}: expected {percent(found.expected[plan])}, "
+        f"very likely at most {percent(found.surely[plan])}"
     )
 
 # %% [markdown]

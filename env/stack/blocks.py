@@ -46,8 +46,8 @@ class Blocks:
         prefixes = [name for name in lists if all(t.name.startswith(f"{name}.{t.block}.") for t in targets)]
         if not prefixes:
             raise UnsupportedError(
-                "Stacked runs need a model whose target modules lie in one list of blocks, such as `model.layers.3.`; "
-                f"got {targets[0].name!r} among them."
+                "Stacked runs require all target modules in one list of blocks, such as `model.layers.3.`; got "
+                f"{targets[0].name!r} among them."
             )
         parent, _, self._name = prefixes[0].rpartition(".")
         self._parent = model.get_submodule(parent)

@@ -122,7 +122,7 @@ class StackedEpisodes:
         """
         shapes = {(task.batch_size, task.length) for task in tasks.values()}
         if {task.base for task in tasks.values()} != {self.base} or len(shapes) > 1:
-            raise ConfigError(f"Stacked tasks share the base {self.base} and the shape of their batches.")
+            raise ConfigError(f"Stacked tasks must share the base {self.base} and the shape of their batches.")
         self.under_way.clear()
         self._probe({task: slot for slot, task in tasks.items() if self._probed not in known_of(task)})
         reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})

@@ -297,14 +297,14 @@ def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") ->
 def _check_rows(name: str, value: Any, rows: int, examples: int, *, texts: bool) -> None:
     """Raise UnsupportedError if a value has entries, but not one for each row."""
     if name.startswith(_PICTURES) and texts:
-        raise UnsupportedError(f"{name} is of pictures, of which a row may have several")
+        raise UnsupportedError(f"{name} contains images, of which a row may have several")
     if name in (*LIMITS, *LONGEST):
-        raise UnsupportedError(f"{name} tells where texts end that share a row")
+        raise UnsupportedError(f"{name} marks where texts in a shared row end")
     size = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else None
     if isinstance(value, torch.Tensor) and size not in (None, rows, examples, 1):
-        raise UnsupportedError(f"{name or 'a tensor'} has {size} entries where the batch has {rows} rows")
+        raise UnsupportedError(f"{name or 'a tensor'} has {size} entries, but the batch has {rows} rows")
     if isinstance(value, list | tuple) and value and len(value) not in (rows, examples):
-        raise UnsupportedError(f"{name or 'a list'} has {len(value)} entries where the batch has {rows} rows")
+        raise UnsupportedError(f"{name or 'a list'} has {len(value)} entries, but the batch has {rows} rows")
 
 
 def _starts_of_texts(batch: Batch) -> IntArray | None:

@@ -80,9 +80,9 @@ class EvaluatedParts:
                 if math.isinf(self._share):
                     raise
             except CUT_FAILS as error:
-                self._stop(f"results of parts do not fit together ({first_line(error)})")
+                self._stop(f"results of parts cannot be joined ({first_line(error)})")
                 return evaluate(batch)
-        raise AssertionError("the last parts are rows alone")
+        raise AssertionError("the last parts are single rows")
 
     def _compared(
         self, evaluate: Callable[[Batch], Result], rows: BatchRows, parts: Sequence[Sequence[int]], found: Result
@@ -100,12 +100,12 @@ class EvaluatedParts:
         same = loss[0] is None or loss[1] is None or abs(float(loss[1] - loss[0])) <= rounding * abs(float(loss[0]))
         if same and all(map(partial(_close, rounding=rounding), _tensors(found[1:]), _tensors(whole[1:]))):
             return found
-        self._stop("in parts another batch has other results")
+        self._stop("a later batch gave other results in parts")
         return whole
 
     def _stop(self, reason: str) -> None:
         self.on = False
-        self._tell(f"Batches of evaluations run as they are, and not in parts: {reason}.")
+        self._tell(f"Evaluation batches run whole, not in parts: {reason}.")
 
     def shrink(self, share: float) -> None:
         """Let parts take less, after an evaluation whose peak was this share of the budget."""
@@ -114,15 +114,15 @@ class EvaluatedParts:
     def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str, unknown: str) -> None:
         """Test on some rows whether results of parts match those of a batch."""
         self._news = News(0) if unknown and self._parts.asked else None
-        reason = whole or ("an example has several rows" if self._parts.plans.each > 1 else "")
+        reason = whole or ("an example spans several rows" if self._parts.plans.each > 1 else "")
         reason = reason or (unknown if not self._news else "")
         if not reason:
             try:
                 reason = self._tested(evaluate, rows, TESTED_ROWS)
             except torch.OutOfMemoryError:
-                reason = "rows run out of memory"
+                reason = "single rows run out of memory"
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-                reason = f"they do not take a part of a batch ({first_line(error)})"
+                reason = f"the evaluation fails on part of a batch ({first_line(error)})"
         self.on = True
         if reason:
             self._stop(reason)
@@ -155,7 +155,7 @@ class EvaluatedParts:
         self._token_bytes = 2.0 * outputs / (some.examples * some.shape.length)
         pairs = zip(_tensors(found[1:]), _tensors(whole[1:]), strict=True)
         same = all(_close(one, other, rounding) for one, other in pairs)
-        return "" if same else "in parts predictions are others"
+        return "" if same else "predictions differ in parts"
 
     def _joined(self, rows: BatchRows, parts: Sequence[Sequence[int]], results: Sequence[Result]) -> Result:
         """Join the results of a batch's parts; unknown values of padding are `IGNORED`."""

@@ -35,7 +35,7 @@ TESTED_ROWS = 4
 TRIES = 4
 """Number of batches tried until one has a loss: all labels of a few rows may be masked."""
 
-NOT_FINITE = "the loss of the first rows is not finite"
+NOT_FINITE = "the loss on the first rows is not finite"
 
 ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Relative difference of two gradients due to rounding, by the lowest precision of the step: two units in the last
@@ -183,7 +183,7 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *
             for batch in run.small_batches(TRIES, min(run.rows, count), seed):
                 rows = BatchRows.of(batch, cuts, run.step.rows_per_example)
                 if not known and rows.examples < TESTED_ROWS:
-                    return Exactness("", f"a test of it takes {TESTED_ROWS} rows")
+                    return Exactness("", f"testing it needs {TESTED_ROWS} rows")
                 with _shaken(targets, seed) as turn:
                     found = replace(_tested(run, rows, turn, known=known), packed=rows.packed)
                 if found.reason != NOT_FINITE:
@@ -195,11 +195,11 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *
             if run.replicas.sharded:  # other processes are in the middle of the test
                 raise
         except CUT_FAILS as error:
-            return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")
+            return Exactness("", f"the loss fails on part of a batch ({first_line(error)})")
 
         if count > 2:
             return tested(2)
-        return Exactness("", f"{count} rows ran out of memory in the test of it")
+        return Exactness("", f"{count} rows ran out of memory in the test")
 
     return run.measured(tested)
 
@@ -237,14 +237,14 @@ def difference_of(
     except torch.OutOfMemoryError:
         raise
     except (UnsupportedError, *CUT_FAILS) as error:
-        return f"the loss does not take a part of a batch ({first_line(error)})"
+        return f"the loss fails on part of a batch ({first_line(error)})"
     if not (math.isfinite(loss) and bool(whole.isfinite().all())):
         return ""
     difference = _difference([1.0], [(each, sums)], whole, loss)
     return "" if difference <= found.rounding else _MEET.format(difference)
 
 
-_MEET = "in parts the gradient of a step differs by {:.2g} of its size, since rows meet in it"
+_MEET = "in parts, a step's gradient differs by {:.2g} of its size, because rows affect each other"
 
 
 def _stepped(
@@ -279,7 +279,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, know
             now = dict(run.model.named_buffers())
             for name, buffer, before in buffers:
                 if now.get(name) is not buffer or not torch.equal(buffer, before):
-                    return Exactness("", f"a forward pass writes into {name}")
+                    return Exactness("", f"a forward pass modifies {name}")
             if not (math.isfinite(loss) and bool(whole.isfinite().all())):
                 return Exactness("", NOT_FINITE)
             each = []

@@ -62,7 +62,7 @@ class PlanChange:
         return {self.observation.names[module]: self.reason for module in moved.tolist()} if self.reason else {}
 
 
-RECOMPUTE = ", and so does gradient checkpointing, which takes time"
+RECOMPUTE = ", as does gradient checkpointing, which takes time"
 """Possible remedy other than a larger budget."""
 
 
@@ -101,7 +101,7 @@ class Journal:
         if self.log is not None and writes:
             self.log.make_folder()
             if not predictions and (aside := self.log.put_aside()):
-                self.tell(f"{self.log.folder} held the decision log of an earlier run, which is in {aside} now.")
+                self.tell(f"{self.log.folder} contained the decision log of an earlier run, now in {aside}.")
             self.log.truncate(len(predictions))
             if folder := getattr(self._policy, "folder", None):  # of a trained one, for the study of the run
                 (self.log.folder / POLICY).mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ class Journal:
             del self.predictions[keep:]
             if self.log is not None and self._writes:
                 self.log.truncate(keep)
-            self.note("The previous plan is back, with all adapters and the optimizer.")
+            self.note("The previous plan is restored, with all adapters and the optimizer.")
 
     def log_control(self, row: Mapping[str, Any]) -> None:
         """Log the control of the learning rate at a step, or the non-finite values left by the step."""
@@ -136,7 +136,7 @@ class Journal:
         """Report the memory of plain LoRA without and with exact savers; record it with the first decision."""
         self._saved = tuple(saved)
         if saved:
-            selective = " Selective checkpointing is on, which takes some time."
+            selective = " Selective checkpointing is on, at some cost in time."
             self.note(plain_text(saved) + (selective if saved[-1].name == ACTIVATIONS else ""))
 
     def record(
@@ -188,19 +188,19 @@ class Journal:
             self._note_expected(change.decision.choice, observation.problem, applier.adapters.model)
         if not plan.ranks.any():
             raise BudgetError(
-                f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
-                "or infinity. Lower the learning rate, or give a larger budget."
+                f"No adapter is left at step {step}: those that fit the budget contain NaN or infinity and keep "
+                "their ranks. Lower the learning rate, or raise the budget."
             )
 
     def _note_expected(self, found: Choice, problem: AllocationProblem, model: nn.Module) -> None:
         """Report the expected loss of the first plan, and remedies if it is high."""
-        helps = "A larger budget or time makes room."
+        helps = "A larger budget or time limit would help."
         if not isinstance(problem.cost, TimedCost):
             more = problem.cost.unit == "bytes" and could_checkpoint(model)
-            helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
+            helps = f"A larger budget would help{RECOMPUTE if more else ''}."
         if problem.fits(np.full_like(problem.ranks, REFERENCE_RANK)):
-            helps = "The budget has room for it, and bounds have not."
+            helps = "The budget has room for it, but the bounds do not."
         if expected := found.promise():
             self.note(f"{expected} {helps}" if found.lacks_room else expected)
         if found.caveats:
-            self.note(f"Expectations come from other runs, so trust them less: {', '.join(found.caveats)}.")
+            self.note(f"Expectations come from other runs and are less reliable here: {', '.join(found.caveats)}.")

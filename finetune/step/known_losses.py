@@ -99,20 +99,20 @@ def unknown_trainer(trainer: Trainer, methods: Iterable[str], replaced: Mapping[
     for name in methods:
         own = attributes.get(name) or getattr(type(trainer), name, None)
         if own is not None and _written_in(own) not in _TRAINERS:
-            return f"{name} of {type(trainer).__name__} is not that of transformers or TRL"
+            return f"{name} of {type(trainer).__name__} is not from transformers or TRL"
     if trainer.compute_loss_func is not None:
-        return "compute_loss_func is a function of your own"
+        return "compute_loss_func is custom"
     if type(trainer.label_smoother) not in (type(None), LabelSmoother) or not _is_of(LabelSmoother.__call__):
-        return f"{type(trainer.label_smoother).__name__} is no label smoother of transformers"
+        return f"{type(trainer.label_smoother).__name__} is not a label smoother of transformers"
     backward = vars(trainer.accelerator).get("backward") or type(trainer.accelerator).backward
     if _package(_written_in(backward)) != "accelerate":
-        return "accelerator.backward is a function of your own"
+        return "accelerator.backward is custom"
     if trainer.neftune_noise_alpha is not None:
-        return "the noise of NEFTune depends on the padding"
+        return "NEFTune's noise depends on the padding"
     if getattr(trainer, "aux_loss_enabled", False):
-        return "rows meet in the balance loss of the experts"
+        return "rows affect each other in the experts' balance loss"
     if odd := set(getattr(trainer, "loss_types", ())) - _PAIRS:
-        return f"rows meet in the loss {min(odd)}"
+        return f"rows affect each other in the loss {min(odd)}"
     return ""
 
 
@@ -126,20 +126,20 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
     base: Any = unwrap(model).get_base_model()
     kind = type(base).__name__
     if not isinstance(base, PreTrainedModel) or kind not in _names(_HEADS) or base.loss_function not in _SUMS:
-        return f"the loss of {kind} is none that rankpilot knows"
+        return f"the loss of {kind} is not known to rankpilot"
     if changed := next((each for each in _functions(base) if not _is_of(each)), None):
-        return f"{_written_in(changed)} replaces a function that computes losses"
+        return f"{_written_in(changed)} replaces a loss function"
     config: Any = base.config
     family, causal = config.model_type, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     both = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     reads_left = family not in both and (family in causal or kind in _names(_HEADS[-1:]))
     if family in _MEET or not (reads_left or family in _MASKED):
-        return f"what padding does in {kind} is not known"
+        return f"the effect of padding in {kind} is unknown"
     for part in _configs(config):
         if getattr(part, "output_router_logits", False):
-            return "rows meet in the balance loss of the experts"
+            return "rows affect each other in the experts' balance loss"
         if (most := _same_up_to(part)) < math.inf and longest() > most:
-            return "rotary embeddings follow the longest row of a batch"
+            return "rotary embeddings depend on the longest row of the batch"
     return _foreign(model)
 
 
@@ -175,30 +175,30 @@ def _foreign(model: nn.Module) -> str:
     """Return why modules, parameters or hooks may mix rows, for people; empty if all are of known packages."""
     kinds: dict[type, None] = {}
     for mode in foreign_modes():
-        return f"{mode.__module__}.{mode.__name__} changes what functions compute"
+        return f"{mode.__module__}.{mode.__name__} overrides functions"
     for hook in (
         *_global_forward_hooks.values(),
         *_global_forward_pre_hooks.values(),
         *_global_backward_hooks.values(),
     ):
         if not _is_of(hook):
-            return f"{_written_in(hook)} has a hook on all modules"
+            return f"{_written_in(hook)} has a global module hook"
     for name, module in model.named_modules():
         kinds[type(module)] = None
         own, kept = module.__dict__, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooks = [hook for name in kept if own[name] for hook in own[name].values()]
         for function in (*hooks, own["forward"]) if "forward" in own else hooks:
             if not _is_of(function):
-                return f"{_written_in(function)} has a hook on {name or 'the model'} or replaces its forward"
+                return f"{_written_in(function)} hooks {name or 'the model'} or replaces its forward"
     for kind in kinds:
         if issubclass(kind, _NormBase) and "Batch" in kind.__name__:
-            return f"rows meet in {kind.__name__}"
+            return f"rows affect each other in {kind.__name__}"
         used: Any = kind
         if _package(kind.__module__) not in _OURS or not (_is_of(used.forward) and _is_of(used.__call__)):
-            return f"{kind.__module__}.{kind.__name__} is a module of your own"
+            return f"{kind.__module__}.{kind.__name__} is a custom module"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
-            return f"{name} has a hook that reads its gradient"
+            return f"{name} has a gradient hook"
     return ""
 
 

@@ -171,4 +171,4 @@ class PartPlans:
         room = self._keeper.room_for(self._keeper.applier.ranks)
         fits = longest_that_fits(length, room, cost.levels[-1], cost)
         where = f" of batch {number}" if len(each) > 1 else ""
-        return f"Row {row}{where} has {length:,} tokens; the longest that fits alone has {fits:,}."
+        return f"Row {row}{where} has {length:,} tokens; the longest row that fits on its own has {fits:,}."

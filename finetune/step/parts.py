@@ -116,9 +116,9 @@ class StepParts(Participant):
         self._kind, self._packed = found.kind, found.packed
         self._take(each, seed)
         if not found.kind and found.reason:
-            self._tell(f"Steps run as a whole, and not in parts: {found.reason}.")
+            self._tell(f"Steps run whole, not in parts: {found.reason}.")
         if found.kind and found.draws:
-            self._tell("Steps run in parts: the same gradients, but that dropout draws other numbers for other shapes.")
+            self._tell("Steps run in parts: the same gradients, except that dropout masks differ with the shapes.")
 
     def _take(self, each: int, seed: int | None) -> None:
         """Set the rows of an example; under an unknown loss rows may interact, so no part is a single row."""
@@ -219,7 +219,7 @@ class StepParts(Participant):
         if rows is None or not pairs:
             if self.on and not self._told_whole:
                 self._told_whole = True
-                self._tell("A batch whose rows cannot be told apart runs as a whole.")
+                self._tell("A batch with rows that cannot be told apart runs whole.")
             yield batch, 1.0
             return
         multiple = MULTIPLE if self._keeper.run.device.type == "cuda" else 1
@@ -287,7 +287,7 @@ class StepParts(Participant):
         if not self._ran or len((part := self._ran[-1][0]).rows) != 1:
             return ""
         layers = f"{part.layers} layers checkpointed"
-        return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran alone with {layers}."
+        return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran on its own with {layers}."
 
     def longest_row(self, batches: Sequence[Batch]) -> str:
         """Describe the longest row of some batches and the longest that fits alone, for an error."""

@@ -36,14 +36,14 @@ STATELESS_HOOKS = ("allreduce_hook", "bf16_compress_hook", "fp16_compress_hook")
 _HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
 """Module of these hooks; a Trainer does not load it."""
 
-WAY_OUT = "Start one process for each device with torchrun, which trains under DistributedDataParallel."
+WAY_OUT = "Start one process per device with torchrun, to train under DistributedDataParallel."
 
 _REASONS = {
-    "DataParallel": f"nn.DataParallel makes other copies of adapters in each step, so ranks cannot change. {WAY_OUT}",
-    "DeepSpeedEngine": "DeepSpeed keeps parameters in flat buffers of a fixed size, so ranks cannot change. "
-    f"{WAY_OUT} {PLAN_FIRST}",
-    "FullyShardedDataParallel": "FSDP shards the adapters as well, so ranks cannot change. "
-    f"{WAY_OUT} A loop of your own can shard the frozen base alone (docs/several-processes.md). {PLAN_FIRST}",
+    "DataParallel": f"nn.DataParallel copies adapters anew in each step, so ranks cannot change. {WAY_OUT}",
+    "DeepSpeedEngine": f"DeepSpeed keeps parameters in flat buffers of fixed size, so ranks cannot change. {WAY_OUT} "
+    f"{PLAN_FIRST}",
+    "FullyShardedDataParallel": f"FSDP shards the adapters, so ranks cannot change. {WAY_OUT} Your own loop can shard "
+    f"the frozen base alone (docs/several-processes.md). {PLAN_FIRST}",
 }
 
 
@@ -84,10 +84,10 @@ class Replicas:
         """Raise UnsupportedError if there are other processes, and no wrapper to reduce their gradients."""
         if self.wrapper is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UnsupportedError(
-                f"{dist.get_world_size()} processes run, and the model of this one is not wrapped in "
-                "DistributedDataParallel, so each would train alone. Pass the wrapped model to TrainingRun; a Trainer "
-                "on a CPU wraps it with use_cpu=True. FSDP2 around whole adapters needs it too, since it joins no "
-                "gradients of ignored parameters (docs/several-processes.md)."
+                f"{dist.get_world_size()} processes are running, but the model is not wrapped in "
+                "DistributedDataParallel, so each would train alone. Pass the wrapped model to TrainingRun; a "
+                "Trainer on a CPU wraps it with use_cpu=True. FSDP2 around whole adapters needs this too, since "
+                "it does not reduce gradients of ignored parameters (docs/several-processes.md)."
             )
 
     def inside(self, model: nn.Module) -> nn.Module:
@@ -178,8 +178,8 @@ class Replicas:
         """
         if self.wrapper is not None:
             raise BudgetError(
-                f"Step {step} ran out of memory in process {self.processes.rank} of {self.processes.count}, and the "
-                f"others cannot take it again. Resume from the last checkpoint with budget='{limit}'."
+                f"Step {step} ran out of memory in process {self.processes.rank} of {self.processes.count}, and "
+                f"the others cannot repeat it. Resume from the last checkpoint with budget='{limit}'."
             )
 
     # Changes of ranks -------------------------------------------------------------------------------------------------
@@ -210,9 +210,10 @@ class Replicas:
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
             raise ProcessError(
-                f"After step {step} the adapters of process {', '.join(map(str, different[:8]))} are not those of "
-                "process 0, so their gradients are no longer joined as they should be. Do not use this adapter. Go on "
-                "from a checkpoint before it, on devices of one kind; if it happens again, please report it."
+                f"After step {step} the adapters of process {', '.join(map(str, different[:8]))} differ from "
+                "those of process 0, so gradients are no longer averaged correctly. Do not use this adapter. "
+                "Resume from an earlier checkpoint, on devices of one kind; if it happens again, please report "
+                "it."
             )
 
     @contextmanager
@@ -283,8 +284,8 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     if args.n_gpu > 1:
         raise UnsupportedError(
-            f"One process would train on {args.n_gpu} GPUs: {_REASONS['DataParallel']} Or set CUDA_VISIBLE_DEVICES to "
-            "one."
+            f"One process would train on {args.n_gpu} GPUs: {_REASONS['DataParallel']} Alternatively, set "
+            "CUDA_VISIBLE_DEVICES to one GPU."
         )
     if args.deepspeed_plugin:
         raise UnsupportedError(_REASONS["DeepSpeedEngine"])
@@ -294,14 +295,14 @@ def check_arguments(args: TrainingArguments) -> None:
         size = getattr(getattr(args, "parallelism_config", None), name, None) or 1
         if size > 1:
             raise UnsupportedError(
-                f"parallelism_config has {name}={size}: ranks can be changed where each process has the whole model "
-                f"and whole texts. {WAY_OUT} {PLAN_FIRST}"
+                f"parallelism_config has {name}={size}, but ranks can change only if each process has the whole "
+                f"model and whole texts. {WAY_OUT} {PLAN_FIRST}"
             )
     if getattr(args, "activation_offloading", False):
         raise UnsupportedError(
-            "With activation_offloading=True the tensors of a step leave the device, so its memory cannot be measured "
-            "before training. Leave it out, and give rankpilot offload=True: it keeps inputs of checkpointed layers in "
-            "main memory, and knows their bytes."
+            "With activation_offloading=True the tensors of a step leave the device, so its memory cannot be "
+            "measured before training. Use rankpilot's offload=True instead: it keeps inputs of checkpointed "
+            "layers in main memory and accounts for their bytes."
         )
 
 
@@ -332,19 +333,21 @@ def check_one_device(model: nn.Module) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters() if parameter.requires_grad})
     if len(devices) > 1:
         raise UnsupportedError(
-            f"What trains is on several devices ({', '.join(devices)}), and the budget would be that of one. Load the "
-            f"model on one device, such as device_map={{'': 0}}. {WAY_OUT}"
+            f"Trainable parameters are on several devices ({', '.join(devices)}), but the budget applies to "
+            f"one. Load the model on one device, such as device_map={{'': 0}}. {WAY_OUT}"
         )
 
 
 def _check_ddp(wrapper: DistributedDataParallel) -> None:
     name = "DistributedDataParallel"
     if wrapper.process_group is not dist.group.WORLD:
-        raise UnsupportedError(f"{name} has a process_group of its own, and ranks change in all: leave it out.")
+        raise UnsupportedError(
+            f"{name} has its own process_group, but ranks change in all processes. Drop process_group."
+        )
     if wrapper.mixed_precision is not None or wrapper._delay_all_reduce_params or wrapper._use_python_reducer:
         raise UnsupportedError(
-            f"{name} was given mixed_precision, delay_all_reduce_named_params or the Python reducer, which keep the "
-            "shapes of gradients: leave them out. Autocast does what mixed_precision does."
+            f"{name} uses mixed_precision, delay_all_reduce_named_params or the Python reducer, which fix the "
+            "shapes of gradients. Drop them; autocast replaces mixed_precision."
         )
     hooks = [hook for hook, _ in wrapper._comm_hooks]
     named = wrapper._get_ddp_logging_data().get("comm_hook", "")  # type: ignore[no-untyped-call]
@@ -353,6 +356,6 @@ def _check_ddp(wrapper: DistributedDataParallel) -> None:
         unknown.append(named)
     if unknown:
         raise UnsupportedError(
-            f"The communication hook {unknown[0]} of {name} may keep the shapes of gradients, which change with ranks. "
-            f"Leave it out, or use one of {', '.join(STATELESS_HOOKS)}."
+            f"Communication hook {unknown[0]} of {name} may fix the shapes of gradients, which change with "
+            f"ranks. Drop it, or use one of {', '.join(STATELESS_HOOKS)}."
         )

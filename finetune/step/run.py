@@ -186,16 +186,16 @@ class TrainingRun:
         """
         for name, count in (("total_steps", total_steps), ("accumulation", accumulation)):
             if type(count) is not int or count < 1:
-                raise ConfigError(f"{name} is a whole number, at least 1; got {count!r}.")
+                raise ConfigError(f"{name} must be a whole number of at least 1; got {count!r}.")
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"The model of a run is a torch.nn.Module; got {shown(model)}.")
+            raise ConfigError(f"model must be a torch.nn.Module; got {shown(model)}.")
         if not hasattr(optimizer, "param_groups"):
-            raise ConfigError(f"The optimizer of a run is a torch.optim.Optimizer; got {shown(optimizer)}.")
+            raise ConfigError(f"optimizer must be a torch.optim.Optimizer; got {shown(optimizer)}.")
         dataset, collate, rows = data_of(loader)
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
-        foreign = "the loss is a function of your own" if loss else ""
+        foreign = "the loss is custom" if loss else ""
         if not callable(loss := loss or model_loss(model)):
-            raise ConfigError(f"loss is a function of a batch, which returns a scalar tensor; got {shown(loss)}.")
+            raise ConfigError(f"loss must be a function from a batch to a scalar tensor; got {shown(loss)}.")
         return cls(
             model,
             optimizer,
@@ -357,9 +357,10 @@ class TrainingRun:
         batch = self.collate(examples)
         if not tensors_of(batch):
             raise UnsupportedError(
-                f"The data loader's batches ({type(batch).__name__}) hold no tensors: this run makes its data while it "
-                "trains, as in reinforcement learning, so its steps cannot be measured before. Allocate the ranks on "
-                "data of the same kind with `rankpilot.allocate`, and train with the LoraConfig that it returns."
+                f"The data loader's batches ({type(batch).__name__}) contain no tensors: this run generates its "
+                "data during training, as in reinforcement learning, so its steps cannot be measured beforehand. "
+                "Plan the ranks with `rankpilot.allocate` on similar data, and train with the LoraConfig it "
+                "returns."
             )
         return batch
 
@@ -381,7 +382,7 @@ def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     check_optimizer(run.optimizer)
     _check_all_layers_run(run)
     if run.total_steps < 1:
-        raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
+        raise ConfigError(f"A run needs at least one step; got {run.total_steps}. Raise max_steps.")
     check_unmerged(targets)
     if not any(parameter.requires_grad for parameter in run.model.parameters()):
         check_trains(targets)
@@ -395,8 +396,8 @@ def _check_all_layers_run(run: TrainingRun) -> None:
         share = getattr(config, name, 0)
         if isinstance(share, float) and share > 0:
             raise UnsupportedError(
-                f"The model leaves layers out at random (config.{name} is {share:g}), so what a step takes is "
-                f"not known before, and one may meet no adapter at all. Set model.config.{name} = 0."
+                f"The model drops layers at random (config.{name} is {share:g}), so the memory of a step is not "
+                f"known in advance, and a step may use no adapter at all. Set model.config.{name} = 0."
             )
 
 
@@ -410,14 +411,15 @@ def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     ]
     if left:
         text = (
-            f"{len(left)} of {len(targets)} adapters are not in the optimizer and would train nothing, such as that of "
-            f"{left[0].name}. Make the optimizer after the adapters, of all parameters that require gradients; leave "
-            "modules that are to have no adapter out of `target_modules`."
+            f"{len(left)} of {len(targets)} adapters are not in the optimizer and would not be trained, such "
+            f"as that of {left[0].name}. Create the optimizer after the adapters, from all parameters that "
+            "require gradients; remove modules without adapters from `target_modules`."
         )
         if any(not target.rank for target in left):
             text += (
-                " An earlier run left some at rank 0, where they require none: make the optimizer of "
-                "`[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in name]`."
+                " An earlier run left some at rank 0, where parameters require no gradients: create the "
+                "optimizer from `[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in "
+                "name]`."
             )
         raise ConfigError(text)
 
@@ -459,8 +461,8 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     """
     if not all(hasattr(loader, name) for name in ("dataset", "collate_fn", "batch_sampler")):
         raise ConfigError(
-            "The data of a run are a torch.utils.data.DataLoader, which tells data set, batch size and collator; "
-            f"got {type(loader).__name__}."
+            "The data of a run must be a torch.utils.data.DataLoader, which provides data set, batch size "
+            f"and collator; got {type(loader).__name__}."
         )
     sampler = loader.batch_sampler
     if sampler is None and loader.batch_size is None:  # the examples of the data set are batches
@@ -470,8 +472,8 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     size = next((size for size in sizes if isinstance(size, int)), None)
     if size is None:
         raise ConfigError(
-            f"How many rows a batch of the DataLoader has is not known: its batch_sampler ({type(sampler).__name__}) "
-            "does not tell. Give the batch_sampler an attribute `batch_size`, the most rows of a batch."
+            f"The batch size of the DataLoader is unknown: its batch_sampler ({type(sampler).__name__}) has "
+            "no `batch_size`. Set that attribute to the most rows of a batch."
         )
     if getattr(sampler, "split_batches", False):  # accelerate gives each process its part of a batch
         size = -(-size // sampler.num_processes)

@@ -139,7 +139,7 @@ class Watch:
                 if reason := keeper.run.measured(tested):
                     return reason
             except torch.OutOfMemoryError:
-                keeper.run.warn("A batch of step %d ran out of memory in the test of its parts.", step + 1)
+                keeper.run.warn("A batch of step %d ran out of memory while its parts were tested.", step + 1)
             finally:
                 if checkpointing:
                     checkpointing.take(layers)

@@ -82,12 +82,12 @@ function sentencesOf({ sentences, what_ifs: whatIfs }) {
 
 function facts(run, decision) {
   const rows = [
-    ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor || null, number],
+    ["policy", decision.policy], ["previous training loss", decision.loss, number], ["rank floor", decision.rank_floor || null, number],
     ["depth bias", decision.rank_floor ? decision.depth_bias : null, number],
-    ["modules filled up", decision.filled || null, number], ["kept the ranks in place", decision.kept ? "yes" : null],
+    ["modules filled up", decision.filled || null, number], ["kept the ranks", decision.kept ? "yes" : null],
     ["correction by the guard", decision.correction ? "yes" : null],
     [run.predicted_of, decision.predicted_cost, (value) => costText(value, run.unit)],
-    ["measured before it", decision.measured_cost, (value) => costText(value, run.unit)],
+    ["measured before", decision.measured_cost, (value) => costText(value, run.unit)],
   ].filter(([, value]) => known(value));
   return el("dl", { class: "facts" }, rows.map(([name, value, form]) => el("div", {}, el("dt", {}, name), el("dd", {}, form ? form(value) : value))));
 }
@@ -98,18 +98,18 @@ function plansPart(run, explanation) {
   const columns = [
     { name: "plan", value: (plan) => (plan.taken ? `▸ ${plan.name}` : plan.name), strong: (plan) => plan.taken },
     { name: run.unit === "bytes" ? "memory" : run.unit, value: (plan) => plan.cost, text: (value) => costText(value, run.unit) },
-    { name: "time a step", value: (plan) => plan.seconds, text: (value) => (known(value) ? `${number(1000 * value)} ms` : "–") },
-    { name: "expected loss", value: (plan) => plan.expected, text: lossText }, { name: "surely at most", value: (plan) => plan.surely, text: lossText },
+    { name: "step time", value: (plan) => plan.seconds, text: (value) => (known(value) ? `${number(1000 * value)} ms` : "–") },
+    { name: "expected loss", value: (plan) => plan.expected, text: lossText }, { name: "very likely at most", value: (plan) => plan.surely, text: lossText },
     { name: "fits", value: (plan) => yes(plan.fits) }, { name: "within tolerance", value: (plan) => yes(plan.within) },
   ].filter((column) => plans.some((plan) => known(column.value(plan))));
   const more = explanation.plans_in_all - plans.length;
   return part("Plans", el("p", {}, "Losses are relative to plain LoRA, rank 8 on all modules; the best plans for the goal come first.",
-    more > 0 ? ` ${plural(more, "plan")} further down ${more > 1 ? "are" : "is"} not shown.` : ""), sortable("Plans", columns, plans));
+    more > 0 ? ` ${plural(more, "plan")} ranked lower ${more > 1 ? "are" : "is"} not shown.` : ""), sortable("Plans", columns, plans));
 }
 
 function lossPart(parts) {
   if (!(parts || []).length) return null;
-  return part("What the expected loss is made of", el("p", {}, "The prediction is the sum of these effects; to the left, the loss is lower."), bars("Parts of the expected loss", parts));
+  return part("Effects on the expected loss", el("p", {}, "The prediction is the sum of these effects; effects to the left lower the loss."), bars("Effects on the expected loss", parts));
 }
 
 function whatIfPart(whatIfs) {
@@ -126,9 +126,9 @@ function projectionPart(run, decision) {
     const inside = run.modules.map((_, index) => index).filter((index) => run.modules[index].type === name);
     return { name, asked: mean(inside.map((index) => decision.asked[index])), got: mean(inside.map((index) => decision.after[index])) };
   }).filter((row) => known(row.asked) && known(row.got));
-  if (!rows.some((row) => row.asked !== row.got)) return part("Asked for, and got", el("p", {}, "Every module got the rank that was asked for."));
-  const changed = decision.changed ? `The budget gave ${plural(decision.changed, "module")} another rank than was asked for. ` : "";
-  return part("Asked for, and got", el("p", {}, `${changed}Mean rank by type: ring asked, dot got.`), askedAndGot(rows));
+  if (!rows.some((row) => row.asked !== row.got)) return part("Requested and actual ranks", el("p", {}, "Every module got the requested rank."));
+  const changed = decision.changed ? `The budget changed the requested rank of ${plural(decision.changed, "module")}. ` : "";
+  return part("Requested and actual ranks", el("p", {}, `${changed}Mean rank by type: ring requested, dot actual.`), askedAndGot(rows));
 }
 
 function mapPart(run, decision) {
@@ -148,7 +148,7 @@ function mapPart(run, decision) {
       return `${cellName(run, inside, rows[row], groups[group])}: ${decision.measures ? `rank ${after}` : before === after ? `rank ${after}, unchanged` : `rank ${before} → ${after}`}`;
     },
   });
-  return part("Ranks after it", el("p", { class: "note" }, "Framed: moved by this decision. The network's output is at the top."), map);
+  return part("Ranks after the decision", el("p", { class: "note" }, "Framed: changed by this decision. The network's output is at the top."), map);
 }
 
 function reasonText(run, pairs) {
@@ -159,8 +159,8 @@ function modulePart(run, decision) {
   const rows = run.modules.map((module, index) => ({ module, index })).filter(({ index }) => known(decision.after[index]));
   const columns = [
     { name: "module", value: ({ module }) => module.label, title: ({ module }) => module.name, order: ({ index }) => index },
-    { name: "before", value: ({ index }) => (decision.measures ? null : decision.before[index]), text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
-    { name: "got", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
+    { name: "before", value: ({ index }) => (decision.measures ? null : decision.before[index]), text: rankText }, { name: "requested", value: ({ index }) => decision.asked[index], text: rankText },
+    { name: "actual", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
     { name: "score", value: ({ index }) => (decision.score.some(Boolean) ? decision.score[index] : null), text: fixed },
     { name: "stands out by", value: ({ index }) => (decision.reasons ? reasonText(run, decision.reasons[index]) : null), wide: true },
     { name: "note", value: ({ index }) => noteText(decision, index), wide: true },
@@ -171,9 +171,9 @@ function modulePart(run, decision) {
   box.checked = moved.length > 0 && moved.length < rows.length;
   const show = () => place.replaceChildren(sortable(`Modules of decision ${decision.number}`, columns, box.checked ? moved : rows));
   show();
-  const choice = box.checked ? el("label", { class: "only" }, box, ` only the ${plural(moved.length, "module")} that moved, of ${rows.length.toLocaleString("en")}`) : null;
+  const choice = box.checked ? el("label", { class: "only" }, box, ` show only the ${plural(moved.length, "module")} that changed, of ${rows.length.toLocaleString("en")}`) : null;
   return part(data.by_type ? "Modules by type" : "Modules", choice, place,
-    decision.reasons ? el("p", { class: "note" }, "What stands out (sd: standard deviations from the mean of all modules) was unusual; it is not what the policy weighed.") : null);
+    decision.reasons ? el("p", { class: "note" }, '"Stands out by" lists unusual signals (sd: standard deviations from the mean of all modules), not necessarily what the policy used.') : null);
 }
 
 function noteText(decision, index) {

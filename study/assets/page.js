@@ -67,7 +67,7 @@ function rankMap(run, runIndex, end) {
     return `${cellName(run, inside, rows[row], groups[group])}: ${rank}, steps ${stops[column]} to ${stops[column + 1]}`;
   };
   return heatMap({
-    label: `Ranks of ${run.name} over the steps. Arrow keys walk over layers and steps, Enter opens the decision.`,
+    label: `Ranks of ${run.name} over the steps. Arrow keys move between layers and steps, Enter opens the decision.`,
     rows, groups: groups.map((name) => ({ name, widths })), value, text: describe, least: 96, widest: groups.length > 1 ? 260 : Infinity, tallest: 22,
     marked: (row, group, column) => column === 0 || value(row, group, column) !== value(row, group, column - 1),
     foot: ["0", `step ${end}`], ticks: history.length <= 16 ? history.map((change, index) => (known(change.decision) ? index : -1)).filter((index) => index >= 0) : [],
@@ -86,9 +86,9 @@ function verdictView() {
       run.caveats.map((sentence) => el("p", { class: "warning caveat" }, sentence)),
       lead ? el("p", { class: "lead" }, ending(lead)) : null,
       tiles(run), rest.map((sentence) => el("p", {}, ending(sentence))),
-      run.left_out.length ? el("p", { class: "note" }, `Left out of this page: ${run.left_out.join("; ")}.`) : null);
+      run.left_out.length ? el("p", { class: "note" }, `Not shown on this page: ${run.left_out.join("; ")}.`) : null);
   });
-  const aggregated = data.by_type ? el("p", { class: "note" }, "The log is long, so modules are shown by type: a rank is the mean over all modules of the type.") : null;
+  const aggregated = data.by_type ? el("p", { class: "note" }, "The log is long, so modules are grouped by type; ranks are averages over the modules of a type.") : null;
   return el("section", { class: "card", id: "verdict" }, el("h2", {}, "Verdict"),
     el("div", { class: "side" }, cards, several() ? null : resultTable()), aggregated, several() ? resultTable() : null);
 }
@@ -131,9 +131,9 @@ function ranksView() {
   const maps = shown.map(([run, index]) => el("div", {}, several() ? el("h3", { class: "runname" }, runBadge(index), run.name) : null,
     el("p", { class: "finding" }, run.sentences.ranks), rankMap(run, index, end)));
   return el("section", { class: "card", id: "ranks" }, el("h2", {}, "Where the rank went"), rankKey(top),
-    el("p", { class: "note" }, data.by_type ? "A row for each type of module; steps from left to right. "
+    el("p", { class: "note" }, data.by_type ? "One row per module type; steps from left to right. "
       : "A panel for each type of module, a row for each layer, the network's output at the top; steps from left to right, a triangle at each decision. ",
-      "Point at a cell, or walk with the arrow keys; Enter opens the decision."), el("div", { class: "side" }, maps));
+      "Hover over a cell or use the arrow keys; Enter opens the decision."), el("div", { class: "side" }, maps));
 }
 
 // A curve's dashes are those of its part in the run; so is its colour, or else that of its run where there are several.
@@ -170,7 +170,7 @@ function lossesView() {
   if (!parts.length) return null;
   const findings = runsShown().map(([run]) => run.sentences.losses).filter(Boolean);
   return el("section", { class: "card", id: "losses" }, el("h2", {}, "Loss"), several() ? null : findings.map((finding) => el("p", { class: "finding" }, ending(finding))),
-    el("div", { class: "side" }, parts), el("p", { class: "note" }, marksOf().length > MOST_MARKS ? "Decisions are too many to be marked." : "Dotted lines: decisions."));
+    el("div", { class: "side" }, parts), el("p", { class: "note" }, marksOf().length > MOST_MARKS ? "There are too many decisions to mark." : "Dotted lines: decisions."));
 }
 
 function costSeries(run, index) {
@@ -191,7 +191,7 @@ function costsView() {
     const scaled = series.map((each) => ({ ...each, curve: { ...each.curve, y: each.curve.y.map((value) => (known(value) ? value / scale.size : null)) } }));
     const low = Math.min(...values) / scale.size, high = top / scale.size;
     const pad = Math.max(0.18 * (high - low), 0.0005 * high);
-    const start = low < 0.4 * high ? 0 : low - pad, title = unit === "bytes" ? `Peak of a step (${scale.name})` : "Parameters of the adapter";
+    const start = low < 0.4 * high ? 0 : low - pad, title = unit === "bytes" ? `Peak per step (${scale.name})` : "Adapter parameters";
     return chart({
       title, label: `${title} against the budget over the steps`, series: scaled, steps: lastStep(), marks: marksOf(), range: [start, high + pad],
       text: (value) => (known(value) ? costText(value * scale.size, unit) : "–"), axis: (value) => number(value, 4),
@@ -210,7 +210,7 @@ function costsView() {
 function saversTable(run, index) {
   if (!run.savers.length) return null;
   const [head, ...rows] = run.savers;
-  return el("div", {}, several() ? el("h3", { class: "runname" }, runBadge(index), run.name) : null, el("p", { class: "finding" }, "The same losses in fewer bytes: plain LoRA, rank 8 on all modules."),
+  return el("div", {}, several() ? el("h3", { class: "runname" }, runBadge(index), run.name) : null, el("p", { class: "finding" }, "Same losses in less memory: plain LoRA, rank 8 on all modules."),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Exact savers" }, el("table", {},
       el("thead", {}, el("tr", {}, head.map((name, place) => el("th", { scope: "col", class: place ? "figure" : null }, name)))),
       el("tbody", {}, rows.map(([name, ...peaks]) => el("tr", {}, el("th", { scope: "row" }, name), peaks.map((peak) => el("td", { class: "figure" }, peak))))))));
@@ -228,7 +228,7 @@ function timeChart() {
   if (!series.length) return null;
   const [, high] = usualRange(series.flatMap(({ curve }) => curve.y));
   return chart({
-    title: "Time of a step (ms)", label: "Median time of a step", series, steps: lastStep(), marks: marksOf(), range: [0, high],
+    title: "Step time (ms)", label: "Median step time", series, steps: lastStep(), marks: marksOf(), range: [0, high],
     text: (value) => (known(value) ? `${number(1000 * value)} ms` : "–"), axis: (value) => number(1000 * value), note: thinned(series.map(({ curve }) => curve), "median"),
   });
 }
@@ -236,7 +236,7 @@ function timeChart() {
 function decisionsView() {
   const shown = runsShown().filter(([run]) => run.decisions.length);
   if (!shown.length) return null;
-  return el("section", { class: "card", id: "decisions" }, el("h2", {}, "Decisions"), el("p", { class: "note" }, "Each opens with a click or Enter; arrow keys move between them."),
+  return el("section", { class: "card", id: "decisions" }, el("h2", {}, "Decisions"), el("p", { class: "note" }, "Click or press Enter to open one; arrow keys move between them."),
     el("div", { onkeydown: walkDecisions }, shown.map(([run, index]) => decisionList(run, index, several()))));
 }
 
@@ -275,9 +275,9 @@ function adapterView() {
   const code = (label, text) => el("pre", { tabindex: 0, role: "region", "aria-label": label }, text);
   return el("section", { class: "card", id: "adapter" }, el("h2", {}, "The adapter"), shown.map(([{ name, adapter }, index]) => el("div", {},
     several() ? el("h3", { class: "runname" }, runBadge(index), name) : null,
-    el("p", {}, "It is in ", el("code", {}, adapter.folder), "; its base model is ", el("code", {}, adapter.base), ". Plain PEFT loads it:"),
+    el("p", {}, "It is saved in ", el("code", {}, adapter.folder), "; its base model is ", el("code", {}, adapter.base), ". Plain PEFT loads it:"),
     code("How to load the adapter", adapter.load),
-    el("p", {}, "For vLLM and llama.cpp, which read one rank for all modules, and for a new fine-tune at the learned ranks:"),
+    el("p", {}, "For vLLM and llama.cpp, which need one rank for all modules, and for a new fine-tune at the learned ranks:"),
     code("How to export the adapter", adapter.export))));
 }
 
@@ -317,7 +317,7 @@ async function start() {
     document.title = `${title} – rankpilot study`;
     document.documentElement.dataset.ready = "true";
   } catch (error) {
-    document.getElementById("title").textContent = `This page cannot be shown: ${error.message}`;
+    document.getElementById("title").textContent = `Cannot show this page: ${error.message}`;
   }
 }
 

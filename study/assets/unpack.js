@@ -53,7 +53,7 @@ function inflate(source) {
       first = (first + counts[length]) << 1;
       code <<= 1;
     }
-    throw new Error("The data of this page are damaged.");
+    throw new Error("the data of this page is corrupt.");
   };
   for (let last = 0; !last;) {
     last = take(1);

@@ -35,7 +35,7 @@ def adapter(tmp_path: Path) -> Path:
 def test_padded(more: list[str], rank: int, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "padded"
     assert cli.run(["export", str(adapter), "--output", str(output), *more]) == 0
-    assert capsys.readouterr().out == f"{output} holds the adapter with all modules at rank {rank}.\n"
+    assert capsys.readouterr().out == f"Wrote {output}, with all modules at rank {rank}.\n"
     assert json.loads((output / "adapter_config.json").read_text())["r"] == rank
     shapes = [t.shape for k, t in load_file(output / "adapter_model.safetensors").items() if "lora_A" in k]
     assert shapes == [(rank, 5), (rank, 5)]
@@ -50,16 +50,16 @@ def test_rank_pattern(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     output = tmp_path / "ranks.yaml"
     assert cli.run([*arguments, "--output", str(output)]) == 0
     assert output.read_text() == printed
-    assert capsys.readouterr().out == f"{output} holds the ranks for axolotl.\n"
+    assert capsys.readouterr().out == f"Wrote the ranks for axolotl to {output}.\n"
 
 
 def test_mistakes(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, nowhere = tmp_path / "padded", tmp_path / "nowhere"
     for words, told in {
         f"{adapter}": "pass --output FOLDER",
-        f"{adapter} --output {output} --rank 12": "no slot for rank 12. Allowed: 1, 8, 16, 32, 64, 128, 256, 320, 512.",
-        f"{adapter} --output {output} --rank 8": "rank 9, which does not fit rank 8",
-        f"{adapter} --format rank-pattern --rank 16": "--rank is for padded adapters",
+        f"{adapter} --output {output} --rank 12": "rank 12. Allowed: 1, 8, 16, 32, 64, 128, 256, 320, 512.",
+        f"{adapter} --output {output} --rank 8": "rank 9, which exceeds rank 8",
+        f"{adapter} --format rank-pattern --rank 16": "--rank applies to padded adapters",
         f"{nowhere} --output {output}": "save_pretrained",
         f"{nowhere} --format rank-pattern": "save_pretrained",
     }.items():
@@ -73,6 +73,6 @@ def test_nothing_is_overwritten(adapter: Path, tmp_path: Path, capsys: pytest.Ca
     notes.write_text("mine")
     for format_ in ("padded", "rank-pattern"):
         line = failure(["export", str(adapter), "--format", format_, "--output", str(notes)], capsys)
-        assert f"{notes} exists already" in line
-    assert "exists already" in failure(["export", str(adapter), "--output", str(adapter)], capsys)
+        assert f"{notes} already exists" in line
+    assert "already exists" in failure(["export", str(adapter), "--output", str(adapter)], capsys)
     assert notes.read_text() == "mine"

@@ -52,7 +52,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_unknown_model(capsys: pytest.CaptureFixture[str], offline: Path) -> None:
     assert "Unknown model 'bert-tinny'" in failure("finetune bert-tinny sst2", capsys)
     assert "needs none" in failure("memory qwen3-8b", capsys)
-    assert "There is no model folder" in failure("finetune ./nowhere sst2", capsys)
+    assert "Model folder " in failure("finetune ./nowhere sst2", capsys)
     line = failure("memory all-minilm-l6-v3", capsys)
     assert "Unknown model 'all-minilm-l6-v3'. Did you mean: 'all-minilm-l6-v2'" in line
     assert not list(offline.iterdir()), "a mistake leaves no folder behind"
@@ -67,7 +67,7 @@ def test_unknown_data(capsys: pytest.CaptureFixture[str], offline: Path, monkeyp
     assert f"Unknown data set '{name}x'. Did you mean: '{name}'" in line
     assert "no network" in line
     (offline / "data.xls").write_text("")
-    assert "its suffix is not one of" in failure("finetune a/m data.xls", capsys)
+    assert "its suffix must be one of" in failure("finetune a/m data.xls", capsys)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[An
         ("finetune m d --steps 0", "at least 1"),
         ("finetune m d --train-rows 0", "at least 1, or None for all rows; got 0"),
         ("finetune m d --held-out-rows -3", "None for all rows; got None and -3"),
-        ("finetune m d --seed 100000000000", "seed is a whole number from 0 to 2**32 - 1"),
+        ("finetune m d --seed 100000000000", "seed must be a whole number from 0 to 2**32 - 1"),
         ("policy train --episodes 12", "multiple of 8"),
-        ("policy train --rounds 0", "rounds is a whole number of at least 1"),
+        ("policy train --rounds 0", "rounds must be a whole number of at least 1"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], seen: list[Any], command: str, words: str) -> None:
@@ -113,7 +113,7 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     for policy, words in {
         "signal-man": "Unknown rule 'signal-man'. Did you mean: 'signal-mean'",
         "agnet": "Unknown rule 'agnet'. Did you mean: 'agent'",
-        "runs/none": "There is no policy folder",
+        "runs/none": "Policy folder .* does not exist",
         str(tmp_path / "empty"): "card.json is missing",
     }.items():
         assert words in failure(f"finetune a/m d --policy {policy} --output {tmp_path / 'run'}", capsys)
@@ -122,8 +122,8 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert "exists already. Pass --resume" in failure(f"policy train --output {tmp_path}", capsys)
-    assert "is no run of rankpilot's" in failure(f"policy train --output {tmp_path} --resume", capsys)
+    assert "already exists. Pass --resume" in failure(f"policy train --output {tmp_path}", capsys)
+    assert "is not a run of rankpilot" in failure(f"policy train --output {tmp_path} --resume", capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -190,12 +190,12 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (NotADirectoryError(20, "Not a directory", "runs/x"), "error: Not a directory (runs/x). Check that the path"),
-        (OSError(28, "No space left on device"), "error: No space left on device. Check that the path"),
+        (NotADirectoryError(20, "Not a directory", "runs/x"), "error: Not a directory (runs/x). Check the path"),
+        (OSError(28, "No space left on device"), "error: No space left on device. Check the path"),
         (ConnectionError("no network\nmore"), "error: no network. Check"),
         (OSError(), "error: OSError. Check"),
-        (MemoryError(), "error: Too little memory: "),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "error: Too little memory: CUDA out of"),
+        (MemoryError(), "error: Out of memory: "),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "error: Out of memory: CUDA out of"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(
@@ -229,8 +229,8 @@ def test_a_full_disk_is_one_line(
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
             shown = failure(["policy", "train"], capsys)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert shown.startswith("error: A file could not be written: ")
-            assert shown.endswith("that the disk has room.")
+            assert shown.startswith("error: Cannot write a file: ")
+            assert shown.endswith("the free disk space.")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -283,10 +283,10 @@ def test_settings_have_the_names_of_the_trainer_too(seen: list[Any], tmp_path: P
     [
         (None, "Cannot read the config file"),
         ("{", "Cannot read the config file"),
-        ("[1]", "holds no settings by name"),
+        ("[1]", "must be a mapping of setting names to values; got"),
         ('{"grup": 3}', "grup"),
-        ('{"seed": "many"}', "does not fit: seed is"),
-        ('{"output": 3}', "output is a path"),
+        ('{"seed": "many"}', "Invalid config file"),
+        ('{"output": 3}', "output must be a path"),
     ],
 )
 def test_a_bad_config_file(
@@ -306,7 +306,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
     monkeypatch.setattr(train, "train_command", interrupted_run)
     assert cli.run(["policy", "train"]) == 130
-    assert capsys.readouterr().err == "Interrupted. The same command with --resume continues from here.\n"
+    assert capsys.readouterr().err == "Interrupted. Run the same command with --resume to continue.\n"
     monkeypatch.setattr(train, "train_command", Mock(side_effect=KeyboardInterrupt))
     assert cli.run(["policy", "train"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n", "there is no run yet"

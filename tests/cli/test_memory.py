@@ -76,7 +76,7 @@ def test_a_step_is_predicted_and_measured(memory: Memory, name: str, task: str) 
     if sys.platform == "linux":
         assert figures["measured"]["process_bytes"] > figures["measured"]["peak_bytes"]
     assert (folder / "memory.png").is_file()
-    for words in ("a few small steps", "tensors saved for backward", "half the batch (2 x 16)", "A real step"):
+    for words in ("a few small steps", "tensors saved for backward", "half the batch (2 x 16)", "Measured step: "):
         assert words in printed
     layers = [sum(value for kind, value in row.items() if kind != "layer") for row in figures["layers"]]
     assert sum(layers) + figures["margin_bytes"] == pytest.approx(figures["peak_bytes"])
@@ -95,7 +95,7 @@ def test_activations_run_again_inside_a_budget(memory: Memory) -> None:
     assert last["name"] == ACTIVATIONS
     assert figures["peak_bytes"] == last["step_bytes"] < before["step_bytes"]
     assert figures["limit_bytes"] < before["step_bytes"]
-    assert "So every choice has selective checkpointing" in printed
+    assert "so all choices use selective checkpointing" in printed
 
 
 def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:
@@ -158,7 +158,7 @@ def test_a_quantised_model(memory: Memory, models: Path, quantization: str, leas
     plain = sum(each.nbytes for each in LlamaForCausalLM.from_pretrained(models / "llama").parameters())
     printed, figures, _ = memory(f"{{models}}/llama --no-exact-savers --quantization {quantization} --measure")
     assert f"frozen model in {quantization}" in printed
-    assert f"The model in {quantization} trains after prepare_model_for_kbit_training" in printed
+    assert f"The {quantization} model is trained after prepare_model_for_kbit_training" in printed
     assert least * plain < figures["frozen_bytes"] < 0.6 * plain
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
 
@@ -175,15 +175,15 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("./nowhere", "There is no model folder"),
-        ("{models}/vit --budget 70%", "(ViTConfig) reads no tokens"),
-        ("{models}/bert --max-length 513", "has 512 positions, and max_length is 513"),
+        ("./nowhere", "Model folder "),
+        ("{models}/vit --budget 70%", "(ViTConfig) does not read tokens"),
+        ("{models}/bert --max-length 513", "max_length is 513, but the model has only 512 positions"),
         ("{models}/roberta --max-length 66", "has 65 positions"),  # the first ones are those of padding
-        ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass the name of a folder"),
+        ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass a folder"),
         ("{models}/bert --budget '1KiB step'", "is too small for any adapter. The smallest that works is"),
         ("{models}/bert --budget 1%", "a share of"),
         ("{models}/llama --target-modules 'q_porj, k_porj'", "Unknown target module 'q_porj'. Did you mean: 'q_proj'"),
-        ("{models}/bert --rank 100000", "No module has a rank above 64"),
+        ("{models}/bert --rank 100000", "rank must be at most 64"),
         ("{models}/bert --trainer labl_smoothing_factor=1", "Did you mean: 'label_smoothing_factor'"),
         ("{models}/bert --trainer max_steps=1", "max_steps is decided by --max-steps"),
     ],
@@ -195,13 +195,13 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--device T4 --trainer packing=true", "trainer: not with a card"),
-        ("--device T4 --labels 5", "labels: not with a card"),
+        ("--device T4 --trainer packing=true", "trainer cannot be combined with --device"),
+        ("--device T4 --labels 5", "labels cannot be combined with --device"),
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
-        ("--seed -1", "seed is a whole number from 0 to 2**32 - 1; got -1"),
+        ("--seed -1", "seed must be a whole number from 0 to 2**32 - 1; got -1"),
         ("--budget lots", "Cannot read the budget"),
-        ("--batch-size -1 --max-length -4", "at least 2, and 0 is the usual of each; got -1, 0 and -4"),
-        ("--no-prepare-kbit", "prepare_kbit is of a quantised model: give a quantization with it"),
+        ("--batch-size -1 --max-length -4", "at least 2, or 0 for the default; got -1, 0 and -4"),
+        ("--no-prepare-kbit", "prepare_kbit requires a quantised model: set quantization"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:

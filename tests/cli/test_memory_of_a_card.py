@@ -47,7 +47,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
     assert re.match(r"Fits: 0\.\d of 23\.5 GiB \(8 x 1,024 tokens, rank 8\)\. llama, ", printed)
     assert printed.index("Fits with") < printed.index("Layers to checkpoint")
-    assert "A row that is tight leaves less than 3% of the card" in printed
+    assert "Tight choices leave less than 3% of the card" in printed
     assert "all layers at rank 8 with no checkpointing" in printed
     figures = read_json(tmp_path / "card/memory.json")
     assert figures["fits"]
@@ -56,7 +56,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert cli.run([*arguments, "--rank", "32", "--quantization", "nf4"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "GiB (8 x 1,024 tokens, rank 32, nf4)." in printed
-    assert "For comparison: plain LoRA at rank 8 on all modules takes" in printed
+    assert "For comparison, plain LoRA at rank 8 on all modules takes" in printed
 
 
 def test_a_short_answer_that_writes_nothing(
@@ -68,7 +68,7 @@ def test_a_short_answer_that_writes_nothing(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) <= 16
     assert "to spare" in " ".join(lines)
-    assert not any("What each choice takes" in line or "Layers to checkpoint" in line for line in lines)
+    assert not any("Memory of each choice" in line or "Layers to checkpoint" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -78,7 +78,9 @@ def test_target_modules_that_are_not_there_are_told_each_time(
     names = ["--target-modules", "q_proj, v_proj, query"]
     for _ in range(2):  # the second answer comes from a file
         assert cli.run(["memory", str(configuration), "--device", "rtx 4090", *BATCH, *names]) == 0
-        assert "rank 8 on 6 modules of 3 layers (none is named query)," in " ".join(capsys.readouterr().out.split())
+        assert "rank 8 on 6 modules of 3 layers (no module is named query)," in " ".join(
+            capsys.readouterr().out.split()
+        )
 
 
 def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -140,8 +142,8 @@ def test_nothing_fits_and_the_status_says_so(
     assert cli.run(["memory", str(configuration), *options]) == 3
     figures = json.loads(capsys.readouterr().out)
     assert not figures["fits"]
-    assert figures["verdict"].startswith("Does not fit: the smallest choice, ")
-    assert "The largest batch of the grid that fits all layers is " in figures["verdict"]
+    assert figures["verdict"].startswith("Does not fit: even the smallest choice, ")
+    assert "The largest batch that fits with adapters on all layers is " in figures["verdict"]
     assert figures == read_json(tmp_path / "card/memory.json")
 
 
@@ -207,22 +209,22 @@ def test_a_model_without_checkpointing(
 def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2, n_positions=64).save_pretrained(tmp_path / "gpt2")
     line = failure(f"memory {tmp_path / 'gpt2'} --device T4 --max-length 100", capsys)
-    assert "The model has 64 positions, and max_length is 100. Lower --max-length." in line
+    assert "max_length is 100, but the model has only 64 positions. Lower --max-length." in line
     WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "whisper")
     for options in ("--device T4", ""):
         line = failure(f"memory {tmp_path / 'whisper'} {options}", capsys)
-        assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) reads no tokens but input_features" in line
+        assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) does not read tokens but input_features" in line
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--device T4 --device-memory 16GiB", "Give either the card ('T4') or its memory ('16GiB')"),
-        ("--dtype bf16", "give --device or --device-memory with it"),
-        ("--gpus 2", "gpus is of a card"),
-        ("--device T4 --measure", "measure: not with a card"),
-        ("--device T4 --rank 0", "rank is at least 1"),
-        ("--device T4 --json --python", "--json and --python each print one thing"),
+        ("--device T4 --device-memory 16GiB", "Pass either device ('T4') or device_memory ('16GiB')"),
+        ("--dtype bf16", "requires --device or --device-memory"),
+        ("--gpus 2", "gpus requires --device"),
+        ("--device T4 --measure", "measure cannot be combined with --device"),
+        ("--device T4 --rank 0", "rank must be at least 1"),
+        ("--device T4 --json --python", "--json and --python cannot be combined"),
     ],
 )
 def test_contradictions_are_refused_as_options(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,9 +237,9 @@ def test_contradictions_are_refused_as_options(options: str, words: str, capsys:
         ("{model} --device 'RTX 9999'", "RTX 4090"),
         ("{model} --device-memory 24", "needs a unit; got '24'. Did you mean '24GiB'?"),
         ("{model} --device 24G", "Did you mean '24GiB'?"),
-        ("{model} --device-memory 400MiB", "would not hold the CUDA context"),
-        ("{model} --python", "give --device or --device-memory with it"),
-        ("{model} --device T4 --gpus 0", "gpus is a whole number from 1"),
+        ("{model} --device-memory 400MiB", "cannot hold even the CUDA context"),
+        ("{model} --python", "--python requires --device or --device-memory"),
+        ("{model} --device T4 --gpus 0", "gpus must be a whole number from 1"),
         ("qwen9-8b --device T4", "qwen3-8b"),
     ],
 )
@@ -267,15 +269,15 @@ def test_a_folder_that_is_broken_is_one_line(
     told = {
         "pad_token_id": "pad_token_id is not below vocab_size",
         "pad_token_id --device T4": "pad_token_id is not below vocab_size",
-        "architectures": "has architectures=[5]. Give a list of names",
-        "architectures --device T4": "has architectures=[5]. Give a list of names",
-        "vocab_size --device T4": "Give a whole number from 1 to",
+        "architectures": "has architectures=[5]. It must be a list of names",
+        "architectures --device T4": "has architectures=[5]. It must be a list of names",
+        "vocab_size --device T4": "It must be a whole number from 1 to",
         "intermediate_size": "The weights of 'intermediate_size' do not have the shapes",
-        "pickled": "The weights of 'pickled' are damaged, or more than tensors",
-        "pipe --device T4": "The configuration of 'pipe' cannot be used",
+        "pickled": "The weights of 'pickled' are corrupt, or contain more than tensors",
+        "pipe --device T4": "The configuration of 'pipe' is not usable",
         "whole --device T4 --lengths deep.jsonl:text": "line 2 is no JSON: It is nested too deeply",
         "--config trl.yaml --device T4": "lora_modules_to_save",
     }
     for command, words in told.items():
         assert words in failure(f"memory {command}", capsys), command
-    assert "labels 2 to 1,000,000; got 8 and a whole" in usage_error(f"memory whole --labels {10**400}", capsys)
+    assert "got 8 and a whole" in usage_error(f"memory whole --labels {10**400}", capsys)

@@ -65,10 +65,10 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert (config.task_type, config.modules_to_save) == ("SEQ_CLS", ["classifier"])
     printed = capsys.readouterr().out
     assert "900 of 1,000 parameters, mean rank 4.0" in printed
-    assert "Learning rate for it: 0.00143\n" in printed
-    with pytest.raises(ConfigError, match=r"plan\.json exists already"):
+    assert "Learning rate for this plan: 0.00143\n" in printed
+    with pytest.raises(ConfigError, match=r"plan\.json already exists"):
         module.main(["a/m", "d", "--output", str(tmp_path / "plan.json")])
-    with pytest.raises(ConfigError, match=r"exists already\. Name a folder"):
+    with pytest.raises(ConfigError, match=r"already exists\. Choose a new folder"):
         module.main(["a/m", "d", "--log", str(tmp_path)])
 
 
@@ -77,7 +77,7 @@ def test_the_frontier(capsys: pytest.CaptureFixture[str], plan: list[FinetuneCon
     (options,) = plan
     assert (options.goal, options.tolerance) == ("time", 0.02)
     shown = [line.split() for line in capsys.readouterr().err.replace("│", " ").splitlines()]
-    assert ["narrow", "at", "8,", "taken", "500", "12.5", "ms", "+2.0%", "-1.0%", "+5.0%", "tie"] in shown
+    assert ["narrow", "at", "8,", "chosen", "500", "12.5", "ms", "+2.0%", "-1.0%", "+5.0%", "tie"] in shown
     assert ["all-linear,", "too", "large", "1,200", "-", "+0.0%", "+0.0%", "+0.0%", "tie"] in shown
 
 
@@ -89,7 +89,7 @@ def test_a_plan_to_edit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "model.layers.0: {q_proj: 0, v_proj: 4}\n" in text
     assert "predicted to take 900 parameters; the budget is 1,000 parameters" in text
     assert "--policy mine.yaml" in text
-    assert "Edit it, and pass --policy" in capsys.readouterr().out
+    assert "pass it to rankpilot finetune with --policy" in capsys.readouterr().out
     module.main(["a/m", "d", "--for", "plan"])
     assert 'or policy="plan.yaml"' in capsys.readouterr().out
     module.main(["a/m", "d", "--for", "peft", "--output", str(tmp_path / "peft.yaml")])
@@ -111,14 +111,14 @@ def test_one_rank_is_the_mean_of_the_kinds_that_are_adapted() -> None:
     config = SimpleNamespace(lora_alpha=16)
     plan: Any = SimpleNamespace(ranks=ranks, alphas=dict.fromkeys(ranks, 16), config=config, learning_rate=None)
     assert module._one_rank(plan, "x")[1:3] == (["q", "v"], 32)
-    with pytest.raises(ConfigError, match="torchtune names no module of this model: it has q, v"):
+    with pytest.raises(ConfigError, match="torchtune cannot adapt any module of this model"):
         module._torchtune(plan)
 
 
 def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
     module.main(["a/m", "d", "--for", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
     text = (tmp_path / "plan.yaml").read_text()
-    assert text.startswith("# LLaMA-Factory has one rank for all modules and takes no rank pattern")
+    assert text.startswith("# LLaMA-Factory supports a single rank and no rank pattern")
     settings = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4, "lora_alpha": 16}
     assert yaml.safe_load(text) == settings | {"learning_rate": 0.00143}
 
@@ -126,7 +126,7 @@ def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
 def test_torchtune_has_no_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     module.main(["a/m", "d", "--for", "torchtune"])
     text = capsys.readouterr().out.partition("Predicted:")[0]
-    assert text.startswith("# torchtune has one rank for all modules")
+    assert text.startswith("# torchtune supports a single rank")
     model = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False, "lora_rank": 4, "lora_alpha": 16}
     assert yaml.safe_load(text) == {"model": model, "optimizer": {"lr": 0.00143}}
 

@@ -38,11 +38,10 @@ def test_the_page_of_a_run_lies_in_its_folder(run_folder: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [f"Page: {folder / 'study.html'}", f"Picture of the ranks: {folder / 'ranks.png'}"]
     assert (
-        "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
-        in lines
+        "From a single run each, rankpilot's held-out loss is 4.9% lower than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules." in lines
     )
-    assert not any(line.startswith("Left out of the page") for line in lines)
+    assert not any(line.startswith("Not shown on the page") for line in lines)
     assert (folder / "study.html").read_text().startswith("<!DOCTYPE html>")
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
@@ -58,7 +57,7 @@ def test_what_exact_savers_bring_stands_on_the_page_and_is_printed(
         path.write_text("\n".join([json.dumps(json.loads(first) | {"saved": told}), *others, ""]))
         assert len(page_data([read_run(run_folder)], [None])["runs"][0]["savers"]) == rows
         assert cli.run(["study", str(run_folder), "--explain", "none"]) == 0
-        assert ("The same losses in fewer bytes" in (text := capsys.readouterr().out)) is (rows > 0)
+        assert ("Same losses in less memory" in (text := capsys.readouterr().out)) is (rows > 0)
     assert page_data([read_run(run_folder)], [None])["runs"][0]["savers"] == [
         ["step, in MiB", "no checkpointing", "all checkpointed"],
         ["plain LoRA", "8.00", "4.00"],
@@ -71,8 +70,8 @@ def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "summary.json").write_text(json.dumps({"groups": []}))
     (tmp_path / "study.html").write_text("mine")
     line = failure(["study", str(tmp_path)], capsys)
-    assert "holds no run: there is no decision log, and the results (" in line
-    assert "what `rankpilot policy evaluate` found is in its summary.json" in line
+    assert "is not the folder of a run: there is no decision log, and results (" in line
+    assert "for results of `rankpilot policy evaluate`, see its summary.json" in line
     assert (tmp_path / "study.html").read_text() == "mine"
 
 
@@ -90,20 +89,20 @@ def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty").mkdir()
     script = tmp_path / "t.sh"
     script.write_text("echo mine")
-    no_folder = "Each word after `rankpilot study` is the folder of a run"
+    no_folder = "are run folders"
     for words, told in {
-        "": "No run was given",
+        "": "No run given",
         "why": no_folder,
         f"replay {run_folder}": no_folder,
         f"{run_folder} nowhere": no_folder,
-        f"{tmp_path / 'empty'}": "there is no decision log (decisions/decisions.jsonl",
-        f"{run_folder} --output {tmp_path}": "is a folder. Pass the name of a file",
-        f"{run_folder} --output {script}": "exists and is no page. Pass a name that is free.",
-        f"{run_folder} --json --output {script}": "exists and is no JSON. Pass a name that is free.",
-        f"{run_folder} --json --open": "Pass one of them",
+        f"{tmp_path / 'empty'}": "it has no decision log (decisions/decisions.jsonl",
+        f"{run_folder} --output {tmp_path}": "is a folder. Pass a file name",
+        f"{run_folder} --output {script}": "already exists and is not a study page. Choose another name.",
+        f"{run_folder} --json --output {script}": "already exists and is not a JSON file. Choose another name.",
+        f"{run_folder} --json --open": "Pass only one of them",
     }.items():
         assert told in failure(f"study {words}", capsys)
-    assert "`rankpilot replay` is a command of its own" in failure("study why", capsys)
+    assert "to replay a run, use `rankpilot replay`" in failure("study why", capsys)
     assert script.read_text() == "echo mine"
 
 
@@ -118,7 +117,7 @@ def test_several_runs_stand_side_by_side(
     summary["runs"] = {"rankpilot": summary["runs"]["rankpilot"] | {"held_out_loss": 0.1234}}
     write_json(other / "summary.json", summary)
     both = ["study", str(folder), str(other)]
-    assert "2 runs have no common folder for their page. Pass --output FILE." in failure(both, capsys)
+    assert "2 runs have no common folder for the page. Pass --output FILE." in failure(both, capsys)
     assert cli.run([*both, "--output", str(page), "--open"]) == 0
     assert opened == [page.as_uri()]
     lines = capsys.readouterr().out.splitlines()
@@ -135,10 +134,10 @@ def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pyte
     write_json(folder / "summary.json", summary)
     assert cli.run(["study", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "The model guesses" in " ".join(out.split())
-    assert "Left out of the page: all decisions (" in out
+    assert "The model is guessing" in " ".join(out.split())
+    assert "Not shown on the page: all decisions (" in out
     assert "Picture of the ranks" not in out
-    assert f"Adapter (the page says how to load, merge and export it): {folder / 'rankpilot' / 'adapter'}\n" in out
+    assert f"Adapter (the page shows how to load, merge and export it): {folder / 'rankpilot' / 'adapter'}\n" in out
     assert f"MiniLM on {NAME}" in out
 
 

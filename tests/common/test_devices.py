@@ -29,7 +29,7 @@ def test_processors_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None
     (tmp_path / "intel-rapl:0:0").mkdir()
     counter = find_energy_counter(CPU, tmp_path)
     assert counter is not None
-    assert counter.source == "2 processors, counted by RAPL"
+    assert counter.source == "2 processors, measured by RAPL"
     assert counter.joules() == 0.0
     files[0].write_text("400000\n")
     files[1].write_text("200000\n")
@@ -87,7 +87,7 @@ def counter_of_gpu(monkeypatch: pytest.MonkeyPatch, library: Any) -> Any:
 def test_a_gpu_by_its_own_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Counting()
     counter = counter_of_gpu(monkeypatch, library)
-    assert counter.source == "H100, counted by NVML"
+    assert counter.source == "H100, measured by NVML"
     before = counter.joules()
     library.millijoules += 1_500
     assert counter.joules() - before == pytest.approx(1.5)
@@ -121,5 +121,5 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", ["cuda:99", "bogus", ""])
 def test_absent_devices_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"No device '{name}' is at hand. Use cpu"):
+    with pytest.raises(ConfigError, match=f"Device '{name}' is not available. Use cpu"):
         find_device(name)

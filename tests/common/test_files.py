@@ -109,7 +109,7 @@ def test_line_separators_inside_a_value_do_not_tear_it(tmp_path):
         (b"[" * 200_000, "is not valid JSON: It is nested too deeply"),
         (b'{"a": "\\ud800"}', "is not valid JSON: It has half of a surrogate pair"),
         (b"1" * 5000, "is not valid JSON: Exceeds the limit"),
-        (b"\xff", "is no text in UTF-8"),
+        (b"\xff", "is not UTF-8 text"),
         (b"{", "is not valid JSON: Expecting"),
         (b" " * 101, "has more than 100 bytes"),
     ],
@@ -133,7 +133,7 @@ def test_a_device_without_end_is_not_read_to_its_end() -> None:
 @pytest.mark.parametrize("content", ["[]", "5", '"x"'])
 def test_values_without_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "file").write_text(content)
-    with pytest.raises(DataError, match="holds no values by name"):
+    with pytest.raises(DataError, match="must be a mapping of names to values"):
         read_object(tmp_path / "file")
 
 
@@ -189,7 +189,7 @@ def test_what_is_no_file_of_tensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     save_tensors({"a": torch.zeros(2).bfloat16()}, tmp_path / "bfloat16")
     for name in ("file", "absent", "bfloat16"):
-        with pytest.raises(DataError, match="cannot be read as arrays"):
+        with pytest.raises(DataError, match="as arrays"):
             read_arrays(tmp_path / name)
 
 

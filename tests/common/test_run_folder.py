@@ -46,14 +46,14 @@ def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
     with open_run(folder, SETTINGS, resume=True):
         pass
     again = open_run(folder, SETTINGS, resume=False)
-    with pytest.raises(RunFolderError, match=r"exists already\. Pass --resume"), again:
+    with pytest.raises(RunFolderError, match=r"already exists\. Pass --resume"), again:
         pass
 
 
 def test_a_second_process_is_refused_at_once_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with other_process(folder) as process:
-        for resume, message in ((True, f"Another process works in {folder}"), (False, "exists already")):
+        for resume, message in ((True, f"Another process is using {folder}"), (False, "already exists")):
             with pytest.raises(RunFolderError, match=message), open_run(folder, SETTINGS, resume=resume):
                 pass
         process.kill()
@@ -75,7 +75,7 @@ def test_a_run_that_fails_frees_its_folder(tmp_path: Path) -> None:
 
 def test_foreign_folders_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for resume, message in ((False, "exists already"), (True, "is no run of rankpilot's")):
+    for resume, message in ((False, "already exists"), (True, "is not a run of rankpilot")):
         with pytest.raises(RunFolderError, match=message), open_run(tmp_path, SETTINGS, resume=resume):
             pass
     with pytest.raises(RunFolderError, match="is a file"), open_run(tmp_path / "notes.txt", SETTINGS, resume=True):
@@ -94,8 +94,8 @@ def test_other_settings(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ('{"tseps": 3}', "other settings .*accumulation: None there, 0 now"),
-        ("{", "cannot go on with .*Expecting"),
-        ("3", "cannot go on with .*no values by name"),
+        ("{", "cannot continue .*Expecting"),
+        ("3", "cannot continue .*must be a mapping of names"),
     ],
 )
 def test_a_file_that_no_version_wrote(tmp_path: Path, content: str, words: str) -> None:

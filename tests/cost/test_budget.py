@@ -94,13 +94,21 @@ def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
 @pytest.mark.parametrize(
     ("given", "limit", "words"),
     [
-        ("80%", Limit(8 * 2**20, "bytes"), "8 MiB for a step beside the frozen model: 80% of 10 MiB, which plain LoRA"),
-        ("24GiB", Limit(20 * 2**30, "bytes"), "24 GiB in all: 20 GiB for a step, and 4 GiB for the frozen model"),
-        ("1MB step", Limit(1e6, "bytes"), "1 MB (976.6 KiB) for a step beside the frozen model."),
+        (
+            "80%",
+            Limit(8 * 2**20, "bytes"),
+            "8 MiB per step on top of the frozen model: 80% of the 10 MiB of plain LoRA",
+        ),
+        ("24GiB", Limit(20 * 2**30, "bytes"), "24 GiB: 20 GiB per step, and 4 GiB for the frozen model"),
+        ("1MB step", Limit(1e6, "bytes"), "1 MB (976.6 KiB) per step on top of the frozen model."),
         ("1.5GB", Limit(2**20, "bytes"), "1.5 GB (1.397 GiB) in all: 1 MiB for a step"),
-        ("6GiB step", Limit(6 * 2**30, "bytes"), "6 GiB for a step beside the frozen model."),
-        ("auto", Limit(9 * 2**30, "bytes"), "9 GiB for a step beside the frozen model, nine tenths of what is free."),
-        ("300k params", Limit(300e3, "parameters"), "300,000 parameters of the adapter."),
+        ("6GiB step", Limit(6 * 2**30, "bytes"), "6 GiB per step on top of the frozen model."),
+        (
+            "auto",
+            Limit(9 * 2**30, "bytes"),
+            "9 GiB per step on top of the frozen model, nine tenths of the free memory.",
+        ),
+        ("300k params", Limit(300e3, "parameters"), "300,000 parameters in the adapter."),
     ],
 )
 def test_what_a_budget_allows_is_told(given, limit, words):
@@ -111,7 +119,7 @@ def test_what_a_budget_allows_is_told(given, limit, words):
 def test_a_budget_of_more_than_the_device_has_is_told():
     for given, told in (("9999TiB", True), ("9999TiB step", True), ("1GiB", False), ("900%", False)):
         said = beyond_device(Budget("share", 9.0) if "%" in given else Budget.parse(given), CPU)
-        assert said.startswith("The budget is more than this machine has, ") is told
+        assert said.startswith("The budget exceeds this machine's memory, ") is told
 
 
 def test_a_share_is_one_of_what_trained_adapters_take_if_that_is_more():

@@ -89,4 +89,4 @@ def test_modules_that_take_no_part_are_counted_with_a_line_that_leaves_them_out(
 def test_where_modules_of_many_places_take_no_part_some_are_named():
     text = refusal(r"mixed\.\d\..*")
     assert "5 of 10 target modules" in text
-    assert "'mixed.0.image', 'mixed.1.image', 'mixed.2.image' and 2 more. Leave them out of `target_modules`." in text
+    assert "'mixed.0.image', 'mixed.1.image', 'mixed.2.image' and 2 more. Remove them from `target_modules`." in text

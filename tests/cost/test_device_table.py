@@ -57,7 +57,7 @@ def test_names_of_people_and_of_the_driver_are_understood(given, name):
     [
         ("rtx 4095", "Did you mean: .*'RTX 4090'"),
         ("24,5GiB", "Cannot read the device memory"),
-        ("999999999TiB", "is larger than any"),
+        ("999999999TiB", "exceeds any card"),
         ("RTX 4090 Laptop GPU", "Unknown device"),
         ("rtx4095", "Did you mean: .*'RTX 4090'"),
         ("RTX 2080 Ti", "Unknown device"),

@@ -73,18 +73,20 @@ def unreachable(place: Any, **options: Any) -> Any:
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UnknownNameError, match=r"Unknown model 'lama-3.1-8b'. Did you mean: 'llama-3.1-8b'"):
         find_configuration("lama-3.1-8b")
-    with pytest.raises(AssetError, match=r"There is no configuration at .*nowhere"):
+    with pytest.raises(AssetError, match=r"No configuration found at .*nowhere"):
         find_configuration(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    with pytest.raises(ConfigError, match=r"cannot be used: .*unheard-of"):
+    with pytest.raises(ConfigError, match=r"is unavailable: .*unheard-of"):
         find_configuration(str(tmp_path))
     odd = {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(odd))
-    with pytest.raises(ConfigError, match=r"cannot be used: The hidden size \(30\) is not a multiple") as error:
+    with pytest.raises(ConfigError, match=r"is not usable: The hidden size \(30\) is not a multiple") as error:
         find_configuration(str(tmp_path))
     assert "\n" not in str(error.value)
     monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", unreachable)
-    with pytest.raises(AssetError, match=r"'someone/Qwen3-8B' could not be read: .*couldn't connect.*network") as error:
+    with pytest.raises(
+        AssetError, match=r"Cannot read the configuration of 'someone/Qwen3-8B': .*couldn't connect.*network"
+    ) as error:
         find_configuration("someone/Qwen3-8B")
     assert "\n" not in str(error.value)
 
@@ -99,7 +101,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     try_hub_once.cache_clear()
     try:
         for name in ("nobody/nothing", "nobody/else"):
-            with pytest.raises(AssetError, match=r"could not be read: .*couldn't connect"):
+            with pytest.raises(AssetError, match=r"Cannot read the configuration of .*couldn't connect"):
                 find_configuration(name)
         assert session.head.call_count == 1
     finally:

@@ -272,7 +272,7 @@ def test_an_output_that_is_kept_and_padding_count_at_the_peak():
 def test_what_depends_on_contents_is_refused_in_one_line():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     with pytest.raises(
-        UnsupportedError, match=r"A step of 'deberta-v2' cannot be predicted.*depends on contents"
+        UnsupportedError, match=r"A step of 'deberta-v2' cannot be predicted.*operations depend on data"
     ) as error:
         from_config(DebertaV2Config(**sizes, num_attention_heads=4), StepConfig(**STEP))
     assert "\n" not in str(error.value)

@@ -83,5 +83,5 @@ def test_sizes_that_follow_the_data() -> None:
 
 def test_one_length_does_not_tell_another() -> None:
     found = growth(SIZES["constant"], (BatchShape(2, 3), BatchShape(2, 3), BatchShape(3, 3)))
-    with pytest.raises(UnsupportedError, match="one length does not tell"):
+    with pytest.raises(UnsupportedError, match="a single length does not show"):
         found.factor(BatchShape(2, 8))

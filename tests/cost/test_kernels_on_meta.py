@@ -189,7 +189,7 @@ def test_targets_by_a_regular_expression():
     assert len(step.targets) == 4
     with pytest.raises(ConfigError, match="matches no linear layer"):
         step_of(LLAMA, {"target_modules": r"layers.[\d]+.q_proj"})
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a valid regular expression"):
         step_of(LLAMA, {"target_modules": "(q_proj"})
 
 

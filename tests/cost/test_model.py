@@ -471,7 +471,7 @@ def test_a_model_without_loss_is_told_to_take_labels():
     run = run_of("llama")
     del run.batch["labels"]
     before = state_of(run)
-    with pytest.raises(UnsupportedError, match=r"returned no loss.*Give its batches labels"):
+    with pytest.raises(UnsupportedError, match=r"returned no loss.*Add labels to its batches"):
         run.calibrated()
     assert changed(before, state_of(run)) == []
 
@@ -483,7 +483,7 @@ def test_a_model_whose_operations_change_from_call_to_call_is_refused():
     before = state_of(run)
     with (
         norm.register_forward_hook(lambda module, given, output: output * 1 if next(calls) == 4 else output),
-        pytest.raises(UnsupportedError, match=r"runs other operations each time.*layer drop"),
+        pytest.raises(UnsupportedError, match=r"runs different operations each time.*layer drop"),
     ):
         run.calibrated()
     assert changed(before, state_of(run)) == []

@@ -75,7 +75,7 @@ def test_a_step_with_hooks_of_its_own_is_refused(recorded, wrapped):
     recorder, run, _ = recorded()
     plain = recorder.loss
     recorder.loss = lambda batch: wrapped(plain, batch)
-    with pytest.raises(UnsupportedError, match=r"hooks of its own.*give a budget of parameters \('300k params'\)"):
+    with pytest.raises(UnsupportedError, match=r"custom hooks.*pass a budget in parameters \('300k params'\)"):
         recorder.step(run.batch)
 
 

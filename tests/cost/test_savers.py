@@ -495,6 +495,6 @@ def test_a_run_does_what_its_configuration_told() -> None:
     memory = pilot._piloted.guard.plan.now.memory
     assert memory is not None
     assert memory.peak(pilot.applier.ranks) == told.best.step_bytes
-    assert any(each.endswith("losses. Selective checkpointing is on, which takes some time.") for each in lines)
+    assert any(each.endswith("losses. Selective checkpointing is on, at some cost in time.") for each in lines)
     pilot.finish()
     assert attributes(model) == before

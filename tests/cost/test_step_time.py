@@ -271,5 +271,5 @@ def test_layers_that_run_again_are_counted_once(make_llama: Any) -> None:
 
 @pytest.mark.parametrize("rates", [(0, 1, 0), (1, -1, 0), (1, 1, -1), (float("nan"), 1, 0), (1, 1, 0, -1)])
 def test_rates_are_above_zero(rates: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match="Rates are above 0"):
+    with pytest.raises(ConfigError, match="Rates must be above 0"):
         Rates(*rates)

@@ -15,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import reshaped
 from rankpilot.cost.recording import BatchShape
+from rankpilot.cost.savers import loss_tiles
 from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
-from rankpilot.cost.savers.exact import ExactSavers, loss_tiles
+from rankpilot.cost.savers.exact import ExactSavers
 from rankpilot.cost.savers.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.savers.prices import TILES as TILED
 from rankpilot.cost.tile_size import LEAST_TOKENS, TILES
@@ -85,7 +86,7 @@ def test_logits_that_were_changed_are_refused() -> None:
     logits = torch.randn(2, 4, 5, requires_grad=True) * 1
     loss = tiled_causal_lm_loss(logits, torch.ones(2, 4, dtype=torch.long), 5)
     logits.detach().mul_(2)
-    with pytest.raises(UnsupportedError, match="The logits were changed"):
+    with pytest.raises(UnsupportedError, match="The logits were modified"):
         loss.backward()
 
 

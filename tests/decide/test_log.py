@@ -108,7 +108,7 @@ def log(tmp_path: Path) -> DecisionLog:
 
 
 BYTES = make_problem().cost
-OF_ANOTHER = "is missing, damaged or of another decision"
+OF_ANOTHER = "is missing, corrupt or of another decision"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_savers_and_rates_of_a_line_are_checked_and_earlier_lines_tell_none(log:
 
 def test_without_pandas_there_is_a_line_that_says_so(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ConfigError, match="needs pandas: pip install pandas"):
+    with pytest.raises(ConfigError, match="requires pandas: pip install pandas"):
         log.to_pandas()
 
 
@@ -265,7 +265,7 @@ def test_what_a_killed_process_left_is_not_read(log: DecisionLog, caplog: pytest
     scratch = log.folder / ".decision-000004.safetensors.x1"
     scratch.mkdir()
     assert [record.number for record in log.read()] == [0, 1, 2]
-    assert caplog.messages == [f"Line 4 of {path} is no whole line of JSON, as after a crash, and is left out."]
+    assert caplog.messages == [f"Line 4 of {path} is incomplete, probably after a crash, and was skipped."]
     assert log.truncate(4) == 0
     log.append(make_record(3))
     assert path.read_bytes() == content
@@ -298,7 +298,7 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
     log = DecisionLog(tmp_path)
     for use in (log.read, lambda: log.logged(0), log.to_pandas, lambda: len(log)):
         with pytest.raises(
-            RunFolderError, match=r"log of rankpilot 0\.2 .*Study it with that version, or make"
+            RunFolderError, match=r"log of rankpilot 0\.2 .*Study it with that version, or repeat"
         ) as caught:
             use()
         assert "\n" not in str(caught.value)
@@ -309,8 +309,8 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 6}, "is no decision of log schema 7: its schema is 6. Read it with the version"),
-        ({"schema": None}, "is no decision of log schema 7: its schema is None"),
+        ({"schema": 6}, "is not a decision of log schema 7, but of 6. Read it with the version"),
+        ({"schema": None}, "is not a decision of log schema 7, but of None"),
         ({"step": "1"}, "is damaged: step is '1'"),
         ({"step": 10**400}, "is damaged: step is a whole number of"),
         ({"ladder": [0, 10**400]}, "is damaged: ladder is"),
@@ -363,7 +363,7 @@ def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes |
         ({}, {"names": ["a", "b"]}, "holds no finite"),
         ({}, {"names": ["a", "b", 5]}, "names and caveats are no texts"),
         ({}, {"caveats": "many"}, "names and caveats are no texts"),
-        ({}, {"goal": {"kind": "speed", "tolerance": 0.01}}, "goal is one of"),
+        ({}, {"goal": {"kind": "speed", "tolerance": 0.01}}, "goal must be one of"),
         ({}, {"goal": None}, OF_ANOTHER),
     ],
 )
@@ -385,7 +385,7 @@ def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
     path = log.folder / "decision-000001.safetensors"
     arrays = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file(arrays, path, {"rankpilot.features": json.dumps([["snr"], ["progress"]])})
-    with pytest.raises(RunFolderError, match="its policy saw other features than those of this version"):
+    with pytest.raises(RunFolderError, match="its policy used other features than this version's"):
         log.logged(1)
 
 
@@ -396,7 +396,7 @@ def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
         ({"decision": Decision(np.ones(3, dtype=np.int64), np.zeros(2))}, r"`score` .* not \(3,\)"),
         ({"problem": replace(make_problem(), ranks=np.zeros(2, dtype=np.int64))}, r"`rank_before` .* not \(3,\)"),
         ({"step": -1}, "step -1"),
-        ({"observation": replace(make_record().observation, names=("a", "a", "b"))}, "modules of different names"),
+        ({"observation": replace(make_record().observation, names=("a", "a", "b"))}, "distinct module names"),
     ],
 )
 def test_a_contradictory_record_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -415,7 +415,7 @@ BEFORE = np.array([8, 8, 8, 8])
     [
         ([16, 4, 8, 8], 12.1 * GIB, 12.3 * GIB, "bytes", "2 modules moved, 12.1 of 12.3 GiB, mean rank 9.0"),
         ([8, 8, 8, 0], 0.5 * GIB, 1.5 * GIB, "bytes", "1 module moved, 0.5 of 1.5 GiB, mean rank 6.0"),
-        ([8, 8, 8, 8], 900 * 2**20, 1000 * 2**20, "bytes", "no module moved, 900 of 1,000 MiB, mean rank 8.0"),
+        ([8, 8, 8, 8], 900 * 2**20, 1000 * 2**20, "bytes", "no module changed, 900 of 1,000 MiB, mean rank 8.0"),
         ([1, 1, 1, 2], 240_000, 300_000, "parameters", "4 modules moved, 240,000 of 300,000 parameters, mean rank 1.2"),
     ],
 )

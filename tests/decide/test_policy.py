@@ -15,7 +15,7 @@ from rankpilot.decide.settings import DecisionSchedule
 
 @pytest.mark.parametrize("ranks", [[np.nan, 1.0], [-1, 2], [1.5, 2.0], [[1, 2]], ["a", "b"]])
 def test_ranks_that_are_none(ranks: Any) -> None:
-    with pytest.raises(ConfigError, match="Ranks are whole numbers from 0 on, one for each module; got"):
+    with pytest.raises(ConfigError, match="Ranks must be whole numbers of at least 0, one per module; got"):
         decision_from_plan(ranks)
 
 
@@ -28,7 +28,7 @@ def test_lists_are_taken(make_observation: Any) -> None:
 
 @pytest.mark.parametrize("scores", [[np.nan, 0, 0], [np.inf, 0, 0], [0, 0], [[0, 0, 0]], None, ["a", "b", "c"]])
 def test_scores_that_are_none(make_observation: Any, scores: Any) -> None:
-    with pytest.raises(ConfigError, match="Scores are finite numbers, one for each of 3 modules; got"):
+    with pytest.raises(ConfigError, match="Scores must be finite numbers, one for each of 3 modules; got"):
         decision_from_scores(make_observation(3), scores)
 
 

@@ -134,6 +134,6 @@ def test_windows(problems: dict[str, AllocationProblem], budget: str) -> None:
 def test_unknown_rules() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean: 'signal-mean'"):
         find_rule("signal-man")
-    with pytest.raises(UnknownNameError, match=r'reads as a budget: pass budget="40%"'):
+    with pytest.raises(UnknownNameError, match=r'looks like a budget: pass budget="40%"'):
         find_rule("40%")
     assert all(find_rule(name).name == name for name in RULES)

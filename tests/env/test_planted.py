@@ -223,6 +223,6 @@ def test_the_oracle_finds_what_a_search_of_everything_finds(make_task: MakeTask)
 
 def test_only_planted_tasks_have_an_oracle(make_task: MakeTask) -> None:
     task = make_task("text")
-    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is not known"):
+    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is unknown"):
         oracle_plan(task, problem_for(task))
     oracle._worth.cache_clear()

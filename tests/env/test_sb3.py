@@ -67,7 +67,7 @@ def test_results_do_not_depend_on_the_number_of_processes(settings: dict[str, An
     assert isinstance(two._workers[0], ProcessPoolExecutor)
     for process in (two._workers[0]._processes or {}).values():
         process.kill()
-    with pytest.raises(WorkerError, match="Go on with --resume"):
+    with pytest.raises(WorkerError, match="Continue with --resume"):
         story(two)
     two.close()
 
@@ -92,7 +92,7 @@ def test_what_it_refuses(settings: dict[str, Any]) -> None:
         StackVecEnv(**settings | {"stacks": 0})
     with pytest.raises(ConfigError, match="--cluster is 'local'"):
         StackVecEnv(**settings, cluster="nowhere")
-    with pytest.raises(ConfigError, match="Nothing answers at"):
+    with pytest.raises(ConfigError, match="No answer from"):
         StackVecEnv(**settings, cluster="127.0.0.1:9")
     envs = StackVecEnv(**settings)
     envs.reset()

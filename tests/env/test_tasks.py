@@ -83,13 +83,13 @@ def test_bad_tasks_are_refused(field: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(RankPilotError, match=r"of a task|on the budget"):
             FineTuneTask(**{"kind": "text", "seed": 0, field: value})
-    with pytest.raises(ConfigError, match="A text alone can change"):
+    with pytest.raises(ConfigError, match="Only a text can change"):
         FineTuneTask("planted", 0, then="code")
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "1", None, True, 2**32])
 def test_seeds_that_no_task_can_have(seed: Any) -> None:
-    with pytest.raises(ConfigError, match="seed is a whole number from 0"):
+    with pytest.raises(ConfigError, match="seed must be a whole number from 0"):
         FineTuneTask("text", seed)
 
 
@@ -146,7 +146,7 @@ def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyP
     from rankpilot.env import bases
 
     monkeypatch.setattr(bases, "_weights", lambda name: {"stranger": torch.zeros(1)})
-    with pytest.raises(AssetError, match="do not fit its architecture"):
+    with pytest.raises(AssetError, match="do not match its architecture"):
         load_base_model("llama-4x32")
 
 

@@ -280,7 +280,7 @@ def plain(case: Case, rare: bool, seed: int) -> Ran:
     return train(Cell(case, rare, seed, ""), "")
 
 
-_WHOLE = re.compile(r"\b(runs?|ran|goes?|went|going)\b[^.]*\bwhole\b|loss is another|evaluations run as they are", re.I)
+_WHOLE = re.compile(r"\b(runs?|ran|goes?|went|going)\b[^.]*\bwhole\b|loss has changed", re.I)
 
 
 @dataclass(frozen=True)

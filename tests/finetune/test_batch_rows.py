@@ -108,8 +108,8 @@ def test_pairs_stay_together() -> None:
 @pytest.mark.parametrize(
     ("extra", "text"),
     [
-        ({"pixel_values": torch.zeros(4, 8)}, "pixel_values is of pictures"),
-        ({"speech": torch.zeros(11, 8)}, "speech has 11 entries where the batch has 4 rows"),
+        ({"pixel_values": torch.zeros(4, 8)}, "pixel_values contains images"),
+        ({"speech": torch.zeros(11, 8)}, "speech has 11 entries, but the batch has 4 rows"),
         ({"images": ["one"]}, "images has 1 entries"),
         ({"cu_seq_lens_q": torch.arange(4)}, "cu_seq_lens_q"),
     ],

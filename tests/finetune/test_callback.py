@@ -253,7 +253,7 @@ def test_the_study_of_a_run_finds_its_trained_policy_wherever_that_has_gone(
     assert run["decisions"][0]["explanation"]["what_ifs"]
     (kept / "policy.safetensors").write_bytes(b"damaged")
     assert cli.run(["study", str(kept.parent), "--json"]) == 0
-    assert "The policy pilot is not at hand, so there are no what-ifs." in capsys.readouterr().out
+    assert "The policy pilot is not available, so there are no what-ifs." in capsys.readouterr().out
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -274,7 +274,7 @@ def test_an_optimizer_of_unknown_state_decides_resumes_and_is_told(
 ) -> None:
     options = {"optimizer": partial(Adamax, lr=1e-2), "exact_savers": False, "plain": True}
     run = launch(**options)
-    assert capsys.readouterr().out.count("Adamax keeps state of a form that is not known") == 1
+    assert capsys.readouterr().out.count("The optimizer Adamax has unknown state") == 1
     assert len(run.decided) == len(DECISIONS)
     assert run.highest <= run.pilot.limit
     assert run.highest == pytest.approx(max(cost for _, cost in run.pilot.predictions), rel=0.01)
@@ -303,7 +303,7 @@ def test_biases_that_train_are_counted_resumed_and_saved_where_a_module_is_dropp
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"optimizer": LBFGS}, UnsupportedError, "LBFGS cannot step on a parameter that it has no state of"),
+        ({"optimizer": LBFGS}, UnsupportedError, "LBFGS cannot step on a parameter without state"),
         ({"budget": "5 params"}, BudgetError, "The smallest that works is 48 parameters"),
         ({"budget": "3k params", "learning_rate": 1e30}, NonFiniteError, "probe step"),
     ],

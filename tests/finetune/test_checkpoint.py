@@ -44,7 +44,7 @@ def test_the_checkpoint_of_another_version_is_refused_in_one_line(tmp_path: Path
 def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path, missing: str) -> None:
     save_state(tmp_path, {})
     (tmp_path / missing).unlink()
-    with pytest.raises(RunFolderError, match=f"holds no {missing}"):
+    with pytest.raises(RunFolderError, match=f"has no {missing}"):
         load_state(tmp_path)
 
 

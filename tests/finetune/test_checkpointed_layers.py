@@ -414,7 +414,7 @@ def test_an_exact_decision_that_fits_is_taken_as_it_is(tmp_path: Path, layers: i
     callback, told = told_of(tmp_path, Exactly(8), budget, layers=layers)
     assert all(set(record.rank_after.tolist()) == {8} for record in DecisionLog(tmp_path / "decisions").read())
     assert callback.predictions[-1][1] <= callback.limit
-    assert not any("could not have exactly" in line for line in told)
+    assert not any("could not get exactly" in line for line in told)
 
 
 def test_an_exact_decision_that_does_not_fit_is_only_lowered_and_told(tmp_path: Path) -> None:
@@ -423,9 +423,9 @@ def test_an_exact_decision_that_does_not_fit_is_only_lowered_and_told(tmp_path: 
     assert all(0 < record.rank_after.max() <= 24 for record in records)
     lowered = [int((record.rank_after < 24).sum()) for record in records]
     assert all(lowered)
-    assert [line for line in told if "could not have exactly" in line] == [
-        f"step {record.step}: {count} modules could not have exactly the rank that was decided, within the budget, the "
-        "bounds and how far a rank may move; the nearest plan stands."
+    assert [line for line in told if "could not get exactly" in line] == [
+        f"step {record.step}: {count} modules could not get exactly the decided rank within the budget, "
+        "the bounds and the largest rank change; the nearest plan is used."
         for record, count in zip(records, lowered, strict=True)
     ]
 
@@ -472,4 +472,4 @@ def test_the_fewest_bytes_need_all_layers_run_again(tmp_path: Path, caplog: pyte
     assert (again[2], again[3]) == (none[2], pytest.approx(none[3], rel=1e-6))
     assert again[0] < 0.8 * none[0]
     assert again[1] == pytest.approx(again[0], rel=0.02)
-    assert caplog.text.count("gradient_checkpointing=False takes less time, and more bytes.") == 1
+    assert caplog.text.count("gradient_checkpointing=False takes less time, but more memory.") == 1

@@ -125,7 +125,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
         *[1.0] * (MOMENTS[2] - MOMENTS[1]),
     ]
     assert loop.pilot.rate_factor == pytest.approx(0.25)
-    assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate goes" in line)
+    assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate changed" in line)
     rows = read_json_lines(tmp_path / CONTROL)
     assert [(row["step"], row["change"], row["undone"]) for row in rows] == [
         (MOMENTS[0], 1.0, False), (MOMENTS[1], -1.0, False), (MOMENTS[2], -2.0, True),
@@ -136,7 +136,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
     assert f"x 2 at step {MOMENTS[0]} (to 0.002)" in told
     assert f"x 0.25 at step {MOMENTS[2]} (to 0.00025, back to the adapters of before)" in told
     (tmp_path / CONTROL).write_text('{"step": "one"}\n')
-    assert "how the learning rate was corrected" in read_run(tmp_path).missing[-1]
+    assert "learning-rate corrections" in read_run(tmp_path).missing[-1]
 
 
 def test_other_ranks_make_a_copy_useless(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,10 +225,10 @@ def test_labels_are_known_by_the_output_layer(kind: str, labels: bool) -> None:
 def test_what_cannot_be_controlled(llama_config: LlamaConfig) -> None:
     loop = Loop(deepcopy(llama_config), 1e-3)
     loop.optimizer = torch.optim.SGD(loop.parameters, lr=1e-3)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="control=True corrects the learning rate by the steps of Adam"):
+    with pytest.raises(ConfigError, match="control=True corrects the learning rate from the steps of Adam"):
         loop.pilot.begin(loop.run)
-    with pytest.raises(ConfigError, match="control is True or False"):
+    with pytest.raises(ConfigError, match="control must be True or False"):
         rankpilot.PilotOptions(control="yes")  # type: ignore[arg-type]
     short = Loop(llama_config, 1e-3)
     short.pilot.begin(TrainingRun.of_loader(short.model, short.optimizer, short.loader, total_steps=10))
-    assert any("not controlled: a run of 10 steps" in line for line in short.told)
+    assert any("not controlled: 10 steps give too little" in line for line in short.told)

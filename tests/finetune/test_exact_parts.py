@@ -106,7 +106,7 @@ def test_what_a_loss_is_of_its_rows_is_found_out(make_llama: MakeModel, loss: Lo
 def test_a_loss_in_which_rows_meet_is_told_with_its_difference(make_llama: MakeModel, loss: Loss) -> None:
     found = exactness(run_of(make_llama(), loss))
     assert found.kind == ""
-    assert "rows meet" in found.reason
+    assert "rows affect each other" in found.reason
 
 
 def test_rows_that_all_count_alike_tell_means_apart(make_llama: MakeModel) -> None:
@@ -131,7 +131,7 @@ def test_statistics_of_a_batch_are_told(make_bert: MakeModel) -> None:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return functional.cross_entropy(model.norm(logits), batch["labels"])
 
-    assert "writes into norm.running_mean" in exactness(run_of(model, normed, classes)).reason
+    assert "modifies norm.running_mean" in exactness(run_of(model, normed, classes)).reason
     assert int(model.norm.num_batches_tracked) == 0, "the test leaves no trace"
 
 
@@ -193,7 +193,7 @@ def test_what_is_zero_before_training_is_seen(make_llama: MakeModel) -> None:
         apart = (hidden(model, batch) - base).mean().clamp(min=0)
         return each_row(model, batch) + (hidden(model, batch).mean(dim=1) - apart).sigmoid().mean()
 
-    assert "rows meet" in exactness(run_of(model, diverging)).reason
+    assert "rows affect each other" in exactness(run_of(model, diverging)).reason
 
 
 def test_a_loss_that_takes_no_part_is_told(make_llama: MakeModel) -> None:

@@ -262,7 +262,7 @@ def test_what_is_refused_before_anything_is_written(
 ) -> None:
     """An optimiser that is not installed."""
     monkeypatch.setattr("rankpilot.cost.training_step.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'rankpilot\[quant\]'"):
+    with pytest.raises(UnsupportedError, match=r"requires bitsandbytes: pip install 'rankpilot\[quant\]'"):
         finetune(make_config(optimizer="adamw8bit"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -376,7 +376,7 @@ def test_a_torn_checkpoint_is_passed_over(
     cut_in_half(folder / "rankpilot" / "checkpoint-12" / file)
     config = make_config(**BOTH)
     again = finetune(config, folder, resume=True, on_phase=lines.append)
-    assert f"checkpoint-12 is passed over: {file} is torn" in lines
+    assert f"skipping checkpoint-12: {file} is corrupt" in lines
     first = read_json(compared / "summary.json")
     for key in ("held_out_loss", "ranks"):
         assert again["runs"]["rankpilot"][key] == first["runs"]["rankpilot"][key]
@@ -415,7 +415,7 @@ def test_sigterm_saves_a_checkpoint(
     assert (folder / name / "checkpoint-6" / "trainer_state.json").is_file()
     phases: list[str] = []
     resumed = finetune(config, folder, resume=True, on_phase=phases.append)
-    assert not any("passed over" in phase for phase in phases)
+    assert not any("skipping" in phase for phase in phases)
     whole = read_json(compared / "summary.json")
     for run in ("rankpilot", "uniform"):
         for key in ("held_out_loss", "ranks"):

@@ -92,15 +92,15 @@ def test_what_is_expected_is_told_before_the_first_step(
     )
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         trainer.train()
-    expected = "Expected versus rank 8 on all modules, which does not fit: loss +0.0 %, surely at most +0.0 %."
+    expected = "Expected versus rank 8 on all modules, which does not fit: loss +0.0 %, very likely at most +0.0 %."
     assert expected in caplog.text
     assert expected in verdict(read_run(tmp_path / "run")).results
 
 
-ROOM = "A larger budget makes room"
+ROOM = "A larger budget would help"
 """How the advice begins."""
 
-AGAIN = ", and so does gradient checkpointing, which takes time"
+AGAIN = ", as does gradient checkpointing, which takes time"
 """How it goes on where none may do so yet, and the budget counts bytes."""
 
 
@@ -124,7 +124,7 @@ def test_no_larger_budget_is_advised_where_bounds_leave_no_room(
         (PLAIN, f"{ROOM}{AGAIN}."),
         ({"budget": "60%"}, f"{ROOM}."),
         ({"budget": "3k params"}, f"{ROOM}."),
-        ({"time": "99%"} | PLAIN, "A larger budget or time makes room."),
+        ({"time": "99%"} | PLAIN, "A larger budget or time limit would help."),
     ],
 )
 def test_what_makes_room_is_told_where_it_helps(
@@ -144,7 +144,7 @@ def test_what_makes_room_is_told_where_it_helps(
         assert len(lines) == 1
         assert lines[0].endswith(words)
         trainer.train()
-    unlike = "trust them less: its adapters are trained already"
+    unlike = "are less reliable here: its adapters are already trained"
     assert sum(unlike in line for line in caplog.messages) == 1, "the second run"
 
 

@@ -90,7 +90,7 @@ def test_under_control_a_broken_step_is_undone_and_the_rate_falls(
     loop = Breaking(llama_config, 1e-3).begin().breaks({at}, how, at + 1)
     (line,) = loop.about
     back = int(line.rpartition(" ")[2].rstrip("."))
-    assert line.startswith(f"step {at + 1}: the learning rate goes from 0.001 to 0.0005.")
+    assert line.startswith(f"step {at + 1}: learning rate changed from 0.001 to 0.0005.")
     whole = Breaking(llama_config, 1e-3, control=False).begin().breaks(set(), all_nan, back)
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), loop.state(), strict=True))
     assert 0 <= at - back <= 2, "the copy is not much older"
@@ -108,13 +108,15 @@ def test_a_run_that_no_copy_helps_ends_with_adapters_that_are_whole(
 ) -> None:
     scripted(monkeypatch)
     loop = Breaking(llama_config, 1e-3, log=tmp_path).begin()
-    with pytest.raises(NonFiniteError, match=r"After step 23 .* No checkpoint is replaced\. Lower the learning rate"):
+    with pytest.raises(
+        NonFiniteError, match=r"After step 23 .* No checkpoint is overwritten\. Lower the learning rate"
+    ):
         loop.breaks({4, *range(20, STEPS)}, all_nan, STEPS)
     assert trains_finite(loop.optimizer, moments=True)
     assert len(loop.about) == 1 + PATIENCE
     assert loop.pilot.rate_factor == pytest.approx(2 ** -(1 + PATIENCE))
-    assert "not finite up to step 23" in verdict(read_run(tmp_path)).warnings[0]
-    assert control_sentence(read_run(tmp_path)).endswith("What was not finite after step 5, 21, 22, 23 was undone.")
+    assert "non-finite up to step 23" in verdict(read_run(tmp_path)).warnings[0]
+    assert control_sentence(read_run(tmp_path)).endswith("Non-finite values after step 5, 21, 22, 23 were undone.")
 
 
 @pytest.mark.parametrize("control", [True, False])
@@ -124,7 +126,7 @@ def test_steps_that_break_nothing_are_no_event(llama_config: LlamaConfig, contro
     loop.breaks({0, 3}, one_inf, 5, skips=True)
     assert loop.about == []
     loop.breaks({0, 3}, all_nan, 5, skips=True)
-    assert loop.about == ["step 6: the loss was not finite. All that trains is, so the run goes on."]
+    assert loop.about == ["step 6: the loss was not finite, but all trained parameters are; continuing."]
     assert loop.pilot.rate_factor == 1
     loop.pilot.finish()
 
@@ -133,14 +135,14 @@ def test_a_loop_without_control_ends_and_keeps_its_checkpoint(llama_config: Llam
     loop = Breaking(llama_config, 1e-3, control=False, log=tmp_path / "log").begin().breaks(set(), all_nan, 3)
     rankpilot.save_checkpoint(loop.pilot, loop.run, folder := tmp_path / "checkpoint")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(NonFiniteError, match=r"After step 4 .* With control=True a run undoes such a step"):
+    with pytest.raises(NonFiniteError, match=r"After step 4 .* control=True undoes such steps"):
         loop.breaks({0}, all_nan, 1)
-    with pytest.raises(NonFiniteError, match="nothing of that is saved"):
+    with pytest.raises(NonFiniteError, match="they are not saved"):
         rankpilot.save_checkpoint(loop.pilot, loop.run, folder)
-    with pytest.raises(NonFiniteError, match="nothing of that is saved"):
+    with pytest.raises(NonFiniteError, match="they are not saved"):
         loop.pilot.finish()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert "not finite up to step 4" in verdict(read_run(tmp_path / "log")).warnings[0]
+    assert "non-finite up to step 4" in verdict(read_run(tmp_path / "log")).warnings[0]
 
 
 class Begins(TrainerCallback):
@@ -205,7 +207,7 @@ def test_a_trainer_under_control_saves_nothing_broken(llama_config: LlamaConfig,
 def test_a_trainer_without_control_ends_and_keeps_the_last_good_checkpoint(
     llama_config: LlamaConfig, tmp_path: Path, at: int
 ) -> None:
-    last = f"The last checkpoint is {tmp_path / f'checkpoint-{at}'}." if at else "No checkpoint is replaced."
+    last = f"The last checkpoint is {tmp_path / f'checkpoint-{at}'}." if at else "No checkpoint is overwritten."
     with pytest.raises(NonFiniteError, match=f"After step {at + 1} .* {re.escape(last)}"):
         train(llama_config, tmp_path, {at}, save_total_limit=1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{at}"] * bool(at)

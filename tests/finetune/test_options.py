@@ -89,10 +89,10 @@ def test_settings_of_the_trainer(tmp_path: Path, chats: tuple[str, str]) -> None
         ({"trainer": ("warmup_step=3",)}, UnknownNameError, "warmup_steps"),
         ({"trainer": ("warmup_steps",)}, ConfigError, "NAME=VALUE; got 'warmup_steps'"),
         ({"trainer": ("save_steps=3",)}, ConfigError, "save_steps is decided by --eval-steps"),
-        ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer refuses these settings: .*nope"),
+        ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer rejects these settings: .*nope"),
         ({"report_to": ("tensorbord",)}, UnknownNameError, r"tracker 'tensorbord'\. Did you mean: 'tensorboard'"),
-        ({"report_to": ("comet_ml",)}, ConfigError, r"tracker 'comet_ml' cannot be used: .*comet"),
-        ({"target_modules": "q_proj,lm_head"}, ConfigError, r"TRL's SFTTrainer cannot train this: .*lm_head"),
+        ({"report_to": ("comet_ml",)}, ConfigError, r"Cannot use tracker 'comet_ml': .*comet"),
+        ({"target_modules": "q_proj,lm_head"}, ConfigError, r"TRL's SFTTrainer cannot train with this: .*lm_head"),
     ],
 )
 def test_settings_that_are_refused(
@@ -108,11 +108,11 @@ def test_bounds() -> None:
     for wrong in ("q_proj", "q_proj=-1", "=4", "q_proj=1:2:3", "q_proj=x"):
         with pytest.raises(ConfigError, match="MODULE=LEAST:MOST"):
             rank_bounds_of((wrong,))
-    with pytest.raises(ConfigError, match="early_stopping: a number above 0"):
+    with pytest.raises(ConfigError, match="early_stopping must be above 0"):
         FinetuneConfig("a", "b", early_stopping=0)
-    with pytest.raises(ConfigError, match="tolerance counts under goal"):
+    with pytest.raises(ConfigError, match="tolerance applies only to goal"):
         FinetuneConfig("m", "d", tolerance=0.02)
-    with pytest.raises(ConfigError, match="give a budget of bytes"):
+    with pytest.raises(ConfigError, match="requires a budget in bytes"):
         FinetuneConfig("m", "d", goal="bytes", budget="3k params")
 
 
@@ -124,7 +124,7 @@ def test_a_plan_that_a_person_edited_decides_a_run(
     path, run = tmp_path / "plan.yaml", tmp_path / "run"
     small = ["--batch-size=4", "--budget=110%", "--parts=off"]
     assert cli.run(["plan", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
-    assert f"Edit it, and pass --policy {path} to rankpilot finetune" in " ".join(capsys.readouterr().out.split())
+    assert f"pass it to rankpilot finetune with --policy {path}" in " ".join(capsys.readouterr().out.split())
     text = path.read_text()
     planned = read_plan(path)
     assert sum("{" in line for line in text.splitlines()) == 2, "a line for each layer"

@@ -251,7 +251,7 @@ def test_a_row_that_fails_alone_is_named_with_the_error(launch: Callable[..., La
     run.model.get_base_model().register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run.train()
-    assert any("tokens, and ran alone with 2 layers checkpointed" in note for note in caught.value.__notes__)
+    assert any("tokens, and ran on its own with 2 layers checkpointed" in note for note in caught.value.__notes__)
 
 
 def test_what_an_error_took_from_parts_comes_back(launch: Callable[..., Launched]) -> None:
@@ -270,7 +270,7 @@ def test_a_row_that_never_fits_is_named(launch: Callable[..., Launched]) -> None
             return iter([*texts([5] * ROWS), *texts([5, 300, 5, 5, 5, 5])])
 
     run = launch(data=Stream(), budget="145 KiB step")
-    with pytest.raises(BudgetError, match=r"Row 1 has 300 tokens; the longest that fits alone has \d+\."):
+    with pytest.raises(BudgetError, match=r"Row 1 has 300 tokens; the longest row that fits on its own has \d+\."):
         run.train()
 
 
@@ -279,11 +279,11 @@ def test_where_the_trainer_looks_for_its_batch_size_steps_are_whole(
 ) -> None:
     run = launch(auto_find_batch_size=True).train()
     assert not run.guard.parts.on
-    assert capsys.readouterr().out.count("Steps run as a whole") == 1
+    assert capsys.readouterr().out.count("Steps run whole") == 1
 
 
 def test_an_option_that_is_no_way_to_run_is_an_error() -> None:
-    with pytest.raises(ConfigError, match='parts is "auto", "on" or "off"; got 4'):
+    with pytest.raises(ConfigError, match='parts must be "auto", "on" or "off"; got 4'):
         rankpilot.PilotOptions(parts=4)  # type: ignore[arg-type]
 
 
@@ -444,7 +444,7 @@ def test_an_evaluation_whose_rows_meet_runs_as_it_is(
     run, *_ = evaluated(launch, trainer=MeetIn, budget="100%", parts="on")
     assert run.guard.parts.tally.batches == STEPS
     assert run.guard.evaluated.on is False
-    assert capsys.readouterr().out.count("Batches of evaluations run as they are") == 1
+    assert capsys.readouterr().out.count("Evaluation batches run whole") == 1
 
 
 def test_an_evaluation_that_runs_out_of_memory_takes_smaller_parts(launch: Callable[..., Launched]) -> None:
@@ -508,7 +508,7 @@ def test_a_loss_in_which_rows_begin_to_meet_runs_whole(
     run.train()
     assert on[:2] == [True] * 2
     assert not any(on[3:])
-    assert capsys.readouterr().out.count("Steps run as a whole") == 1
+    assert capsys.readouterr().out.count("Steps run whole") == 1
 
 
 @pytest.mark.parametrize("changed", ["compute_loss_func", "label_smoother", "loss_function", "forward", "hook"])

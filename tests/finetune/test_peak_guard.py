@@ -185,7 +185,7 @@ def tokenised(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
 
 def test_who_has_rows_of_unknown_lengths_is_told_to_put_the_longest_first(launch: Launch) -> None:
     options = {"collate": tokenised, "remove_unused_columns": False}
-    with pytest.raises(BudgetError, match=r"4 x 24 came.* or whose rows hold no token ids.* put the longest first"):
+    with pytest.raises(BudgetError, match=r"4 x 24 came.* or without token ids.* put the longest first"):
         launch("25%", data=Texts(), **options)
 
 
@@ -306,7 +306,7 @@ def test_bounds_hold_at_every_step(launch: Launch) -> None:
     ("bounds", "error", "message"),
     [
         ({"q_prj": 4}, UnknownNameError, "'q_prj'. Did you mean: 'q_proj'"),
-        ({"q_proj": (3, 3)}, ConfigError, "bounds of 'q_proj' leave it no rank: no rank of"),
+        ({"q_proj": (3, 3)}, ConfigError, "bounds of 'q_proj' allow no rank: none of"),
     ],
 )
 def test_bounds_that_make_no_sense(launch: Launch, bounds: Any, error: type[Exception], message: str) -> None:
@@ -364,7 +364,7 @@ def test_an_evaluation_above_the_budget_gets_smaller_batches(
     assert len(shares) == 2, "the first batch size, and the corrected one"
     assert shares[0] > 1 >= shares[1]
     (message,) = messages_of(caplog)
-    assert f"with batches of 64 took {100 * shares[0]:.0f} % of the budget" in message
+    assert f"with a batch size of 64 took {100 * shares[0]:.0f} % of the budget" in message
     assert trainer.args.per_device_eval_batch_size == 64, "as its user chose, once the run is over"
     assert {step for step, _ in run.pilot.peaks} <= set(range(1, 7))
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
@@ -415,7 +415,7 @@ WHOLE = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
         (1100, [WHOLE], "computes more than"),
         (900, [], "computes less than"),
         (900, [WHOLE], "no row of the step is padded"),
-        (900, [WHOLE, PADDED], "took 2 batches, and the run was told accumulation=1"),
+        (900, [WHOLE, PADDED], "ran 2 batches, but accumulation=1 was declared"),
     ],
 )
 def test_causes(peak: int, batches: list[Any], words: str | None) -> None:
@@ -435,7 +435,7 @@ def test_rows_without_padding_are_no_other_step(launch: Launch, caplog: pytest.L
         launch("80%", data=Stream(), max_steps=2)
     messages = messages_of(caplog, "were predicted")
     assert messages
-    assert all("no row of the step is padded" in message and "no danger" in message for message in messages)
+    assert all("no row of the step is padded" in message and "harmless" in message for message in messages)
 
 
 def test_a_loop_of_other_accumulation_than_it_said(llama_config: LlamaConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -447,4 +447,4 @@ def test_a_loop_of_other_accumulation_than_it_said(llama_config: LlamaConfig, ca
         pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=4, accumulation=4))
         for batch in islice(loader, 2):
             take_step(pilot, optimizer, batch, lambda batch: model(**batch).loss)
-    assert "took 1 batch, and the run was told accumulation=4" in messages_of(caplog, "were predicted")[0]
+    assert "ran 1 batch, but accumulation=4 was declared" in messages_of(caplog, "were predicted")[0]

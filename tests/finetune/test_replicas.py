@@ -250,7 +250,7 @@ def test_without_a_new_reducer_the_copies_differ_and_that_is_an_error() -> None:
     with pytest.raises(ProcessFailed) as caught:
         in_processes(2, without_rebuilding)
     assert caught.value.kinds == {0: "ProcessError", 1: "ProcessError"}
-    assert "the adapters of process 1 are not those of process 0" in caught.value.texts[0]
+    assert "the adapters of process 1 differ from those of process 0" in caught.value.texts[0]
 
 
 def drifts_after_the_last_decision() -> None:
@@ -397,14 +397,14 @@ def adapters_in_parts(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
-        (own_group, "a process_group of its own"),
-        (power_sgd, "The communication hook powerSGD_hook.*use one of allreduce_hook"),
-        (built_in_hook, "The communication hook .*FP16_COMPRESS"),
+        (own_group, "its own process_group"),
+        (power_sgd, "Communication hook powerSGD_hook.*use one of allreduce_hook"),
+        (built_in_hook, "Communication hook .*FP16_COMPRESS"),
         (
             unwrapped,
-            "2 processes run, and the model of this one is not wrapped in DistributedDataParallel, so.*use_cpu=True",
+            ("2 processes are running, but the model is not wrapped in DistributedDataParallel, so.*use_cpu=True"),
         ),
-        (in_parts, "not wrapped in DistributedDataParallel.*FSDP2 around whole adapters needs it too"),
+        (in_parts, "not wrapped in DistributedDataParallel.*FSDP2 around whole adapters needs this too"),
         (adapters_in_parts, r"factors are sharded \(DTensor\).*ignored_params.*rankpilot plan .*plan.json"),
     ],
 )
@@ -420,9 +420,7 @@ def test_other_wrappers_are_refused(name: str, make_llama: Callable[..., PeftMod
     model = make_llama()
     wrapper = type(name, (nn.Module,), {})()
     wrapper.module = model
-    with pytest.raises(
-        UnsupportedError, match=r"so ranks cannot change\. Start one process for each device with torchrun"
-    ):
+    with pytest.raises(UnsupportedError, match=r"so ranks cannot change\. Start one process per device with torchrun"):
         Replicas.of(wrapper)
 
 

@@ -74,7 +74,9 @@ def test_a_loop_whose_optimizer_lacks_dropped_modules_is_refused(new_model: NewM
         pilot.finish()
 
     begin("500 params")
-    with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimizer of `\[p"):
+    with pytest.raises(
+        ConfigError, match=r"left some at rank 0, where parameters require no gradients: create the optimizer from `\[p"
+    ):
         begin("6k params")
     begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
 
@@ -266,7 +268,7 @@ def test_loaders_that_tell_too_little_are_refused(new_model: NewModel, tmp_path:
     trainer = Loads(new_model(), arguments(tmp_path), train_dataset=ROWS)
     trainer.loader = [default_data_collator(ROWS[:4])] * 4
     rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE, exact_savers=False)
-    with pytest.raises(ConfigError, match="which tells data set, batch size and collator; got list"):
+    with pytest.raises(ConfigError, match="which provides data set, batch size and collator; got list"):
         trainer.train()
 
 
@@ -277,7 +279,7 @@ def test_the_rest_of_a_loader_has_its_batch_size(new_model: NewModel) -> None:
 
 @pytest.mark.parametrize("size", [{"total_steps": "3"}, {"total_steps": 1.5}, {"accumulation": 0}])
 def test_sizes_of_a_run_are_whole_numbers(new_model: NewModel, size: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(size))} is a whole number, at least 1; got"):
+    with pytest.raises(ConfigError, match=f"{next(iter(size))} must be a whole number of at least 1; got"):
         run_of(new_model(), **size)
 
 
@@ -294,7 +296,7 @@ def test_the_log_of_an_earlier_run_in_the_same_folder_stays(
     first = read("decisions")
     (tmp_path / "decisions" / "notes.txt").touch()
     run("3k params")
-    assert f"{tmp_path / 'decisions'} held the decision log of an earlier run" in capsys.readouterr().out
+    assert f"{tmp_path / 'decisions'} contained the decision log of an earlier run" in capsys.readouterr().out
     run("4k params")
     assert read("decisions-1").equals(first)
     assert DecisionLog(tmp_path / "decisions-1").logged(1).step > 0, "it is whole"
@@ -347,7 +349,7 @@ def test_callbacks_that_copy_weights_find_the_ranks_of_the_first_plan(
 
 @pytest.mark.parametrize("other", [None, Trainer, "model"])
 def test_only_trainers_are_attached(new_model: NewModel, other: Any) -> None:
-    with pytest.raises(ConfigError, match="attach takes a Trainer that has been made"):
+    with pytest.raises(ConfigError, match="attach takes an existing Trainer"):
         rankpilot.attach(new_model() if other == "model" else other)
 
 

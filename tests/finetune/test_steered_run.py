@@ -132,6 +132,6 @@ def test_a_run_that_is_resumed_is_steered_as_the_whole_one(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor"])
 def test_other_optimizers_are_refused_before_anything_is_measured(agent: Path, tmp_path: Path, optim: str) -> None:
-    with pytest.raises(ConfigError, match="policy 'agent' corrects the learning rate by the steps of Adam"):
+    with pytest.raises(ConfigError, match="policy 'agent' corrects the learning rate from the steps of Adam"):
         steered(tmp_path, load_policy(agent), optim=optim, save_strategy="no")
     assert not (tmp_path / "log").exists()

@@ -174,7 +174,7 @@ def test_checkpointing_keeps_bytes_and_time(tmp_path: Path, budget: str, time: s
 def test_a_time_that_fits_nothing(tmp_path: Path) -> None:
     trainer, _ = attached(tmp_path, "100%", "10%")
     with pytest.raises(
-        BudgetError, match=r"time of .* s a step is too small for any adapter. The smallest that works is"
+        BudgetError, match=r"time of .* s per step is too small for any adapter. The smallest that works is"
     ):
         trainer.train()
 
@@ -233,7 +233,7 @@ def test_a_total_holds_the_frozen_model(tmp_path: Path, ended: Callable[[int], R
 
 def test_a_total_below_the_frozen_model(tmp_path: Path) -> None:
     trainer, _ = attached(tmp_path, "20KiB", None)
-    with pytest.raises(BudgetError, match=r"20 KiB in all is less than the frozen model .* take, [0-9.]+ KiB"):
+    with pytest.raises(BudgetError, match=r"20 KiB is less than the frozen model .* take, [0-9.]+ KiB"):
         trainer.train()
 
 

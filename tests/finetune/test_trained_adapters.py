@@ -85,8 +85,8 @@ def test_nothing_is_lost_where_the_ranks_fit(
     first = logits(PeftModel.from_pretrained(new_base(llama_config), str(stage_1)))
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         model, callback, _ = continued("100%", fractions=(0.0,))
-    (line,) = messages_of(caplog, "trained already")
-    assert "takes rank from them only where bounds ask for it. fresh=True begins" in line
+    (line,) = messages_of(caplog, "already trained")
+    assert "lowers ranks only where bounds require it. fresh=True starts" in line
     assert (callback.applier.ranks >= 4).all()
     assert (logits(model) - first).abs().max() <= 1e-5
 
@@ -128,8 +128,8 @@ def test_what_a_smaller_budget_takes_away_is_told(
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         _, callback, _ = continued("300 params", fractions=(0.0,))
     assert (callback.applier.ranks < 4).any()
-    (line,) = messages_of(caplog, "trained already")
-    assert "this budget does not hold their ranks (28 together)" in line
+    (line,) = messages_of(caplog, "already trained")
+    assert "and their ranks (28 in total) do not fit the budget" in line
     before, after = (float(part.split()[0]) for part in (line.split("rows was ")[1], line.split("plan and is ")[1]))
     assert before < after
 

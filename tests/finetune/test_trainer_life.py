@@ -417,9 +417,10 @@ def test_beyond_the_limit_a_compiled_run_is_warned_of_and_runs_on(
     assert run.recorder.losses == pytest.approx(small_run.recorder.losses, rel=1e-3)
     assert run.recorder.graphs[-1] == run.recorder.graphs[4], "the third plan is not compiled any more"
     assert messages_of(caplog, "recompile_limit") == [
-        "This run is compiled and plans 4 sets of ranks, which takes 4 graphs; torch._dynamo.config.recompile_limit is "
-        "2, and what is beyond it runs uncompiled. Give `attach` a schedule of fewer decisions, or raise the limit "
-        "before training: a little above 4, as new lengths of batches and corrections of the peak take further graphs."
+        "This run is compiled and plans 4 sets of ranks, which need 4 graphs, but "
+        "torch._dynamo.config.recompile_limit is 2; graphs beyond it run uncompiled. Use a schedule with "
+        "fewer decisions in `attach`, or set the limit a little above 4 before training (new batch "
+        "lengths and peak corrections need extra graphs)."
     ]
 
 
@@ -446,7 +447,7 @@ def test_layers_compiled_one_by_one_are_counted_together(
     warn_of_recompiles(model, plain, limit // 2)
     assert messages_of(caplog, "recompile_limit") == []
     warn_of_recompiles(model, plain, limit // 2 + 1)
-    assert len(messages_of(caplog, f"plans {limit // 2 + 1} sets of ranks, which takes {limit + 2} graphs")) == 1
+    assert len(messages_of(caplog, f"plans {limit // 2 + 1} sets of ranks, which need {limit + 2} graphs")) == 1
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
@@ -455,10 +456,10 @@ def test_layers_compiled_one_by_one_are_counted_together(
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ({"n_gpu": 4}, "One process would train on 4 GPUs.*Start one process for each device with torchrun"),
+        ({"n_gpu": 4}, "One process would train on 4 GPUs.*Start one process per device with torchrun"),
         ({"deepspeed": "stage3.json", "deepspeed_plugin": object()}, "DeepSpeed keeps.* flat buffers.*rankpilot plan"),
         ({"deepspeed_plugin": object()}, "DeepSpeed keeps"),  # from the configuration of accelerate
-        ({"fsdp": True}, "FSDP shards the adapters.*Start one process.*loop of your own.*plan.json"),
+        ({"fsdp": True}, "FSDP shards the adapters.*Start one process.*own loop.*plan.json"),
         (
             {"parallelism_config": SimpleNamespace(tp_size=2)},
             "parallelism_config has tp_size=2.*has the whole model.*rankpilot plan",

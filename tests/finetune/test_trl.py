@@ -111,8 +111,8 @@ def test_rollouts_leave_ranks_and_adapters_as_they_are(
     assert errors
     assert max(map(abs, errors)) <= 0.01
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rankpilot: ")]
-    assert any(line.startswith("rankpilot: Steps run as a whole, and not in parts: ") for line in told)
-    assert any(line.startswith("rankpilot: Ranks and learning rate stay as they are") for line in told)
+    assert any(line.startswith("rankpilot: Steps run whole, not in parts: ") for line in told)
+    assert any(line.startswith("rankpilot: Ranks and learning rate are not changed") for line in told)
     assert bool(pilot.pilot.figures().get("checkpointed_layers")) == (budget != "100%")
 
 
@@ -130,9 +130,9 @@ def test_a_run_with_rollouts_is_resumed_to_the_same_bits(tmp_path: Path) -> None
 
 def test_what_would_move_ranks_under_rollouts_is_refused(tmp_path: Path) -> None:
     trainer = rollouts("GRPO", tmp_path)
-    with pytest.raises(UnsupportedError, match=r"makes its data while it trains.*leave out policy, bounds.*allocate"):
+    with pytest.raises(UnsupportedError, match=r"generates its data.*leave out policy, bounds.*allocate"):
         rankpilot.attach(trainer, "signal-mean", budget="80%", bounds={"q_proj": 4})
-    with pytest.raises(UnsupportedError, match=r"makes its data while it trains, so no plan.*allocate"):
+    with pytest.raises(UnsupportedError, match=r"generates its data during training, so no plan.*allocate"):
         rankpilot.allocate(trainer, budget="80%")
     pilot = rankpilot.attach(trainer, budget="3k params")
     with pytest.raises(BudgetError, match=r"LoraConfig do not fit.*8,192 of 3,000 parameters.*Lower r"):
@@ -159,7 +159,7 @@ def test_other_trainers_that_make_their_data_are_refused(tmp_path: Path, place: 
         **more,
     )
     rankpilot.attach(trainer, budget="80%")
-    with pytest.raises(UnsupportedError, match=r"makes its data while it trains.*`rankpilot\.allocate`"):
+    with pytest.raises(UnsupportedError, match=r"generates its data .*`rankpilot\.allocate`"):
         trainer.train()
 
 

@@ -140,7 +140,7 @@ def with_config(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("name", ["lora_dropout", "r", "lora_alpha", "use_dora", "modules_to_save", "target_modules"])
 def test_a_setting_does_not_become_lines_of_yaml(tmp_path: Path, name: str) -> None:
     folder = with_config(tmp_path, **{name: {"0\ntrust_remote_code: true": 1}})
-    with pytest.raises(RunFolderError, match=f"is corrupt or foreign: {name} is"):
+    with pytest.raises(RunFolderError, match=f"is corrupt or not an adapter: {name} is"):
         rank_pattern_yaml(folder)
 
 
@@ -180,7 +180,7 @@ def test_patterns_that_people_write(tmp_path: Path, pattern: str) -> None:
 
 NESTED = pytest.param(
     {"monteclora_config": {"m;Ea": 1}},
-    "is corrupt or foreign: it holds settings inside a setting",
+    "is corrupt or not an adapter: it has nested settings",
     marks=pytest.mark.skipif(
         "monteclora_config" not in LoraConfig.__dataclass_fields__, reason="this PEFT does not know it"
     ),
@@ -192,9 +192,12 @@ NESTED = pytest.param(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({"peft_type": kind}, "is corrupt or foreign: peft_type is") for kind in (None, "LORA ", ["LORA"], "../x")),
-        ({"rank_pattern": [1]}, "no values by module"),
-        ({"alpha_pattern": 5}, "no values by module"),
+        *(
+            ({"peft_type": kind}, "is corrupt or not an adapter: peft_type is")
+            for kind in (None, "LORA ", ["LORA"], "../x")
+        ),
+        ({"rank_pattern": [1]}, "not a mapping of modules"),
+        ({"alpha_pattern": 5}, "not a mapping of modules"),
         NESTED,
     ],
 )

@@ -175,7 +175,7 @@ def test_times_that_were_once_read_or_fell_over(given: Any) -> None:
 
 def test_bounds_that_fell_over() -> None:
     for entry in ("q_proj=" + "9" * 5000, "q_proj=99999999999"):
-        with pytest.raises(ConfigError, match="A bound has the form"):
+        with pytest.raises(ConfigError, match="A bound must have the form"):
             rank_bounds_of((entry,))
     with pytest.raises(ConfigError, match="from 0 to 2,147,483,647"):
         rank_bounds(MODULES, {"q_proj": 2**63})
@@ -184,7 +184,7 @@ def test_bounds_that_fell_over() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.yaml", b"a: &x [1]\nb: *x", "references .* are not read; write values out"),
+        ("c.yaml", b"a: &x [1]\nb: *x", "references .* are not supported; write the values out"),
         ("c.yaml", b"!!python/object/apply:os.system ['ls']", "Cannot read the config file"),
         ("c.yaml", b"a: 2001-13-45", "Cannot read the config file"),
         ("c.json", b"[" * 200_000, "nested too deeply"),

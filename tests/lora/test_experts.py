@@ -283,7 +283,7 @@ def test_files_of_the_older_layout_are_turned_round_and_told(
             factors[f"{paths[target.layer]}.lora_B.weight"] = b.flatten(1)
     of_an_older_version(tmp_path / "old", factors, version)
     export_padded(tmp_path / "old", tmp_path / "new")
-    assert ["They are turned round" in row.message for row in caplog.records] == [True] * (name != "gpt-oss")
+    assert ["They are transposed" in row.message for row in caplog.records] == [True] * (name != "gpt-oss")
     loaded = PeftModel.from_pretrained(random_base(name), tmp_path / "new").eval()
     assert torch.allclose(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5)
 
@@ -292,7 +292,7 @@ def test_a_file_of_the_older_layout_that_does_not_show_it_is_refused(tmp_path: P
     options: dict[str, Any] = {"target_modules": "q_proj", "target_parameters": "experts.down_proj", "r": 2}
     fresh_adapters(random_base("mixtral"), "m", None, new_head=False, **options).save_pretrained(tmp_path / "old")
     of_an_older_version(tmp_path / "old", {}, "0.18.1")
-    with pytest.raises(UnsupportedError, match="which way round"):
+    with pytest.raises(UnsupportedError, match="orientation is unknown"):
         export_padded(tmp_path / "old", tmp_path / "new")
 
 

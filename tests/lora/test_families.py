@@ -402,7 +402,7 @@ def test_disabled_adapters_would_not_train(named_family):
     model.base_model.disable_adapter_layers()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    with pytest.raises(UnsupportedError, match=r"is disabled, so it would not train.*enable_adapter_layers"):
+    with pytest.raises(UnsupportedError, match=r"is disabled, so it would not be trained.*enable_adapter_layers"):
         check_trains(find_target_modules(model))
 
 

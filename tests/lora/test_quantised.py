@@ -380,7 +380,7 @@ class TestGuard:
         logits(four_bit)
         if unpacked:
             four_bit.state_dict()
-        with pytest.raises(UnsupportedError, match=r"q_proj.*repacked.*Load the model again.*guard_base"):
+        with pytest.raises(UnsupportedError, match=r"q_proj.*repacked.*Reload the model.*guard_base"):
             guard_base(four_bit)
 
     def test_other_models_are_left_alone(self, make_llama):

@@ -213,10 +213,10 @@ def test_a_rank_above_the_width_is_clipped_and_reported(make_llama, caplog):
     changes = set_ranks(targets, {key: 99, query: 20})
     assert changes == [
         RankChange(query, 4, 20),
-        RankChange(key, 4, 16, "asked for 99, above min(d_in, d_out) = 16"),
+        RankChange(key, 4, 16, "requested 99, above min(d_in, d_out) = 16"),
     ]
     assert [r.getMessage() for r in caplog.records] == [
-        f"Ranks that could not be set as asked: {key} has rank 16 (asked for 99, above min(d_in, d_out) = 16)."
+        f"Ranks that could not be set as requested: {key} has rank 16 (requested 99, above min(d_in, d_out) = 16)."
     ]
 
 
@@ -240,7 +240,7 @@ def test_a_module_that_is_not_finite_is_left_alone_and_reported(make_llama, llam
     kept = broken.weight_b.detach().clone()
     assert non_finite(targets, optimizer) == [broken.name]
     changes = set_ranks(targets, {t.name: rank for t in targets}, optimizer)
-    note = f"not set to {rank}: its factors, gradients or optimizer state hold NaN or infinity"
+    note = f"not set to {rank}: its factors, gradients or optimizer state contain NaN or infinity"
     assert RankChange(broken.name, 4, 4, note) in changes
     assert len(changes) == len(targets)
     assert [t.rank for t in targets] == [4 if t is broken else rank for t in targets]

@@ -148,5 +148,5 @@ def test_a_layer_has_adapters_of_both_kinds(make_llama):
 def test_what_may_stay(wrong):
     check_scaling("alpha")
     check_scaling("constant")
-    with pytest.raises(ConfigError, match=f"scaling is 'alpha' .*got {wrong!r}"):
+    with pytest.raises(ConfigError, match=f"scaling must be 'alpha' .*got {wrong!r}"):
         check_scaling(wrong)

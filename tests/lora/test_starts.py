@@ -65,7 +65,7 @@ def test_directions_that_were_drawn_stay(llama_config: LlamaConfig, start: Any, 
 def test_they_do_not_where_all_is_to_begin_anew(llama_config: LlamaConfig) -> None:
     model, before, told = begun(llama_config, "eva", bounds=dict.fromkeys(NAMES, 8), fresh=True)
     assert kept(model, before) == {False}
-    assert any("instead of those of init_lora_weights='eva'" in line for line in told)
+    assert any("instead of init_lora_weights='eva'" in line for line in told)
 
 
 def trained(config: LlamaConfig, *, pilots: bool) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def test_a_start_in_both_factors_gives_way_and_this_is_told(llama_config: LlamaC
     model, before, told = begun(llama_config, "orthogonal")
     assert kept(model, before) == {False}
     assert [line for line in told if "init_lora_weights" in line] == [
-        "This run begins with PEFT's default directions, instead of those of init_lora_weights='orthogonal'."
+        "This run starts with PEFT's default initialization instead of init_lora_weights='orthogonal'."
     ]
 
 
@@ -118,7 +118,7 @@ def test_embeddings_keep_theirs(llama_config: LlamaConfig) -> None:
 
 def test_that_a_pattern_of_ranks_gives_way_is_told_once(llama_config: LlamaConfig, tmp_path: Path) -> None:
     def lines(told: list[str]) -> int:
-        return sum(line.startswith("The rank_pattern of the LoraConfig is where nothing starts") for line in told)
+        return sum(line.startswith("LoraConfig's rank_pattern is ignored") for line in told)
 
     model, _, told = begun(llama_config, True, pattern={"q_proj": 2})
     assert lines(told) == 1

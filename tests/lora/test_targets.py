@@ -50,7 +50,7 @@ def test_what_trains_beside_the_pairs(make_bert, make_llama):
 
 @pytest.mark.parametrize("ranks", [(), (0,), (1, 2), (0, 2, 2), (0, 4, 2), (0, -1)])
 def test_a_ladder_that_does_not_rise_from_zero_is_refused(ranks):
-    with pytest.raises(ConfigError, match="rises strictly from 0"):
+    with pytest.raises(ConfigError, match="must ascend strictly from 0"):
         RankLadder(ranks)
 
 

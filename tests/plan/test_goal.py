@@ -12,8 +12,8 @@ from rankpilot.decide.plan.goal import TOLERANCE, Goal, goal_of
 
 def test_goals_in_words() -> None:
     assert str(goal_of("quality", None)) == "the lowest loss within the budget"
-    assert str(goal_of("time", None)).startswith("the least time a step, with a loss that is surely at most 0.01 (log)")
-    assert str(goal_of("bytes", 0.02)).startswith("the fewest bytes, with a loss that is surely at most 0.02 (log)")
+    assert str(goal_of("time", None)).startswith("the least time per step, with a loss very likely at most 0.01 (log)")
+    assert str(goal_of("bytes", 0.02)).startswith("the least memory, with a loss very likely at most 0.02 (log)")
     assert goal_of("quality", None) == Goal()
     assert goal_of("time", None) == Goal("time", TOLERANCE)
     assert [goal_of(kind, None).saves for kind in ("quality", "time", "bytes")] == [False, True, True]
@@ -22,14 +22,14 @@ def test_goals_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"goal": "speed", "tolerance": None}, "goal is one of quality, time, bytes; got 'speed'"),
-        ({"goal": None, "tolerance": None}, "goal is one of quality, time, bytes; got None"),
+        ({"goal": "speed", "tolerance": None}, "goal must be one of quality, time, bytes; got 'speed'"),
+        ({"goal": None, "tolerance": None}, "goal must be one of quality, time, bytes; got None"),
         ({"goal": "time", "tolerance": -0.1}, r"from 0 to 1, such as 0\.01 for 1 %; got -0\.1"),
         ({"goal": "time", "tolerance": math.nan}, "from 0 to 1"),
         ({"goal": "time", "tolerance": "1%"}, "from 0 to 1, .*; got '1%'"),
         ({"goal": "bytes", "tolerance": True}, "from 0 to 1"),
-        ({"goal": "quality", "tolerance": 0.01}, "tolerance counts under goal='time' or goal='bytes' alone"),
-        ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "give a budget of bytes"),
+        ({"goal": "quality", "tolerance": 0.01}, "tolerance applies only to goal='time' or goal='bytes'"),
+        ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "requires a budget in bytes"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:

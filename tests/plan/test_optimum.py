@@ -145,9 +145,9 @@ def test_parameters_are_bytes_without_groups(limit, rank):
     ("utility", "message"),
     [
         (np.zeros((2, 3)), "a number for each module and rung"),
-        (np.ones((3, 3)), "0 at rank 0, finite, and does not fall"),
-        (np.array([[0.0, 1, np.inf]] * 3), "0 at rank 0, finite, and does not fall"),
-        (np.array([[0.0, 2, 1]] * 3), "0 at rank 0, finite, and does not fall"),
+        (np.ones((3, 3)), "0 at rank 0, finite, and non-decreasing"),
+        (np.array([[0.0, 1, np.inf]] * 3), "0 at rank 0, finite, and non-decreasing"),
+        (np.array([[0.0, 2, 1]] * 3), "0 at rank 0, finite, and non-decreasing"),
     ],
 )
 def test_utilities_that_make_no_sense(utility, message):

@@ -114,9 +114,9 @@ def test_a_time_that_fits_nothing_tells_the_smallest() -> None:
     with pytest.raises(BudgetError) as error:
         check_budget(problem_of(limit), [f"module{index}" for index in range(MODULES)])
     text = str(error.value)
-    assert "The time of 5 s a step is too small for any adapter. The smallest that works is 8.11 s" in text
+    assert "The time of 5 s per step is too small for any adapter. The smallest that works is 8.11 s" in text
     assert "(rank 1 on 'module15' alone)" in text
-    assert "6 s of it go to what every plan takes" in text
+    assert "Every plan takes 6 s of it" in text
     enough = TimeLimit(step_time(), 8.11)
     check_budget(problem_of(enough), ["name"] * MODULES)
 
@@ -134,7 +134,7 @@ def test_second_runs_that_fit_no_plan() -> None:
         return NAMES
 
     limit = TimeLimit(step_time(), 9.0, everything)
-    with pytest.raises(BudgetError, match=r"9 s a step is too short for any plan .* takes 9.11 s, with the gradient"):
+    with pytest.raises(BudgetError, match=r"9 s per step is too short for any plan .* takes 9.11 s, with the gradient"):
         limit.choose(problem_of(limit), uniform_ranks)
     with pytest.raises(BudgetError, match=r"The smallest takes 9\.11 s"):
         limit.check(problem_of(limit))
@@ -200,4 +200,4 @@ def test_it_is_saved_and_read_and_without_a_limit_plans_are_told_beside_plain_lo
     assert (again.seconds, again.of(ranks)) == (15.0, seconds)
     assert again.text(ranks) == f"a step takes {seconds:.3g} of 15 s"
     again = TimeLimit.from_state(TimeLimit(step_time(), 64 * seconds, beside=2 * seconds).state())
-    assert again.text(ranks) == f"a step takes {seconds:.3g} s, 50% of that with rank 8 on all modules"
+    assert again.text(ranks) == f"a step takes {seconds:.3g} s, 50% of the time with rank 8 on all modules"

@@ -137,8 +137,9 @@ def written(path: Path, runs: list[RunData]) -> Path:
 def test_every_view_by_pointer(page_file: Path, visit: Open) -> None:
     here = visit(page_file)
     assert (
-        here.text("#verdict .lead") == "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
+        here.text("#verdict .lead")
+        == "From a single run each, rankpilot's held-out loss is 4.9% lower than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules."
     )
     assert here.text("h1") == "MiniLM on sst2"
     assert "energy" not in here.text("#verdict")
@@ -151,7 +152,7 @@ def test_every_view_by_pointer(page_file: Path, visit: Open) -> None:
     here.page.locator(".opener").nth(1).click()
     panel = here.text(".panel:not([hidden])")
     for part in (
-        "Verdict on decision 1.", "Fine-tunes differ.", "5 plans further down are not shown", "▸ plan 1",
+        "Verdict on decision 1.", "Fine-tunes differ.", "5 plans ranked lower are not shown", "▸ plan 1",
         "What the expected loss is made of", "With less memory it would have rank 4.", "Asked for, and got",
         "Ranks after it", "Modules",
     ):  # fmt: skip

@@ -40,8 +40,8 @@ def test_a_run_as_it_is_shown(run_folder: Path) -> None:
     (run,) = data["runs"]
     assert (run["name"], run["subject"], run["unit"], run["steps"]) == ("demo", "MiniLM on sst2", "bytes", 200)
     assert run["results"] == [
-        "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
+        "From a single run each, rankpilot's held-out loss is 4.9% lower than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules."
     ]
     assert run["settings"]["budget"] == "100MiB"
     assert [module["name"] for module in run["modules"]] == list(MODULES)
@@ -78,7 +78,7 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     summary = read_json(run_folder / "summary.json")
     summary["runs"]["rankpilot"] |= {
         "energy_joules": 1234.5,
-        "energy_source": "1 GPU, counted by NVML",
+        "energy_source": "1 GPU, measured by NVML",
         "hardware": {"device": "a GPU", "free_bytes": 3 * 2**30, "total_bytes": 4 * 2**30, "busy": 0.25},
     }
     write_json(run_folder / "summary.json", summary)
@@ -87,8 +87,8 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     path.write_text('{"step": 5, "loss": 1.0, "step_s": [0.3, 0.1, 0.2]}\n{"step": 6, "step_s": []}\n')
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
     assert run["energy_joules"] == 1234.5
-    assert run["settings"]["device"] == "a GPU; at the start 3 GiB of 4 GiB free, 25% busy"
-    assert run["settings"]["energy"] == "1 GPU, counted by NVML"
+    assert run["settings"]["device"] == "a GPU; 3 GiB of 4 GiB free at the start, 25% busy"
+    assert run["settings"]["energy"] == "1 GPU, measured by NVML"
     assert run["step_seconds"] == {"rankpilot": {"x": [5], "y": [0.2], "each": 1}}
     assert run["time_limit_s"] == 0.8
     write_json(run_folder / "config.json", {"time": "75%"})

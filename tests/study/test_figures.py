@@ -69,7 +69,7 @@ def test_heatmap_title_tells_how_concentrated_the_ranks_are() -> None:
     moved = texts(small_heatmap([[1, 1, 1, 1], [8, 0, 1, 1]]))[0]
     assert "layer 0 query went from rank 1 to 8" in moved
     assert "of 2 changes" in moved
-    assert moved.endswith("1 of 4 modules ends with 80% of all rank; 1 ends without an adapter")
+    assert moved.endswith("1 of 4 modules ends with 80% of the total rank; 1 ends without an adapter")
     assert texts(small_heatmap([[8, 0, 1, 1]] * 2))[0].startswith("1 of 4 modules"), "none moved"
     assert texts(small_heatmap([[1] * 4, [4] * 4]))[0] == "All 4 modules end at rank 4"
     assert texts(small_heatmap([[1] * 4, [0] * 4]))[0] == "No module ends with an adapter"
@@ -103,7 +103,7 @@ def test_panels_of_experts_show_their_mean() -> None:
     blocks = np.array([*np.repeat(np.arange(10), 9), 10, 11])
     figure = rank_heatmap([0], ranks, modules, blocks, 10)
     assert [axes.get_title() for axes in figure.axes] == ["q_proj", "up_proj", "other", ""]
-    assert "A cell with several modules has their mean." in texts(figure)[1]
+    assert "Cells with several modules show their mean." in texts(figure)[1]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [*(f"layer {number}" for number in range(10)), "lm_head", "embed"]
 

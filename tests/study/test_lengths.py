@@ -44,7 +44,7 @@ def test_lengths_are_read_as_people_write_them(tmp_path: Path, text: str) -> Non
 def test_what_is_no_length_is_named(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text(text)
-    with pytest.raises(DataError, match=f"holds {named} where"):
+    with pytest.raises(DataError, match=f"contains {named};"):
         read_lengths(path)
 
 
@@ -72,8 +72,8 @@ class Split(dict[str, list[list[str]]]):
     ("given", "named"),
     [
         ("{rows}:txt", "Unknown column 'txt'"),
-        ("{rows}:number", "--lengths .*:number counts texts"),
-        ("{rows}.gone:text", "There is no data file|Unknown data set"),
+        ("{rows}:number", "--lengths .*:number requires texts"),
+        ("{rows}.gone:text", "Data file or folder .* does not exist|Unknown data set"),
         ("gone.txt", "gone.txt"),
     ],
 )

@@ -383,7 +383,7 @@ def test_rows_of_different_lengths_are_pasted_and_linked(visit: Callable[..., Vi
     here.wait(before)
     assert here.page.get_by_label("Tokens in a row").input_value() == "2000"
     assert "4 steps of 8 rows, drawn from 32 rows of up to 2,000 tokens" in here.text("#rows")
-    assert "Every row fits alone" in here.text("#rows")
+    assert "Every row fits on its own" in here.text("#rows")
     assert "&lengths=100+100+" in here.page.url
     here.page.get_by_role("tab", name="command line").click()
     assert "--lengths lengths.txt" in here.text("#lines code")

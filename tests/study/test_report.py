@@ -160,7 +160,7 @@ def test_the_table_fits_a_narrow_terminal(card: bool) -> None:
 def test_choices_inside_a_budget() -> None:
     text = printed(choice_table(outlook()))
     assert cells_of(text) == [
-        ["all layers, as asked", "8", "0 of 6", "90.00", "100.0%", "no"],
+        ["all layers, as requested", "8", "0 of 6", "90.00", "100.0%", "no"],
         ["all layers", "8", "6 of 6", "22.80", "25.3%", "yes"],
         ["all layers", "1", "0 of 6", "81.60", "90.7%", "no"],
         ["all layers", "32", "0 of 6", "115.20", "128.0%", "no"],
@@ -183,9 +183,9 @@ def test_choices_on_a_card() -> None:
 
 def test_measured_beside_predicted() -> None:
     told = " ".join(remarks(outlook(measured=MeasuredStep(90 * MIB, 99 * MIB, 700 * MIB))))
-    assert "A real step took 90 MiB of live tensors, 100.0% of predicted" in told
-    assert "the resident memory rose by 99 MiB, 110.0% of predicted" in told
-    assert "the process took 700 MiB at its peak" in told
+    assert "Measured step: 90 MiB in live tensors, 100.0% of predicted" in told
+    assert "resident memory rose by 99 MiB, 110.0% of predicted" in told
+    assert "the process peaked at 700 MiB" in told
     assert "MALLOC_MMAP_THRESHOLD_" in told
     calm = " ".join(remarks(outlook(measured=MeasuredStep(90 * MIB, 91 * MIB, 700 * MIB))))
     assert "MALLOC_MMAP_THRESHOLD_" not in calm
@@ -193,8 +193,8 @@ def test_measured_beside_predicted() -> None:
     cuda.facts["device"] = "cuda"
     told = " ".join(remarks(cuda))
     assert "90 MiB allocated by CUDA's allocator" in told
-    assert "reserved 200 MiB, the model included" in told
-    assert "A real step" not in " ".join(remarks(outlook()))
+    assert "reserved 200 MiB, including the model" in told
+    assert "Measured step" not in " ".join(remarks(outlook()))
 
 
 def test_words() -> None:
@@ -205,12 +205,14 @@ def test_words() -> None:
     assert subject(outlook(card=True), config).startswith("model, 30M parameters on RTX 4090, 16 x 64 tokens")
     found = verdict_text(here)
     assert "67% of the peak" in found
-    assert "takes 90 MiB a step, and 22.5 MiB with all layers checkpointed" in found
-    assert "saves most, all layers at rank 8 with checkpointing, takes 25% of them" in found
+    assert "takes 90 MiB per step, and 22.5 MiB with all layers checkpointed" in found
+    assert "smallest choice, all layers at rank 8 with checkpointing, takes 25%." in found
     told = list(notes(here))
     assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimizer state" in told[0]
     assert "signal" not in told[0], "kinds of which there is nothing are left out"
-    assert told[1] == "The frozen model (90 MiB) comes on top: a budget of bytes counts it, and one of a step does not."
+    assert told[1] == (
+        "The frozen model (90 MiB) comes on top: it counts toward a total budget, but not toward a 'step' budget."
+    )
     assert list(remarks(here)) == ["a note"]
 
 
@@ -219,10 +221,10 @@ def test_activations_that_run_again_are_told() -> None:
     here.step.saved = (*SAVED, Saved(ACTIVATIONS, 5 * MIB, MIB))
     here.grid = [GridCell(BatchShape(1, length), again, length > 64, 1.0) for length, again in ((64, 0), (128, 0))]
     assert "all layers at rank 8 with selective checkpointing" in verdict_text(here)
-    assert any("So every choice has selective checkpointing" in note for note in notes(here))
+    assert any("so all choices use selective checkpointing" in note for note in notes(here))
     assert cells_of(printed(grid_table(here))) == [["64", "none"], ["128", "0*"]]
     assert (
-        "# With selective checkpointing, which attach(trainer) turns on inside budget='90MiB step'"
+        "# With selective checkpointing, which attach(trainer) enables under budget='90MiB step'"
         in configuration_text(here)
     )
 
@@ -230,10 +232,10 @@ def test_activations_that_run_again_are_told() -> None:
 def test_experts_are_told_and_nf4_is_not_advised_for_them() -> None:
     here = outlook(card=True)
     here.best = None
-    assert "Take --quantization nf4, a smaller model" in verdict_text(here)
+    assert "Use --quantization nf4, a smaller model" in verdict_text(here)
     here.step.model = replace(here.step.model, fused=int(27e6), named=("k_proj", "q_proj"))
-    assert "No batch of the grid fits. Take a smaller model" in verdict_text(here)
-    assert any(note.startswith("90% of the weights are experts in fused parameters") for note in notes(here))
+    assert "No batch of the grid fits. Use a smaller model" in verdict_text(here)
+    assert any(note.startswith("90% of the weights are fused experts") for note in notes(here))
     here.best = here.choices[0]
     assert "target_modules=['k_proj', 'q_proj']," in configuration_text(here)
 
@@ -309,5 +311,5 @@ def test_bars_are_the_bytes() -> None:
 
 def test_the_table_of_exact_savers():
     text = printed(saver_table(outlook().step.saved))
-    assert "The same losses in fewer bytes" in text
+    assert "Same losses in less memory" in text
     assert re.search(r"\+ loss in tiles\W+6\.00\W+1\.00", text)

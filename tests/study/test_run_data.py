@@ -70,8 +70,8 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     assert table_rows(page)["held-out loss"] == ["0.3841", "*0.2000*"]
     assert table_rows(page)["held-out accuracy"] == ["86.10%", "*99.00%*"]
     assert page["warnings"] == [
-        "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 92.0% higher than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules."
+        "From a single run each, rankpilot's held-out loss is 92.0% higher than that of uniform ranks, "
+        "ranks 4 to 16 on 17 of 36 modules."
     ], "it is red"
     assert page["results"] == page["caveats"] == []
 
@@ -100,8 +100,8 @@ def test_a_run_in_parts_tells_what_its_predictions_are_of(run_folder: Path) -> N
 def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
     first, _, third, _ = page_of(run_folder)["decisions"]
     assert third["summary"] == (
-        "1 up, 1 down, 34 unchanged; predicted cost 94 MiB of 100 MiB (measured before it: 89 MiB). The budget changed "
-        "what was asked for 3 modules."
+        "1 up, 1 down, 34 unchanged; predicted cost 94 MiB of 100 MiB (measured before: 89 MiB). The "
+        "budget changed the requested rank of 3 modules."
     )
     assert third["line"] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
     assert first["summary"].startswith("18 of 36 modules adapted; "), "all were at rank 1 only to be measured"
@@ -152,7 +152,7 @@ def test_a_run_without_a_summary_is_reported_from_the_rest(run_folder: Path, con
         path.write_text(content)
     page = page_of(run_folder)
     (line,) = page["left_out"]
-    words = "the results, as the run has not finished (no summary.json)" if content is None else "is unreadable"
+    words = "results (the run has not finished: no summary.json)" if content is None else "is unreadable"
     assert words in line
     assert page["results"] == ["The latest held-out loss is 0.3840, at step 200."]
     assert not page["table"]["rows"]
@@ -219,7 +219,7 @@ def test_a_trainer_output_folder(trainer_folder: Path) -> None:
     for content in ('{"task_type": "CAUSAL_LM", "base_model_name_or_path": null}', '{"task_type": "SEQ'):
         (checkpoint / "adapter_config.json").write_text(content)
         adapter = page_of(trainer_folder)["adapter"]
-        assert adapter["base"] == "the one that was fine-tuned"
+        assert adapter["base"] == "the fine-tuned model"
         assert f"PeftModel.from_pretrained(base_model, '{checkpoint}')" in adapter["load"]
 
 

@@ -173,37 +173,40 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1", "is no file of axolotl"),
-        ("[1, 2]", "holds no settings by name"),
+        ("a: 1", "is not a config of axolotl"),
+        ("[1, 2]", "must be a mapping of setting names"),
         ("a: [", "Cannot read"),
-        ("base_model: m", "trains everything"),
-        ("base_model: m\nadapter: lora\nrl: dpo", "trains by rl: .dpo"),
+        ("base_model: m", "trains all weights"),
+        ("base_model: m\nadapter: lora\nrl: dpo", "trains with rl: .dpo"),
         ("base_model: m\nadapter: lora\noptimizer: adamw_8bits", "Did you mean 'adamw_8bit'"),
-        ("base_model: m\nadapter: lora\nlora_r: many", "lora_r is a whole number"),
-        ("base_model: m\nadapter: lora\nload_in_4bit: true\nload_in_8bit: true", "set one of them"),
+        ("base_model: m\nadapter: lora\nlora_r: many", "lora_r must be a whole number"),
+        ("base_model: m\nadapter: lora\nload_in_4bit: true\nload_in_8bit: true", "Set only one"),
         ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: .full"),
         ("model_name_or_path: m\nuse_peft: false", "use_peft"),
         ("model_name_or_path: m\nlora_r: 8", "use_peft: true"),
         ("model_name_or_path: m\nuse_peft: true\nuse_vllm: true\nnum_generations: 8\nepsilon: 0.2", "GRPO"),
         ("model_name_or_path: m\nuse_peft: true\nprecompute_ref_log_probs: true\nbeta: 0.0", "DPO or KTO"),
-        ("model_name_or_path: m\nuse_peft: true\nloss_type: [sigmoid]", "no loss of SFT"),
+        ("model_name_or_path: m\nuse_peft: true\nloss_type: [sigmoid]", "not an SFT loss"),
         ("model_name_or_path: m\nuse_peft: true\ncenter_rewards_coefficient: 0.01", "reward"),
         ("model_name_or_path: m\nuse_peft: true\nreward_model_path: r", "online DPO"),
         ("base_model: m\nadapter: lora\nreward_model: true", "a reward model"),
         ("model_name_or_path: m\nstage: dpo\nfinetuning_type: lora", "stage: .dpo"),
         ("model_name_or_path: m\nstage: sft\nfinetuning_type: freeze", "finetuning_type: .freeze"),
-        ("model_name_or_path: m\nlora_rank: 8\nquantization_bit: 3", "Set 4 or 8"),
-        ("base_model: m\nadapter: lora\nmicro_batch_size: 0", "micro_batch_size .* from 1 on"),
+        ("model_name_or_path: m\nlora_rank: 8\nquantization_bit: 3", "Use 4 or 8"),
+        ("base_model: m\nadapter: lora\nmicro_batch_size: 0", "micro_batch_size .* of at least 1"),
         ("base_model: m\nadapter: lora\nlora_r: 2.9", "lora_r .* got 2.9"),
         ("base_model: m\nadapter: lora\nlora_modules_to_save: [1, 2]", "lora_modules_to_save .* a list of names"),
         ("base_model: m\nadapter: lora\nlora_target_modules: {a: 1}", "lora_target_modules .* a list of names"),
-        ("base_model: m\nadapter: lora\nlora_r: 8\nlora_r: 9", "lora_r. stands there twice"),
-        ("base_model: m\nadapter: lora\nload_in_4bit: flase", "load_in_4bit is true, false; got .flase"),
-        ("base_model: m\nadapter: lora\nbf16: true\nfp16: 7", "fp16 is true, false; got 7"),
-        ("base_model: m\nadapter: lora\ngradient_checkpointing_kwargs: {use_reentrant: x}", "use_reentrant is true"),
-        ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation is a name"),
-        ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp is a name"),
-        ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype is auto, bfloat16"),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nlora_r: 9", "lora_r. appears twice"),
+        ("base_model: m\nadapter: lora\nload_in_4bit: flase", "load_in_4bit must be one of true, false; got .flase"),
+        ("base_model: m\nadapter: lora\nbf16: true\nfp16: 7", "fp16 must be one of true, false; got 7"),
+        (
+            "base_model: m\nadapter: lora\ngradient_checkpointing_kwargs: {use_reentrant: x}",
+            "use_reentrant must be one of true",
+        ),
+        ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation must be a string"),
+        ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp must be a name"),
+        ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype must be one of auto, bfloat16"),
     ],
 )
 def test_bad_files_get_one_line(text, message, tmp_path):
@@ -224,9 +227,9 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
         (AXOLOTL, "image_size: 512", "image_size"),
         (AXOLOTL, "plugins: [a.SpectrumPlugin, b.LigerPlugin]", "a.SpectrumPlugin"),
-        (AXOLOTL, "fsdp_config: {offload_params: true}", "offload of FSDP"),
-        (AXOLOTL, "fsdp: [full_shard, offload]", "offload of FSDP"),
-        (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "offload of DeepSpeed"),
+        (AXOLOTL, "fsdp_config: {offload_params: true}", "FSDP offload"),
+        (AXOLOTL, "fsdp: [full_shard, offload]", "FSDP offload"),
+        (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "DeepSpeed offload"),
         (AXOLOTL, "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: none}}}", ""),
         (AXOLOTL, "deepspeed: other.json", "ZeRO stage"),
         (AXOLOTL, "attn_implementation: s2", "attn_implementation: 's2'"),
@@ -304,7 +307,7 @@ def test_language_model_is_found_where_it_stands_alone(tmp_path):
 def test_bad_commands_get_one_line(tmp_path, capsys):
     assert "No such file" in failure(["memory", "--config", str(tmp_path / "none.yaml"), "--device", "T4"], capsys)
     path = read(tmp_path, TRL)
-    assert "give --device" in failure(["memory", "--config", str(path)], capsys)
+    assert "requires --device" in failure(["memory", "--config", str(path)], capsys)
     uncut = read(tmp_path, TRL.replace("max_length: 512", "max_length: null"))
-    assert "Give --max-length" in failure(["memory", "--config", str(uncut), "--device", "T4"], capsys)
-    assert "of a card" in usage_error(["memory", "qwen3-4b", "--attention", "flash"], capsys)
+    assert "Pass --max-length" in failure(["memory", "--config", str(uncut), "--device", "T4"], capsys)
+    assert "requires --device" in usage_error(["memory", "qwen3-4b", "--attention", "flash"], capsys)

@@ -153,15 +153,15 @@ function planText(model, asked, way) {
   const parts = [];
   if (way.savers !== "none") parts.push("exact savers");
   if (way.savers === "selective") parts.push("selective checkpointing");
-  parts.push(way.layers ? `${way.layers === way.of ? "all" : `${way.layers} of`} ${way.of} layers checkpointed` : "no layer checkpointed");
+  parts.push(way.layers ? `${way.layers === way.of ? "all" : `${way.layers} of`} ${way.of} layers checkpointed` : "no layers checkpointed");
   const time = timeOf(model, asked, way);
-  return `${parts.join(", ")}${time === null ? "" : `; at ${time.toFixed(2)} of the time of plain LoRA without checkpointing`}`;
+  return `${parts.join(", ")}${time === null ? "" : `; ${time.toFixed(2)}x the step time of plain LoRA without checkpointing`}`;
 }
 
 function showAnswer(model, asked, way, counted) {
   const card = cardOf(asked), { id, parameters } = known.about[asked.model], name = asked.card === OTHER ? `card of ${gib(card.memory)}` : asked.card;
   const each = asked.gpus > 1 ? `each of ${asked.gpus} x ${name}` : `one ${name}`;
-  const left = way.spare >= 0 ? `${gib(way.spare)} to spare` : `${gib(-way.spare)} too much`;
+  const left = way.spare >= 0 ? `${gib(way.spare)} to spare` : `${gib(-way.spare)} over`;
   const bytes = Object.fromEntries(KINDS.map((kind, i) => [kind, way.parts[i]]));
   bytes.context = card.context + bytes.workspace;
   bytes.reserve = way.total - card.context - KINDS.reduce((sum, kind) => sum + (kind === "context" || kind === "reserve" ? 0 : way.parts[KINDS.indexOf(kind)]), 0);
@@ -174,10 +174,10 @@ function showAnswer(model, asked, way, counted) {
   answer.replaceChildren(
     element("p", { class: "verdict" }, mark(way.verdict), `${gib(way.total)} of ${gib(card.memory)}, ${left}`),
     element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules, in ${asked.trainer === "trl" ? "TRL's SFTTrainer" : "transformers' Trainer"}: ${planText(model, { ...asked, length: counted }, way)}.`),
-    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `The page knows this model at a few lengths: ${asked.length} tokens count as ${counted}.`)]),
-    ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as transformers leaves them. rankpilot memory --experts tells what axolotl and Unsloth make of them.`)] : []),
-    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, `Tight: less than ${percent(slackOf(asked))} of the card is to spare, within which predictions err, or it fits only with expandable_segments.`)] : []),
-    ...(way.verdict === "fits" || asked.checkpointing !== "auto" ? [] : [element("p", { class: "faint" }, "With adapters on the top layers alone it may fit: the command line tells.")]),
+    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `This model was recorded at a few lengths only; ${asked.length} tokens are counted as ${counted}.`)]),
+    ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as in transformers. For axolotl and Unsloth, use rankpilot memory --experts.`)] : []),
+    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, `Tight: less than ${percent(slackOf(asked))} of the card is left, which is within the prediction error, or it fits only with expandable_segments.`)] : []),
+    ...(way.verdict === "fits" || asked.checkpointing !== "auto" ? [] : [element("p", { class: "faint" }, "It may fit with adapters on the top layers only; the command line shows whether.")]),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
   );
@@ -201,7 +201,7 @@ async function showRows(model, asked, given, isLatest) {
   section.replaceChildren(heading, element("p", { class: "faint" }, "Splitting steps of your rows ..."));
   await pause();
   const savers = asked.savers && needsLean(model, asked) ? "selective" : saversOf(asked), step = recordedStep(model, savers, asked.rows, asked.length), card = cardOf(asked);
-  if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model keep a state, so each length takes a recording of its own, and the page cannot tell steps in parts."));
+  if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model are stateful and need a recording per length, so this page cannot predict steps in parts."));
   const settings = { ...asked, slack: slackOf(asked), sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const limit = roomForTensors(model, card, settings, use(model, asked, savers, ALL));
   const lengths = given.map((length) => Math.min(length, asked.length)), cut = given.filter((length) => length > asked.length).length;
@@ -210,21 +210,21 @@ async function showRows(model, asked, given, isLatest) {
   const none = found.partsPeak === null, saved = `${Math.round(100 * found.paddingSaved)} % of the padding`, fewest = (value) => (none ? "" : value), of = (number) => (number ? `${number} of ${found.steps}` : "none");
   const mean = (number) => number.toFixed(1).replace(/\.0$/, "");
   const table = [
-    ["parts of a step, on average", "1", fewest(mean(found.parts))],
+    ["parts per step, on average", "1", fewest(mean(found.parts))],
     ["time", "1.00", fewest(found.time.toFixed(2))],
-    ["peak, beside the frozen model", gib(found.rectanglePeak), fewest(gib(found.partsPeak))],
+    ["peak, without the frozen model", gib(found.rectanglePeak), fewest(gib(found.partsPeak))],
     ["layers checkpointed, on average", `${found.rectangleLayers}`, fewest(mean(found.layers))],
     ["steps that do not fit", of(found.rectangleTooLarge), of(found.tooLong)],
   ];
   const cells = (tag, row) => element("tr", {}, ...row.map((cell, i) => element(tag, i ? { class: "figure" } : {}, cell)));
-  const brings = none ? "" : found.paddingSaved < 0.005 ? "Parts would save no padding here. " : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
-  const fits = found.fits === found.longest ? `Every row fits alone, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits alone has ${count(found.fits, "token")}.` : "Not even one row fits alone.";
+  const brings = none ? "" : found.paddingSaved < 0.005 ? "Parts would save no padding here. " : found.tooLong || !found.rectangleTooLarge ? `Splitting into parts avoids ${saved}. ` : `In parts every step fits, without ${saved}. `;
+  const fits = found.fits === found.longest ? `Every row fits on its own, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits on its own has ${count(found.fits, "token")}.` : "Not even a single row fits.";
   section.replaceChildren(heading,
-    element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} cut to ${count(asked.length, "token")}` : ""}.`),
+    element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} truncated to ${count(asked.length, "token")}` : ""}.`),
     element("div", { class: "scroll" }, element("table", {}, element("thead", {}, cells("th", ["", "padded to the longest row", "in parts"])), element("tbody", {}, ...table.map((row) => cells("td", row))))),
     element("p", { class: "finding" }, `${brings}${fits}`),
-    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this by itself under the losses of transformers and TRL, and on request under others.${found.filling > 1 ? ` On this card a part of fewer than ${count(found.filling, "token")} takes as long as one of that many.` : ""} Times are estimates from published rates.`),
-    ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "A link to this answer leaves out your lengths, which are too many for an address.")] : []),
+    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this automatically with the losses of transformers and TRL, and on request with others.${found.filling > 1 ? ` On this card, parts below ${count(found.filling, "token")} are not faster.` : ""} Times are estimates from data-sheet rates.`),
+    ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "Links to this answer omit your lengths, which are too long for a URL.")] : []),
   );
 }
 
@@ -245,7 +245,7 @@ function programs(asked, way) {
     ...(trl
       ? ["trainer = SFTTrainer(model, arguments, train_dataset=..., peft_config=lora)"]
       : [...(four ? ["model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)"] : []), `trainer = Trainer(get_peft_model(model, lora), arguments, train_dataset=...)  # rows of up to ${asked.length} tokens`]),
-    ...(attach ? [partly ? "# Exact savers, and as few checkpointed layers as this takes:" : "# Exact savers, the same losses in fewer bytes:", `rankpilot.attach(trainer, budget="${budget}MiB step")`] : []),
+    ...(attach ? [partly ? "# Exact savers, and as few checkpointed layers as needed:" : "# Exact savers: the same losses in less memory:", `rankpilot.attach(trainer, budget="${budget}MiB step")`] : []),
     "trainer.train()",
   ];
   const axolotl = [
@@ -264,9 +264,9 @@ function programs(asked, way) {
     `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
     `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${more.length ? " \\" : ""}`,
     ...(more.length ? [`    ${more.join(" ")}`] : []),
-    ...(asked.lengths ? ["# lengths.txt holds the tokens of each row, one number a line."] : []),
+    ...(asked.lengths ? ["# lengths.txt contains the number of tokens of each row, one per line."] : []),
   ];
-  const own = (file) => `What these lines take is told by: rankpilot memory --config ${file} ${option(asked)}`;
+  const own = (file) => `To predict the memory of these settings: rankpilot memory --config ${file} ${option(asked)}`;
   return { [trl ? "PEFT and TRL" : "PEFT and Trainer"]: [peft, ""], axolotl: [axolotl, own("axolotl.yaml")], "LLaMA-Factory": [factory, own("llama_factory.yaml")], "command line": [command, ""] };
 }
 
@@ -285,7 +285,7 @@ function showLines(asked, way) {
     const copy = element("button", { type: "button", class: "copy" }, "Copy");
     copy.onclick = () => navigator.clipboard?.writeText(text.join("\n")).then(() => (copy.textContent = "Copied"));
     const how = told ? [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers. ${told}`)] : [];
-    if (!told && way.verdict === "does not fit") how.push(element("p", { class: "faint" }, "Nothing fits. These are the lines of the way that takes least."));
+    if (!told && way.verdict === "does not fit") how.push(element("p", { class: "faint" }, "Nothing fits. These are the settings that take the least memory."));
     lines.replaceChildren(element("pre", {}, element("code", {}, text.join("\n"))), ...how, copy);
     lines.setAttribute("aria-label", name);
   };
@@ -307,8 +307,8 @@ async function show() {
   for (const option of trainer.options) option.disabled = ![...bits.options].some(({ value }) => ships(value, option.value));
   if (trainer.selectedOptions[0].disabled) trainer.value = asked.trainer = "trainer";
   for (const option of bits.options) option.disabled = !ships(option.value, asked.trainer);
-  if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} ${option(asked)}`);
-  if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither the tokens of a row, a whole number above 0, nor a quantile such as p50 300.`);
+  if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or use the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} ${option(asked)}`);
+  if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither a row length (a whole number above 0) nor a quantile such as p50 300.`);
   sharding.disabled = asked.gpus < 2;
   document.getElementById("memory").hidden = asked.card !== OTHER;
   const complain = (text) => {
@@ -326,12 +326,12 @@ async function show() {
   await pause();
   const model = await modelOf(asked).catch(() => null);
   if (!isLatest()) return;
-  if (!model) return complain("This browser is too old to unpack what the page holds. Chrome or Edge 103, Firefox 113 and Safari 16.4 can, and newer ones.");
-  if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads ${count(model.positions, "token")} at the most.`);
+  if (!model) return complain("This browser is too old to unpack the page's data. Use Chrome or Edge 103, Firefox 113, Safari 16.4 or newer.");
+  if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads at most ${count(model.positions, "token")}.`);
   const counted = model.byLength ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
   const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await planned(model, there) : null;
   if (!isLatest()) return;
-  if (!way) return complain(`The page knows ${asked.model} up to ${count(Math.max(...model.steps.map((step) => step.shape[1])), "token")} in a row. The command records other batches, with torch: pip install -e ".[train]"`);
+  if (!way) return complain(`This page covers ${asked.model} up to ${count(Math.max(...model.steps.map((step) => step.shape[1])), "token")} per row. The command line records other batches, with torch: pip install -e ".[train]"`);
   for (const id of ["others", "paste"]) document.getElementById(id).hidden = false;
   showAnswer(model, asked, way, counted);
   answer.setAttribute("aria-busy", "false");
@@ -340,11 +340,11 @@ async function show() {
   showLines(asked, way);
   await showRows(model, there, read.lengths, isLatest);
   if (!isLatest()) return;
-  longest.textContent = "Looking for the longest row that fits ...";
+  longest.textContent = "Searching for the longest row that fits ...";
   const most = await longestRow(model, there, isLatest);
   if (!isLatest()) return;
   const cap = Math.min(LONGEST, model.positions ?? LONGEST);
-  longest.textContent = most ? `Longest row that fits, ${count(asked.rows, "row")} at a time: ${most + 64 > cap ? `${count(cap, "token")}, ${cap === LONGEST ? "where the page stops looking" : "all that the model reads"}` : count(most, "token")}${asked.checkpointing === "auto" ? ", with all layers checkpointed if need be" : ""}.` : `No row fits, ${count(asked.rows, "row")} at a time.`;
+  longest.textContent = most ? `Longest row that fits, ${count(asked.rows, "row")} at a time: ${most + 64 > cap ? `${count(cap, "token")}, ${cap === LONGEST ? "the limit of this page" : "the limit of the model"}` : count(most, "token")}${asked.checkpointing === "auto" ? ", with all layers checkpointed if need be" : ""}.` : `No row fits, ${count(asked.rows, "row")} at a time.`;
   document.body.dataset.done = own;
 }
 
@@ -352,7 +352,7 @@ const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).s
 form.elements.model.append(...models.map((name) => element("option", {}, name)));
 form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, name === OTHER ? `${name}, by its memory` : `${name} (${gib(memory)})`)));
 form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
-document.getElementById("foot").append(element("p", {}, `Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and prepares no 4-bit model; for transformers' Trainer one is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: what fits leaves ${percent(known.slack.none)} of a card free, and ${percent(known.slack.nf4)} in 4 bits.`));
+document.getElementById("foot").append(element("p", {}, `The bytes equal those of rankpilot memory: a recorded step of the model is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and does not prepare 4-bit models; for transformers' Trainer they are prepared with prepare_model_for_kbit_training. Predictions are off by a few percent, so "fits" means at least ${percent(known.slack.none)} of the card is free, ${percent(known.slack.nf4)} in 4 bits.`));
 let waiting = 0;
 form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");

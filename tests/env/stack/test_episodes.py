@@ -159,7 +159,7 @@ def test_decisions_are_logged_as_those_of_a_run(make_task: MakeTask, tmp_path: P
 
 def test_tasks_that_cannot_be_stacked(make_task: MakeTask) -> None:
     episodes = StackedEpisodes("llama-4x32", 2, SCHEDULE)
-    with pytest.raises(ConfigError, match="Stacked tasks share the base llama-4x32"):
+    with pytest.raises(ConfigError, match="Stacked tasks must share the base llama-4x32"):
         episodes.begin({0: make_task("text", 1, base="bert-4x32")})
     with pytest.raises(ConfigError, match="shape of their batches"):
         episodes.begin({0: make_task("text", 1), 1: make_task("text", 1, length=8)})

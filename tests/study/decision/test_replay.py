@@ -87,9 +87,9 @@ def test_corrections_are_left_out_with_a_line(log: DecisionLog, tmp_path: Path) 
         corrected.append(replace(logged, correction=logged.number in (1, 3)))
     found = replay(corrected, RULE)
     assert [row.logged.number for row in found.agreements] == [0, 2]
-    assert found.lacking == ("Decision 1, 3: the guard or a person changed the ranks; no policy decided.",)
+    assert found.lacking == ("Decision 1, 3: the guard or a user changed the ranks; no policy decided.",)
     assert found.table().caption == found.lacking[0]
-    with pytest.raises(ConfigError, match="no policy decided there"):
+    with pytest.raises(ConfigError, match="no policy decided"):
         redecide(corrected.logged(1), RULE)
 
 

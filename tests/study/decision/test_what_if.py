@@ -65,7 +65,7 @@ def test_the_tolerance_that_is_told_changes_the_decision(first: Observation, log
         np.testing.assert_array_equal(found.plans[found.best], ranks)
     assert answer.text.startswith(f"With a tolerance of {0.03 + 0.001 * answer.steps:.4g} instead of 0.03 (")
     for policy in (chooser(), RULE):
-        with pytest.raises(ConfigError, match="no goal of cost"):
+        with pytest.raises(ConfigError, match="no cost goal"):
             what_if(redecide(log_decision(first, policy), policy), Question("tolerance"))
 
 

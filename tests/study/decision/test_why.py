@@ -56,32 +56,32 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
     saved = (Saved("plain LoRA", 8.0 * 2**20, 3.0 * 2**20), Saved("loss in tiles", 6.0 * 2**20, 2.0 * 2**20))
     told = of_choice(four_plans(caveats=("it learns labels",), taken=2), saved=saved, rates=(1e-3, 2e-3))
     assert told.verdict == (
-        'At step 0 the plan "rank 16 on the MLP modules" was taken: its loss is expected to be -2.0 % versus rank 8 on '
-        "all modules, surely at most -0.2 %."
+        'At step 0 the plan "rank 16 on the MLP modules" was chosen: its loss is expected to be -2.0 % '
+        "versus rank 8 on all modules, very likely at most -0.2 %."
     )
     assert told.sentences() == [
-        "What is expected is the sum of its parts: rank of MLP modules -3.0 %, few modules +1.0 %.",
-        "Fine-tunes differ, by a standard deviation of 1.0 %: the loss may be from -3.7 % to -0.2 %.",
+        "The expectation is the sum of these effects: rank of MLP modules -3.0 %, few modules +1.0 %.",
+        ("Fine-tunes vary with a standard deviation of 1.0 %: the loss may be anywhere from -3.7 % to -0.2 %."),
         "The goal is the lowest loss within the budget.",
-        'The next by what they lose, with some caution: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
+        'The next best by cautious loss estimate: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
         '(+0.6 %), "rank 1 on all modules" (+6.2 %).',
-        "Trust it less than usual: it learns labels.",
-        "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
+        "This is less reliable than usual: it learns labels.",
+        "The plan was trained at a peak learning rate of 0.002, equivalent to 0.001 for plain LoRA.",
         "A step of plain LoRA takes 8 MiB, or 3 MiB with all layers checkpointed. With exact savers it takes 6 MiB, or "
-        "2 MiB with all layers checkpointed, at the same losses.",
-        "Every module got the rank that the policy asked for.",
+        "2 MiB with all layers checkpointed, with the same losses.",
+        "Every module got the rank requested by the policy.",
     ]
 
 
-PLAIN_KEPT = '"rank 8 on all modules" was taken: no'
+PLAIN_KEPT = '"rank 8 on all modules" was chosen: no'
 UNKEPT = (
-    'plan "rank 1 on all modules" was taken: the goal cannot be kept: rank 8 on all modules does not fit the budget, '
-    "time or bounds, and no plan that fits surely stays within +1.0 % of its loss. A larger budget, time or tolerance "
-    "helps."
+    'plan "rank 1 on all modules" was chosen: the goal cannot be met: rank 8 on all modules does not '
+    "fit the budget, time or bounds, and no plan that fits is very likely to stay within +1.0 % of "
+    "its loss. A larger budget, time or tolerance helps."
 )
 FEWEST = (
-    'plan "rank 4 on all modules" was taken: of 3 plans that surely stay within +1.0 % of the loss of rank 8 on all '
-    "modules it takes the fewest bytes, 2,000 parameters against 4,000 parameters."
+    'plan "rank 4 on all modules" was chosen: of 3 plans very likely within +1.0 % of the loss of '
+    "rank 8 on all modules, it takes the least memory, 2,000 parameters versus 4,000 parameters."
 )
 
 
@@ -89,10 +89,16 @@ FEWEST = (
     ("changes", "words"),
     [
         ({"goal": Goal("bytes")}, FEWEST),
-        ({"goal": Goal("time")}, "it takes the least time a step, 30 ms against 40 ms."),
-        ({"goal": Goal("bytes", 0.002), "costs": np.array([1.0, 2, 3, 4])}, f"{PLAIN_KEPT} cheaper plan surely stays"),
+        ({"goal": Goal("time")}, "it takes the least time per step, 30 ms versus 40 ms."),
+        (
+            {"goal": Goal("bytes", 0.002), "costs": np.array([1.0, 2, 3, 4])},
+            f"{PLAIN_KEPT} cheaper plan is very likely to stay",
+        ),
         ({"goal": Goal("bytes"), "fits": np.arange(4) == 3}, UNKEPT),
-        ({"fits": np.arange(4) == 1}, "to be +0.4 % versus rank 8 on all modules, which does not fit, surely at most"),
+        (
+            {"fits": np.arange(4) == 1},
+            "to be +0.4 % versus rank 8 on all modules, which does not fit, very likely at most",
+        ),
         ({"spread": np.array([0, 0.1, 0.1, 0.1])}, f"{PLAIN_KEPT} plan that fits is clearly better than"),
     ],
 )
@@ -103,7 +109,8 @@ def test_verdicts(of_choice: Explained, changes: dict[str, Any], words: str) -> 
 def test_what_else_was_within_the_tolerance(of_choice: Explained) -> None:
     told = of_choice(four_plans(goal=Goal("time"))).sentences()
     assert (
-        'The next within the tolerance: "rank 8 on all modules" (40 ms), "rank 16 on the MLP modules" (50 ms).' in told
+        'The next best within the tolerance: "rank 8 on all modules" (40 ms), "rank 16 on the MLP modules" (50 ms).'
+        in told
     )
     alone = four_plans(goal=Goal("time"), fits=np.arange(4) == 1)
     assert "No other plan is within the tolerance." in of_choice(alone).sentences()
@@ -132,11 +139,11 @@ def test_policies_that_are_not_at_hand(first: Observation, log_decision: Decide,
     """Rules and the policy that ships are found by their names; the rest of an explanation needs no policy."""
     rule = find_rule("signal-mean")
     of_rule = explain(log_decision(make_observation(8), rule)).to_json()
-    assert of_rule["verdict"] == "At step 0 signal-mean decided; it expects nothing of plans."
+    assert of_rule["verdict"] == "At step 0 signal-mean decided; it predicts no losses."
     assert of_rule["what_ifs"]
     assert set(of_rule) == KEYS
     logged = log_decision(first, chooser())
-    assert explain(logged, rule).notes == ("The policy default is not at hand, so there are no what-ifs.",)
+    assert explain(logged, rule).notes == ("The policy default is not available, so there are no what-ifs.",)
     assert (
         explain(log_decision(make_observation(4), Wants((1, 1, 1, 1)))).notes[0].startswith("The policy wants is not")
     )
@@ -148,11 +155,11 @@ def test_decisions_that_change_nothing_and_corrections(make_observation: Observe
     observation, rule = make_observation(8), find_rule("signal-mean")
     kept = log_decision(observation, rule)
     kept = replace(kept, decision=decision_to_keep(observation), rank_after=observation.problem.ranks)
-    assert explain(kept).verdict == "At step 0 signal-mean kept the ranks in place."
+    assert explain(kept).verdict == "At step 0 signal-mean kept the ranks."
     assert explain(kept).what_ifs == ()
     correction = explain(log_decision(observation, rule, correction=True)).to_json()
-    assert "the guard or a person changed the ranks" in correction["verdict"]
-    assert "does not tell how the guard" in correction["sentences"][-1]
+    assert "the guard or a user changed the ranks" in correction["verdict"]
+    assert "does not record how the guard" in correction["sentences"][-1]
 
 
 def test_a_number_without_a_decision_and_a_folder_without_a_log(
@@ -179,7 +186,7 @@ def decided(make: Observe, log: Decide, *ranks: int, **problem: Any) -> Any:
 
 def refused(logged: DecisionRecord) -> list[str]:
     """Why modules did not get the rank asked for; each is told of one module."""
-    start, told = "1 module did not get the rank asked for: ", Explanation(logged).sentences()
+    start, told = "1 module did not get the requested rank: ", Explanation(logged).sentences()
     return [text.removeprefix(start).rstrip(".") for text in told if text.startswith(start)]
 
 
@@ -188,10 +195,10 @@ def test_every_reason_is_told(make_observation: Observe, log_decision: Decide) -
     logged = decided(make_observation, log_decision, 5, 4, 4, 32, max_step=2, limit=1e9, **bounds)
     assert logged.rank_after.tolist() == [4, 2, 8, 12]
     assert refused(logged) == [
-        "the ladder has no such rank, and the next one below counts",
+        "the ladder does not have that rank, so the next lower one is used",
         "their upper bound is lower",
         "their lower bound is higher",
-        "no module may move further at one decision",
+        "modules may move no further in one decision",
     ]
 
 
@@ -201,7 +208,7 @@ def test_pinned_modules_and_changes_by_a_person(make_observation: Observe, log_d
     edited[1], edited[3] = 4, 16
     assert refused(replace(logged, pinned=pinned, rank_clipped=edited, rank_after=edited)) == [
         "they are pinned",
-        "it was given by hand, or changed by a limit of time",
+        "it was set by hand, or changed by a time limit",
     ]
 
 
@@ -212,4 +219,4 @@ def test_a_budget_lowers_and_its_rest_raises(make_observation: Observe, log_deci
     (sentence,) = [text for text in Explanation(logged).sentences() if "exceed the budget" in text]
     assert sentence.startswith(f"{lowered} module")
     same = Explanation(decided(make_observation, log_decision, 2, 2, 2, 2))
-    assert same.sentences() == ["Every module got the rank that the policy asked for."]
+    assert same.sentences() == ["Every module got the rank requested by the policy."]
