@@ -421,17 +421,21 @@ def steps_in_parts() -> str:
 
 
 def parts_and_others() -> str:
-    """Four batches of 16 rows in the ways of others over padded rectangles."""
-    found, rows = _figures("parts"), []
-    for key in (name.removesuffix(".rectangle.speed") for name in found if name.endswith(".16.rectangle.speed")):
+    """Four batches of 16 rows under each method, over padded rectangles."""
+    found = _figures("parts")
+    keys = [name.removesuffix(".rectangle.speed") for name in found if name.endswith(".16.rectangle.speed")]
+    ways = [re.fullmatch(rf"{re.escape(key)}\.(.+)\.speed", name) for key in keys for name in found]
+    heads, rows = [], list[tuple[str, ...]]()
+    for key in keys:
         model, text, count = key.split(".")
-        for way in (name.removesuffix(".speed") for name in found if re.fullmatch(rf"{key}\..+\.speed", name)):
-            way = way.removeprefix(f"{key}.")
-            speed, peak, differs = (found[f"{key}.{way}.{name}"] for name in ("speed", "peak", "gradient"))
-            rows.append(
-                (f"{MODEL_NAMES[model]}, {count} of {text}", way, f"{speed:.2f}", f"{peak:.2f}", f"{differs:.0e}")
-            )
-    return table(("rows", "method", "rows per second", "peak", "gradient differs"), rows, 2)
+        heads.append(f"{MODEL_NAMES[model]}, {count} of {text}")
+    for way in dict.fromkeys(way[1] for way in ways if way):
+        cells = []
+        for prefix in (f"{key}.{way}" for key in keys):
+            speed, peak, differs = (found.get(f"{prefix}.{name}") for name in ("speed", "peak", "gradient"))
+            cells.append("" if speed is None else f"{speed:.2f} ({peak:.2f}; {differs:.0e})")
+        rows.append((way, *cells))
+    return table(("rows per second (peak; gradient difference)", *heads), rows)
 
 
 def parts_hold() -> str:
