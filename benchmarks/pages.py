@@ -117,7 +117,7 @@ def one_run() -> str:
             if f"{key}: value" in figures:
                 sizes = [f"{figures[f'{key}: bytes{beside}']:.2f}" for beside in ("", " beside checkpointed")]
                 worst, texts = signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}"
-                rows.append((told, ranged(figures, key), worst, *sizes, texts))
+                rows.append((told.partition(":")[0], ranged(figures, key), worst, *sizes, texts))
         tables.append(table((words, "loss", "worst text", *beside, "texts"), rows))
     return "\n\n".join(tables)
 
