@@ -140,7 +140,7 @@ _JUDGED = [keys for keys, _ in BARS.values()]
 def _table(found: dict[str, list[StoredRow]]) -> list[str]:
     """A row per run: what was measured and the error; predictions too where nothing was measured in some run."""
     names = list(dict.fromkeys(row["name"] for rows in found.values() for row in rows))
-    heads, columns = ["run"], [names]
+    heads, columns = ["run"], [[name.replace(" x ", "\N{MULTIPLICATION SIGN}") for name in names]]
     for what, rows in found.items():
         stored = {row["name"]: row for row in rows}
         runs = [stored.get(name) for name in names]
