@@ -23,10 +23,12 @@ class Section:
     Attributes:
         groups: the keys of its groups in the stored rows, by what each measured.
         told: paragraphs: source, licence, what was fitted, what is not known, why the worst rows are as they are.
+        by_setting: whether the table has a row per attention and weights instead, with the range of errors.
     """
 
     groups: dict[str, tuple[str, ...]]
     told: tuple[str, ...]
+    by_setting: bool = False
 
 
 TITLES = {
@@ -53,6 +55,7 @@ SECTIONS = {
             "two steps are replayed. Under nf4 the published figures differ by 3 % between batches of equal tokens, "
             "for which the replay gives one figure, and how the weights were loaded is unknown.",
         ),
+        by_setting=True,
     ),
     "L40S": Section(
         {"reserved": ("l40s_reserved",)},
@@ -128,13 +131,24 @@ def page(rows: Sequence[StoredRow]) -> str:
         lines += ["", f"### {title}", ""]
         for told in section.told:
             lines += [told.format(fitted=_fitted(next(iter(found.values())))), ""]
-        lines += _table(found)
+        lines += _by_setting(found) if section.by_setting else _table(found)
     lines += ["", "### Not compared", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in NOT_PREDICTED]
     return "\n".join(lines)
 
 
 _JUDGED = [keys for keys, _ in BARS.values()]
+
+
+def _by_setting(found: dict[str, list[StoredRow]]) -> list[str]:
+    """A row per attention and weights: the number of runs, and the range of errors in per cent."""
+    settings = list(dict.fromkeys(" ".join(row["name"].split()[1:3]) for rows in found.values() for row in rows))
+    lines = ["| attention, weights | runs |" + "".join(f" {what}, error, % |" for what in found), "|---|---:|---:|---:|"]
+    for setting in sorted(settings):
+        of = [[row for row in rows if f" {setting} " in row["name"]] for rows in found.values()]
+        errors = [_errors(rows) for rows in of]
+        lines.append(f"| {setting} | {len(of[0])} |" + "".join(f" {e.min():+.2f} to {e.max():+.2f} |" for e in errors))
+    return lines
 
 
 def _table(found: dict[str, list[StoredRow]]) -> list[str]:
