@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from rankpilot.common.files import read_json, read_object, write_text
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, estimators, labels, no_sweep, published_page, rates, worth
+from . import agent, estimators, no_sweep, published_page, rates, worth
 from .harness import Figures
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -198,17 +197,6 @@ def control() -> str:
                 lines.append((prefix + told, f"{texts}", *cells))
     columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
     return table(columns, lines)
-
-
-def labels_told() -> str:
-    """Runs on labels under the default, versus the rate at which they begin."""
-    changes, lines = labels.changes(labels.stored_rows(), "auto"), []
-    for encoder, text in product(labels.ENCODERS, labels.TEXTS):
-        found = [by for run, by in changes.items() if (run.encoder, run.text) == (encoder, text)]
-        if found:
-            loss = f"{signed(float(np.mean(found)))} (worst {max(found):.1f})"
-            lines.append((encoder, text, f"{len(found)}", loss))
-    return table(("encoder", "text", "seeds", "loss"), lines)
 
 
 def look() -> str:
@@ -489,7 +477,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rates": published_rates,
     "agent": agent_table,
     "control": control,
-    "labels": labels_told,
     "look": look,
     "fixed plans": fixed_plans,
     "step cost": step_cost,
