@@ -138,8 +138,8 @@ def estimators_in_short() -> str:
     names, means, low, *_ = zip(*estimators.table_rows(), strict=True)
     others = ", ".join(f"{name.partition(',')[0]}: {mean}" for name, mean in zip(names[1:], means[1:], strict=True))
     told = (
-        f"On 43 published steps on a T4, predicted *tensor* bytes are off by {means[0]} on average ({others}), and at most "
-        f"{low[0]} too low. {_steps_on_a_t4()}"
+        f"On 43 published steps on a T4, predicted *tensor* bytes are off by {means[0]} on average ({others}), and at "
+        f"most {low[0]} too low. {_steps_on_a_t4()}"
     )
     return textwrap.fill(told, 140)
 
@@ -151,8 +151,8 @@ def _steps_on_a_t4() -> str:
     groups = ("t4_reserved none", "t4_reserved nf4")
     errors = _percents(row for row in _list("published_rows") if row["group"] in groups)
     return (
-        f"{len(names) - large} of these steps train models of 135M to 1.7B, {large} a 3B, with adapters on q, k, v and o "
-        "and all layers checkpointed. What torch's allocator reserves, which decides whether a step fits, is harder to "
+        f"{len(names) - large} of these steps train models of 135M to 1.7B, {large} a 3B, with adapters on q, k, v and "
+        "o and all layers checkpointed. What torch's allocator reserves, which decides whether a step fits, is harder to "
         f"predict: rankpilot's average error is {np.abs(errors).mean():.1f} %, from {-errors.min():.1f} % too low to "
         f"{errors.max():.1f} % too high."
     )
@@ -339,8 +339,8 @@ def memory_accuracy() -> str:
         rows.append((words, card, f"{low:.2f} %", f"{high:.2f} %"))
     every, clear = (100 * found[f"t4_verdicts.{name}_right_share"] for name in ("smaller", "clear"))
     told = (
-        f"Verdicts on the T4's steps for cards of 2 to 13 GiB are right in {every:.1f} %, and in {clear:.1f} % where the "
-        "published figures are 3 % or more from the card."
+        f"Verdicts on the T4's steps for cards of 2 to 13 GiB are right in {every:.1f} %, and in {clear:.1f} % where "
+        "the published figures are 3 % or more from the card."
     )
     columns = ("predicted", "on", "too low, at most", "too high, at most")
     return f"{table(columns, rows, left=2)}\n\n{textwrap.fill(told, 140)}"

@@ -142,9 +142,9 @@ _JUDGED = [keys for keys, _ in BARS.values()]
 
 def _by_setting(found: dict[str, list[StoredRow]]) -> list[str]:
     """A row per attention and weights: the number of runs, and the range of errors in per cent."""
-    settings = list(dict.fromkeys(" ".join(row["name"].split()[1:3]) for rows in found.values() for row in rows))
-    lines = ["| attention, weights | runs |" + "".join(f" {what}, error, % |" for what in found), "|---|---:|---:|---:|"]
-    for setting in sorted(settings):
+    heads = "".join(f" {what}, error, % |" for what in found)
+    lines = [f"| attention, weights | runs |{heads}", f"|---|---:|{'---:|' * len(found)}"]
+    for setting in sorted({" ".join(row["name"].split()[1:3]) for rows in found.values() for row in rows}):
         of = [[row for row in rows if f" {setting} " in row["name"]] for rows in found.values()]
         errors = [_errors(rows) for rows in of]
         lines.append(f"| {setting} | {len(of[0])} |" + "".join(f" {e.min():+.2f} to {e.max():+.2f} |" for e in errors))
