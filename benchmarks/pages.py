@@ -153,8 +153,8 @@ def _steps_on_a_t4() -> str:
     return (
         f"{len(names) - large} of these steps train models of 135M to 1.7B, {large} a 3B, with adapters on q, k, v and "
         "o and all layers checkpointed. What torch's allocator reserves, which decides whether a step fits, is harder "
-        f"to predict: rankpilot's average error is {np.abs(errors).mean():.1f} %, from {-errors.min():.1f} % too low to "
-        f"{errors.max():.1f} % too high."
+        f"to predict: rankpilot's average error is {np.abs(errors).mean():.1f} %, from {-errors.min():.1f} % too low "
+        f"to {errors.max():.1f} % too high."
     )
 
 
