@@ -36,8 +36,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 NAMES = {
     "rankpilot": "rankpilot memory, whose kernels of that card were found with these steps",
     "fitcheck": "fitcheck 0.3.1, on the card that it was calibrated on",
-    "unsloth": "Unsloth Studio, made for its own kernels",
-    "accelerate": "accelerate estimate-memory, which tells the weights alone",
+    "unsloth": "Unsloth Studio, for its own kernels",
+    "accelerate": "accelerate estimate-memory, weights only",
 }
 
 

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from rankpilot.common.files import read_json, read_object, write_text
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, estimators, labels, no_sweep, published_page, rates, worth
+from . import agent, estimators, no_sweep, published_page, rates, worth
 from .harness import Figures
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -79,7 +78,7 @@ def without_a_sweep() -> Figures:
 
 SIDES = {
     "quality": '`goal="quality"`: the lowest loss in the bytes of plain LoRA',
-    "bytes": '`goal="bytes"`: the fewest bytes, at a loss less than 1 % above on average',
+    "bytes": '`goal="bytes"`: the fewest bytes, average loss within 1 %',
     "auto": 'plain LoRA, `learning_rate="auto"`',
     "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
     "usual": "plain LoRA at 3e-4",
@@ -117,40 +116,32 @@ def one_run() -> str:
             if f"{key}: value" in figures:
                 sizes = [f"{figures[f'{key}: bytes{beside}']:.2f}" for beside in ("", " beside checkpointed")]
                 worst, texts = signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}"
-                rows.append((told, ranged(figures, key), worst, *sizes, texts))
+                rows.append((told.partition(":")[0], ranged(figures, key), worst, *sizes, texts))
         tables.append(table((words, "loss", "worst text", *beside, "texts"), rows))
     return "\n\n".join(tables)
 
 
 def one_run_in_short() -> str:
-    """One run of rankpilot versus plain LoRA at the best of its rates, and a wrong rate with and without control."""
-    figures, models = without_a_sweep(), {name: f"{name}, " if name != "byte models" else "" for name in MODELS}
-    beside = "bytes", "bytes beside checkpointed"
-    rows = []
+    """One run of rankpilot versus plain LoRA at the best of its rates."""
+    figures, rows = without_a_sweep(), []
     for side in SHORT:
-        keys = [f"{part}, admitted, {side}" for part in models]
+        keys = [f"{part}, admitted, {side}" for part in MODELS]
         losses = [ranged(figures, key) if f"{key}: value" in figures else "" for key in keys]
         at = next(key for key in reversed(keys) if f"{key}: value" in figures)
-        rows.append((SIDES[side], *losses, *(f"{figures[f'{at}: {name}']:.2f}" for name in beside)))
-    for factor, words in {0.25: "a rate of a quarter of the best", 4.0: "a rate of four times the best"}.items():
-        cells = []
-        for prefix in models.values():
-            sides = {"plain": "if left alone", "controlled": "with control"}
-            ends = {f"{prefix}{side} at {factor:g}": how for side, how in sides.items()}
-            texts = figures.get(f"{prefix}controlled at {factor:g}: texts")
-            known = {key: how for key, how in ends.items() if texts and figures.get(f"{key}: texts") == texts}
-            told = ", ".join(f"{signed(figures[f'{key}: value'])} {how}" for key, how in known.items())
-            cells.append(told + (" (one text)" if texts == 1 else ""))
-        rows.append((words, *cells, "", ""))
+        sizes = (f"{figures[f'{at}: {name}']:.2f}" for name in ("bytes", "bytes beside checkpointed"))
+        rows.append((SIDES[side], *losses, *sizes))
     return table(("", *MODELS.values(), "bytes there", "versus checkpointed"), rows)
 
 
 def estimators_in_short() -> str:
-    """The same, an estimator a column."""
+    """The same in two sentences."""
     names, means, low, *_ = zip(*estimators.table_rows(), strict=True)
-    heads = [name.partition(",")[0] for name in names]
-    told = table(("tensors of 43 steps on a T4", *heads), (("mean error", *means), ("too low, at most", *low)))
-    return f"{told}\n\n{textwrap.fill(_steps_on_a_t4(), 140)}"
+    others = ", ".join(f"{name.partition(',')[0]}: {mean}" for name, mean in zip(names[1:], means[1:], strict=True))
+    told = (
+        f"On 43 published steps on a T4, predicted *tensor* bytes are off by {means[0]} on average ({others}), and at "
+        f"most {low[0]} too low. {_steps_on_a_t4()}"
+    )
+    return textwrap.fill(told, 140)
 
 
 def _steps_on_a_t4() -> str:
@@ -160,10 +151,10 @@ def _steps_on_a_t4() -> str:
     groups = ("t4_reserved none", "t4_reserved nf4")
     errors = _percents(row for row in _list("published_rows") if row["group"] in groups)
     return (
-        f"{len(names) - large} of these steps are of models of 135M to 1.7B, and {large} of a 3B. Adapters are on q, "
-        "k, v and o, and all layers are checkpointed. What torch's allocator reserves, which decides whether a step "
-        f"fits, is harder to tell than tensors: there rankpilot errs by {np.abs(errors).mean():.1f} % in the mean, by "
-        f"{-errors.min():.1f} % at most where it tells too little, and by {errors.max():.1f} % where too much."
+        f"{len(names) - large} of these steps train models of 135M to 1.7B, {large} a 3B, with adapters on q, k, v and "
+        "o and all layers checkpointed. What torch's allocator reserves, which decides whether a step fits, is harder "
+        f"to predict: rankpilot's average error is {np.abs(errors).mean():.1f} %, from {-errors.min():.1f} % too low "
+        f"to {errors.max():.1f} % too high."
     )
 
 
@@ -174,7 +165,7 @@ def _percents(rows: Iterable[dict[str, Any]]) -> Any:
 
 def estimator_table() -> str:
     """Estimators of memory by how far they are from tensors that were measured on a T4."""
-    heads = ("43 steps on a T4", "mean error", "too low, at most", "too high, at most", "more than 5 % too low")
+    heads = ("43 steps on a T4", "mean error", "too low, at most", "too high, at most", "over 5 % too low")
     return table(heads, estimators.table_rows())
 
 
@@ -208,22 +199,11 @@ def control() -> str:
     return table(columns, lines)
 
 
-def labels_told() -> str:
-    """Runs on labels under the default, versus the rate at which they begin."""
-    changes, lines = labels.changes(labels.stored_rows(), "auto"), []
-    for encoder, text in product(labels.ENCODERS, labels.TEXTS):
-        found = [by for run, by in changes.items() if (run.encoder, run.text) == (encoder, text)]
-        if found:
-            loss = f"{signed(float(np.mean(found)))} (worst {max(found):.1f})"
-            lines.append((encoder, text, f"{len(found)}", loss))
-    return table(("encoder", "text", "seeds", "loss"), lines)
-
-
 def look() -> str:
     """What the look before the first step takes."""
     figures = without_a_sweep()
     shares = ", ".join(f"{100 * float(figures[f'{name}: look']):.1f} % on {words}" for name, words in MODELS.items())
-    return f"This look takes of the time of 100 steps {shares}."
+    return f"Reading them costs, as a share of 100 steps, {shares}."
 
 
 def agent_table() -> str:
@@ -314,7 +294,7 @@ def fixed_plans() -> str:
         for name, words in FIXED.items()
         for row in [stored[name]]
     ]
-    return table(("plan", "bytes", "time of a step", "loss", "fine-tunes"), rows)
+    return table(("plan", "bytes", "step time", "loss", "fine-tunes"), rows)
 
 
 def step_cost() -> str:
@@ -328,9 +308,9 @@ def step_cost() -> str:
     }.items():
         keys = [f"{family}.{method}.cycle_ratio" for family in ("bert", "llama")]
         rows.append((words, *(f"{found[k]:.3f} ({found[f'{k}_low']:.3f} to {found[f'{k}_high']:.3f})" for k in keys)))
-    for share, words in (("own_share", "of these steps"), ("own_share_of_a_step", "of a step between two decisions")):
+    for share, words in (("own_share", "of these steps"), ("own_share_of_a_step", "of a step between decisions")):
         cells = [f"{100 * found[f'{family}.rankpilot.{share}']:.1f} %" for family in ("bert", "llama")]
-        rows.append((f"signals, decisions and resizes themselves, {words}", *cells))
+        rows.append((f"signals, decisions and resizes, share {words}", *cells))
     return table(("versus plain LoRA", "BERT", "Llama"), rows)
 
 
@@ -346,21 +326,21 @@ def memory_accuracy() -> str:
         (f"peak of a step, {plans}, no checkpointing", "CPU", f"{exact:.2f} %", f"{exact:.2f} %"),
         ("the same with checkpointing, safety margin included", "CPU", f"{max(-under, 0):.2f} %", f"{over:.2f} %"),
     ]
-    groups = {key: [row for row in _list("published_rows") if row["group"] == key] for key in published_page.GROUPS}
+    groups = {key: [row for row in _list("published_rows") if row["group"] == key] for key in published_page.TITLES}
     of_t4, quantised = groups["t4"], groups["t4_reserved nf4"]
     for words, card, group in (
-        (f"live bytes, {len(of_t4)} fine-tunes that others measured", "T4", of_t4),
-        ("what the allocator reserves, fp16", "T4", groups["t4_reserved none"]),
-        ("what the allocator reserves, nf4", "T4", quantised),
-        ("the longest row of QLoRA, tokens", "8 to 80 GB", groups["contexts"]),
+        (f"live bytes, {len(of_t4)} published fine-tunes", "T4", of_t4),
+        ("the allocator's reserve, fp16", "T4", groups["t4_reserved none"]),
+        ("the allocator's reserve, nf4", "T4", quantised),
+        ("the longest QLoRA row, tokens", "8 to 80 GB", groups["contexts"]),
     ):
         errors = _percents(group)
         low, high = max(-errors.min(), 0.0), max(errors.max(), 0.0)
         rows.append((words, card, f"{low:.2f} %", f"{high:.2f} %"))
     every, clear = (100 * found[f"t4_verdicts.{name}_right_share"] for name in ("smaller", "clear"))
     told = (
-        f"Verdicts for cards of 2 to 13 GiB, on which many of the T4's steps do not fit, are right in {every:.1f} %, "
-        f"and in {clear:.1f} % where the published figures are 3 % or more from the card."
+        f"Verdicts on the T4's steps for cards of 2 to 13 GiB are right in {every:.1f} %, and in {clear:.1f} % where "
+        "the published figures are 3 % or more from the card."
     )
     columns = ("predicted", "on", "too low, at most", "too high, at most")
     return f"{table(columns, rows, left=2)}\n\n{textwrap.fill(told, 140)}"
@@ -372,10 +352,10 @@ def time_accuracy() -> str:
     rows = [
         (words, *(f"{100 * found[f'{kind}.{key}']:.1f} %" for kind in KINDS))
         for words, key in (
-            ("seconds of a step, median error", "median_error"),
-            ("seconds of a step, largest error", "worst_error"),
-            ("the share of one step in another, median error", "median_share_error"),
-            ("the longer of two is told right", "order_right"),
+            ("step seconds, median error", "median_error"),
+            ("step seconds, largest error", "worst_error"),
+            ("ratio of two steps, median error", "median_share_error"),
+            ("longer of two steps identified", "order_right"),
         )
     ]
     return table(("20 held-out steps on an A100", "bf16", "four bits"), rows)
@@ -416,22 +396,26 @@ def steps_in_parts() -> str:
         lengths = f"{found[f'{key}.mean length']:.0f}, {found[f'{key}.longest']}"
         differs = (f"{found[f'{key}.gradient{half}']:.0e}" for half in ("", " bf16"))
         rows.append((MODEL_NAMES[model], f"{count} of {text}", lengths, *(f"{v:.2f}" for v in values), *differs))
-    columns = ("", "rows", "tokens in the mean, at most", "time", "where all layers must be checkpointed", "peak")
+    columns = ("", "rows", "tokens: mean, longest", "time", "time, all layers checkpointed", "peak")
     return table((*columns, "gradient differs, fp32", "bf16 autocast"), rows, 2)
 
 
 def parts_and_others() -> str:
-    """Four batches of 16 rows in the ways of others over padded rectangles."""
-    found, rows = _figures("parts"), []
-    for key in (name.removesuffix(".rectangle.speed") for name in found if name.endswith(".16.rectangle.speed")):
+    """Four batches of 16 rows under each method, over padded rectangles."""
+    found = _figures("parts")
+    keys = [name.removesuffix(".rectangle.speed") for name in found if name.endswith(".16.rectangle.speed")]
+    ways = [re.fullmatch(rf"{re.escape(key)}\.(.+)\.speed", name) for key in keys for name in found]
+    heads, rows = [], list[tuple[str, ...]]()
+    for key in keys:
         model, text, count = key.split(".")
-        for way in (name.removesuffix(".speed") for name in found if re.fullmatch(rf"{key}\..+\.speed", name)):
-            way = way.removeprefix(f"{key}.")
-            speed, peak, differs = (found[f"{key}.{way}.{name}"] for name in ("speed", "peak", "gradient"))
-            rows.append(
-                (f"{MODEL_NAMES[model]}, {count} of {text}", way, f"{speed:.2f}", f"{peak:.2f}", f"{differs:.0e}")
-            )
-    return table(("rows", "", "rows a second", "peak", "gradient differs"), rows, 2)
+        heads.append(f"{MODEL_NAMES[model]}, {count} of {text}")
+    for way in dict.fromkeys(way[1] for way in ways if way):
+        cells = []
+        for prefix in (f"{key}.{way}" for key in keys):
+            speed, peak, differs = (found.get(f"{prefix}.{name}") for name in ("speed", "peak", "gradient"))
+            cells.append("" if speed is None else f"{speed:.2f} ({peak:.2f}; {differs:.0e})")
+        rows.append((way, *cells))
+    return table(("rows per second (peak; gradient difference)", *heads), rows)
 
 
 def parts_hold() -> str:
@@ -440,33 +424,33 @@ def parts_hold() -> str:
     if "losses.steps" in found:
         rows.append(
             (
-                f"losses of {found['losses.steps']} steps of MiniLM differ by",
-                f"{found['losses.difference']:.0e} at most",
+                f"largest difference of losses, {found['losses.steps']} steps of MiniLM",
+                f"{found['losses.difference']:.0e}",
             )
         )
     if "asked.steps" in found:
         rows.append(
             (
-                f"{found['asked.steps']} steps of MiniLM under another loss, over whole ones: all, and the tests",
+                f"time of {found['asked.steps']} steps of MiniLM under a custom loss, versus whole steps; of its tests",
                 f"{100 * found['asked.share']:.0f} %, {100 * found['asked.tests']:.1f} %",
             )
         )
     if "budgets.batches" in found:
         rows += [
             (
-                f"{found['budgets.batches']:,} random batches under budgets of 30 to 100 %: peaks above",
+                f"peaks above the budget, {found['budgets.batches']:,} random batches under 30 to 100 %",
                 f"{found['budgets.above']}",
             ),
             (
-                "measured over predicted peak: median, and ends; the least where a row alone has no mask",
+                "measured versus predicted peak: median and range; lowest where a row alone has no mask",
                 f"{100 * found['budgets.median']:+.1f} % ({100 * found['budgets.least']:+.1f} to "
                 f"{100 * found['budgets.most']:+.1f} %)",
             ),
         ]
     if "errors.runs" in found:
         rows += [
-            (f"runs of {found['errors.runs']} that went on after an error at some part", f"{found['errors.met']}"),
-            ("their adapters differ from an undisturbed run's by", f"{found['errors.difference']:.0e} at most"),
+            (f"of {found['errors.runs']} runs, continued after an error in a part", f"{found['errors.met']}"),
+            ("largest difference of their adapters from an undisturbed run's", f"{found['errors.difference']:.0e}"),
         ]
     return table(("", "measured"), rows)
 
@@ -493,7 +477,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rates": published_rates,
     "agent": agent_table,
     "control": control,
-    "labels": labels_told,
     "look": look,
     "fixed plans": fixed_plans,
     "step cost": step_cost,

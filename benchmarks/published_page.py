@@ -1,4 +1,4 @@
-"""What others measured, and what configurations alone predict: tables of docs/known-models.md, of stored rows."""
+"""Published measurements and what configurations alone predict: tables of docs/known-models.md, from stored rows."""
 
 from __future__ import annotations
 
@@ -17,129 +17,158 @@ cases."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of one kind and source.
+class Section:
+    """Groups of one source, side by side: a row of the table has the figures of one run.
 
     Attributes:
-        title: what is compared.
+        groups: the keys of its groups in the stored rows, by what each measured.
         told: paragraphs: source, licence, what was fitted, what is not known, why the worst rows are as they are.
+        by_setting: whether the table has a row per attention and weights instead, with the range of errors.
     """
 
-    title: str
-    told: tuple[str, ...] = ()
+    groups: dict[str, tuple[str, ...]]
+    told: tuple[str, ...]
+    by_setting: bool = False
 
 
-_T4 = (
-    "Source: the open data of fitcheck-llm 0.3.1 (MIT licence). LoRA or QLoRA on q, k, v and o of models of 135M to "
-    "3B, in fp16, or nf4 without double quantisation; AdamW, gradient checkpointing, no padding. Nothing was fitted "
-    "on these rows by a number; which kernels and copies a Turing card takes was found with them.",
-    "Not known: what loading left in the allocator (up to 24 MiB, which no configuration tells). The lowest rows "
-    "are the smallest models, where that counts most.",
-)
-_RESERVED = (
-    "The same runs: the most that torch's allocator held. It keeps freed blocks by size, so what it holds depends "
-    "on the order of all allocations, which a replay of two steps follows. Under nf4 the published figures "
-    "themselves differ by 3 % between batches of equal tokens, for which a replay is the same, and how the weights "
-    "were loaded is not known.",
-)
-_A100 = (
-    "Source: the reference figures of fms-acceleration (Apache-2.0), without its fused kernels. LoRA of rank 16 on "
-    "q, k, v and o, dropout 0.1, bf16 or nf4, packed rows of 4,096 tokens, flash attention, gradient checkpointing; "
-    "torch 2.4.",
-    "Fitted: no number, but two habits of the libraries of that time were looked for with these rows and found in "
-    "their sources. The loss of transformers 4.46 to 4.49 copies all logits but the last in fp32 while those in "
-    "bf16 stand, and TRL 0.11 casts embeddings and output layer of a model in four bits back to bf16. Not known: "
-    "the version of transformers. That the bytes of each token and the rest agree for all four runs is the evidence.",
-)
+TITLES = {
+    "t4": "T4, allocated",
+    "t4_reserved none": "T4, fp16, reserved",
+    "t4_reserved nf4": "T4, nf4, reserved",
+    "l40s_reserved": "L40S, reserved",
+    "a100": "A100, allocated",
+    "a100_in_use": "A100, in use",
+    "a100_today": "A100, allocated, current libraries",
+    "contexts": "longest row, tokens",
+}
+"""What the summary calls the groups."""
 
-GROUPS = {
-    "t4": Group("Tesla T4, allocated", _T4),
-    "t4_reserved none": Group("Tesla T4, fp16, reserved", _RESERVED),
-    "t4_reserved nf4": Group("Tesla T4, nf4, reserved"),
-    "l40s_reserved": Group(
-        "L40S, reserved",
+SECTIONS = {
+    "Tesla T4": Section(
+        {"allocated": ("t4",), "reserved": ("t4_reserved none", "t4_reserved nf4")},
+        (
+            "Source: the open data of fitcheck-llm 0.3.1 (MIT licence): LoRA in fp16 (none), or QLoRA in nf4 without "
+            "double quantisation, on q, k, v and o; AdamW, gradient checkpointing, no padding. No constant was fitted "
+            "to these rows, but they showed which kernels and copies a Turing card uses. Unknown: what loading left "
+            "in the allocator (up to 24 MiB), which counts most for the smallest models.",
+            "Reserved bytes depend on the order of all allocations, since the allocator keeps freed blocks by size; "
+            "two steps are replayed. Under nf4 the published figures differ by 3 % between batches of equal tokens, "
+            "for which the replay gives one figure, and how the weights were loaded is unknown.",
+        ),
+        by_setting=True,
+    ),
+    "L40S": Section(
+        {"reserved": ("l40s_reserved",)},
         (
             "Source: PEFT's `method_comparison` (Apache-2.0): Llama-3.2-3B on MetaMathQA, bf16, batches of 4 padded to "
-            "the longest row, no checkpointing, AdamW.",
-            "Fitted on the first row: the length of the longest batch, which is not published, {fitted} tokens. The "
-            "figures hold for evaluation too, whose batches are not known.",
+            "the longest row, no checkpointing, AdamW. The length of the longest batch is unpublished, and was fitted "
+            "to the first row: {fitted} tokens. The figures include evaluation, whose batches are unknown.",
         ),
     ),
-    "a100": Group("A100 80 GB, allocated", _A100),
-    "a100_in_use": Group(
-        "A100 80 GB, in use",
+    "A100 80 GB": Section(
+        {"allocated": ("a100",), "current libraries": ("a100_today",), "in use": ("a100_in_use",)},
         (
-            "The same runs: memory in use by `nvidia-smi`, against what is predicted to be reserved and a context "
-            "of 500 MiB. Not known: what the driver kept for itself, which it counts. All rows are under by 0.8 to "
-            "1.3 GiB.",
+            "Source: the reference figures of fms-acceleration (Apache-2.0), without its fused kernels: LoRA of rank "
+            "16 on q, k, v and o, dropout 0.1, bf16 (none) or nf4, packed rows of 4,096 tokens, flash attention, "
+            "gradient checkpointing; torch 2.4.",
+            "No constant was fitted, but these rows pointed to two habits of the libraries of that time: the loss of "
+            "transformers 4.46 to 4.49 copies all logits but the last to fp32 while the bf16 ones exist, and TRL 0.11 "
+            "casts embeddings and output layer of a 4-bit model back to bf16. The version of transformers is unknown; "
+            "the evidence is that bytes per token and the rest agree in all four runs. Under *current libraries* the "
+            "same figures are compared with the step of current transformers and PEFT, which `rankpilot memory` "
+            "predicts.",
+            "*In use* is what `nvidia-smi` reports, versus predicted reserve and a context of 500 MiB. It includes "
+            "an unknown share of the driver; all rows are 0.8 to 1.3 GiB too low.",
         ),
     ),
-    "a100_today": Group(
-        "A100 80 GB, allocated, as today's libraries would",
+    "The longest row on a card": Section(
+        {"measured": ("contexts",)},
         (
-            "The same figures against the step of today's transformers and PEFT, which is what `rankpilot memory` "
-            "predicts: what the two habits above are worth.",
-        ),
-    ),
-    "contexts": Group(
-        "The longest row on a card, tokens",
-        (
-            "Source: Unsloth's page of benchmarks, the column without Unsloth (transformers, flash attention): QLoRA "
-            "of rank 32 on all linear layers, one padded row, gradient checkpointing. A card holds the frozen model, "
-            "the step, the allocator's reserve and a CUDA context; 0 tokens: nothing fitted.",
-            "Fitted: nothing. Not known: the optimizer (AdamW in eight bits, as their notebooks have, is predicted), "
-            "the versions, and how the smaller cards were made. With the loss of 2024, as on the A100 above, "
-            "predictions are up to twice as long: so today's libraries are told.",
+            "Source: Unsloth's benchmarks, the column without Unsloth (transformers, flash attention): QLoRA of rank "
+            "32 on all linear layers, one padded row, gradient checkpointing. A card holds the frozen model, the step, "
+            "the allocator's reserve and a CUDA context; at 0 tokens nothing fits. Nothing was fitted. Unknown: the "
+            "optimizer (predicted: 8-bit AdamW, as in their notebooks), the versions, and how smaller cards were "
+            "simulated. The loss of 2024 (see A100) would allow up to twice as many tokens, so current libraries are "
+            "assumed.",
         ),
     ),
 }
 
 BARS: dict[str, tuple[tuple[str, ...], tuple[float, float | None, float]]] = {
-    "Allocated, all rows": (("t4", "a100"), (0.35, 1.5, 1.2)),
-    "Reserved, fp16 and bf16, all rows": (("t4_reserved none", "l40s_reserved"), (1.5, None, 5.0)),
-    "Reserved, nf4": (("t4_reserved nf4",), (3.0, None, 5.0)),
+    "allocated, all rows": (("t4", "a100"), (0.35, 1.5, 1.2)),
+    "reserved, fp16 and bf16, all rows": (("t4_reserved none", "l40s_reserved"), (1.5, None, 5.0)),
+    "T4, nf4, reserved": (("t4_reserved nf4",), (3.0, None, 5.0)),
 }
 """Groups that are judged together, with bars in per cent: of the mean error, of the worst, and of how far a row is
 under."""
 
 NOT_PREDICTED = (
     (
-        "Qwen's README, memory of LoRA on one card",
-        "what it counts is not told; what is predicted to be reserved is 0.4 GiB above to 3.2 GiB below it (18 rows)",
+        "Qwen's README, LoRA on one card (18 rows)",
+        "it does not say what it counts; predicted reserves are 0.4 GiB above to 3.2 GiB below",
     ),
-    ("Qwen's README, full fine-tunes and LoRA with embeddings that train", "what trains is not LoRA alone"),
+    ("Qwen's README, full fine-tunes and LoRA with trained embeddings", "not LoRA alone"),
     ("Qwen's README, several cards or nodes (DeepSpeed ZeRO-3)", "one card is predicted"),
-    ("FLUX and other models of images", "they read no tokens: `rankpilot memory` refuses them by name"),
-    ("Unsloth's own contexts, LLaMA-Factory, litgpt, ms-swift", "other kernels; no rows with their settings here"),
+    ("FLUX and other image models", "they read no tokens: `rankpilot memory` refuses them"),
+    ("Unsloth's own contexts, LLaMA-Factory, litgpt, ms-swift", "other kernels; no rows with their settings"),
 )
 """Published figures that are not compared, and why."""
 
 
 def page(rows: Sequence[StoredRow]) -> str:
     """The tables, with their sources."""
-    groups = {key: [row for row in rows if _key(row) == key] for key in GROUPS}
+    groups = {key: [row for row in rows if _key(row) == key] for key in TITLES}
     lines = [
-        "| what | rows | mean error, % | worst | lowest | bars: mean, worst, under | met |",
+        "| what | rows | mean error, % | worst | lowest | bars: mean, worst, lowest | met |",
         "|---|---:|---:|---:|---:|---|---|",
     ]
     for title, (keys, bars) in BARS.items():
         lines.append(_summary(title, [row for key in keys for row in groups[key]], bars))
-    lines += [_summary(GROUPS[key].title, found) for key, found in groups.items()]
+    lines += [_summary(title, groups[key]) for key, title in TITLES.items() if (key,) not in _JUDGED]
     lines += ["", _verdicts(rows)]
-    for key, found in groups.items():
-        group = GROUPS[key]
-        lines += ["", f"### {group.title}", ""]
-        for told in group.told:
-            lines += [told.format(fitted=_fitted(found)), ""]
-        lines += ["| run | predicted | measured | error, % |", "|---|---:|---:|---:|"]
-        lines += [
-            f"| {row['name']} | {row['predicted']:,.0f} | {row['measured']:,.0f} | {error} |"
-            for row in found
-            for error in [f"{_errors([row])[0]:+.2f}" if row["measured"] else ""]
-        ]
+    for title, section in SECTIONS.items():
+        found = {what: [row for key in keys for row in groups[key]] for what, keys in section.groups.items()}
+        lines += ["", f"### {title}", ""]
+        for told in section.told:
+            lines += [told.format(fitted=_fitted(next(iter(found.values())))), ""]
+        lines += _by_setting(found) if section.by_setting else _table(found)
     lines += ["", "### Not compared", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in NOT_PREDICTED]
     return "\n".join(lines)
+
+
+_JUDGED = [keys for keys, _ in BARS.values()]
+
+
+def _by_setting(found: dict[str, list[StoredRow]]) -> list[str]:
+    """A row per attention and weights: the number of runs, and the range of errors in per cent."""
+    heads = "".join(f" {what}, error, % |" for what in found)
+    lines = [f"| attention, weights | runs |{heads}", f"|---|---:|{'---:|' * len(found)}"]
+    for setting in sorted({" ".join(row["name"].split()[1:3]) for rows in found.values() for row in rows}):
+        of = [[row for row in rows if f" {setting} " in row["name"]] for rows in found.values()]
+        errors = [_errors(rows) for rows in of]
+        lines.append(f"| {setting} | {len(of[0])} |" + "".join(f" {e.min():+.2f} to {e.max():+.2f} |" for e in errors))
+    return lines
+
+
+def _table(found: dict[str, list[StoredRow]]) -> list[str]:
+    """A row per run: what was measured and the error; predictions too where nothing was measured in some run."""
+    names = list(dict.fromkeys(row["name"] for rows in found.values() for row in rows))
+    heads, columns = ["run"], [[name.replace(" x ", "\N{MULTIPLICATION SIGN}") for name in names]]
+    for what, rows in found.items():
+        stored = {row["name"]: row for row in rows}
+        runs = [stored.get(name) for name in names]
+        if not all(row["measured"] for row in rows):
+            heads.append("predicted")
+            columns.append([f"{row['predicted']:,.0f}" if row else "" for row in runs])
+        told = [f"{row['measured']:,.0f}" if row else "" for row in runs]
+        if told not in columns:
+            heads.append(what)
+            columns.append(told)
+        heads.append("error, %" if told == columns[-1] else f"error, %, {what}")
+        columns.append([f"{_errors([row])[0]:+.2f}" if row and row["measured"] else "" for row in runs])
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *zip(*columns, strict=True)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _key(row: StoredRow) -> str:
@@ -170,8 +199,7 @@ def _summary(title: str, rows: Sequence[StoredRow], bars: tuple[float, float | N
 def _verdicts(rows: Sequence[StoredRow]) -> str:
     right, every, right_clear, clear = np.sum([row["verdicts"] for row in rows if "verdicts" in row], axis=0).tolist()
     return (
-        "Verdicts (fits, only without the allocator's reserve, does not fit) of the T4's runs on cards of 2 to 13 GiB, "
-        "on which many do not fit: "
-        f"{right} of {every} right; where the published figures are 3 % or more from the card, {right_clear} of "
+        "Verdicts (fits, fits without the allocator's reserve, does not fit) on the T4's runs, for cards of 2 to 13 "
+        f"GiB: {right} of {every} right; where the published figures are 3 % or more from the card, {right_clear} of "
         f"{clear} ({100 * right_clear / clear:.1f} %; the bar is 99 %)."
     )

@@ -2,7 +2,7 @@
 
 The candidate list is short: one rank, or one per kind of module, on the parts of a model with a measurable effect
 (kinds, depths, every other layer); the distribution of ranks within a kind made no difference on real texts
-(docs/experiments.md). If the parameter budget is too small for rank 1 on every other layer, coverage decides: one
+(benchmarks/EXPERIMENTS.md). If the parameter budget is too small for rank 1 on every other layer, coverage decides: one
 module per layer. Each candidate has a computed cost, and an expected loss with a spread, learned from real fine-tunes
 (`decide/plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
 """
@@ -44,7 +44,7 @@ NEW_RANK = 1
 
 STRANGE_SPREAD = 3.0
 """Minimum factor on the spread for a run with a caveat, i.e. unlike the runs behind the expectations. Measured on
-labels (docs/experiments.md)."""
+labels (benchmarks/EXPERIMENTS.md)."""
 
 OF_AN_OCTAVE = 0.5
 """Growth of that minimum factor per doubling of width, layers or steps beyond the known range, as a share of it."""
@@ -81,7 +81,7 @@ def outputs(observation: Observation) -> dict[str, BoolArray]:
 
     They are in all layers, in every second one from the top, or in fewer, to fit at rank 1. Measured at mean ranks of
     an eighth to a half on gated MLPs, with one module in seven an MLP output, and valid for those alone
-    (docs/experiments.md). The worth of plans was learned at higher ranks, and would adapt a few whole layers.
+    (benchmarks/EXPERIMENTS.md). The worth of plans was learned at higher ranks, and would adapt a few whole layers.
     """
     problem = observation.problem
     _, turn = np.unique(problem.blocks, return_inverse=True)

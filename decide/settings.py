@@ -22,7 +22,7 @@ class DecisionSchedule:
         probe_steps: optimizer steps of the probe; short real runs use fewer.
         probe_batch: rows of each probe batch; small enough for any budget.
         fractions: times of the decisions, as increasing shares of the run's steps, the first at 0. After about half of
-            the run a change costs more than it gains (docs/experiments.md).
+            the run a change costs more than it gains (benchmarks/EXPERIMENTS.md).
         max_step: maximum rungs per module at a later decision; the first one may use the whole ladder.
 
     Raises:
@@ -61,7 +61,7 @@ class DecisionSchedule:
 
 
 ONCE = DecisionSchedule(fractions=(0.0,))
-"""One plan, after the probe. All gains of policies came from their first decision (docs/experiments.md)."""
+"""One plan, after the probe. All gains of policies came from their first decision (benchmarks/EXPERIMENTS.md)."""
 
 
 @dataclass

@@ -101,6 +101,11 @@ def dashes(app: Any, page: nodes.document) -> None:
             text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
 
 
+def texts_outside(app: Any, name: str, source: list[str]) -> None:
+    """Links to Markdown outside docs/, which is no page here, lead to the file."""
+    source[0] = re.sub(r"\]\((\.\./[\w/.-]+\.md)(#[\w-]+)?\)", r"](path:\1)", source[0])
+
+
 def memory_page(app: Any, error: Exception | None) -> None:
     """The page that tells what fits a card, beside the pages of a site."""
     if error is None and app.builder.format == "html":
@@ -112,6 +117,7 @@ def memory_page(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     """What Sphinx calls with the application."""
     app.connect("build-finished", memory_page)
+    app.connect("source-read", texts_outside)
     app.add_directive("docstring", Docstring)
     app.connect("autodoc-process-signature", readable_signature)
     app.connect("doctree-read", dashes)

@@ -2,7 +2,7 @@
 
 Signals estimate each target module's benefit from training, based on its LoRA pair and gradients. g is the gradient of
 B at one optimizer step; means cover the steps between two decisions. The first three detect planted changes that plain
-gradient norms miss (docs/experiments.md):
+gradient norms miss (benchmarks/EXPERIMENTS.md):
 
 * *component sensitivity*: mean over the components j of abs(b_j . G a_j), with the mean gradient G of delta W: the
   loss's dependence on one of the adapter's current components;

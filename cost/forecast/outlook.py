@@ -546,7 +546,7 @@ def _time_of(step: ConfiguredStep, card: DeviceSpec | None, dtype: str) -> StepT
 
 REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41
 """Bytes per second that the operators of a step reach on any card with a higher published rate, and the least share of
-the published rate that they reach while matrix products reach theirs (docs/experiments.md).
+the published rate that they reach while matrix products reach theirs (benchmarks/EXPERIMENTS.md).
 """
 
 

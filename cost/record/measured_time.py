@@ -53,7 +53,7 @@ REFERENCE_WEIGHT = 3
 
 LEAST_GROWTH = 0.75
 """Lower bound on the growth factor: at rank 64, thin products take at least this much per rank relative to large ones
-(three models; docs/experiments.md).
+(three models; benchmarks/EXPERIMENTS.md).
 """
 
 TimedPlan = tuple[IntArray, tuple[str, ...]]

@@ -19,7 +19,7 @@ TOLERANCE = 0.01
 
 CAUTION = 0.5
 """Standard deviations added to a plan's expected loss under quality, to discount uncertain plans. On held-out
-fine-tunes, less caution picks worse plans, and more picks plain LoRA (docs/experiments.md)."""
+fine-tunes, less caution picks worse plans, and more picks plain LoRA (benchmarks/EXPERIMENTS.md)."""
 
 SURE = 1.8
 """Standard deviations above a plan's expected loss for a sure upper bound. It holds for 19 of 20 plans of held-out

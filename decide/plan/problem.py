@@ -65,7 +65,7 @@ def floor_of_experts(
     """Minimum ranks raised to a common rank for all experts, int64 (modules,), if affordable; otherwise unchanged.
 
     In 173 runs of small mixtures, leaving experts out cost more than any plan of the ranks gained
-    (docs/experiments.md). Upper bounds take precedence.
+    (benchmarks/EXPERIMENTS.md). Upper bounds take precedence.
     """
     experts = np.array([module.experts > 1 for module in modules]) & (high > 0)
     floor: IntArray = np.where(experts, np.maximum(low, 1), low)

@@ -55,7 +55,7 @@ def test_a_wrong_link_is_found(tmp_path: Path) -> None:
     assert faults_of(page) == ["page.md#title", "none.md"]
 
 
-HISTORY = ("CHANGELOG.md", "docs/experiments.md")
+HISTORY = ("CHANGELOG.md",)
 """Texts that name files as they were at the time."""
 
 

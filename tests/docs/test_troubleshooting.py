@@ -10,7 +10,7 @@ import pytest
 
 from .pages import ROOT
 
-ROOMS = ("cli", "finetune", "report", "study", "cost", "plan", "agents", "decide", "lora", "common")
+ROOMS = ("cli", "finetune", "study", "report", "cost", "agents", "decide", "lora", "common")
 """Folders whose messages users read."""
 
 FOREIGN = ("size mismatch", "Your setup doesn't support bf16/gpu")
