@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .agents.policy_file import load_policy
     from .cost.budget import Budget
     from .cost.forecast.memory_of import memory_of
+    from .cost.savers.streamed_base import stream_base
     from .data.assets import fetch_asset
     from .data.packaged_data import load_packaged_dataset
     from .decide.log import DecisionLog
@@ -64,6 +65,7 @@ _LAZY = {
     "rank_pattern_yaml": ".lora.adapter_file",
     "save_checkpoint": ".finetune.loop_checkpoint",
     "static_plan": ".finetune.allocate",
+    "stream_base": ".cost.savers.streamed_base",
 }
 """Module of each public name."""
 
@@ -98,6 +100,7 @@ __all__ = [
     "rank_pattern_yaml",
     "save_checkpoint",
     "static_plan",
+    "stream_base",
 ]
 
 

@@ -18,7 +18,7 @@ AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
 _OF_CARD = (
     *("gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant"),
-    *("packed", "offload", "expandable_segments"),
+    *("packed", "offload", "expandable_segments", "stream"),
 )
 
 _OF_DATA = ("labels", "text_column", "label_column", "seed")
@@ -64,6 +64,7 @@ class MemoryConfig(StepConfig):
         reentrant: gradient checkpointing with use_reentrant=True.
         packed: a row holds several texts, and may exceed the model's positions.
         offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
+        stream: number of layers whose frozen weights stream from main memory, or all (axolotl's layer_offloading).
         expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
         os: operating system of the machine with the card; on Windows memory spills into main memory without an error.
 
@@ -96,6 +97,7 @@ class MemoryConfig(StepConfig):
     packed: bool = False
     offload: bool = False
     expandable_segments: bool = False
+    stream: int | Literal["all"] = 0
     os: Literal["linux", "windows"] = "linux"
 
     @property

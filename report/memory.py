@@ -17,10 +17,10 @@ from rich.table import Table
 from ..common.drawing import save_figure
 from ..common.errors import BudgetError, UnsupportedError
 from ..common.files import write_json
-from ..common.text import byte_unit, format_bytes, make_table
+from ..common.text import byte_unit, format_bytes, make_table, plural
 from ..cost.breakdown import KINDS, Kind
 from ..cost.cards import USUAL_CARD
-from ..cost.forecast.outlook import Choice, GridCell, Outlook, brought_by_offloading, smallest_use
+from ..cost.forecast.outlook import Choice, GridCell, Outlook, brought_by_offloading, brought_by_streaming, smallest_use
 from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
@@ -82,6 +82,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
         *(text for name, text in _AS_LOADED if getattr(step.loaded, name)),
+        *([f"{plural(outlook.streamed, 'layer')} streamed"] if outlook.streamed else []),
         *({"chunked": ["TRL's chunked loss"], "cut": ["cut cross-entropy"]}.get(step.loaded.loss, [])),
         *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
         *config.trainer,
@@ -128,6 +129,20 @@ def _offload_text(outlook: Outlook) -> str:
     )
 
 
+def _stream_text(outlook: Outlook) -> str:
+    """Describe the benefit of streaming the base, if not all layers fit without it."""
+    if (other := brought_by_streaming(outlook)) is None:
+        return ""
+    choice, streamed = other.fitting(other.blocks, other.rank), plural(other.streamed, "layer")
+    assert choice.use is not None, "there is a card"
+    time = "" if choice.time is None else f", at {choice.time:.2f}x plain LoRA's step time"
+    return (
+        f" With the frozen weights of {streamed} streamed from main memory (stream={other.streamed}; "
+        f"{format_bytes(other.streamed * other.base.layer_bytes)} there), {choice_text(other, choice)} fits with "
+        f"{format_bytes(choice.use.spare_bytes)} to spare{time}."
+    )
+
+
 def verdict_text(outlook: Outlook) -> str:
     """Return the result in a few sentences: on a card whether it fits, else the bytes by kind."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
@@ -137,7 +152,9 @@ def verdict_text(outlook: Outlook) -> str:
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
-    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + _offload_text(outlook) + told + prepared
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + (
+        f"{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
+    )
 
 
 def _fit(outlook: Outlook) -> str:
@@ -465,6 +482,8 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "libraries": dict(outlook.step.libraries),
         "parameters": outlook.step.model.parameters,
         "frozen_bytes": outlook.step.model.frozen_bytes,
+        "streamed": outlook.streamed,
+        "main_memory_bytes": outlook.streamed * outlook.base.layer_bytes,
         "rows": shape.rows,
         "length": shape.length,
         "rank": outlook.rank,

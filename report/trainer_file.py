@@ -343,6 +343,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         **_rows(keys, "micro_batch_size", 1, keys.number("sequence_len", 512), flat=packs),
         **_checkpointing(keys, checkpointed, True),
         "offload": offload,
+        "stream": "all" if keys.flag("layer_offloading") else None,
         "sharding": _sharding(keys),
     }
 

@@ -16,6 +16,7 @@ from ..recording import BatchShape
 from ..savers.prices import ACTIVATIONS, Saved, price_savers
 from ..step_config import Attention, ExpertBits
 from ..step_time import StepWork
+from ..streaming import BaseLayers
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Precisions of the frozen model and their torch names."""
@@ -53,6 +54,7 @@ class LoadedAs:
         packed: whether a row holds several texts, so it may exceed the model's positions.
         offload: whether inputs of checkpointed layers stay in main memory until recomputation.
         expandable_segments: whether torch's allocator uses expandable segments.
+        stream: number of layers whose frozen weights stream from main memory, evenly spread, or "all".
     """
 
     device: Literal["cuda", "cpu"] = "cuda"
@@ -71,6 +73,11 @@ class LoadedAs:
     packed: bool = False
     offload: bool = False
     expandable_segments: bool = False
+    stream: int | Literal["all"] = 0
+
+    def __post_init__(self) -> None:
+        if self.stream != "all" and (type(self.stream) is not int or self.stream < 0):
+            raise ConfigError(f'stream is a number of layers or "all"; got {shown(self.stream)}.')
 
 
 @dataclass(frozen=True)
@@ -254,3 +261,25 @@ class Shards:
             states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
         memory = replace(step.memory, states=states)
         return replace(step, memory=memory, model=replace(step.model, frozen=self.loaded(step.model)))
+
+
+def base_of(step: ConfiguredStep) -> BaseLayers:
+    """Return the frozen weights of a step's checkpointable layers."""
+    layers = {segment.name for segment in step.memory.segments}
+    return BaseLayers.of(step.model.frozen, len(layers))
+
+
+def streamed_layers(base: BaseLayers, asked: int | Literal["all"], shards: Shards) -> int:
+    """Return the number of streamed layers.
+
+    Raises:
+        ConfigError: the model has fewer layers, or the cards share the base otherwise.
+    """
+    if asked and shards.sharding in ("fsdp2", "zero3"):
+        raise ConfigError(f"stream={asked}: under {shards.sharding} the cards share the base, so it cannot stream.")
+    if asked and not base.layer_bytes:
+        raise ConfigError(f"stream={asked}: this model has no layers of equal frozen weights to stream.")
+    count = base.count if asked == "all" else asked
+    if count > base.count:
+        raise ConfigError(f"stream={count}: this model has {base.count} layers to stream.")
+    return count

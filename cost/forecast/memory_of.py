@@ -67,7 +67,7 @@ def memory_of(
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
         settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments,
-            adapter ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
+            stream, adapter ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
             accumulation, gradient_checkpointing (all layers, none, or "auto": as few as fit). Sizes default to those of
             the commands.
 
@@ -151,7 +151,7 @@ class AskedStep:
         adapter = self.loaded.adapter
         if adapter.get("lora_dropout"):  # regardless of the rate
             adapter = {**adapter, "lora_dropout": 0.05}
-        return replace(self.loaded, offload=False, expandable_segments=False, adapter=adapter)
+        return replace(self.loaded, offload=False, expandable_segments=False, stream=0, adapter=adapter)
 
     def configured(self) -> tuple[ConfiguredStep, StepConfig]:
         """Return the step and its settings, with default sizes filled in."""

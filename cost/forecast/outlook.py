@@ -26,8 +26,9 @@ from ..model import MemoryModel, fewest_checkpointed, holding_layers
 from ..recording import BatchShape
 from ..step_config import StepConfig
 from ..step_time import LAUNCH_SECONDS, Rates, StepTime
+from ..streaming import ON_DEVICE, BaseLayers
 from .card_use import CardUse, Verdict, card_use, slack_of
-from .configured_step import ConfiguredStep, Shards
+from .configured_step import ConfiguredStep, Shards, base_of, streamed_layers
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batch sizes and lengths of the grid, in addition to the requested ones."""
@@ -149,6 +150,8 @@ class Outlook:
         shards: number of cards that train together and their sharding.
 
     Attributes:
+        base: the frozen weights of the model's layers.
+        streamed: number of layers whose frozen weights stream from main memory.
         blocks: number of layers with target modules.
         slack: share of the card left free by a choice that fits.
         notes: what could not be shown, and why.
@@ -168,8 +171,11 @@ class Outlook:
         facts: Mapping[str, str] | None = None,
         shards: Shards | None = None,
     ) -> None:
-        self.rank, self.settings, self.card, self.dtype = rank, settings, card, dtype
+        self.rank, self.settings, self.card, self.dtype, self._given = rank, settings, card, dtype, step
         self.shards: Shards = shards or Shards()
+        self.base: BaseLayers = base_of(step)
+        self.streamed: int = streamed_layers(self.base, step.loaded.stream, self.shards)
+        step = replace(step, model=replace(step.model, frozen=self.base.on_device(step.model.frozen, self.streamed)))
         self._free = self.shards.of(step)
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
@@ -182,6 +188,11 @@ class Outlook:
         self._loaded = self.shards.loaded(step.model) if card else ()
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
+
+    def with_streamed(self, layers: int) -> Outlook:
+        """Return the outlook of the same step with this number of streamed layers."""
+        step = replace(self._given, loaded=replace(self._given.loaded, stream=layers))
+        return Outlook(step, self.rank, self.settings, card=self.card, dtype=self.dtype, shards=self.shards)
 
     @cached_property
     def step(self) -> ConfiguredStep:
@@ -293,7 +304,9 @@ class Outlook:
     ) -> Choice:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
+        time = None
+        if self._time:
+            time = (self._time.seconds(ranks, checkpointed) + self._exposed(ranks, checkpointed)) / self.plain_seconds
         within = None
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
@@ -315,6 +328,16 @@ class Outlook:
             _within=within,
             _has_slack=not self.card or not _is_hopeless(self, step_bytes, self.slack),
         )
+
+    def _exposed(self, ranks: IntArray, checkpointed: tuple[str, ...]) -> float:
+        """Return the seconds of copies of streamed layers that do not hide."""
+        if not self.streamed:
+            return 0.0
+        assert self._time is not None, "the step was made with its work"
+        assert self.card is not None, "a streamed step is priced on a card"
+        forward = self._time.seconds(ranks, self.checkpointable) - self._time.seconds(ranks)
+        backward = self._time.seconds(ranks, checkpointed) - forward
+        return self.base.exposed_seconds(self.streamed, forward, backward, self.card.bus_bytes_per_s)
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
@@ -450,6 +473,30 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     if use.verdict != "fits":
         return None
     return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
+
+
+def brought_by_streaming(outlook: Outlook) -> Outlook | None:
+    """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
+
+    All layers stream, with the fewest checkpointed ones that fit; or all are checkpointed, and as few stream as fit.
+    None if streaming is needless or does not help.
+    """
+    best, count = outlook.best, outlook.base.count
+    if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
+        return None
+    if best and best.layers == outlook.blocks:
+        return None
+    every = outlook.with_streamed(count)
+    found = every.fitting(outlook.blocks, outlook.rank)
+    if not found.fits:
+        return None
+    use = every.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
+    assert use is not None, "there is a card"
+    spare = (use.spare_bytes - outlook.slack * outlook.card.memory_bytes) / (1 + use.reserve_share)
+    fewer = outlook.with_streamed(max(count - int(spare / outlook.base.layer_bytes), ON_DEVICE + 1))
+    other = fewer.fitting(outlook.blocks, outlook.rank)
+    quicker = other.fits and (other.time or 0.0) <= (found.time or 0.0)
+    return fewer if quicker else every
 
 
 def _reserve_share(outlook: Outlook) -> float:
