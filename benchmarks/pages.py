@@ -160,10 +160,10 @@ def _steps_on_a_t4() -> str:
     groups = ("t4_reserved none", "t4_reserved nf4")
     errors = _percents(row for row in _list("published_rows") if row["group"] in groups)
     return (
-        f"{len(names) - large} of these steps are of models of 135M to 1.7B, and {large} of a 3B. Adapters are on q, "
+        f"{len(names) - large} of these steps are of models from 135M to 1.7B, and {large} of a 3B. Adapters are on q, "
         "k, v and o, and all layers are checkpointed. What torch's allocator reserves, which decides whether a step "
-        f"fits, is harder to tell than tensors: there rankpilot errs by {np.abs(errors).mean():.1f} % in the mean, by "
-        f"{-errors.min():.1f} % at most where it tells too little, and by {errors.max():.1f} % where too much."
+        f"fits, is harder to predict than tensors: its mean error is {np.abs(errors).mean():.1f} %, with "
+        f"predictions at most {-errors.min():.1f} % too low and {errors.max():.1f} % too high."
     )
 
 
@@ -223,7 +223,7 @@ def look() -> str:
     """What the look before the first step takes."""
     figures = without_a_sweep()
     shares = ", ".join(f"{100 * float(figures[f'{name}: look']):.1f} % on {words}" for name, words in MODELS.items())
-    return f"This look takes of the time of 100 steps {shares}."
+    return f"This look takes {shares} of the time of 100 steps."
 
 
 def agent_table() -> str:
@@ -314,7 +314,7 @@ def fixed_plans() -> str:
         for name, words in FIXED.items()
         for row in [stored[name]]
     ]
-    return table(("plan", "bytes", "time of a step", "loss", "fine-tunes"), rows)
+    return table(("plan", "bytes", "step time", "loss", "fine-tunes"), rows)
 
 
 def step_cost() -> str:
@@ -349,9 +349,9 @@ def memory_accuracy() -> str:
     groups = {key: [row for row in _list("published_rows") if row["group"] == key] for key in published_page.GROUPS}
     of_t4, quantised = groups["t4"], groups["t4_reserved nf4"]
     for words, card, group in (
-        (f"live bytes, {len(of_t4)} fine-tunes that others measured", "T4", of_t4),
-        ("what the allocator reserves, fp16", "T4", groups["t4_reserved none"]),
-        ("what the allocator reserves, nf4", "T4", quantised),
+        (f"live bytes, {len(of_t4)} fine-tunes measured by others", "T4", of_t4),
+        ("allocator's reserved bytes, fp16", "T4", groups["t4_reserved none"]),
+        ("allocator's reserved bytes, nf4", "T4", quantised),
         ("the longest row of QLoRA, tokens", "8 to 80 GB", groups["contexts"]),
     ):
         errors = _percents(group)
@@ -372,10 +372,10 @@ def time_accuracy() -> str:
     rows = [
         (words, *(f"{100 * found[f'{kind}.{key}']:.1f} %" for kind in KINDS))
         for words, key in (
-            ("seconds of a step, median error", "median_error"),
-            ("seconds of a step, largest error", "worst_error"),
+            ("step seconds, median error", "median_error"),
+            ("step seconds, largest error", "worst_error"),
             ("the share of one step in another, median error", "median_share_error"),
-            ("the longer of two is told right", "order_right"),
+            ("pairs of steps with the longer one predicted correctly", "order_right"),
         )
     ]
     return table(("20 held-out steps on an A100", "bf16", "four bits"), rows)
@@ -397,7 +397,7 @@ def smollm2_came() -> str:
 
     rows = [
         ("held-out loss", *(f"{run['held_out_loss']:.4f}" for run in (ours, plain))),
-        ("peak memory of a step", *(mib(run["peak_bytes"]) for run in (ours, plain))),
+        ("peak memory per step", *(mib(run["peak_bytes"]) for run in (ours, plain))),
         ("budget", mib(ours["budget_bytes"]), "none"),
         ("adapter parameters", *(f"{run['adapter_parameters']:,}" for run in (ours, plain))),
     ]
@@ -416,7 +416,7 @@ def steps_in_parts() -> str:
         lengths = f"{found[f'{key}.mean length']:.0f}, {found[f'{key}.longest']}"
         differs = (f"{found[f'{key}.gradient{half}']:.0e}" for half in ("", " bf16"))
         rows.append((MODEL_NAMES[model], f"{count} of {text}", lengths, *(f"{v:.2f}" for v in values), *differs))
-    columns = ("", "rows", "tokens in the mean, at most", "time", "where all layers must be checkpointed", "peak")
+    columns = ("", "rows", "tokens, mean and max", "time", "if all layers must be checkpointed", "peak")
     return table((*columns, "gradient differs, fp32", "bf16 autocast"), rows, 2)
 
 
@@ -431,7 +431,7 @@ def parts_and_others() -> str:
             rows.append(
                 (f"{MODEL_NAMES[model]}, {count} of {text}", way, f"{speed:.2f}", f"{peak:.2f}", f"{differs:.0e}")
             )
-    return table(("rows", "", "rows a second", "peak", "gradient differs"), rows, 2)
+    return table(("rows", "", "rows per second", "peak", "gradient differs"), rows, 2)
 
 
 def parts_hold() -> str:
@@ -441,7 +441,7 @@ def parts_hold() -> str:
         rows.append(
             (
                 f"losses of {found['losses.steps']} steps of MiniLM differ by",
-                f"{found['losses.difference']:.0e} at most",
+                f"at most {found['losses.difference']:.0e}",
             )
         )
     if "asked.steps" in found:
@@ -466,7 +466,7 @@ def parts_hold() -> str:
     if "errors.runs" in found:
         rows += [
             (f"runs of {found['errors.runs']} that went on after an error at some part", f"{found['errors.met']}"),
-            ("their adapters differ from an undisturbed run's by", f"{found['errors.difference']:.0e} at most"),
+            ("their adapters differ from an undisturbed run's by", f"at most {found['errors.difference']:.0e}"),
         ]
     return table(("", "measured"), rows)
 
