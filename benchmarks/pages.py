@@ -223,7 +223,7 @@ def look() -> str:
     """What the look before the first step takes."""
     figures = without_a_sweep()
     shares = ", ".join(f"{100 * float(figures[f'{name}: look']):.1f} % on {words}" for name, words in MODELS.items())
-    return f"This look takes {shares} of the time of 100 steps."
+    return f"Relative to 100 steps, this look takes {shares}."
 
 
 def agent_table() -> str:
