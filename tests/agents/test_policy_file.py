@@ -266,5 +266,5 @@ def test_files_that_are_too_large_are_not_read(folder: Path, monkeypatch: pytest
     with pytest.raises(PolicyFileError, match="more than 1,073,741,824 bytes"):
         load_policy(folder)
     monkeypatch.setattr("rankpilot.agents.policy_file.MOST_CARD_BYTES", 100)
-    with pytest.raises(PolicyFileError, match="more than 100 bytes"):
+    with pytest.raises(PolicyFileError, match="exceeds 100 bytes"):
         load_policy(folder)
