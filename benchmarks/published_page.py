@@ -62,15 +62,15 @@ GROUPS = {
             "Source: PEFT's `method_comparison` (Apache-2.0): Llama-3.2-3B on MetaMathQA, bf16, batches of 4 padded to "
             "the longest row, no checkpointing, AdamW.",
             "Fitted on the first row: the length of the longest batch, which is not published, {fitted} tokens. The "
-            "figures hold for evaluation too, whose batches are not known.",
+            "figures include evaluation, whose batches are unknown.",
         ),
     ),
     "a100": Group("A100 80 GB, allocated", _A100),
     "a100_in_use": Group(
         "A100 80 GB, in use",
         (
-            "The same runs: memory in use by `nvidia-smi`, against what is predicted to be reserved and a context "
-            "of 500 MiB. Not known: what the driver kept for itself, which it counts. All rows are under by 0.8 to "
+            "The same runs: memory in use by `nvidia-smi`, compared with the predicted reservation plus a context "
+            "of 500 MiB. Unknown: the memory kept by the driver, which is included. All rows are under by 0.8 to "
             "1.3 GiB.",
         ),
     ),
@@ -89,7 +89,7 @@ GROUPS = {
             "the step, the allocator's reserve and a CUDA context; 0 tokens: nothing fitted.",
             "Fitted: nothing. Not known: the optimizer (AdamW in eight bits, as their notebooks have, is predicted), "
             "the versions, and how the smaller cards were made. With the loss of 2024, as on the A100 above, "
-            "predictions are up to twice as long: so today's libraries are told.",
+            "predictions are up to twice as long, so today's libraries are assumed.",
         ),
     ),
 }
@@ -105,9 +105,9 @@ under."""
 NOT_PREDICTED = (
     (
         "Qwen's README, memory of LoRA on one card",
-        "what it counts is not told; what is predicted to be reserved is 0.4 GiB above to 3.2 GiB below it (18 rows)",
+        "what it counts is not stated; the predicted reservation is 0.4 GiB above to 3.2 GiB below it (18 rows)",
     ),
-    ("Qwen's README, full fine-tunes and LoRA with embeddings that train", "what trains is not LoRA alone"),
+    ("Qwen's README, full fine-tunes and LoRA with trained embeddings", "not only LoRA is trained"),
     ("Qwen's README, several cards or nodes (DeepSpeed ZeRO-3)", "one card is predicted"),
     ("FLUX and other models of images", "they read no tokens: `rankpilot memory` refuses them by name"),
     ("Unsloth's own contexts, LLaMA-Factory, litgpt, ms-swift", "other kernels; no rows with their settings here"),
