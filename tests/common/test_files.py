@@ -107,7 +107,7 @@ def test_line_separators_inside_a_value_do_not_tear_it(tmp_path):
     ("content", "words"),
     [
         (b"[" * 200_000, "is not valid JSON: It is nested too deeply"),
-        (b'{"a": "\\ud800"}', "is not valid JSON: It has half of a surrogate pair"),
+        (b'{"a": "\\ud800"}', "is not valid JSON: It contains half of a surrogate pair"),
         (b"1" * 5000, "is not valid JSON: Exceeds the limit"),
         (b"\xff", "is not UTF-8 text"),
         (b"{", "is not valid JSON: Expecting"),
@@ -209,5 +209,5 @@ def test_pickles_and_large_files_are_not_opened(tmp_path: Path) -> None:
     check_tensor_file(tmp_path / "file", 101)
     with pytest.raises(DataError, match="exceeds 100 bytes"):
         check_tensor_file(tmp_path / "file", 100)
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         check_tensor_file(tmp_path)

@@ -103,7 +103,7 @@ def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
         "1 up, 1 down, 34 unchanged; predicted cost 94 MiB of 100 MiB (measured before: 89 MiB). The "
         "budget changed the requested rank of 3 modules."
     )
-    assert third["line"] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
+    assert third["line"] == "step 68: 2 modules changed, 94 of 100 MiB, mean rank 2.3"
     assert first["summary"].startswith("18 of 36 modules adapted; "), "all were at rank 1 only to be measured"
     assert (first["measures"], third["measures"]) == (True, False)
 
