@@ -165,7 +165,10 @@ def test_a_loss_that_does_not_reach_the_adapters(loop: Loop) -> None:
     ("left_out", "words"),
     [
         ("before_step", r"Step 3 had no call of `pilot\.before_step\(batch\)`.*before the model runs on the batches"),
-        ("before_optimizer_step", r"Step 3 had no `pilot\.before_optimizer_step\(loss\)`.*before `optimizer\.step"),
+        (
+            "before_optimizer_step",
+            r"Step 3 had no call of `pilot\.before_optimizer_step\(loss\)`.*before `optimizer\.step",
+        ),
     ],
 )
 def test_a_loop_that_leaves_out_a_call(loop: Loop, monkeypatch: pytest.MonkeyPatch, left_out: str, words: str) -> None:

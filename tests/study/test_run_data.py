@@ -174,7 +174,7 @@ def test_a_log_that_cannot_be_read_is_named_and_left_out(run_folder: Path) -> No
     (run_folder / "config.json").write_text('{"model": ')
     page = page_of(run_folder)
     (line,) = page["left_out"]
-    assert "decision-000001.safetensors is missing, damaged" in line
+    assert "decision-000001.safetensors is missing, corrupt" in line
     assert "\n" not in line
     assert page["losses"]
     assert not page["decisions"]
