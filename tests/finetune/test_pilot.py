@@ -283,7 +283,7 @@ def test_a_run_unlike_those_that_a_policy_learned_from_is_told_once(llama_config
         pilot = RankPilot("default", "80%", tell=told.append, exact_savers=False)
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=steps))
-    unlike = [line for line in told if "so trust them less" in line]
+    unlike = [line for line in told if "less reliable here" in line]
     assert unlike == ["Expectations come from other runs and are less reliable here: steps 5,000 (not 50 to 800)."]
 
 
