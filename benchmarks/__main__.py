@@ -10,25 +10,25 @@ from rankpilot.common.errors import RankPilotError, UnknownNameError
 from rich.console import Console
 
 BENCHMARKS = {
-    "overhead": ("overhead", "time and memory of a step, beside LoRA and AdaLoRA"),
-    "step-time": ("step_time", "predicted time of a step under any plan, and measured; budgets of time"),
-    "memory": ("memory", "predicted bytes of a training step, and measured"),
-    "savers": ("savers", "the same losses in fewer bytes and seconds, on a language model"),
-    "parts": ("parts", "steps in parts, beside the padded rectangle and other ways to avoid its padding"),
-    "published": ("published", "peaks that others measured on GPUs, and predicted"),
-    "estimators": ("estimators", "what other estimators tell of peaks that were measured on a T4"),
-    "published-time": ("published_time", "seconds of steps that others measured on a GPU, and predicted"),
+    "overhead": ("overhead", "time and memory of a step, compared with LoRA and AdaLoRA"),
+    "step-time": ("step_time", "step times under any plan, predicted and measured; time limits"),
+    "memory": ("memory", "memory of a training step, predicted and measured"),
+    "savers": ("savers", "the same losses in less memory and time, on a language model"),
+    "parts": ("parts", "steps in parts, compared with padded rectangles and other ways to avoid padding"),
+    "published": ("published", "peaks measured by others on GPUs, compared with predictions"),
+    "estimators": ("estimators", "other estimators on peaks measured on a T4"),
+    "published-time": ("published_time", "step times measured by others on a GPU, compared with predictions"),
     "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),
-    "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),
-    "loss-runs": ("loss_runs", "fine-tunes from which the rate's rule and the loss of a plan are fitted"),
-    "no-sweep": ("no_sweep", "one run of rankpilot at its own rate beside plain LoRA at its best rate"),
-    "labels": ("labels", "the default learning rate on labels, versus the rate at which it begins"),
-    "agent": ("agent", "a trained agent beside hand rules, on families and texts that nobody learned"),
-    "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
-    "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),
-    "pages": ("pages", "figures of the documentation, written again from stored rows"),
-    "pictures": ("pictures", "pictures of the documentation, drawn again from stored rows"),
-    "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
+    "rates": ("rates", "loss of the learning-rate rule compared with the best rate of each task"),
+    "loss-runs": ("loss_runs", "fine-tunes used to fit the learning-rate rule and the expected losses"),
+    "no-sweep": ("no_sweep", "one run of rankpilot at its own rate, compared with plain LoRA at its best rate"),
+    "labels": ("labels", "the default learning rate on labels, compared with its starting rate"),
+    "agent": ("agent", "a trained agent compared with hand-written rules, on unseen families and texts"),
+    "elastic": ("elastic", "another process takes memory during runs and releases it"),
+    "gpu-evidence": ("gpu_evidence", "claims about CUDA, predicted and measured on the local card"),
+    "pages": ("pages", "rewrite the figures in the documentation from stored rows"),
+    "pictures": ("pictures", "redraw the pictures in the documentation from stored rows"),
+    "worth": ("worth", "the value of a plan: fitted on real fine-tunes, judged on held-out ones"),
 }
 """The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""
 
@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, BENCHMARKS))
         lines = [f"  [bold]python -m benchmarks {name:{width}}[/]  {told}" for name, (_, told) in BENCHMARKS.items()]
-        first = "Measure again what the pages claim.\n"
-        last = "\nEach has its own --help and --json FILE (the figures), and nearly all have --quick (under a minute)."
+        first = "Repeat the measurements behind the documentation.\n"
+        last = "\nAll support --help and --json FILE (the figures), and nearly all --quick (under a minute)."
         Console().print("\n".join([first, *lines, last]), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, *options = arguments

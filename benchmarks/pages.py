@@ -377,7 +377,7 @@ def smollm2_came() -> str:
 
     rows = [
         ("held-out loss", *(f"{run['held_out_loss']:.4f}" for run in (ours, plain))),
-        ("peak memory of a step", *(mib(run["peak_bytes"]) for run in (ours, plain))),
+        ("peak memory per step", *(mib(run["peak_bytes"]) for run in (ours, plain))),
         ("budget", mib(ours["budget_bytes"]), "none"),
         ("adapter parameters", *(f"{run['adapter_parameters']:,}" for run in (ours, plain))),
     ]

@@ -273,9 +273,9 @@ class PlanRate(Participant):
             raised = self._raised and not self.of_labels
             begins = "control will raise it during the run" if raised else "control may not raise it here"
             of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} for this plan"
-            between = f"between {ends.low:.2g} and {ends.high:.2g} here, most likely {ends.middle:.2g}"
+            between = f"between {ends.low:.2g} and {ends.high:.2g} here, around {ends.middle:.2g}"
             begin = f"The run starts at {self.plain:.2g}{of_plan}; {begins}."
-            return " ".join([f"The best learning rate for plain LoRA is {between}. {begin}", *lines])
+            return " ".join([f"The best learning rate for plain LoRA is likely {between}. {begin}", *lines])
         if abs(self.factor - 1) > 0.01:
             lines.append(
                 f"The learning rate {self.own:.3g} is taken as plain LoRA's; this plan trains at {self.rate:.3g} "

@@ -49,7 +49,7 @@ def seen(folder: Path) -> Iterator[str]:
     yield policy_sentence(rows)
     yield steered_sentence(read_run(folder / "steered").decisions)
     yield f"The page {folder / 'study.html'} explains each of its decisions."
-    yield f"To ask what fits a card, of five models (of all: make page): open {folder / 'memory.html'}"
+    yield (f"To check what fits a card, for five models (all of them: make page), open {folder / 'memory.html'}")
 
 
 def card_sentence(memory: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def parts_sentence(lengths: dict[str, Any]) -> str:
     return (
         f"Batches of {lengths['rows']} functions of Python's standard library, of up to {lengths['longest']:,} tokens: "
         f"in parts, each padded to its own longest row, the same gradients take {lengths['time']:.0%} of the time of "
-        f"padded batches. {lengths['padding_saved']:.0%} of the padding is left out, and in the mean "
+        f"padded batches. {lengths['padding_saved']:.0%} of the padding is avoided, and on average "
         f"{lengths['layers']:.1f} layers are checkpointed instead of {lengths['rectangle_layers']}."
     )
 
@@ -77,11 +77,11 @@ def saves_sentence(runs: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved]
     loss, peak, step = (ours[key] / plain[key] for key in ("held_out_loss", "peak_bytes", "median_step_s"))
     again = saved[0].again_bytes if saved else None
     return (
-        f"The fine-tune for the fewest bytes ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at "
-        f"the rate of the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed, and dropout "
-        f"that draws other numbers in parts. Its steps peaked at "
-        f"{format_bytes(ours['peak_bytes'])} and took {step:.0%} of the time; those of plain LoRA at "
-        f"{format_bytes(plain['peak_bytes'])} ({peak:.0%})"
+        "With the goal of least memory, the fine-tune ended at a held-out loss of "
+        f"{ours['held_out_loss']:.4f}, plain LoRA at the rule's rate at {plain['held_out_loss']:.4f}: "
+        f"{loss - 1:+.1%}, with one seed, and dropout masks that differ in parts. Its steps peaked at "
+        f"{format_bytes(ours['peak_bytes'])} and took {step:.0%} of the time; those of plain LoRA peaked "
+        f"at {format_bytes(plain['peak_bytes'])} ({peak:.0%})"
         + (
             f", or {format_bytes(again)} with all layers checkpointed ({ours['peak_bytes'] / again:.0%})"
             if again
@@ -89,7 +89,7 @@ def saves_sentence(runs: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved]
         )
         + "."
         + (
-            " So what it saved is what gradient checkpointing saves."
+            " So it saved no more than gradient checkpointing does."
             if again and ours["peak_bytes"] > 0.95 * again
             else ""
         )
@@ -100,9 +100,11 @@ def refusal_sentence(printed: str) -> str:
     """The error of the budget that is too small."""
     lines = [line for line in printed.splitlines() if line.startswith("error: The budget of")]
     if len(lines) != 1:
-        raise DataError(f"A budget that is too small is refused in one line; printed was: {printed[-500:]}")
+        raise DataError(
+            f"A budget that is too small should be refused in one line, but the output was: {printed[-500:]}"
+        )
     refused, *_ = lines[0].removeprefix("error: ").partition(" The peak is at ")
-    return f"A budget that no plan fits was refused before the first step: {refused}"
+    return f"A budget that fits no plan was refused before the first step: {refused}"
 
 
 def elastic_sentence(figures: dict[str, Any]) -> str:
@@ -110,10 +112,10 @@ def elastic_sentence(figures: dict[str, Any]) -> str:
     above, layers = figures["steps above the budget"], figures["most layers run again"]
     back = figures["back after steps, worst"]
     return (
-        f"Another process took memory in mid-run and gave it back. The run went on, with {above} steps above what was "
-        f"left. Up to {layers} layers used gradient checkpointing for a while, and none {back} steps after the memory "
-        f"was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the same run "
-        "undisturbed."
+        f"Another process took memory during the run and released it. The run continued, with {above} steps above "
+        f"what was left. Up to {layers} layers were checkpointed meanwhile, and none {back} steps after the memory "
+        f"was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of "
+        "the undisturbed run."
     )
 
 
@@ -123,8 +125,8 @@ def steered_sentence(decisions: Sequence[DecisionRecord]) -> str:
     moved = sum(bool((each.rank_after != each.rank_before).any()) for each in later)
     rates = sum(each.decision.change != KEEP for each in later)
     return (
-        f"The agent that ships steered a fine-tune: of {len(later)} decisions after the first step, {moved} moved "
-        f"ranks and {rates} the learning rate."
+        f"The packaged agent steered a fine-tune: of {len(later)} decisions after the first step, {moved} "
+        f"changed ranks and {rates} the learning rate."
     )
 
 
@@ -132,8 +134,9 @@ def policy_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """What minutes of training an agent brought, and how it stands beside the rule that it started from."""
     episodes = sum(row.get("episodes", 0) for row in rows)
     return (
-        f"An agent was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. That shows that training "
-        "runs; docs/train-policy.md tells what more of it brings. The one that ships had 36 rounds of 48."
+        f"An agent was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. This only shows "
+        "that training works; see docs/train-policy.md for what longer training brings. The packaged "
+        "agent had 36 rounds of 48."
     )
 
 

@@ -263,8 +263,8 @@ def test_a_name_that_is_no_line_of_text(folder: Path, name: object) -> None:
 def test_files_that_are_too_large_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (folder / WEIGHTS).open("ab") as stream:
         stream.truncate(2**30 + 1)  # sparse: it takes no room
-    with pytest.raises(PolicyFileError, match="more than 1,073,741,824 bytes"):
+    with pytest.raises(PolicyFileError, match="exceeds 1,073,741,824 bytes"):
         load_policy(folder)
     monkeypatch.setattr("rankpilot.agents.policy_file.MOST_CARD_BYTES", 100)
-    with pytest.raises(PolicyFileError, match="more than 100 bytes"):
+    with pytest.raises(PolicyFileError, match="exceeds 100 bytes"):
         load_policy(folder)

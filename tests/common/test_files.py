@@ -107,11 +107,11 @@ def test_line_separators_inside_a_value_do_not_tear_it(tmp_path):
     ("content", "words"),
     [
         (b"[" * 200_000, "is not valid JSON: It is nested too deeply"),
-        (b'{"a": "\\ud800"}', "is not valid JSON: It has half of a surrogate pair"),
+        (b'{"a": "\\ud800"}', "is not valid JSON: It contains half of a surrogate pair"),
         (b"1" * 5000, "is not valid JSON: Exceeds the limit"),
         (b"\xff", "is not UTF-8 text"),
         (b"{", "is not valid JSON: Expecting"),
-        (b" " * 101, "has more than 100 bytes"),
+        (b" " * 101, "exceeds 100 bytes"),
     ],
 )
 def test_what_is_no_json_is_one_error(tmp_path: Path, content: bytes, words: str) -> None:
@@ -126,7 +126,7 @@ def test_pairs_of_surrogates_and_a_byte_order_mark_are_read(tmp_path: Path) -> N
 
 
 def test_a_device_without_end_is_not_read_to_its_end() -> None:
-    with pytest.raises(DataError, match="more than 1,000 bytes"):
+    with pytest.raises(DataError, match="exceeds 1,000 bytes"):
         read_bytes(Path("/dev/zero"), 1000)
 
 
@@ -147,7 +147,7 @@ def test_what_people_write() -> None:
 
 @pytest.mark.parametrize("text", ["a: &x 1\nb: *x", "a: &x {b: 1}\nc:\n  <<: *x", "&a [*a]"])
 def test_references_are_refused_with_their_place(text: str) -> None:
-    with pytest.raises(yaml.MarkedYAMLError, match=r"references .* are not read") as caught:
+    with pytest.raises(yaml.MarkedYAMLError, match=r"references .* are not supported") as caught:
         parse_yaml(text)
     assert caught.value.problem_mark is not None
 
@@ -207,7 +207,7 @@ def test_pickles_and_large_files_are_not_opened(tmp_path: Path) -> None:
         assert read_arrays(tmp_path / "file")[1] == {"key": text}
     (tmp_path / "file").write_bytes(bytes(101))
     check_tensor_file(tmp_path / "file", 101)
-    with pytest.raises(DataError, match="more than 100 bytes"):
+    with pytest.raises(DataError, match="exceeds 100 bytes"):
         check_tensor_file(tmp_path / "file", 100)
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         check_tensor_file(tmp_path)

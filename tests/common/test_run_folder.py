@@ -85,7 +85,7 @@ def test_foreign_folders_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_other_settings(tmp_path: Path) -> None:
     write_json(tmp_path / CONFIG, {"steps": 4, "seed": 1})
-    message = r"started with other settings \(seed: 1 there, None now; steps: 4 there, 3 now\)"
+    message = r"started with other settings \(seed: 1 then, None now; steps: 4 then, 3 now\)"
     with pytest.raises(RunFolderError, match=message), open_run(tmp_path, SETTINGS, resume=True):
         pass
 
@@ -93,7 +93,7 @@ def test_other_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"tseps": 3}', "other settings .*accumulation: None there, 0 now"),
+        ('{"tseps": 3}', "other settings .*accumulation: None then, 0 now"),
         ("{", "cannot continue .*Expecting"),
         ("3", "cannot continue .*must be a mapping of names"),
     ],

@@ -65,7 +65,7 @@ def test_the_settings_of_commands_come_back(kind: type[Any], settings: Any) -> N
 def test_a_whole_number_is_a_number_but_no_other_way_round() -> None:
     rate = from_json(Outer, {"name": "n", "rate": 1}).rate
     assert (rate, type(rate)) == (1.0, float)
-    with pytest.raises(ConfigError, match=r"count is a whole number; got 1\.0"):
+    with pytest.raises(ConfigError, match=r"count must be a whole number; got 1\.0"):
         from_json(Outer, {"name": "n", "count": 1.0})
 
 
@@ -86,7 +86,7 @@ def test_a_base_has_what_the_values_lack() -> None:
         ({"name": 3}, "name must be text; got 3"),
         ({"name": "n", "rate": "fast"}, "rate must be a number; got 'fast'"),
         ({"name": "n", "rate": True}, "rate must be a number; got True"),
-        ({"name": "n", "count": True}, "count is a whole number; got True"),
+        ({"name": "n", "count": True}, "count must be a whole number; got True"),
         ({"name": "n", "on": 1}, "on must be true or false; got 1"),
         ({"name": "n", "limit": "many"}, "limit must be a whole number; got 'many'"),
         ({"name": "n", "kind": "c"}, "kind must be one of 'a', 'b'; got 'c'"),

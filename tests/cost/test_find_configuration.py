@@ -76,7 +76,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(AssetError, match=r"No configuration found at .*nowhere"):
         find_configuration(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    with pytest.raises(ConfigError, match=r"is unavailable: .*unheard-of"):
+    with pytest.raises(ConfigError, match=r"is not usable: .*unheard-of"):
         find_configuration(str(tmp_path))
     odd = {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(odd))

@@ -101,7 +101,7 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     [
         ({"gpus": 0}, "gpus must be a whole number from 1"),
         ({"sharding": "fsdp2"}, "sharding fsdp2 needs several GPUs: set gpus"),
-        ({"gpus": 2, "sharding": "tp"}, "sharding is ddp, zero2, fsdp2, zero3; got 'tp'"),
+        ({"gpus": 2, "sharding": "tp"}, "sharding must be one of ddp, zero2, fsdp2, zero3; got 'tp'"),
     ],
 )
 def test_shards_that_cannot_be(given: dict[str, Any], text: str) -> None:

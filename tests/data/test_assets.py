@@ -180,7 +180,7 @@ def test_a_download_that_hangs(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> 
 def test_pip_that_brings_another_file(tiny: Asset, tmp_path: Path) -> None:
     wheel = tmp_path / "wheels" / tiny.filename
     wheel.rename(wheel.with_name("tiny_asset-1.0-1-py3-none-any.whl"))  # another build
-    with pytest.raises(AssetError, match=r"pip brought tiny_asset-1.0-1-py3-none-any.whl instead of"):
+    with pytest.raises(AssetError, match=r"pip downloaded tiny_asset-1.0-1-py3-none-any.whl instead of"):
         assets.fetch_asset("tiny")
 
 

@@ -118,7 +118,7 @@ def test_an_empty_text_is_neither_kept_nor_used(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path))
     monkeypatch.setattr(corpora, "_text", lambda _: "")
     path = corpora._cache_path("tables")
-    with pytest.raises(AssetError, match="'tables' holds no text"):
+    with pytest.raises(AssetError, match="'tables' contains no text"):
         corpora._read("tables")
     assert not path.exists()
     path.parent.mkdir(parents=True)

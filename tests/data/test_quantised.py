@@ -107,7 +107,7 @@ def test_what_is_not_quantised_is_in_fp32_if_it_is_prepared(model_folder: ModelF
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_folder: ModelFolder) -> None:
     monkeypatch.setattr("rankpilot.cost.training_step.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"The quantization nf4 needs bitsandbytes: pip install"):
+    with pytest.raises(UnsupportedError, match=r"The quantization nf4 requires bitsandbytes: pip install"):
         load("llama", model_folder("llama"), "causal-lm", "nf4")
 
 

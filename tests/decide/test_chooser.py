@@ -347,7 +347,7 @@ def test_only_the_chooser_takes_a_goal_of_cost() -> None:
     assert with_goal(rule, Goal()) is rule
     with pytest.raises(ConfigError, match="signal-mean predicts no losses, so goal='time' requires policy='default'"):
         with_goal(rule, Goal("time"))
-    with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'\. Or leave it out"):
+    with pytest.raises(ConfigError, match=r"so a frontier requires policy='default'\. Otherwise, leave it out"):
         check_expects(rule, "a frontier", "leave it out")
     check_expects(PlanChooser(), "a frontier", "leave it out")
     assert with_goal(PlanChooser(), Goal("bytes")) == PlanChooser(goal=Goal("bytes"))

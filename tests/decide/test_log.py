@@ -149,7 +149,7 @@ def test_a_decision_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]
 def test_a_line_tells_the_decision_without_the_arrays(log: DecisionLog) -> None:
     lines = [json.loads(line) for line in (log.folder / "decisions.jsonl").read_text().splitlines()]
     assert [line["decision"] for line in lines] == [0, 1, 2, 3]
-    assert lines[1]["sentence"] == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
+    assert lines[1]["sentence"] == "step 36: 3 modules changed, 858 of 954 MiB, mean rank 2.3"
     assert lines[1]["ranks"] == {"layer.1.query": 4, "layer.0.query": 1, "layer.0.dense": 2}
     assert lines[1]["notes"] == {"layer.0.query": "left alone"}
     told = {"policy": "pilot-small", "step": 36, "unit": "bytes", "limit": 1e9 + 1, "predicted_cost": 9e8 + 1}
@@ -311,12 +311,12 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
     [
         ({"schema": 6}, "is not a decision of log schema 7, but of 6. Read it with the version"),
         ({"schema": None}, "is not a decision of log schema 7, but of None"),
-        ({"step": "1"}, "is damaged: step is '1'"),
-        ({"step": 10**400}, "is damaged: step is a whole number of"),
-        ({"ladder": [0, 10**400]}, "is damaged: ladder is"),
-        ({"decision": True}, "is damaged: decision is True"),
-        ({"limit": None}, "is damaged: limit is None"),
-        ({"ranks": [1, 2, 4]}, r"is damaged: ranks is \[1, 2, 4\]"),
+        ({"step": "1"}, "is corrupt: step is '1'"),
+        ({"step": 10**400}, "is corrupt: step is a whole number of"),
+        ({"ladder": [0, 10**400]}, "is corrupt: ladder is"),
+        ({"decision": True}, "is corrupt: decision is True"),
+        ({"limit": None}, "is corrupt: limit is None"),
+        ({"ranks": [1, 2, 4]}, r"is corrupt: ranks is \[1, 2, 4\]"),
     ],
 )
 def test_a_line_of_something_else_is_named(log: DecisionLog, changes: dict[str, Any], message: str) -> None:
@@ -413,10 +413,16 @@ BEFORE = np.array([8, 8, 8, 8])
 @pytest.mark.parametrize(
     ("after", "cost", "limit", "unit", "line"),
     [
-        ([16, 4, 8, 8], 12.1 * GIB, 12.3 * GIB, "bytes", "2 modules moved, 12.1 of 12.3 GiB, mean rank 9.0"),
-        ([8, 8, 8, 0], 0.5 * GIB, 1.5 * GIB, "bytes", "1 module moved, 0.5 of 1.5 GiB, mean rank 6.0"),
+        ([16, 4, 8, 8], 12.1 * GIB, 12.3 * GIB, "bytes", "2 modules changed, 12.1 of 12.3 GiB, mean rank 9.0"),
+        ([8, 8, 8, 0], 0.5 * GIB, 1.5 * GIB, "bytes", "1 module changed, 0.5 of 1.5 GiB, mean rank 6.0"),
         ([8, 8, 8, 8], 900 * 2**20, 1000 * 2**20, "bytes", "no module changed, 900 of 1,000 MiB, mean rank 8.0"),
-        ([1, 1, 1, 2], 240_000, 300_000, "parameters", "4 modules moved, 240,000 of 300,000 parameters, mean rank 1.2"),
+        (
+            [1, 1, 1, 2],
+            240_000,
+            300_000,
+            "parameters",
+            "4 modules changed, 240,000 of 300,000 parameters, mean rank 1.2",
+        ),
     ],
 )
 def test_line(after: list[int], cost: float, limit: float, unit: str, line: str) -> None:
@@ -424,10 +430,10 @@ def test_line(after: list[int], cost: float, limit: float, unit: str, line: str)
 
 
 def test_line_of_a_record() -> None:
-    assert make_record(1).line() == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
+    assert make_record(1).line() == "step 36: 3 modules changed, 858 of 954 MiB, mean rank 2.3"
     problem = make_problem(cost=ParameterCost(np.array([[100.0, 200.0, 300.0]])), limit=1800.0)
     record = make_record(1, problem=problem, predicted_cost=1500.0)
-    assert record.line() == "step 36: 3 modules moved, 1,500 of 1,800 parameters, mean rank 2.3"
+    assert record.line() == "step 36: 3 modules changed, 1,500 of 1,800 parameters, mean rank 2.3"
 
 
 def test_distances_by_hand() -> None:

@@ -90,7 +90,7 @@ def test_rewards_may_be_softened(settings: dict[str, Any]) -> None:
 def test_what_it_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="stacks and workers"):
         StackVecEnv(**settings | {"stacks": 0})
-    with pytest.raises(ConfigError, match="--cluster is 'local'"):
+    with pytest.raises(ConfigError, match="--cluster must be 'local'"):
         StackVecEnv(**settings, cluster="nowhere")
     with pytest.raises(ConfigError, match="No answer from"):
         StackVecEnv(**settings, cluster="127.0.0.1:9")

@@ -81,7 +81,7 @@ def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: Make
 )
 def test_bad_tasks_are_refused(field: str, values: list[Any]) -> None:
     for value in values:
-        with pytest.raises(RankPilotError, match=r"of a task|on the budget"):
+        with pytest.raises(RankPilotError, match=r"of a task|Budget factors"):
             FineTuneTask(**{"kind": "text", "seed": 0, field: value})
     with pytest.raises(ConfigError, match="Only a text can change"):
         FineTuneTask("planted", 0, then="code")

@@ -195,7 +195,7 @@ def test_from_the_configuration_to_an_adapter_that_plain_peft_loads(name: str, t
 def test_what_all_linear_leaves_out_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     fresh_adapters(random_base("deepseek-v3"), "x", None, new_head=False, target_modules="all-linear", r=2)
     (record,) = caplog.records
-    for words in ("routers", "fused experts", "down_proj, gate_proj, up_proj, which PEFT takes"):
+    for words in ("routers", "fused experts", "down_proj, gate_proj, up_proj, which PEFT treats"):
         assert words in record.message
 
 

@@ -73,7 +73,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "an asset of a number": (lambda: fetch_asset(5), "Unknown asset 5"),
     "no folder": (lambda: last_checkpoint(None), "output folder must be a path; got None"),
     "no schedule": (lambda: DecisionSchedule((2.0,)), r"probe_steps, .* whole numbers from 1 to 10,000; got \(2.0,\)"),
-    "fractions of a number": (lambda: DecisionSchedule(fractions=0.5), "fractions are .*; got 0.5"),
+    "fractions of a number": (lambda: DecisionSchedule(fractions=0.5), "fractions must be .*; got 0.5"),
     "steps without end": (
         lambda: FinetuneConfig("m", "d", steps=10**30),
         "steps .* 1,000,000,000, .*; got 1000",
@@ -84,7 +84,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "accumulation without end": (
         lambda: FinetuneConfig("m", "d", accumulation=10**30),
-        "accumulation 1 to 16,777,216, .*; got 0, 1000",
+        "accumulation 1 to 16,777,216 .*; got 0, 1000",
     ),
     "rows without end": (
         lambda: FinetuneConfig("m", "d", eval_batch_size=10**30),
@@ -102,7 +102,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: of_trainer("logging_first_step=abc"),
         "logging_first_step must be a number, true or false",
     ),
-    "fractions of text": (lambda: DecisionSchedule(fractions=(0.0, "a")), r"fractions are .*; got \(0.0, 'a'\)"),
+    "fractions of text": (lambda: DecisionSchedule(fractions=(0.0, "a")), r"fractions must be .*; got \(0.0, 'a'\)"),
 }
 
 
@@ -134,8 +134,8 @@ NO_RANKS = "'mine' decided .*"
         (wants(8.5), NO_RANKS + r"8\.5"),
         (wants(math.nan), NO_RANKS + "nan"),
         (wants(True), NO_RANKS + "True"),
-        (SimpleNamespace(name="mine", decide=lambda seen: 8), "'mine' decided 8. A rankpilot Decision has"),
-        (SimpleNamespace(name="mine", decide=lambda seen: decision_from_plan(np.ones(2))), "one for each of 8 modules"),
+        (SimpleNamespace(name="mine", decide=lambda seen: 8), "'mine' decided 8. A rankpilot Decision needs"),
+        (SimpleNamespace(name="mine", decide=lambda seen: decision_from_plan(np.ones(2))), "for each of 8 modules"),
     ],
 )
 def test_ranks_that_no_policy_can_want(make_observation: Callable[..., Any], policy: Any, told: str) -> None:
@@ -155,7 +155,7 @@ def test_a_rank_that_no_module_can_have_is_rounded_down_with_a_line(llama_config
     loop, lines = Loop(llama_config, tmp_path / "log"), list[str]()
     RankPilot(wants(7), "400%", schedule=SCHEDULE, tell=lines.append).begin(loop.run)
     assert set(loop.ranks.values()) == {4}
-    assert any(line.startswith("mine wants rank 7, which is rounded down onto " + LADDER) for line in lines)
+    assert any(line.startswith("mine requests rank 7, rounded down to " + LADDER) for line in lines)
 
 
 def test_a_loss_that_is_no_number(llama_config: LlamaConfig, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
     assert [seen["undone"] for seen in script.seen] == [0, 0, 0]
     told = verdict(read_run(tmp_path)).results[-1]
     assert f"x 2 at step {MOMENTS[0]} (to 0.002)" in told
-    assert f"x 0.25 at step {MOMENTS[2]} (to 0.00025, back to the adapters of before)" in told
+    assert f"x 0.25 at step {MOMENTS[2]} (to 0.00025, restoring the previous adapters)" in told
     (tmp_path / CONTROL).write_text('{"step": "one"}\n')
     assert "learning-rate corrections" in read_run(tmp_path).missing[-1]
 

@@ -221,7 +221,7 @@ def test_a_function_is_asked_before_each_step(loop: Callable[..., Loop]) -> None
 @pytest.mark.parametrize(
     ("budget", "error", "message"),
     [
-        (lambda: 1 / 0, ConfigError, r"failed with ZeroDivisionError: division by zero\. It takes no argument"),
+        (lambda: 1 / 0, ConfigError, r"failed with ZeroDivisionError: division by zero\. It must take no argument"),
         (lambda: "much", BudgetError, "returned 'much'. Cannot read the budget 'much'"),
         ("300k params", BudgetError, "Pass a budget in bytes"),
         ("1KiB step", BudgetError, "The smallest that works is"),

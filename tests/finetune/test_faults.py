@@ -404,9 +404,9 @@ def test_a_larger_budget_is_spent_at_the_next_decision(ended: Launch, whole: Run
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"policy": "top-down"}, "policy: 'signal-mean' there, 'top-down' now"),
+        ({"policy": "top-down"}, "policy: 'signal-mean' then, 'top-down' now"),
         ({"schedule": DecisionSchedule(probe_steps=3, fractions=(0.0, 0.6))}, "schedule: "),
-        ({"bounds": {"q_proj": 4}}, "bounds: {} there, {'q_proj': 4} now"),
+        ({"bounds": {"q_proj": 4}}, "bounds: {} then, {'q_proj': 4} now"),
     ],
 )
 def test_other_settings_than_the_budget_are_refused(ended: Launch, changes: dict[str, Any], words: str) -> None:

@@ -335,7 +335,7 @@ def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for taken in (tmp_path / "used", plain, tmp_path / "used" / "notes.txt"):
         with pytest.raises(RunFolderError, match="already exists"):
             export_padded(plain, taken)
-    with pytest.raises(RunFolderError, match="cannot be written"):
+    with pytest.raises(RunFolderError, match="Cannot write"):
         export_padded(plain, tmp_path / "used" / "notes.txt" / "deeper")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
@@ -385,9 +385,9 @@ def flat(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "no folder": (shutil.rmtree, RunFolderError, r"There is no .*plain.*save_pretrained"),
-    "no weights": (lambda f: corrupt(f, WEIGHTS, None), RunFolderError, r"There is no .*adapter_model\.safetensors"),
-    "no config": (lambda f: corrupt(f, CONFIG, None), RunFolderError, r"There is no .*adapter_config\.json"),
+    "no folder": (shutil.rmtree, RunFolderError, r"plain.* does not exist.*save_pretrained"),
+    "no weights": (lambda f: corrupt(f, WEIGHTS, None), RunFolderError, r"adapter_model\.safetensors does not exist"),
+    "no config": (lambda f: corrupt(f, CONFIG, None), RunFolderError, r"adapter_config\.json does not exist"),
     "pickle": (pickled, UnsupportedError, "is a pickle, which could run code.*safe_serialization=True"),
     "torn weights": (
         lambda f: corrupt(f, WEIGHTS, b"\x10"),
@@ -410,22 +410,22 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no pairs": (
         lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS),
         UnsupportedError,
-        "holds no LoRA pair",
+        "contains no LoRA pair",
     ),
     "half a pair": (lose_a_tensor, RunFolderError, "The pair of q .* is incomplete"),
     "other rank": (other_shape, RunFolderError, "The pair of q .* is incomplete"),
     "one dimension": (flat, RunFolderError, "The pair of q .* is incomplete"),
-    "stale config": (lambda f: edit_config(f, r=6), ConfigError, "q has rank 4 in the weights .* and 6 in its config"),
+    "stale config": (lambda f: edit_config(f, r=6), ConfigError, "q has rank 4 in the weights .* but 6 in its config"),
     "bad pattern": (
         lambda f: edit_config(f, rank_pattern={"(q": 4}),
         RunFolderError,
-        "ranks and alphas in .* cannot be read",
+        "Cannot read the ranks and alphas in",
     ),
     "bad alpha": (lambda f: edit_config(f, lora_alpha="much"), RunFolderError, "lora_alpha is 'much'"),
     "parameters": (
         lambda f: edit_config(f, target_parameters=["w"]),
         UnsupportedError,
-        "has unknown target_parameters w, ",
+        "has unknown target_parameters w",
     ),
 }
 

@@ -118,7 +118,7 @@ def test_a_long_log_is_shown_by_type(run_folder: Path, monkeypatch: pytest.Monke
     query = plans()[-1][0::6]
     assert run["decisions"][-1]["after"][0] == round(float(query.mean()), 2)
     assert "reasons" not in run["decisions"][0]
-    assert run["decisions"][1]["line"].startswith("step 36: 1 module moved")
+    assert run["decisions"][1]["line"].startswith("step 36: 1 module changed")
 
 
 def test_the_size_of_a_row_is_as_stated(run_folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
         "1 up, 1 down, 34 unchanged; predicted cost 94 MiB of 100 MiB (measured before: 89 MiB). The "
         "budget changed the requested rank of 3 modules."
     )
-    assert third["line"] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
+    assert third["line"] == "step 68: 2 modules changed, 94 of 100 MiB, mean rank 2.3"
     assert first["summary"].startswith("18 of 36 modules adapted; "), "all were at rank 1 only to be measured"
     assert (first["measures"], third["measures"]) == (True, False)
 
@@ -174,7 +174,7 @@ def test_a_log_that_cannot_be_read_is_named_and_left_out(run_folder: Path) -> No
     (run_folder / "config.json").write_text('{"model": ')
     page = page_of(run_folder)
     (line,) = page["left_out"]
-    assert "decision-000001.safetensors is missing, damaged" in line
+    assert "decision-000001.safetensors is missing, corrupt" in line
     assert "\n" not in line
     assert page["losses"]
     assert not page["decisions"]
