@@ -29,12 +29,11 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.errors import UnknownNameError, first_line
 from rankpilot.common.files import write_json
 from rankpilot.cost.batch_shape import Batch, shape_of
-from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec
+from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, DeviceSpec, card_rates, find_device_spec
 from rankpilot.cost.forecast.card_use import card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.forecast.known_models import published_models
-from rankpilot.cost.forecast.outlook import card_rates
 from rankpilot.cost.record.measured_time import TimedPlan, count_work
 from rankpilot.cost.record.model_states import frozen_bytes
 from rankpilot.cost.savers.exact import SAVERS, ExactSavers

@@ -16,10 +16,9 @@ from peft import LoraConfig
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_json, write_text
 from rankpilot.common.text import make_table
-from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.cards import REACHED_SHARE, find_device_spec
 from rankpilot.cost.forecast.card_use import card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep
-from rankpilot.cost.forecast.outlook import REACHED_SHARE
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
 from rankpilot.decide.plan.worth import Modules, packaged_worth

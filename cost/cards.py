@@ -17,6 +17,7 @@ from typing import Any
 
 from ..common.errors import BudgetError, ConfigError, UnknownNameError, shown
 from .budget import Budget
+from .step_time import LAUNCH_SECONDS, Rates
 
 _CARDS = Path(__file__).with_name("devices.json")
 
@@ -176,3 +177,16 @@ def _spec(name: str, row: dict[str, Any]) -> DeviceSpec:
         (row["capability"][0], row["capability"][1]),
         DeviceRates(row["gb_per_s"] * 1e9, {precision: rate * 1e12 for precision, rate in row["tflops"].items()}),
     )
+
+
+REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41
+"""Bytes per second that the operators of a step reach on any card with a higher published rate, and the least share of
+the published rate that they reach while matrix products reach theirs (benchmarks/EXPERIMENTS.md).
+"""
+
+
+def card_rates(rates: DeviceRates, dtype: str) -> Rates:
+    """Return a card's rates for a frozen model of this dtype; falls back to the fp32 rate for products."""
+    products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
+    moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
+    return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)

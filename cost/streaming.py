@@ -8,8 +8,11 @@ time only where a layer has few tokens to compute.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+from ..common.arrays import IntArray
+from .step_time import StepTime
 
 LEAST_BYTES = 2**16
 """Smaller tensors, such as norms, stay on the device."""
@@ -79,6 +82,29 @@ class BaseLayers:
         rest = (streamed - 1) * copy  # nothing hides the first one, and the backward pass begins with the last one
         return copy + max(rest - forward, 0.0) + max(rest - backward, 0.0)
 
-    def spread(self, streamed: int) -> tuple[int, ...]:
-        """Return the indices of the streamed layers, spread evenly, so that copies hide."""
-        return tuple(index * self.count // streamed for index in range(streamed))
+
+@dataclass(frozen=True)
+class StreamedTime:
+    """The time of a step with a streamed base.
+
+    Attributes:
+        resident: the time with the whole base on the device.
+        layers: names of the checkpointable layers.
+        base: the frozen weights of the layers.
+        streamed: number of streamed layers.
+        bus_bytes_per_s: rate of copies to the device.
+    """
+
+    resident: StepTime
+    layers: tuple[str, ...]
+    base: BaseLayers
+    streamed: int
+    bus_bytes_per_s: float
+
+    def seconds(self, ranks: IntArray, checkpointed: Collection[str] = ()) -> float:
+        """Return the seconds of a plan, int64 (modules,), with the names of its checkpointed layers."""
+        whole = self.resident.seconds(ranks, checkpointed)
+        if not self.streamed:
+            return whole
+        forward = self.resident.seconds(ranks, self.layers) - self.resident.seconds(ranks, ())
+        return whole + self.base.exposed_seconds(self.streamed, forward, whole - forward, self.bus_bytes_per_s)

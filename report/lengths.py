@@ -16,8 +16,8 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.errors import AssetError, BudgetError, DataError, UnknownNameError, UnsupportedError, first_line, shown
 from ..common.files import read_text
 from ..common.text import byte_unit, format_bytes, make_table, plural
-from ..cost.cards import USUAL_CARD, device_table
-from ..cost.forecast.outlook import Outlook, card_rates
+from ..cost.cards import USUAL_CARD, card_rates, device_table
+from ..cost.forecast.outlook import Outlook, room_for_tensors
 from ..cost.model import fewest_checkpointed
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
@@ -167,7 +167,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
         )
     order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
     batches = order[: len(order) // rows * rows][: MOST_STEPS * rows].reshape(-1, rows)
-    limit = outlook.room_for_tensors if outlook.card else outlook.limit_bytes or np.inf
+    limit = room_for_tensors(outlook) if outlook.card else outlook.limit_bytes or np.inf
     bytes_of = PlanBytes(memory, ranks, whole, chooses=bool(memory.segments), each=1)
     seconds = _seconds(outlook, len(bytes_of.layers))
     return _drawn(batches, limit, bytes_of, seconds, len(fewest_checkpointed(memory, ranks, limit, whole)))

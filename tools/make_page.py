@@ -21,11 +21,10 @@ import tyro
 from numpy.typing import NDArray
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_text
-from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table, find_device_spec
+from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, card_rates, device_table, find_device_spec
 from rankpilot.cost.forecast.card_use import slack_of
 from rankpilot.cost.forecast.known_models import published_models
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped
-from rankpilot.cost.forecast.outlook import card_rates
 from rankpilot.cost.forecast.step_file import anchors_of, lagged, narrow, read_memory, read_work, repeats, spans_after
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.growth import OF_STORAGES

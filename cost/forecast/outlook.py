@@ -20,13 +20,12 @@ from ...common.arrays import IntArray
 from ...lora.spec import REFERENCE_RANK, highest_ranks
 from ..breakdown import Breakdown, break_down
 from ..budget import Limit, reference_seconds
-from ..cards import USUAL_CARD, DeviceRates, DeviceSpec, device_table
+from ..cards import USUAL_CARD, DeviceSpec, card_rates, device_table
 from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
 from ..recording import BatchShape
 from ..step_config import StepConfig
-from ..step_time import LAUNCH_SECONDS, Rates, StepTime
-from ..streaming import ON_DEVICE, BaseLayers
+from ..streaming import BaseLayers, StreamedTime
 from .card_use import CardUse, Verdict, card_use, slack_of
 from .configured_step import ConfiguredStep, Shards, base_of, streamed_layers
 
@@ -150,6 +149,7 @@ class Outlook:
         shards: number of cards that train together and their sharding.
 
     Attributes:
+        given: the step as passed.
         base: the frozen weights of the model's layers.
         streamed: number of layers whose frozen weights stream from main memory.
         blocks: number of layers with target modules.
@@ -171,7 +171,7 @@ class Outlook:
         facts: Mapping[str, str] | None = None,
         shards: Shards | None = None,
     ) -> None:
-        self.rank, self.settings, self.card, self.dtype, self._given = rank, settings, card, dtype, step
+        self.rank, self.settings, self.card, self.dtype, self.given = rank, settings, card, dtype, step
         self.shards: Shards = shards or Shards()
         self.base: BaseLayers = base_of(step)
         self.streamed: int = streamed_layers(self.base, step.loaded.stream, self.shards)
@@ -188,11 +188,6 @@ class Outlook:
         self._loaded = self.shards.loaded(step.model) if card else ()
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
-
-    def with_streamed(self, layers: int) -> Outlook:
-        """Return the outlook of the same step with this number of streamed layers."""
-        step = replace(self._given, loaded=replace(self._given.loaded, stream=layers))
-        return Outlook(step, self.rank, self.settings, card=self.card, dtype=self.dtype, shards=self.shards)
 
     @cached_property
     def step(self) -> ConfiguredStep:
@@ -211,8 +206,17 @@ class Outlook:
         return lean and self.shards.of(lean)
 
     @cached_property
-    def _time(self) -> StepTime | None:
-        return _time_of(self.step, self.card, self.dtype)
+    def _time(self) -> StreamedTime | None:
+        return self._timed(self.step)
+
+    def _timed(self, step: ConfiguredStep) -> StreamedTime | None:
+        """Return the time of any plan by the published rates of the card, or of a usual one."""
+        if step.work is None or self.card is None:
+            return None
+        rates = self.card.rates or device_table()[USUAL_CARD].rates
+        assert rates is not None, "cards of the table have rates"
+        time, layers = step.work.time(card_rates(rates, self.dtype)), self.checkpointable
+        return StreamedTime(time, layers, self.base, self.streamed, self.card.bus_bytes_per_s)
 
     @property
     def memory(self) -> MemoryModel:
@@ -304,14 +308,12 @@ class Outlook:
     ) -> Choice:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        time = None
-        if self._time:
-            time = (self._time.seconds(ranks, checkpointed) + self._exposed(ranks, checkpointed)) / self.plain_seconds
+        time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
         within = None
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
             within = cost <= self._limit.value
-        elif self.card and _is_hopeless(self, step_bytes):
+        elif self.card and is_hopeless(self, step_bytes):
             within = False
         return Choice(
             kind,
@@ -324,22 +326,13 @@ class Outlook:
             shape,
             label,
             _memory=memory,
-            _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
+            _use=cache(lambda: self.use_of(memory, ranks, shape) if self.card else None),
             _within=within,
-            _has_slack=not self.card or not _is_hopeless(self, step_bytes, self.slack),
+            _has_slack=not self.card or not is_hopeless(self, step_bytes, self.slack),
         )
 
-    def _exposed(self, ranks: IntArray, checkpointed: tuple[str, ...]) -> float:
-        """Return the seconds of copies of streamed layers that do not hide."""
-        if not self.streamed:
-            return 0.0
-        assert self._time is not None, "the step was made with its work"
-        assert self.card is not None, "a streamed step is priced on a card"
-        forward = self._time.seconds(ranks, self.checkpointable) - self._time.seconds(ranks)
-        backward = self._time.seconds(ranks, checkpointed) - forward
-        return self.base.exposed_seconds(self.streamed, forward, backward, self.card.bus_bytes_per_s)
-
-    def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
+    def use_of(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
+        """Return the card's memory use by a plan, int64 (modules,), on a batch; the requested one by default."""
         assert self.card is not None, "there is no card"
         shape = shape or memory.shape
         key = id(memory), shape, tuple(ranks.tolist())
@@ -361,9 +354,9 @@ class Outlook:
     @cached_property
     def plain_seconds(self) -> float:
         """Seconds of a batch with plain LoRA (rank 8 on all modules), without gradient checkpointing."""
-        time = self._time if self.step is self._free else _time_of(self._free, self.card, self.dtype)
+        time = self._time if self.step is self._free else self._timed(self._free)
         assert time is not None, "the step was made without its work"
-        return reference_seconds(time, self._highest)
+        return reference_seconds(time.resident, self._highest)
 
     def breakdown(self, choice: Choice) -> Breakdown:
         """Break down the peak of a choice's step by layer and kind of bytes."""
@@ -433,70 +426,16 @@ class Outlook:
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
         return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
 
-    @property
-    def room_for_tensors(self) -> float:
-        """Tensor bytes available to any batch, assuming the reserve share of the requested one."""
-        return _room_beside(self, _reserve_share(self))
+
+def room_for_tensors(outlook: Outlook) -> float:
+    """Return the tensor bytes available to any batch, assuming the reserve share of the requested one."""
+    return _room_beside(outlook, _reserve_share(outlook))
 
 
 def _room_beside(outlook: Outlook, reserve: float) -> float:
     """Return the tensor bytes that fit with slack, if the allocator reserves this share of all tensors on top."""
     assert outlook.card is not None, "there is no card"
     return outlook.room - outlook.card.memory_bytes * (1 - (1 - outlook.slack) / (1 + reserve))
-
-
-def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
-    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
-    assert outlook.card is not None, "there is no card"
-    beside, found = outlook.card.memory_bytes - outlook.room, list[tuple[int, int]]()
-    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
-        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
-            break
-        if use := choice.use:
-            found.append((use.total_bytes, index))
-    total, index = min(found)
-    return outlook.choices[index], total
-
-
-def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
-    """Return spare bytes with checkpointed inputs offloaded to main memory, and the seconds per step for the copies.
-
-    None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
-    seconds are an upper bound at the bus rate of the card.
-    """
-    if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
-        return None
-    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
-    if (best and best.layers == outlook.blocks) or _is_hopeless(outlook, least := lighter.peak(ranks), outlook.slack):
-        return None
-    use, moved = outlook._use(lighter, ranks), outlook.memory.peak(ranks) - least
-    if use.verdict != "fits":
-        return None
-    return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
-
-
-def brought_by_streaming(outlook: Outlook) -> Outlook | None:
-    """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
-
-    All layers stream, with the fewest checkpointed ones that fit; or all are checkpointed, and as few stream as fit.
-    None if streaming is needless or does not help.
-    """
-    best, count = outlook.best, outlook.base.count
-    if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
-        return None
-    if best and best.layers == outlook.blocks:
-        return None
-    every = outlook.with_streamed(count)
-    found = every.fitting(outlook.blocks, outlook.rank)
-    if not found.fits:
-        return None
-    use = every.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
-    assert use is not None, "there is a card"
-    spare = (use.spare_bytes - outlook.slack * outlook.card.memory_bytes) / (1 + use.reserve_share)
-    fewer = outlook.with_streamed(max(count - int(spare / outlook.base.layer_bytes), ON_DEVICE + 1))
-    other = fewer.fitting(outlook.blocks, outlook.rank)
-    quicker = other.fits and (other.time or 0.0) <= (found.time or 0.0)
-    return fewer if quicker else every
 
 
 def _reserve_share(outlook: Outlook) -> float:
@@ -508,12 +447,12 @@ def _reserve_share(outlook: Outlook) -> float:
 
 def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
     """Check whether plain LoRA fits the card."""
-    if _is_hopeless(outlook, plain.peak(outlook._plain), outlook.slack):
+    if is_hopeless(outlook, plain.peak(outlook._plain), outlook.slack):
         return False
-    return outlook._use(plain, outlook._plain).verdict == "fits"
+    return outlook.use_of(plain, outlook._plain).verdict == "fits"
 
 
-def _is_hopeless(outlook: Outlook, step_bytes: float, slack: float = 0.0) -> bool:
+def is_hopeless(outlook: Outlook, step_bytes: float, slack: float = 0.0) -> bool:
     """True if tensors alone exceed the card less `slack`, so the allocator need not be replayed."""
     assert outlook.card is not None, "there is no card"
     return SURELY * step_bytes > outlook.room - slack * outlook.card.memory_bytes
@@ -567,7 +506,7 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
 
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     assert outlook.card is not None, "there is no card"
-    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook.room_for_tensors
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), room_for_tensors(outlook)
     taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
@@ -580,25 +519,3 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
     total = (peak + taken) * (1 + _reserve_share(outlook))
     return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
-
-
-def _time_of(step: ConfiguredStep, card: DeviceSpec | None, dtype: str) -> StepTime | None:
-    """Return the time model of any plan, from counted work and the published rates of the card or of a default one."""
-    if step.work is None or card is None:
-        return None
-    rates = card.rates or device_table()[USUAL_CARD].rates
-    assert rates is not None, "cards of the table have rates"
-    return step.work.time(card_rates(rates, dtype))
-
-
-REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41
-"""Bytes per second that the operators of a step reach on any card with a higher published rate, and the least share of
-the published rate that they reach while matrix products reach theirs (benchmarks/EXPERIMENTS.md).
-"""
-
-
-def card_rates(rates: DeviceRates, dtype: str) -> Rates:
-    """Return a card's rates for a frozen model of this dtype; falls back to the fp32 rate for products."""
-    products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
-    moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
-    return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)

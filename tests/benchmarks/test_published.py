@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
-from rankpilot.cost.cards import device_table
-from rankpilot.cost.forecast.outlook import card_rates
+from rankpilot.cost.cards import card_rates, device_table
 from rankpilot.report.doubts import doubts
 
 from benchmarks import published_page

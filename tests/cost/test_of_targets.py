@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost.cards import device_table
+from rankpilot.cost.cards import card_rates, device_table
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.forecast.allocator import replay
 from rankpilot.cost.forecast.configured_step import LoadedAs
 from rankpilot.cost.forecast.memory_of import AskedStep
 from rankpilot.cost.forecast.of_targets import OfTargets, places_of
-from rankpilot.cost.forecast.outlook import card_rates
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig

@@ -16,12 +16,12 @@ import pytest
 import transformers as t
 from rankpilot.cli.main import run
 from rankpilot.common.files import write_text
-from rankpilot.cost.cards import USUAL_CARD, device_table
+from rankpilot.cost.cards import USUAL_CARD, card_rates, device_table
 from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
 from rankpilot.cost.forecast.known_models import short_name
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped
-from rankpilot.cost.forecast.outlook import Outlook, card_rates
+from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.recording import BatchShape
