@@ -36,7 +36,7 @@ from rankpilot.decide.rules import find_rule
 from rankpilot.decide.settings import ONCE
 from rankpilot.lora.spec import RankLadder
 
-from ..plan.synthetic_costs import LAYER, transformer_cost
+from .plan.synthetic_costs import LAYER, transformer_cost
 
 OF_THREE = (" of the top 2 layers", " of the top layer", " of every other layer")
 """The parts of three layers, but for all of them."""
