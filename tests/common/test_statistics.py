@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.common.statistics import (
-    Estimate,
-    estimate,
-    means,
-)
+from rankpilot.common.statistics import Estimate, estimate, means
 
 from benchmarks.harness import medians, rank_correlation
 

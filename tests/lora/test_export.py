@@ -395,11 +395,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "list": (lambda f: corrupt(f, CONFIG, b"[1]"), RunFolderError, "config.json is corrupt or foreign"),
     "unknown type": (lambda f: edit_config(f, peft_type="OURS"), RunFolderError, "config.json is corrupt or foreign"),
     "other type": (lambda f: IA3Config().save_pretrained(str(f)), UnsupportedError, "IA3Config. Only LoRA"),
-    "no pairs": (
-        lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS),
-        UnsupportedError,
-        "holds no LoRA pair",
-    ),
+    "no pairs": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), UnsupportedError, "holds no LoRA pair"),
     "half a pair": (lose_a_tensor, RunFolderError, "The pair of q .* is incomplete"),
     "other rank": (other_shape, RunFolderError, "The pair of q .* is incomplete"),
     "one dimension": (flat, RunFolderError, "The pair of q .* is incomplete"),

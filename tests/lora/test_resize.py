@@ -211,10 +211,7 @@ def test_a_rank_above_the_width_is_clipped_and_reported(make_llama, caplog):
     targets = find_target_modules(make_llama())
     key, query = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
     changes = set_ranks(targets, {key: 99, query: 20})
-    assert changes == [
-        RankChange(query, 4, 20),
-        RankChange(key, 4, 16, "asked for 99, above min(d_in, d_out) = 16"),
-    ]
+    assert changes == [RankChange(query, 4, 20), RankChange(key, 4, 16, "asked for 99, above min(d_in, d_out) = 16")]
     assert [r.getMessage() for r in caplog.records] == [
         f"Ranks that could not be set as asked: {key} has rank 16 (asked for 99, above min(d_in, d_out) = 16)."
     ]

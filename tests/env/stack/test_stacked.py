@@ -232,11 +232,7 @@ def train_stacked(
 
 
 def one_step(
-    tiny: Tiny,
-    adapters: StackedAdapters,
-    runs: Mapping[int, Run],
-    step: int,
-    outcomes: Mapping[int, Outcome],
+    tiny: Tiny, adapters: StackedAdapters, runs: Mapping[int, Run], step: int, outcomes: Mapping[int, Outcome]
 ) -> None:
     """Compute losses and gradients of a step."""
     batches = [tiny.batch(run, step) for run in runs.values()]
