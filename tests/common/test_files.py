@@ -155,16 +155,8 @@ def test_references_are_refused_with_their_place(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "!!python/name:os.system",
-        "!!python/object/new:os.system [ls]",
-        "!x y",
-        "[" * 2000,
-        "!!int ''",
-        "a: 2001-99-99",
-        "{[1]: 2}",
-        "!!bool x",
-        "1" * 5000,
-        "\x00",
+        *("!!python/name:os.system", "!!python/object/new:os.system [ls]", "!x y", "!!int ''", "!!bool x", "\x00"),
+        *("[" * 2000, "a: 2001-99-99", "{[1]: 2}", "1" * 5000),
     ],
 )
 def test_tags_that_ask_for_objects_and_faults_of_the_library_are_its_own_errors(text: str) -> None:

@@ -144,9 +144,7 @@ def test_wrong_checksum_is_refused(tiny: Asset, cache: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("index", ["none", "closed port"])
-def test_no_network_says_what_why_and_how(
-    tiny: Asset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
-) -> None:
+def test_no_network_says_what_why_and_how(tiny, cache, tmp_path, monkeypatch, index):
     (tmp_path / "wheels" / tiny.filename).unlink()
     if index == "closed port":
         monkeypatch.delenv("PIP_NO_INDEX")

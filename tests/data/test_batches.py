@@ -105,9 +105,7 @@ TEXTS: dict[str, tuple[dict[str, list[int]], list[tuple[str, ...]]]] = {
 
 @pytest.mark.parametrize("kind", ["datasets", "list"])
 @pytest.mark.parametrize(("columns", "texts"), TEXTS.values(), ids=TEXTS)
-def test_no_batch_has_a_longer_text_than_the_largest(
-    columns: dict[str, list[int]], texts: list[tuple[str, ...]], kind: str
-) -> None:
+def test_no_batch_has_a_longer_text_than_the_largest(columns, texts, kind):
     def widths(rows: list[Any]) -> dict[str, torch.Tensor]:
         most = [max(sum(len(row[name]) for name in text) for row in rows) for text in texts]
         return {"+".join(text): torch.ones(len(rows), size) for text, size in zip(texts, most, strict=True)}

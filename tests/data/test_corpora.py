@@ -55,28 +55,21 @@ def test_text_from_a_wheel_never_changes(name: str) -> None:
 def test_translations_are_read_from_po_files(tmp_path: Path) -> None:
     (tmp_path / "de" / "LC_MESSAGES").mkdir(parents=True)
     (tmp_path / "de" / "LC_MESSAGES" / "a.po").write_text(
-        """# Licence
-msgid ""
+        """msgid ""
 msgstr ""
-"Project-Id-Version: x\\n"
 "Content-Type: text/plain; charset=utf-8\\n"
-
 #. Default: "Apple"
 msgid "apple"
 msgstr "Äpfel \\"und\\" "
 "Birnen"
-
 msgid "pear"
 msgid_plural "pears"
 msgstr[0] "Birne"
 msgstr[1] "Birnen"
-
 msgid "missing"
 msgstr ""
-
 #~ msgid "old"
 #~ msgstr "alt"
-
 msgid "again"
 msgstr "Birne"
 """,

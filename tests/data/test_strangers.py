@@ -8,13 +8,11 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rankpilot import memory_of
 from rankpilot.cli.main import run
 from rankpilot.common.errors import ConfigError
-from transformers import LlamaConfig
 
 from ..cli.mistakes import failure
 from .small_models import save, write_rows
@@ -110,14 +108,7 @@ def test_a_model_that_transformers_has_is_read_without_the_code_that_comes_with_
     ],
 )
 @pytest.mark.parametrize("card", ["--device T4", ""])
-def test_a_configuration_that_makes_no_model(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    llama_config: LlamaConfig,
-    fields: dict[str, Any] | str,
-    told: str,
-    card: str,
-) -> None:
+def test_a_configuration_that_makes_no_model(tmp_path, capsys, llama_config, fields, told, card):
     whole = llama_config.to_dict()
     whole.pop("dtype")
     nested = f'{{"model_type": "llama", "x": {fields}}}'

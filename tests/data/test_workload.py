@@ -66,9 +66,7 @@ def test_classification(model: str, model_folder: ModelFolder, workload_of: Work
         ("llama", {"prompt": "good", "completion": " ".join(WORDS)}, {}),
     ],
 )
-def test_what_is_cut_is_told(
-    model: str, row: dict[str, Any], options: Any, workload_of: WorkloadOf, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_cut_is_told(model, row, options, workload_of, caplog):
     rows = [row | ({"label": str(number % 2)} if "label" in row else {}) for number in range(20)]
     workload_of(model, rows, max_length=100, **options)
     assert "cut off" not in caplog.text
@@ -195,9 +193,7 @@ def test_pairs_are_a_task_of_models_that_can_do_it(model_folder: ModelFolder, wo
         ({"text": "good", "label": "1"}, {"task": "token-classification"}, DataError, "is text"),
     ],
 )
-def test_a_flaw_in_one_row(
-    row: dict[str, Any], options: dict[str, Any], error: type[Exception], words: str, workload_of: WorkloadOf
-) -> None:
+def test_a_flaw_in_one_row(row, options, error, words, workload_of):
     rows: list[dict[str, Any]] = [{"text": text, "label": str(i % 2)} for i, text in enumerate(TEXTS)]
     rows.insert(3, row)
     if "label_column" in options:
@@ -229,9 +225,7 @@ def test_a_flaw_in_every_row(values: dict[str, Any], task: Any, words: str, work
     assert all(part in str(caught.value) for part in words.split(" ... "))
 
 
-def test_an_empty_cell_of_a_csv_file_is_named_before_the_fractions_that_it_makes(
-    model_folder: ModelFolder, tmp_path: Path
-) -> None:
+def test_an_empty_cell_of_a_csv_file_is_named_before_the_fractions_that_it_makes(model_folder, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "good,1\nbad,0\n" * 5 + "dull,\n")
     with pytest.raises(DataError, match="'label' holds no value in 1 of 11 rows, first in row 11"):
@@ -283,9 +277,7 @@ def test_a_missing_file(name: str, model_folder: ModelFolder, tmp_path: Path, mo
         load_workload(model_folder("bert"), name)
 
 
-def test_a_saved_head_of_another_size_is_made_anew(
-    model_folder: ModelFolder, caplog: pytest.LogCaptureFixture, workload_of: WorkloadOf
-) -> None:
+def test_a_saved_head_of_another_size_is_made_anew(model_folder, caplog, workload_of):
     rows = [{"text": text, "label": row % 2} for row, text in enumerate(TEXTS)]
     workload = workload_of("bert", rows)
     model = load_model(model_folder("bert"), workload.task, workload.labels, workload.tokenizer)

@@ -38,9 +38,6 @@ from rankpilot.lora.spec import RankLadder
 
 from .plan.synthetic_costs import LAYER, transformer_cost
 
-OF_THREE = (" of the top 2 layers", " of the top layer", " of every other layer")
-"""The parts of three layers, but for all of them."""
-
 TEXTS, LABELLED = 1.0, LABELS / 2
 """Shares of the tokens whose prediction the loss counts."""
 
@@ -104,19 +101,6 @@ def test_names_of_parts_and_which_modules_they_are() -> None:
     assert next(iter(found)) == "all modules"
 
 
-@pytest.mark.parametrize(
-    ("layers", "kinds", "names"),
-    [
-        (1, "am", ["all modules", "the MLP modules", "the attention modules"]),
-        (1, "a", ["all modules"]),
-        (2, "m", ["all modules", "all modules of the top layer"]),
-        (3, "a", [f"all modules{where}" for where in ("", *OF_THREE)]),
-    ],
-)
-def test_parts_of_small_models_have_one_name_each(layers: int, kinds: str, names: list[str]) -> None:
-    assert list(parts(seen(layers, kinds))) == names
-
-
 @pytest.mark.parametrize("layers", [1, 2, 32, 33, 64, 100])
 def test_deep_models_have_no_more_parts(layers: int) -> None:
     found = parts(seen(layers, "am"))
@@ -156,17 +140,6 @@ def test_candidates_keep_bounds_and_ladder() -> None:
     found = chosen(observation, worth=known(noise=1.0))
     assert not found.fits[0], "but it cannot be taken"
     assert found.names[found.taken] == "rank 8 on all modules, as far as bounds allow"
-
-
-def test_plain_lora_of_narrow_modules_has_no_feature_and_can_be_taken() -> None:
-    observation = seen(2, "am", max_ranks=np.array([64, 3, 8, 1]))
-    assert plain_lora(observation.problem).tolist() == [8, 2, 8, 1]
-    found = chosen(observation, worth=known(noise=1.0))
-    assert found.fits[0]
-    assert not found.parts[0].any()
-    assert found.spread[0] == 0
-    assert found.taken == 0
-    assert not any("as far as" in name for name in found.names)
 
 
 def parameters(limit: float, layers: int = 4, **changes: Any) -> Observation:
@@ -321,18 +294,6 @@ def test_bytes_and_time_are_saved_by_different_plans() -> None:
     assert chosen(observation, Goal("bytes"), known(noise=1.0)).taken == 0, "no plan is sure to lose nothing"
 
 
-def test_where_plain_lora_does_not_fit_the_least_loss_is_taken() -> None:
-    """Under quality as under a goal that cannot be kept."""
-    plain = plan_cost(seen().problem.cost, np.full(16, 8))
-    observation = seen(limit=plain - 1)
-    for goal in (Goal(), Goal("bytes", 0.0)):
-        found = chosen(observation, goal)
-        assert not found.fits[0]
-        assert found.taken > 0
-        assert found.cautious[found.taken] == found.cautious[1:].min()
-        assert found.misses_goal == goal.saves
-
-
 def test_a_goal_that_the_costs_do_not_know() -> None:
     counted = ParameterCost(np.full((1, 16), 10.0))
     with pytest.raises(ConfigError, match="the time of a step is not known"):
@@ -408,18 +369,6 @@ def test_trained_adapters_are_told() -> None:
 
 
 # Models of odd shapes -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("layers", "kinds"), [(1, "a"), (1, "m"), (1, "am"), (2, "a"), (40, "m"), (3, "aaaaaaaa")])
-@pytest.mark.parametrize("share", [0.95, 1.0])
-def test_models_of_one_layer_or_one_kind(layers: int, kinds: str, share: float) -> None:
-    free = seen(layers, kinds)
-    count = layers * len(kinds)
-    least, plain = (plan_cost(free.problem.cost, np.full(count, rank)) for rank in (0, 8))
-    found = chosen(seen(layers, kinds, limit=least + share * (plain - least)), Goal("bytes", 0.05))
-    assert found.fits[0] == (share == 1.0)
-    assert found.fits[found.taken]
-    assert np.isfinite(found.surely).all()
 
 
 def test_embeddings_count_as_no_mlp_of_the_lowest_layer() -> None:

@@ -108,6 +108,7 @@ def log(tmp_path: Path) -> DecisionLog:
 
 
 BYTES = make_problem().cost
+TIMED = {"taken": 2, "goal": Goal("time", 0.02), "seconds": np.arange(3) / 3, "caveats": ("it learns labels",)}
 OF_ANOTHER = "is missing, damaged or of another decision"
 
 
@@ -118,24 +119,14 @@ OF_ANOTHER = "is missing, damaged or of another decision"
         {"problem": make_problem(1 / 3, max_step=None, hysteresis=0.0), "pinned": None},
         {"problem": make_problem(low=np.array([0, 1, 0]), high=np.array([8, 8, 16]))},
         {"problem": make_problem(cost=ParameterCost(np.array([[10.0, 20.0, 30.0]])), ladder=RankLadder((0, 1, 2, 4)))},
-        {
-            "problem": make_problem(cost=TimedCost("bytes", **vars(BYTES), unit_per_second=1 / 3))
-        },
+        {"problem": make_problem(cost=TimedCost("bytes", **vars(BYTES), unit_per_second=1 / 3))},
         {"loss": None, "policy_sha256": None, "notes": {}, "schedule": {}},
         {"saved": (Saved("plain LoRA", 8e6), Saved("shared copies of inputs, loss in tiles", 6e6, 1e6))},
         {"rates": (1e-3, 1 / 3)},
         {"decision": Decision(np.array([1, 2, 4]), np.zeros(3), exact=True)},
-        {
-            "decision": Decision(
-                np.array([1, 2, 4]),
-                np.zeros(3),
-                choice=make_choice(
-                    taken=2, goal=Goal("time", 0.02), seconds=np.array([0.1, 0.2, 0.3]), caveats=("it learns labels",)
-                ),
-            )
-        },
+        {"decision": Decision(np.array([1, 2, 4]), np.zeros(3), choice=make_choice(**TIMED))},
     ],
-)  # fmt: skip
+)
 def test_a_decision_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
     log, record = DecisionLog(tmp_path), make_record(**changes)
     log.append(record)
@@ -169,25 +160,16 @@ def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
     assert table["changed_by_projection"].tolist() == [False, False, True] * 4
     record = make_record(1)
     row = table.iloc[4].to_dict()
-    expected = {
-        "run": "sst2-7",
-        "policy": "pilot-small",
-        "policy_sha256": "5e1f",
-        "decision": 1,
-        "step": 36,
-        "seed": 2**40,
-    }
-    expected |= {"loss": 0.7 - 0.1, "limit": 1e9 + 1, "predicted_cost": 9e8 + 1, "measured_cost": 8e8, "unit": "bytes"}
+    expected = {"run": "sst2-7", "policy": "pilot-small", "policy_sha256": "5e1f", "decision": 1, "step": 36}
+    expected |= {"seed": 2**40, "loss": 0.7 - 0.1, "limit": 1e9 + 1, "predicted_cost": 9e8 + 1, "measured_cost": 8e8}
+    expected |= {"unit": "bytes", "max_step": 2, "hysteresis": 0.2, "rank_floor": 4.0, "depth_bias": 3.5, "change": 0}
     expected |= {
-        "max_step": 2,
-        "hysteresis": 0.2,
-        "rank_floor": 4.0,
-        "depth_bias": 3.5,
-        "change": 0,
         "expected": make_choice().expected[1],
         "spread": 0.125,
+        "kept": False,
+        "filled": 0,
+        "correction": False,
     }
-    expected |= {"kept": False, "filled": 0, "correction": False}
     expected |= {"module_index": 1, "module": "layer.0.query", "block": 0, "pinned": True, "note": "left alone"}
     expected |= {"rank_before": 2, "rank_wanted": 1, "rank_clipped": 1, "rank_after": 1, "changed_by_projection": False}
     expected |= {"score": 1 / 3}  # float64: the projection can be replayed exactly
@@ -310,12 +292,9 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"schema": 6}, "is no decision of log schema 7: its schema is 6. Read it with the version"),
-        ({"schema": None}, "is no decision of log schema 7: its schema is None"),
         ({"step": "1"}, "is damaged: step is '1'"),
         ({"step": 10**400}, "is damaged: step is a whole number of"),
-        ({"ladder": [0, 10**400]}, "is damaged: ladder is"),
         ({"decision": True}, "is damaged: decision is True"),
-        ({"limit": None}, "is damaged: limit is None"),
         ({"ranks": [1, 2, 4]}, r"is damaged: ranks is \[1, 2, 4\]"),
     ],
 )
@@ -349,27 +328,19 @@ def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes |
         ({"rank_after": np.zeros(2, dtype=np.int64)}, {}, OF_ANOTHER),
         ({"rank_wanted": None}, {}, OF_ANOTHER),
         ({"choice.plans": np.zeros((3, 2), dtype=np.uint16)}, {}, r"plans holds no finite numbers of shape \(3, 3\)"),
-        ({"choice.parts": np.zeros((3, len(FEATURES) - 1))}, {}, "parts holds no finite"),
-        ({"choice.spread": np.zeros(2)}, {}, "spread holds no finite"),
         ({"choice.spread": np.array([0.0, 1e3, 1.0])}, {}, "spread holds log losses above 20"),
         ({"choice.seconds": np.zeros(4)}, {}, "seconds holds no finite"),
         ({"choice.fits": None}, {}, OF_ANOTHER),
-        ({"choice.fits": np.ones(3)}, {}, "fits holds no finite numbers .* and type bool"),
         ({"choice.costs": np.arange(3)}, {}, "costs holds no finite numbers .* and type float64"),
         ({"choice.spread": np.array([0.0, np.nan, 1.0])}, {}, "spread holds no finite"),
         ({}, {"taken": 3}, "plan 3 of 3"),
-        ({}, {"taken": -1}, "plan -1 of 3"),
         ({}, {"taken": True}, "plan True of 3"),
-        ({}, {"names": ["a", "b"]}, "holds no finite"),
         ({}, {"names": ["a", "b", 5]}, "names and caveats are no texts"),
         ({}, {"caveats": "many"}, "names and caveats are no texts"),
         ({}, {"goal": {"kind": "speed", "tolerance": 0.01}}, "goal is one of"),
-        ({}, {"goal": None}, OF_ANOTHER),
     ],
 )
-def test_a_decision_that_contradicts_itself_is_refused(
-    log: DecisionLog, arrays: dict[str, Any], line: dict[str, Any], message: str
-) -> None:
+def test_a_decision_that_contradicts_itself_is_refused(log, arrays, line, message):
     path, lines = log.folder / "decision-000001.safetensors", log.folder / "decisions.jsonl"
     changed = {name: value for name, value in (safetensors.numpy.load_file(path) | arrays).items() if value is not None}
     described = {"rankpilot.features": json.dumps([MODULE_FEATURES, RUN_FEATURES])}
@@ -421,13 +392,6 @@ BEFORE = np.array([8, 8, 8, 8])
 )
 def test_line(after: list[int], cost: float, limit: float, unit: str, line: str) -> None:
     assert decision_line(28, BEFORE, np.array(after), cost, limit, unit) == f"step 28: {line}"
-
-
-def test_line_of_a_record() -> None:
-    assert make_record(1).line() == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
-    problem = make_problem(cost=ParameterCost(np.array([[100.0, 200.0, 300.0]])), limit=1800.0)
-    record = make_record(1, problem=problem, predicted_cost=1500.0)
-    assert record.line() == "step 36: 3 modules moved, 1,500 of 1,800 parameters, mean rank 2.3"
 
 
 def test_distances_by_hand() -> None:

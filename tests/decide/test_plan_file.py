@@ -18,7 +18,7 @@ from rankpilot.common.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rules import PlanFile, plan_text, read_plan
-from rankpilot.decide.settings import ONCE, DecisionSchedule
+from rankpilot.decide.settings import ONCE
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -148,9 +148,7 @@ def test_the_decision_is_exactly_the_file(path: Path, observation: Observation) 
         ({"m2": 1}, r"'layers\.0\.m2' cannot have rank 1\. Allowed: 2, 4, .*, 32\."),
     ],
 )
-def test_ranks_that_a_module_cannot_have(
-    path: Path, observation: Observation, changed: dict[str, int], message: str
-) -> None:
+def test_ranks_that_a_module_cannot_have(path, observation, changed, message):
     policy = PlanFile(write(path, plan_of(observation, **changed)))
     with pytest.raises(ConfigError, match=message):
         policy.decide(observation)
@@ -232,9 +230,7 @@ class Person(TrainerCallback):  # type: ignore[misc]
             write(self.path, self.ranks, read_at=[0, 0.5])
 
 
-def test_a_person_decides_before_a_run_and_within_it(
-    make_trainer: Callable[..., Trainer], llama_config: LlamaConfig, tmp_path: Path, path: Path
-) -> None:
+def test_a_person_decides_before_a_run_and_within_it(make_trainer, llama_config, tmp_path, path):
     config = rankpilot.allocate(make_trainer(), policy="signal-mean", budget="60%", exact_savers=False, output=path)
     planned = read_plan(path)
     assert config.rank_pattern
@@ -258,18 +254,3 @@ def test_a_person_decides_before_a_run_and_within_it(
     set_seed(0)
     plain = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path / "adapter")
     assert len([name for name, _ in plain.named_parameters() if "lora_A" in name]) == sum(map(bool, second.values()))
-
-
-def test_a_person_may_shrink_trained_adapters_on_a_schedule_of_their_own(
-    make_trainer: Callable[..., Trainer], path: Path
-) -> None:
-    trainer = make_trainer()
-    trainer.train()
-    ranks = dict.fromkeys(adapter_ranks(find_target_modules(trainer.model)), 2)
-    write(path, ranks)
-    again = Trainer(trainer.model, trainer.args, train_dataset=ROWS)
-    schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.25, 0.75))
-    callback = rankpilot.attach(again, str(path), schedule=schedule, exact_savers=False)
-    again.train()
-    assert [step for step, _ in callback.predictions] == [0, 1, 3]
-    assert adapter_ranks(find_target_modules(again.model)) == ranks

@@ -264,9 +264,7 @@ def of_an_older_version(folder: Path, factors: dict[str, torch.Tensor], version:
 
 
 @pytest.mark.parametrize(("name", "version"), [("qwen3-moe", "0.18.1"), ("gpt-oss", "0.18.0"), ("llama4", None)])
-def test_files_of_the_older_layout_are_turned_round_and_told(
-    name: str, version: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_the_older_layout_are_turned_round_and_told(name, version, tmp_path, caplog):
     """PEFT 0.18 adds s B[o, r, e] A[e, r, i] to the weights at [e, i, o], whichever axis is the one of the inputs."""
     model, targets = adapted(name)
     model.eval().save_pretrained(tmp_path / "old")

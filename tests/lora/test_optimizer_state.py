@@ -18,7 +18,6 @@ from rankpilot.common.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import (
     OptimizerSnapshot,
     StateMap,
-    map_state,
     reset_state,
     scale_state,
     state_bytes_of,
@@ -59,20 +58,18 @@ class Row:
 
     Attributes:
         make: builds it; skips the test if its library is missing.
-        tolerance: largest difference of a loss after a change of rank and back; sums in another order for fp32.
         rounding: largest error of one quantisation of a moment, as a share of its largest value; 0 for fp32.
     """
 
     name: str
     make: Make
-    tolerance: float = 1e-6
     rounding: float = 0.0
 
 
-_8BIT = {"tolerance": 1e-3, "rounding": 0.01}
+_8BIT = {"rounding": 0.01}
 # Half the widest gap between the 16 codes, and half of the last of three bits.
-_4BIT = {"tolerance": 1e-2, "rounding": 0.1126}
-_FP8 = {"tolerance": 1e-3, "rounding": 2**-4}
+_4BIT = {"rounding": 0.1126}
+_FP8 = {"rounding": 2**-4}
 _ABSOLUTE = {"scale_parameter": False, "relative_step": False, "lr": 2e-3}
 
 ROWS = (
@@ -167,15 +164,6 @@ class Run:
         chosen = self.targets if targets is None else targets
         set_ranks(self.targets, {t.name: rank for t in chosen}, self.optimizer, step=self.count)
 
-    def drop_newest(self, rank: int) -> None:
-        """Remove from the factors the directions that growth added; the maps remove their state."""
-        for weight, axis in self.weights:
-            keep = torch.eye(rank, weight.shape[axis])
-            map_state(self.optimizer, weight, StateMap(axis, rank, keep))
-            weight.grad = None
-            with torch.no_grad():
-                weight.set_(weight.detach().narrow(axis, 0, rank).clone())
-
 
 def moments(run: Run, weight: nn.Parameter) -> dict[str, torch.Tensor]:
     """The optimiser's state of a parameter as ordinary tensors, read by the library's functions."""
@@ -229,25 +217,6 @@ def _check_torchao(stored: Any, key: str, count: int, large: bool, bits: int) ->
 
 @pytest.mark.usefixtures("_eager")
 class TestEveryOptimiser:
-    @pytest.mark.parametrize("rank", first_cases(1, [17, 24]))
-    def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(self, row, rank):
-        """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
-        plain, resized = Run(row.make), Run(row.make)
-        assert plain.train(2) == resized.train(2)
-        resized.set_ranks(rank)
-        check_form(resized, row)
-        resized.drop_newest(16)
-        check_form(resized, row)
-        for (old, _), (new, _) in zip(plain.weights, resized.weights, strict=True):
-            assert torch.equal(old, new)
-            # A factored average is scaled by a ratio of means, which is 1 up to rounding.
-            if not row.rounding and "Adafactor" not in row.name:
-                for key, value in moments(plain, old).items():
-                    assert torch.equal(value, moments(resized, new)[key]), key
-        before, after = plain.train(3), resized.train(3)
-        assert before == pytest.approx(after, abs=row.tolerance, rel=0)
-        assert len(set(before)) == 3
-
     def test_shrinking_to_half_goes_on(self, row):
         run = Run(row.make)
         losses = run.train(8)
@@ -321,25 +290,28 @@ class TestEveryOptimiser:
                 torch.testing.assert_close(value, factor * before[key], rtol=1e-6, atol=error)
         check_form(run, row)
 
-    def test_new_directions_start_without_a_past(self, row):
+    @pytest.mark.parametrize("rank", first_cases(1, [17, 24]))
+    def test_new_directions_start_without_a_past_and_old_ones_keep_theirs(self, row, rank):
+        """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
         run = Run(row.make)
         run.train(4)
         old = [moments(run, weight) for weight, _ in run.weights]
-        run.set_ranks(24)
+        run.set_ranks(rank)
+        check_form(run, row)
         for (weight, axis), before in zip(run.weights, old, strict=True):
             after = moments(run, weight)
             assert after.keys() == before.keys()
             for key, value in after.items():
                 if value.shape != weight.shape:
                     continue  # a factored average
-                kept, new = value.narrow(axis, 0, 16), value.narrow(axis, 16, 8)
+                kept, new = value.narrow(axis, 0, 16), value.narrow(axis, 16, rank - 16)
                 # Block boundaries move with the change, so low-bit values are quantised once more.
                 error = row.rounding * before[key].abs().max().item()
                 torch.testing.assert_close(kept, before[key], rtol=0, atol=error)
                 if key in FIRST:
                     assert not new.any()
                 elif axis == 1:
-                    mean = before[key].mean(dim=1, keepdim=True).expand(-1, 8)
+                    mean = before[key].mean(dim=1, keepdim=True).expand_as(new)
                     torch.testing.assert_close(new, mean, rtol=1e-5, atol=error)
                 elif "4bit" not in row.name:  # its map of squares has no zero
                     assert not new.any()

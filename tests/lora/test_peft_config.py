@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.lora import peft_config as checkpoint
-from rankpilot.lora.peft_config import adapter_ranks, choose_scaling, finish_load, make_resizable, sync_config
+from rankpilot.lora.peft_config import adapter_ranks, choose_scaling, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaForCausalLM
@@ -36,25 +36,6 @@ def reload(fresh, folder):
     return PeftModel.from_pretrained(fresh, folder)
 
 
-def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens):
-    source, goal = make_llama(), make_llama()
-    for model in (source, goal):
-        make_resizable(model, find_target_modules(model))
-    targets = find_target_modules(goal)
-    mix(targets, (0, 2, 9))
-    ranks = mix(find_target_modules(source))
-    set_peft_model_state_dict(goal, get_peft_model_state_dict(source))
-    assert adapter_ranks(targets) == ranks
-    # Until training starts every pair requires gradients, as it did when the first optimiser was built.
-    assert all(t.weight_a.requires_grad for t in targets)
-    finish_load(goal, targets)
-    assert [t.weight_a.requires_grad for t in targets] == [rank > 0 for rank in ranks.values()]
-    assert goal.peft_config["default"].rank_pattern == {
-        "^" + re.escape(name): rank for name, rank in ranks.items() if rank
-    }
-    assert torch.equal(logits(goal, make_tokens()), logits(source, make_tokens()))
-
-
 def test_unrelated_weights_leave_the_ranks_alone(make_bert):
     model = make_bert()
     targets = find_target_modules(model)
@@ -68,25 +49,6 @@ def test_unrelated_weights_leave_the_ranks_alone(make_bert):
     assert adapter_ranks(targets) == ranks
     assert [t.weight_a.data_ptr() for t in targets] == weights
     assert [t.weight_a.requires_grad for t in targets] == [rank > 0 for rank in ranks.values()]
-
-
-def test_another_adapter_leaves_the_ranks_alone(make_llama):
-    model = make_llama()
-    targets = find_target_modules(model)
-    make_resizable(model, targets)
-    ranks = mix(targets)
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="second"), "second")
-    assert adapter_ranks(targets) == ranks
-
-
-def test_make_resizable_twice_is_as_once(make_llama):
-    model = make_llama()
-    targets = find_target_modules(model)
-    make_resizable(model, targets)
-    make_resizable(model, targets)
-    assert len(model._load_state_dict_pre_hooks) == 1
-    assert len(targets[0].layer._state_dict_hooks) == 1
 
 
 @pytest.mark.parametrize(

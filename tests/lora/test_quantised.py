@@ -299,15 +299,6 @@ def test_quantised_conv1d(four_bit, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_norm_of_plain_weights(make_llama, dtype):
-    model = make_llama(dtype=dtype, target_modules=["embed_tokens", "q_proj"])
-    for target in find_target_modules(model):
-        weight = target.layer.get_base_layer().weight
-        assert real_weight(target.layer).data_ptr() == weight.data_ptr()
-        assert base_norm(target.layer) == pytest.approx(weight.double().norm().item(), rel=1e-6)
-
-
 def test_norm_of_half_precision_does_not_overflow(make_llama):
     target = find_target_modules(make_llama(dtype=torch.float16))[0]
     with torch.no_grad():

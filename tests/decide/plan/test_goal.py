@@ -1,8 +1,10 @@
-"""Goals as people give them."""
+"""Goals as people give them; and what makes plans loads no tensor library."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -35,3 +37,13 @@ def test_goals_in_words() -> None:
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         goal_of(**options)
+
+
+def test_plans_need_no_tensor_library():
+    """Loads that wait inside functions are import-linter's."""
+    modules = ", ".join(
+        f"rankpilot.decide.plan.{name}" for name in ("goal", "parts", "plan", "problem", "rate", "worth")
+    )
+    program = f"import sys, {modules}; print({{'torch', 'transformers', 'peft', 'psutil'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -70,12 +70,6 @@ def test_no_split_of_any_rows_takes_less(seed: int) -> None:
         assert taken(given) == pytest.approx(least_seconds(lengths, room, count))
 
 
-def test_rows_of_one_length_stay_together_where_they_fit() -> None:
-    lengths = np.full(16, 20)
-    (whole,) = plan_parts(lengths, np.inf, LAYERS, bytes_of, seconds_of)
-    assert whole == Part(tuple(range(16)), 20, 0)
-
-
 def test_less_room_takes_smaller_parts_before_it_takes_a_row_away() -> None:
     lengths = np.array([4, 30, 5, 6])
     alone = float(bytes_of(np.ones(1), np.array([30]), 3)[0])

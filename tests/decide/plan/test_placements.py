@@ -51,14 +51,6 @@ def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest
         assert uniform_ranks(problem(9)).sum() == 0
 
 
-def test_uniform_is_rank_8_or_more_where_depth_costs_something():
-    problem = simple_problem(10 * 8 * 4 + 70)
-    assert uniform_ranks(problem).tolist() == [6] * 6, "parameters: as deep as possible"
-    cost = in_bytes(problem.cost, 1.0)
-    assert uniform_ranks(replace(problem, cost=cost)).tolist() == [0, 0, 9, 9, 9, 9]
-    assert uniform_ranks(replace(problem, cost=cost, limit=101.0)).tolist() == [0, 0, 0, 0, 5, 5]
-
-
 def test_top_down_puts_the_rest_on_single_modules_of_the_next_layer():
     assert top_down(simple_problem(10 * 16 * 5)).tolist() == [16, 0, 16, 16, 16, 16]
     assert top_down(simple_problem(10 * (16 * 5 + 2))).tolist() == [16, 2, 16, 16, 16, 16]

@@ -107,37 +107,6 @@ def alike(count, limit, *, blocks=1, ladder=LADDERS[0], ranks=None, max_step=Non
     )
 
 
-@given(st.integers(1, 12), st.integers(10, 8000), st.sampled_from(LADDERS))
-def test_equal_scores_give_equal_ranks_within_a_rung(count, limit, ladder):
-    problem = alike(count, limit, ladder=ladder)
-    for ranks in (
-        project(problem, np.zeros(count, dtype=np.int64), np.zeros(count)).ranks,
-        pack(problem, np.zeros(count), 1.0),
-    ):
-        rungs = problem.ladder.rung(ranks)
-        assert rungs.max() - rungs.min() <= 1
-
-
-@given(st.integers(2, 12), st.integers(10, 8000), SEEDS)
-def test_a_higher_score_never_gets_fewer_ranks(count, limit, seed):
-    scores = np.random.default_rng(seed).normal(scale=2, size=count)
-    problem = alike(count, limit)
-    order = np.argsort(scores)
-    for ranks in (
-        project(problem, np.zeros(count, dtype=np.int64), scores).ranks,
-        project(problem, np.full(count, 64), scores).ranks,
-        pack(problem, scores, 1.0),
-        pack(problem, scores, 8.0),
-    ):
-        assert (np.diff(ranks[order]) >= 0).all()
-
-
-def test_scores_are_log_ranks():
-    """Twice the score ratio means about twice the rank."""
-    ranks = pack(alike(4, 10 * (4 + 8 + 16 + 32)), np.log([4.0, 8, 16, 32]), 1.0)
-    assert ranks.tolist() == [4, 8, 16, 32]
-
-
 def test_the_top_layers_come_first_when_depth_costs():
     problem = alike(6, 10 * 8 * 4, blocks=3)
     assert pack(problem, np.zeros(6), 8.0).tolist() == [0, 0, 8, 8, 8, 8]
@@ -183,24 +152,6 @@ def test_tilt_is_what_a_layer_is_worth_in_score():
         assert np.flatnonzero(ranks).tolist() == [expected]
 
 
-def test_a_lower_layer_is_adapted_in_part_by_score():
-    ranks = pack(alike(6, 10 * 8 * 5, blocks=3), np.array([0.0, 0.1, 0, 0, 0, 0]), 8.0)
-    assert (ranks > 0).tolist() == [False, True, True, True, True, True]
-
-
-def test_an_expensive_top_layer_does_not_hide_a_cheap_one_below():
-    problem = AllocationProblem(
-        ranks=np.zeros(2, dtype=np.int64),
-        max_ranks=np.array([64, 64]),
-        blocks=np.array([0, 1]),
-        cost=ParameterCost(np.array([[10.0, 5000.0]])),
-        limit=100.0,
-        ladder=RankLadder(),
-    )
-    check_budget(problem, ["small", "head"])
-    assert pack(problem, np.zeros(2), 4.0).tolist() == [8, 0]
-
-
 @pytest.mark.parametrize(
     ("limit", "now", "wanted", "scores", "clipped", "ranks"),
     [
@@ -215,36 +166,6 @@ def test_wishes_for_modules_of_one_price(limit, now, wanted, scores, clipped, ra
     plan = project(alike(len(now), 10 * limit, ranks=now, max_step=2), np.array(wanted), np.array(scores, dtype=float))
     assert plan.clipped.tolist() == clipped
     assert plan.ranks.tolist() == ranks
-
-
-def two_moments(limit, **options):
-    """Two modules, each of which counts at one moment alone; what both need is held at the first."""
-    cost = ByteCost(
-        moments=("the loss", "layer 0"),
-        constant=np.array([0.0, 50.0]),
-        per_rank=np.array([[10.0, 0.0], [0.0, 10.0]]),
-        group_bytes=np.array([[100.0], [0.0]]),
-        needs=np.array([[True, True]]),
-    )
-    ranks = np.zeros(2, dtype=np.int64)
-    return AllocationProblem(ranks, np.array([64, 64]), np.array([0, 1]), cost, float(limit), RankLadder(), **options)
-
-
-def test_each_moment_has_the_whole_budget():
-    problem = two_moments(140)
-    assert pack(problem, np.zeros(2), 1.0).tolist() == [4, 8]
-    assert project(problem, np.zeros(2, dtype=np.int64), np.array([-5.0, 5.0])).ranks.tolist() == [4, 8]
-
-
-@given(problems(costs=("parameters",)))
-def test_uniform_is_the_largest_whole_rank_that_fits(problem):
-    ranks = uniform_ranks(problem)
-    everywhere = [
-        rank for rank in range(1, problem.ladder.ranks[-1] + 1) if problem.fits(np.minimum(rank, problem.max_ranks))
-    ]
-    if everywhere:
-        assert (ranks == np.minimum(everywhere[-1], problem.max_ranks)).all()
-    assert problem.fits(ranks)
 
 
 def test_the_message_for_bytes_says_what_takes_them():
@@ -270,13 +191,8 @@ def test_the_message_for_bytes_says_what_takes_them():
 
 def test_a_share_that_fits_nothing_names_the_smallest_that_works():
     """What lowers the bytes of a plan lowers what the share is of as well."""
-    cost = ByteCost(
-        moments=("the loss",),
-        constant=np.array([9e6]),
-        per_rank=np.array([[1e5, 2e5]]),
-        group_bytes=np.array([[]]),
-        needs=np.zeros((0, 2), dtype=bool),
-    )
+    none = np.zeros((0, 2), dtype=bool)
+    cost = ByteCost(("the loss",), np.array([9e6]), np.array([[1e5, 2e5]]), np.array([[]]), none)
     whole = plan_cost(cost, np.array([8, 8]))
     problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 0.5 * whole, RankLadder())
     with pytest.raises(
@@ -289,54 +205,9 @@ def test_a_share_that_fits_nothing_names_the_smallest_that_works():
         check_budget(replace(alike(3, 1.5), cost=ParameterCost(np.full((1, 3), 2.0))), list("abc"), 0.25)
 
 
-@pytest.mark.parametrize(("limit", "ranks"), [(400, [8, 4, 24, 4]), (90, [8, 0, 0, 1]), (70, [0, 2, 2, 2])])
-def test_pinned_modules_keep_their_rank_or_are_dropped(limit, ranks):
-    """The first module is pinned: others give way for it, and it goes only if it cannot fit at all."""
-    problem = AllocationProblem(
-        ranks=np.array([8, 4, 4, 4]),
-        max_ranks=np.array([32, 8, 32, 8]),
-        blocks=np.array([0, 0, 1, 1]),
-        cost=ParameterCost(np.full((1, 4), 10.0)),
-        limit=limit,
-        ladder=RankLadder(),
-        pinned=np.array([True, False, False, False]),
-    )
-    plan = project(problem, np.array([16, 4, 24, 4]), np.zeros(4))
-    assert plan.clipped[0] == 8
-    assert problem.fits(plan.ranks)
-    assert plan.ranks.tolist() == ranks
-
-
 def bounded(limit, low, high, **options):
     """Four alike modules in two layers, with bounds."""
     return replace(alike(4, limit, blocks=2, **options), low=np.array(low), high=np.array(high))
-
-
-def test_bounds_go_before_scores_and_floors():
-    problem = bounded(10 * 60, [0, 16, 0, 0], [64, 16, 64, 4])
-    for ranks in (pack(problem, np.array([0.0, -9, 0, 9]), 1.0), pack(problem, np.array([0.0, -9, 0, 9]), 32.0)):
-        assert ranks[1] == 16
-        assert ranks[3] == 4
-        assert problem.fits(ranks)
-
-
-def test_bounds_go_before_the_step():
-    problem = bounded(10**6, [32, 0, 0, 0], [64, 64, 2, 64], ranks=[1, 8, 64, 8], max_step=1)
-    plan = project(problem, problem.ranks, np.zeros(4))
-    assert plan.clipped.tolist() == [32, 8, 2, 8]
-    assert plan.ranks.tolist() == [32, 12, 2, 12]
-
-
-def test_a_pinned_module_is_dropped_for_its_upper_bound_alone():
-    problem = bounded(10**6, [0, 4, 0, 0], [2, 4, 64, 64], ranks=[8, 8, 8, 8])
-    plan = project(replace(problem, pinned=np.ones(4, dtype=bool)), problem.ranks, np.zeros(4))
-    assert plan.ranks.tolist() == [0, 8, 8, 8]
-
-
-def test_bounds_beyond_a_module_are_clipped_and_between_rungs_the_inner_rung_counts():
-    problem = replace(bounded(10**6, [100, 3, 0, 5], [100, 64, 5, 64]), max_ranks=np.array([10, 64, 64, 64]))
-    assert problem.ladder.array[problem.bottoms].tolist() == [8, 4, 0, 8]
-    assert problem.ladder.array[problem.tops].tolist() == [8, 64, 4, 64]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What every plan keeps to, on thousands of random problems; and plans are those of the slow planner, and on file."""
+"""What every plan keeps to, on hundreds of random problems; and plans are those of the slow planner."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.cost.cost import ByteCost, FixedCost, ParameterCost, moment_costs, plan_cost
+from rankpilot.cost.cost import ParameterCost, plan_cost
 from rankpilot.decide.plan.plan import pack, project
 from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.spec import ModuleSpec, RankLadder
 
 from . import slow_plan
-from .synthetic_costs import LAYER, fixed_cost, random_cost, reordered, transformer_cost
+from .synthetic_costs import LAYER, random_cost, reordered, transformer_cost
 
 LADDERS = (RankLadder(), *(RankLadder(ranks) for ranks in ((0, 1, 2, 3), (0, 4, 8, 16), (0, 5, 8, 9), (0, 2))))
 
@@ -121,45 +121,12 @@ def check_spent(problem, plan):
         assert not problem.fits(further), f"module {module} could still rise"
 
 
-def check_way_there(problem, plan):
-    """Drops, then shrinks, then grows, as `set_ranks` makes them: never more than the larger of the two plans."""
-    ranks = problem.ranks.copy()
-    most = max(plan_cost(problem.cost, ranks), plan.cost)
-    drops = np.flatnonzero((plan.ranks == 0) & (ranks > 0))
-    shrinks = np.flatnonzero((plan.ranks > 0) & (plan.ranks < ranks))
-    for module in (*drops, *shrinks, *np.flatnonzero(plan.ranks > ranks)):
-        ranks[module] = plan.ranks[module]
-        assert plan_cost(problem.cost, ranks) <= most
-    assert (ranks == plan.ranks).all()
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make_cost", "largest", "plans"),
-    [(random_cost, 12, 1000), (ParameterCost, 12, 1000), (transformer_cost, 28, 250), (transformer_cost, 350, 5)],
-)
-def test_thousands_of_plans_keep_to_the_budget_and_spend_it(make_cost, largest, plans):
-    generator = np.random.default_rng(1)
-    for _ in range(plans):
-        problem = random_problem(generator, make_cost, largest)
-        given = (problem.ranks, *random_wish(generator, problem))
-        before = [array.copy() for array in given]
-        plan = project(problem, *given[1:])
-        check_kept(problem, plan)
-        check_bounds(problem, plan)
-        check_spent(problem, plan)
-        check_way_there(problem, plan)
-        assert (project(problem, *given[1:]).ranks == plan.ranks).all()
-        assert all((one == other).all() for one, other in zip(given, before, strict=True)), "inputs stay as they are"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_cost", "largest", "problems"),
     [(random_cost, 14, 300), (ParameterCost, 14, 300), (transformer_cost, 21, 80), (transformer_cost, 140, 2)],
 )
-def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
+def test_plans_are_those_of_the_slow_planner_keep_to_the_budget_and_spend_it(make_cost, largest, problems):
     generator = np.random.default_rng(3)
     for _ in range(problems):
         problem = random_problem(generator, make_cost, largest)
@@ -170,48 +137,9 @@ def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
         assert plan.clipped.tolist() == expected.clipped.tolist()
         assert plan.ranks.tolist() == expected.ranks.tolist()
         assert plan.cost == expected.cost
-
-
-def test_plans_do_not_depend_on_how_groups_and_moments_are_numbered():
-    """Ties, above all, which are broken by the modules' places alone."""
-    generator = np.random.default_rng(4)
-    for _ in range(300):
-        problem = random_problem(generator, random_cost)
-        wanted, cost = random_wish(generator, problem)[0], problem.cost
-        groups, moments = generator.permutation(len(cost.needs)), generator.permutation(len(cost.constant))
-        sizes, needs = cost.group_bytes[np.ix_(moments, groups)], cost.needs[groups]
-        names = tuple(cost.moments[moment] for moment in moments)
-        other = ByteCost(names, cost.constant[moments], cost.per_rank[moments], sizes, needs)
-        renumbered, scores = replace(problem, cost=other), np.zeros(len(problem.ranks))
-        assert (project(problem, wanted, scores).ranks == project(renumbered, wanted, scores).ranks).all()
-        assert (pack(problem, scores, 4.0) == pack(renumbered, scores, 4.0)).all()
-
-
-def test_running_costs_are_those_of_the_whole_set():
-    generator = np.random.default_rng(5)
-    for _ in range(100):
-        blocks = random_blocks(generator, int(generator.integers(1, 20)))
-        cost = reordered(random_cost(generator, blocks), generator.permutation(len(blocks)))
-        active = generator.random(len(blocks)) < generator.random()
-        fixed = FixedCost(cost, active)
-        for _ in range(20):
-            assert (fixed.value == fixed_cost(cost, active)).all()
-            assert (moment_costs(cost, 3 * active) == fixed_cost(cost, active) + 3 * cost.per_rank @ active).all()
-            additions, removals = fixed.additions(np.arange(len(active))), fixed.removals()
-            for module in range(len(active)):
-                after = active.copy()
-                after[module] = not active[module]
-                change = removals if active[module] else additions
-                assert (change[:, module] == abs(fixed_cost(cost, after) - fixed.value)).all()
-                assert ((additions + removals - change)[:, module] == 0).all()
-            changed = np.flatnonzero(generator.random(len(active)) < 0.3)
-            coming, going = changed[~active[changed]], changed[active[changed]]
-            fixed.remove_all(going)
-            for module in coming.tolist():
-                assert (fixed.value_with(module) >= fixed.value).all()
-                fixed.add(module, fixed.value_with(module))
-            active[changed] = ~active[changed]
-        assert (fixed.value == fixed_cost(cost, active)).all()
+        check_kept(problem, plan)
+        check_bounds(problem, plan)
+        check_spent(problem, plan)
 
 
 def spread_problem(seed, *, layers=8, checkpointing=False):
@@ -244,21 +172,6 @@ def test_noise_of_the_scores_hardly_moves_ranks(checkpointing, noise, moved):
         bare.append((decided(replace(problem, hysteresis=0.0), shaken) != problem.ranks).mean())
     assert np.mean(shares) <= moved
     assert np.mean(shares) <= np.mean(bare) / 3
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_real_change_of_a_score_goes_through(checkpointing):
-    for seed in range(20):
-        problem, scores, generator = spread_problem(seed, checkpointing=checkpointing)
-        midway = (problem.rungs > 1) & (problem.rungs < problem.tops - 1)
-        module = generator.choice(np.flatnonzero(midway)) if midway.any() else None
-        if module is None:
-            continue
-        better, worse = scores.copy(), scores.copy()
-        better[module] += 1.0
-        worse[module] -= 1.0
-        assert decided(problem, better)[module] > problem.ranks[module]
-        assert decided(problem, worse)[module] < problem.ranks[module]
 
 
 @pytest.mark.parametrize(("lead", "first", "later"), [(0.1, [4, 8], [8, 4]), (0.5, [4, 8], [4, 8])])

@@ -34,15 +34,6 @@ def told(features: np.ndarray) -> dict[str, float]:
 RANKS = st.lists(st.sampled_from(DEFAULT_RANKS), min_size=len(WIDE), max_size=len(WIDE)).map(np.array)
 
 
-@pytest.mark.parametrize("width", [32.0, 512.0, 4096.0])
-def test_plain_lora_has_no_feature_and_no_spread(width: float) -> None:
-    features = model(width).features(PLAIN)
-    assert not features.any()
-    assert not packaged_worth().spread(features).any()
-    assert not packaged_worth().parts(features).any()
-    assert not distance(features).any()
-
-
 @pytest.mark.parametrize(
     "changes",
     [
