@@ -114,31 +114,19 @@ def reloads(warm_python: WarmPython) -> Iterator[list[dict[str, Any]]]:
 def llama_config() -> LlamaConfig:
     """Two layers with grouped queries: k and v are narrower than q."""
     return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        attn_implementation="sdpa",
-        bos_token_id=None,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, attn_implementation="sdpa", bos_token_id=None,
         eos_token_id=None,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def bert_config() -> BertConfig:
     """Three layers with dropout and a classifier on top."""
     return BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
 
 
 def fill_b(model: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:

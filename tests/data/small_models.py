@@ -46,14 +46,8 @@ VARIABLE_CHATML = (
 """ChatML that shows two variables of its own."""
 PAD, UNKNOWN, END = range(3)
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "pad_token_id": PAD,
-}
+_SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES |= {"intermediate_size": 64, "pad_token_id": PAD}
 _T5 = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
 
 

@@ -22,12 +22,8 @@ from .conftest import ModelFolder
 from .small_models import WORDS, write_rows
 
 TASKS: list[tuple[str, Task]] = [
-    ("llama", "causal-lm"),
-    ("t5", "seq2seq"),
-    ("bert", "classification"),
-    ("roberta", "regression"),
-    ("distilbert", "token-classification"),
-    ("t5", "classification"),
+    *(("llama", "causal-lm"), ("t5", "seq2seq"), ("bert", "classification"), ("roberta", "regression")),
+    *(("distilbert", "token-classification"), ("t5", "classification")),
 ]
 OPTIONS = {"target_modules": "all-linear", "r": 2, "lora_alpha": 4}
 

@@ -205,19 +205,6 @@ def test_plain_peft_loads_and_merges_what_is_saved(name, tmp_path: Path):
     assert torch.allclose(merged(input_ids=IDS).logits, wanted, atol=2e-5)
 
 
-def test_a_resizable_model_loads_other_ranks_and_what_is_at_none(tmp_path: Path):
-    model, targets = adapted("qwen3-moe")
-    experts = experts_of(targets)
-    set_ranks(targets, {experts[0].name: 0, experts[1].name: 7})
-    make_resizable(model, targets)
-    sync_config(model, targets)
-    model.save_pretrained(tmp_path)
-    other, other_targets = adapted("qwen3-moe")
-    make_resizable(other, other_targets)
-    other.load_state_dict(load_file(tmp_path / "adapter_model.safetensors"), strict=False)
-    assert [t.rank for t in experts_of(other_targets)] == [0, 7, *(t.rank for t in experts[2:])]
-
-
 def test_a_padded_file_has_one_rank_and_the_same_function(tmp_path: Path):
     model, targets = adapted("qwen3-moe")
     experts = experts_of(targets)

@@ -15,14 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
-from rankpilot.lora.optimizer_state import (
-    OptimizerSnapshot,
-    StateMap,
-    reset_state,
-    scale_state,
-    state_bytes_of,
-    unwrap_optimizer,
-)
+from rankpilot.lora import optimizer_state
 from rankpilot.lora.peft_config import choose_scaling
 from rankpilot.lora.resize import set_ranks, shrink_maps
 from rankpilot.lora.targets import TargetModule, find_target_modules
@@ -132,17 +125,10 @@ class Run:
     def __init__(self, make: Make, **options: Any) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=256,
-            intermediate_size=320,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            initializer_range=0.05,
-            bos_token_id=None,
+            vocab_size=64, hidden_size=256, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.05, bos_token_id=None,
             eos_token_id=None,
-        )
+        )  # fmt: skip
         settings = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"} | options
         self.model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**settings)).train()
         self.targets = find_target_modules(self.model)
@@ -276,7 +262,7 @@ class TestEveryOptimiser:
             if axis == 0:
                 continue
             before = moments(run, weight)
-            scale_state(run.optimizer, weight, 4.0)
+            optimizer_state.scale_state(run.optimizer, weight, 4.0)
             after = moments(run, weight)
             assert after.keys() == before.keys()
             for key, value in after.items():
@@ -394,7 +380,7 @@ def test_state_of_unknown_form_begins_anew_where_a_rank_changes(name):
     for weight, _ in run.weights:
         real = sum(v.nbytes for v in state[weight].values() if torch.is_tensor(v) and v.dim())
         spared = weight.nbytes if name == "Prodigy" and "p0" in state[weight] and not state[weight]["p0"].dim() else 0
-        assert state_bytes_of(run.optimizer, weight.detach()) == real + spared  # of a start at zero
+        assert optimizer_state.state_bytes_of(run.optimizer, weight.detach()) == real + spared  # of a start at zero
     chosen, others = run.targets[::2], run.targets[1::2]
     before = {w: copy.deepcopy(state[w]) for t in others for w in (t.weight_a, t.weight_b)}
     for rank in (8, 24, 0, 16):
@@ -457,7 +443,7 @@ def test_paged_state_comes_back_to_where_its_weight_is():
     paged = torch.zeros(4, 3)
     paged.is_paged = True
     optimizer.state[weight] = {"state1": paged}
-    OptimizerSnapshot(optimizer, [weight], steps=True).put_back()
+    optimizer_state.OptimizerSnapshot(optimizer, [weight], steps=True).put_back()
     assert optimizer.state[weight]["state1"].device == weight.device
 
 
@@ -524,7 +510,9 @@ def test_directions_seeded_anew_by_a_shrink_start_at_the_mean_of_the_old_ones(ma
 
 def test_state_map_keeps_the_dtype_and_squares_for_second_moments():
     matrix = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
-    change = StateMap(axis=1, rank=2, matrix=matrix, fresh=torch.tensor([False, True]), fill_second="mean")
+    change = optimizer_state.StateMap(
+        axis=1, rank=2, matrix=matrix, fresh=torch.tensor([False, True]), fill_second="mean"
+    )
     state = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
     assert change.apply(state, second=False).tolist() == [[-3, 0], [-5, 0]]
     assert change.apply(state, second=True).tolist() == [[9, 1.5], [19, 3.5]]
@@ -535,10 +523,10 @@ def test_the_optimiser_inside_a_wrapper_is_used():
     run = Run(torch.optim.AdamW)
     run.train(1)
     wrapper = SimpleNamespace(optimizer=run.optimizer)
-    assert unwrap_optimizer(wrapper) is run.optimizer
+    assert optimizer_state.unwrap_optimizer(wrapper) is run.optimizer
     chosen = run.targets[0].weight_a
     set_ranks(run.targets, {t.name: 2 for t in run.targets}, wrapper)
     assert run.optimizer.state[chosen]["exp_avg"].shape == (2, 256)
-    assert state_bytes_of(None, torch.zeros(3, 5)) == 2 * 3 * 5 * 4
-    reset_state(None, [chosen])
+    assert optimizer_state.state_bytes_of(None, torch.zeros(3, 5)) == 2 * 3 * 5 * 4
+    optimizer_state.reset_state(None, [chosen])
     assert chosen in run.optimizer.state

@@ -24,19 +24,10 @@ def step_time() -> StepTime:
     """The backward pass of a layer takes 2 s, its second run 1 s, and the forward pass 6 s."""
     needs = BLOCKS[None] <= np.arange(LAYERS)[:, None]
     return StepTime(
-        constant=6.0,
-        per_rank=np.full(MODULES, 0.005),
-        adapters=np.full(MODULES, 0.1),
-        groups=np.full(LAYERS, 2.0),
-        needs=needs,
-        layers=NAMES,
-        running_again=(),
-        layer_seconds=np.ones(LAYERS),
-        layer_needs=needs,
-        layer_of=BLOCKS,
-        again=np.zeros(MODULES),
-        again_per_rank=np.zeros(MODULES),
-    )
+        constant=6.0, per_rank=np.full(MODULES, 0.005), adapters=np.full(MODULES, 0.1), groups=np.full(LAYERS, 2.0),
+        needs=needs, layers=NAMES, running_again=(), layer_seconds=np.ones(LAYERS), layer_needs=needs, layer_of=BLOCKS,
+        again=np.zeros(MODULES), again_per_rank=np.zeros(MODULES),
+    )  # fmt: skip
 
 
 def byte_cost() -> ByteCost:

@@ -190,13 +190,7 @@ def outcome_of(adapters: StackedAdapters, row: int, sides: Sequence[str] = HELD)
 
 
 def train_stacked(
-    tiny: Tiny,
-    adapters: StackedAdapters,
-    runs: Mapping[int, Run],
-    steps: int,
-    *,
-    start: int = 0,
-    broken: Sequence[int] = (),
+    tiny: Tiny, adapters: StackedAdapters, runs: Mapping[int, Run], steps: int, *, start=0, broken: Sequence[int] = ()
 ) -> dict[int, Outcome]:
     """Runs by row, in this order in the batch; from fresh adapters of rank 1 if they start at step 0.
 
