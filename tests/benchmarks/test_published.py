@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.cards import device_table
@@ -14,7 +13,6 @@ from rankpilot.report.doubts import doubts
 
 from benchmarks import published, published_page
 from benchmarks.published_contexts import contexts, longest
-from benchmarks.published_time import judged, time_rows
 from benchmarks.published_trainers import Example, examples
 
 from ..cases import first_cases
@@ -101,17 +99,6 @@ def test_the_packaged_constants_are_of_the_stored_fit():
         assert card_rates(replace(rates, bytes_per_s=rate), "bf16").bytes == pytest.approx(reached, rel=0.01)
     assert found["products"] == 1.0
     assert found["none.held"] == found["four bits.held"] == 10, "half of 40 rows"
-
-
-def test_times_are_judged_by_seconds_and_by_shares():
-    found = judged(np.array([1.1, 2.2, 2.0]), np.array([1.0, 2.0, 4.0]))
-    assert found["median_error"] == pytest.approx(0.1)
-    assert found["worst_error"] == pytest.approx(0.5)
-    assert found["order_right"] == pytest.approx(2 / 3)
-    assert found["median_share_error"] == pytest.approx(1.2)  # of 0, 1.2 and 1.2
-    lengths = {(row.quantization, row.name): row for row in time_rows()}
-    assert len(time_rows()) == 40
-    assert lengths["nf4", "Mistral-7B"].seconds == pytest.approx(8 * 4096 / 2987.456)
 
 
 FAR = {

@@ -14,6 +14,8 @@ from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaForCausalLM
 
+from .training import logits
+
 MIXED = (0, 1, 3, 0, 7, 2, 12)
 
 
@@ -24,16 +26,6 @@ def mix(targets, pattern=MIXED):
             noise = torch.Generator().manual_seed(index)
             t.weight_b.copy_(0.1 * torch.randn(t.weight_b.shape, generator=noise))
     return adapter_ranks(targets)
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens).logits
-
-
-def reload(fresh, folder):
-    """Load an adapter with plain PEFT."""
-    return PeftModel.from_pretrained(fresh, folder)
 
 
 def test_unrelated_weights_leave_the_ranks_alone(make_bert):
@@ -69,7 +61,7 @@ def test_what_the_user_excluded_stays_excluded(make_llama, llama_config, make_to
         folder = tmp_path / str(len(set(pattern)))
         model.save_pretrained(folder)
         torch.manual_seed(0)
-        again = reload(LlamaForCausalLM(llama_config), folder)
+        again = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), folder)
         assert adapter_ranks(find_target_modules(again)) == {n: r for n, r in ranks.items() if r}
         assert torch.equal(logits(again, make_tokens()), logits(model, make_tokens()))
     set_ranks(targets, {t.name: 2 for t in targets})
@@ -93,7 +85,7 @@ def test_no_pattern_of_the_user_gets_in_the_way(
     assert len(config.rank_pattern) == (2 if many == 3 else sum(rank > 0 for rank in ranks.values()))
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    again = reload(LlamaForCausalLM(llama_config), tmp_path)
+    again = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path)
     assert adapter_ranks(find_target_modules(again)) == {n: r for n, r in ranks.items() if r}
     assert torch.equal(logits(again, make_tokens()), logits(model, make_tokens()))
 
@@ -116,7 +108,7 @@ def test_a_dropped_module_does_not_take_its_namesake_along(tmp_path):
     make_resizable(model, targets)
     sync_config(model, targets)
     model.save_pretrained(tmp_path)
-    again = reload(Nested(), tmp_path)
+    again = PeftModel.from_pretrained(Nested(), tmp_path)
     assert adapter_ranks(find_target_modules(again)) == {"inner.fc": 3}
 
 

@@ -133,9 +133,7 @@ def train(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int = 4) ->
 
 
 def logits(model: PeftModel) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(input_ids=tokens()).logits
-    return result
+    return training.logits(model, tokens())
 
 
 def mix(targets: list[TargetModule], optimizer: torch.optim.Optimizer, step: int) -> None:

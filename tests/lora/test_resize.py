@@ -23,7 +23,7 @@ from rankpilot.lora.resize import (
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 
-from .training import product
+from .training import logits, product
 
 
 def lone_pair(d_in: int, d_out: int, rank: int, dtype: torch.dtype = torch.float32, **options: object) -> TargetModule:
@@ -44,11 +44,6 @@ def fill(target: TargetModule, used: int, generator: torch.Generator, spread: fl
     with torch.no_grad():
         target.weight_a.copy_((torch.linalg.inv(mix) @ a).to(dtype))
         target.weight_b.copy_((b @ mix).to(dtype))
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
 
 
 @given(data=st.data())
