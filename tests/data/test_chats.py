@@ -200,7 +200,6 @@ def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixtur
         ({"messages": [{"role": None, "content": "good"}]}, "a list with the message {'content': 'good'}"),
         ({"conversations": [{"from": "human", "value": None}]}, "column 'conversations'"),
         ({"prompt": "good", "completion": None}, "'completion' holds no value in 1 of 21 rows"),
-        ({"instruction": None, "output": "bad"}, "'instruction' holds no value in 1 of 21 rows"),
     ],
 )
 def test_a_flaw_in_one_row(row: dict[str, Any], words: str, workload_of: WorkloadOf) -> None:

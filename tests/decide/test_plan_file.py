@@ -76,13 +76,10 @@ def test_forms_that_a_person_may_write(path: Path, text: str) -> None:
     [
         ("[", "cannot be read as YAML"),
         ("", r"plan\.yaml is empty\. A plan has `modules`\."),
-        ("# only a comment\n", "is empty"),
         ("[1, 2]", "holds no mapping"),
         ("modules:\n", "holds no ranks. Under `modules`, give each target module its rank"),
-        ("modules: {}\n", "holds no ranks"),
         ("a: -1", "The rank of 'a' in .* is -1; it is a whole number from 0 on"),
         ("a: 2.5", "is 2.5; it is a whole number"),
-        ("a: true", "is True"),
         ("a: '8'", "is '8'"),
         ("a:\n", "is None"),
         ("a: &x {b: 1}\nc: *x\n", "references .* are not read"),

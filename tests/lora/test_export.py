@@ -288,7 +288,6 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "pickle": (pickled, UnsupportedError, "is a pickle, which can run code.*safe_serialization=True"),
     "torn weights": (lambda f: corrupt(f, WEIGHTS, b"\x10"), RunFolderError, "safetensors is corrupt or foreign"),
     "torn config": (lambda f: corrupt(f, CONFIG, b'{"r": 4'), RunFolderError, "config.json is corrupt or foreign"),
-    "list": (lambda f: corrupt(f, CONFIG, b"[1]"), RunFolderError, "config.json is corrupt or foreign"),
     "unknown type": (lambda f: edit_config(f, peft_type="OURS"), RunFolderError, "config.json is corrupt or foreign"),
     "other type": (lambda f: IA3Config().save_pretrained(str(f)), UnsupportedError, "IA3Config. Only LoRA"),
     "no pairs": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), UnsupportedError, "holds no LoRA pair"),

@@ -17,54 +17,34 @@ from rankpilot.decide.plan.problem import AllocationProblem, rank_bounds
 from rankpilot.lora.spec import ModuleSpec, RankLadder
 
 from .synthetic_costs import random_cost
-
-LADDERS = (RankLadder(), RankLadder((0, 1, 2, 3)), RankLadder((0, 4, 8, 16)))
-
-
-@st.composite
-def problems(draw, costs=("bytes", "parameters"), ladders=LADDERS):
-    """A random problem, its current ranks anywhere, its budget from hopeless to plenty."""
-    count = draw(st.integers(1, 10))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    blocks = np.sort(generator.integers(0, draw(st.integers(1, 4)), size=count))
-    blocks = np.unique(blocks, return_inverse=True)[1]
-    ladder = draw(st.sampled_from(ladders))
-    widths = generator.integers(2, 80, size=count)
-    if draw(st.sampled_from(costs)) == "bytes":
-        cost = random_cost(generator, blocks)
-    else:
-        cost = ParameterCost(generator.integers(2, 100, size=(1, count)).astype(float))
-    max_ranks = np.maximum(widths, ladder.ranks[1])
-    ranks = ladder.array[generator.integers(0, ladder.rung(max_ranks) + 1)]
-    problem = AllocationProblem(ranks, max_ranks, blocks, cost, 0.0, ladder, draw(st.sampled_from([None, 1, 2, 3])))
-    everything = plan_cost(problem.cost, ladder.array[problem.tops])
-    return replace(problem, limit=float(int(everything * draw(st.floats(0, 1.1)))))
-
-
-def wishes(problem, seed):
-    generator = np.random.default_rng(seed)
-    count = len(problem.ranks)
-    return problem.ladder.step(problem.ranks, generator.integers(-12, 13, size=count)), generator.normal(size=count)
-
+from .test_plan_properties import random_problem, random_wish
 
 SEEDS = st.integers(0, 2**32 - 1)
-
-
 TILTS = st.one_of(st.just(0.0), st.floats(-8, 8), st.just(100.0))
 
 
-@given(problems(), SEEDS, st.floats(0.1, 100), TILTS)
-def test_packed_ranks_fit(problem, seed, rank_floor, depth_bias):
-    _, scores = wishes(problem, seed)
+@st.composite
+def problems(draw):
+    """A random problem without bounds, and wanted ranks and scores."""
+    generator = np.random.default_rng(draw(SEEDS))
+    problem = random_problem(generator, draw(st.sampled_from([random_cost, ParameterCost])))
+    able = np.maximum(problem.max_ranks, problem.ladder.ranks[1])
+    free = replace(problem, pinned=None, low=None, high=None, max_ranks=able)
+    return free, *random_wish(generator, free)
+
+
+@given(problems(), st.floats(0.1, 100), TILTS)
+def test_packed_ranks_fit(drawn, rank_floor, depth_bias):
+    problem, _, scores = drawn
     ranks = pack(problem, scores, rank_floor, depth_bias)
     assert problem.fits(ranks) or not ranks.any()
     assert np.isin(ranks, problem.ladder.array).all()
     assert (ranks <= problem.max_ranks).all()
 
 
-@given(problems(), SEEDS, TILTS)
-def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias):
-    wanted, scores = wishes(problem, seed)
+@given(problems(), TILTS)
+def test_whatever_budget_passes_the_check_gives_a_plan(drawn, depth_bias):
+    problem, wanted, scores = drawn
     try:
         check_budget(problem, [f"module.{i}" for i in range(len(problem.ranks))])
     except BudgetError:
@@ -76,8 +56,9 @@ def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias
     assert project(replace(problem, max_step=None), wanted, scores).ranks.any()
 
 
-@given(problems(), SEEDS)
-def test_the_budget_that_the_message_names_works(problem, seed):
+@given(problems())
+def test_the_budget_that_the_message_names_works(drawn):
+    problem, *_ = drawn
     names = [f"module.{i}" for i in range(len(problem.ranks))]
     poor = replace(problem, limit=0.5)
     with pytest.raises(BudgetError, match="is too small for any adapter") as caught:
@@ -94,7 +75,7 @@ def test_the_budget_that_the_message_names_works(problem, seed):
         check_budget(replace(problem, limit=plan_cost(problem.cost, one) - 1), names)
 
 
-def alike(count, limit, *, blocks=1, ladder=LADDERS[0], ranks=None, max_step=None):
+def alike(count, limit, *, blocks=1, ranks=None, max_step=None):
     """Modules of one price."""
     return AllocationProblem(
         ranks=np.zeros(count, dtype=np.int64) if ranks is None else np.asarray(ranks),
@@ -102,15 +83,9 @@ def alike(count, limit, *, blocks=1, ladder=LADDERS[0], ranks=None, max_step=Non
         blocks=np.arange(count) * blocks // count,
         cost=ParameterCost(np.full((1, count), 10.0)),
         limit=float(limit),
-        ladder=ladder,
+        ladder=RankLadder(),
         max_step=max_step,
     )
-
-
-def test_the_top_layers_come_first_when_depth_costs():
-    problem = alike(6, 10 * 8 * 4, blocks=3)
-    assert pack(problem, np.zeros(6), 8.0).tolist() == [0, 0, 8, 8, 8, 8]
-    assert (pack(problem, np.zeros(6), 1.0) > 0).all()
 
 
 @given(st.integers(2, 12), st.integers(10, 2000), SEEDS, st.sampled_from([1.0, 8.0, 16.0]))
@@ -124,16 +99,16 @@ def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit
 
 
 @given(problems(), st.floats(0.1, 100))
-def test_with_a_large_tilt_and_equal_scores_it_is_top_down(problem, rank_floor):
-    fresh, scores = problem.fresh(), np.zeros(len(problem.ranks))
+def test_with_a_large_tilt_and_equal_scores_it_is_top_down(drawn, rank_floor):
+    fresh, scores = drawn[0].fresh(), np.zeros(len(drawn[0].ranks))
     packed = pack(fresh, scores, rank_floor, 100.0)
     usual = pack(fresh, scores, rank_floor)
     assert (project(fresh, packed, scores).ranks == project(fresh, usual, scores).ranks).all()
 
 
-@given(problems(), SEEDS, st.floats(0.1, 100))
-def test_a_large_tilt_adapts_layers_from_the_top_down(problem, seed, rank_floor):
-    _, scores = wishes(problem, seed)
+@given(problems(), st.floats(0.1, 100))
+def test_a_large_tilt_adapts_layers_from_the_top_down(drawn, rank_floor):
+    problem, _, scores = drawn
     count, blocks = len(scores), problem.blocks
     same_price = replace(problem, cost=ParameterCost(np.full((1, count), 10.0)), max_ranks=np.full(count, 64))
     adapted = pack(same_price, scores, rank_floor, 100.0) > 0
@@ -150,22 +125,6 @@ def test_tilt_is_what_a_layer_is_worth_in_score():
     for lower, depth_bias, expected in ((1.0, 0.9, 0), (1.0, 1.1, 2), (-1.0, -0.9, 2), (-1.0, -1.1, 0)):
         ranks = pack(problem, np.array([2 * lower, lower, 0.0]), 8.0, depth_bias)
         assert np.flatnonzero(ranks).tolist() == [expected]
-
-
-@pytest.mark.parametrize(
-    ("limit", "now", "wanted", "scores", "clipped", "ranks"),
-    [
-        (18, [8, 8, 8], [8, 8, 8], [2, 2, -2], [8, 8, 8], [8, 8, 2]),  # the lowest score gives way first
-        (2, [64, 64], [64, 64], [0, 0], [64, 64], [1, 1]),  # the step gives way to the budget alone
-        (32, [8, 8, 8, 8], [8, 8, 8, 8], [3, 0, 0, -3], [8, 8, 8, 8], [8, 8, 8, 8]),  # a full plan is left alone
-        (10**5, [8, 8, 8, 8], [9, 15, 1000, -3], [0, 0, 0, 0], [8, 12, 16, 2], [16, 16, 16, 16]),  # rounded down
-        (16, [8, 8], [4, 12], [-1, 1], [4, 12], [4, 12]),  # rank moves from one module to another
-    ],
-)
-def test_wishes_for_modules_of_one_price(limit, now, wanted, scores, clipped, ranks):
-    plan = project(alike(len(now), 10 * limit, ranks=now, max_step=2), np.array(wanted), np.array(scores, dtype=float))
-    assert plan.clipped.tolist() == clipped
-    assert plan.ranks.tolist() == ranks
 
 
 def test_the_message_for_bytes_says_what_takes_them():
