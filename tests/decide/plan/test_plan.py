@@ -75,17 +75,10 @@ def test_the_budget_that_the_message_names_works(drawn):
         check_budget(replace(problem, limit=plan_cost(problem.cost, one) - 1), names)
 
 
-def alike(count, limit, *, blocks=1, ranks=None, max_step=None):
+def alike(count, limit, *, blocks=1):
     """Modules of one price."""
-    return AllocationProblem(
-        ranks=np.zeros(count, dtype=np.int64) if ranks is None else np.asarray(ranks),
-        max_ranks=np.full(count, 64),
-        blocks=np.arange(count) * blocks // count,
-        cost=ParameterCost(np.full((1, count), 10.0)),
-        limit=float(limit),
-        ladder=RankLadder(),
-        max_step=max_step,
-    )
+    cost, layers = ParameterCost(np.full((1, count), 10.0)), np.arange(count) * blocks // count
+    return AllocationProblem(np.zeros(count, int), np.full(count, 64), layers, cost, float(limit), RankLadder())
 
 
 @given(st.integers(2, 12), st.integers(10, 2000), SEEDS, st.sampled_from([1.0, 8.0, 16.0]))
@@ -164,11 +157,6 @@ def test_a_share_that_fits_nothing_names_the_smallest_that_works():
         check_budget(replace(alike(3, 1.5), cost=ParameterCost(np.full((1, 3), 2.0))), list("abc"), 0.25)
 
 
-def bounded(limit, low, high, **options):
-    """Four alike modules in two layers, with bounds."""
-    return replace(alike(4, limit, blocks=2, **options), low=np.array(low), high=np.array(high))
-
-
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [
@@ -185,7 +173,7 @@ def test_bounds_that_make_no_sense(low, high, message):
 
 
 def test_lower_bounds_above_the_budget():
-    problem = bounded(10 * 10, [0, 8, 4, 0], [64, 64, 64, 64])
+    problem = replace(alike(4, 10 * 10, blocks=2), low=np.array([0, 8, 4, 0]))
     with pytest.raises(
         BudgetError, match=r"budget of 100 is too small for the lower bounds.* of 2 modules.*is 120 parameters"
     ):
