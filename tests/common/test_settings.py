@@ -9,8 +9,6 @@ from typing import Any, Literal
 import pytest
 from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import as_json, from_json
-from rankpilot.finetune.options import FinetuneConfig
-from rankpilot.report.config import MemoryConfig
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,6 @@ def test_every_type_comes_back() -> None:
     assert from_json(Outer, values) == FULL
     assert from_json(Outer, values, complete=True) == FULL
     assert from_json(Outer, {"name": "n", "limit": None, "kind": None}) == Outer("n", kind=None)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        (FinetuneConfig, FinetuneConfig("m", "d", task="causal-lm", train_rows=3)),
-        (MemoryConfig, MemoryConfig("m", budget="80%", optimizer="sgd")),
-    ],
-)
-def test_the_settings_of_commands_come_back(kind: type[Any], settings: Any) -> None:
-    assert from_json(kind, as_json(kind, settings)) == settings
 
 
 def test_a_whole_number_is_a_number_but_no_other_way_round() -> None:

@@ -137,17 +137,6 @@ def test_log_losses_as_people_read_them(log_loss: float, text: str) -> None:
     assert percent(log_loss) == text
 
 
-@given(choices())
-def test_a_promise_tells_of_the_plan_that_is_taken(found: Choice) -> None:
-    told = found.promise()
-    assert told.startswith("The goal cannot be kept") == found.misses_goal
-    assert ("Expected versus" in told) == (found.taken != 0 and not found.misses_goal)
-    if told.startswith("Expected"):
-        assert ("which does not fit" in told) == (not found.fits[0])
-        assert told.endswith(f"surely at most {percent(found.surely[found.taken])}.")
-    assert bool(told) or len(found.plans) == 1
-
-
 # The frontier ---------------------------------------------------------------------------------------------------------
 
 

@@ -490,17 +490,6 @@ def test_directions_seeded_anew_by_a_shrink_start_at_the_mean_of_the_old_ones(ma
     assert chosen.weight_b.isfinite().all()
 
 
-def test_state_map_keeps_the_dtype_and_squares_for_second_moments():
-    matrix = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
-    change = optimizer_state.StateMap(
-        axis=1, rank=2, matrix=matrix, fresh=torch.tensor([False, True]), fill_second="mean"
-    )
-    state = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
-    assert change.apply(state, second=False).tolist() == [[-3, 0], [-5, 0]]
-    assert change.apply(state, second=True).tolist() == [[9, 1.5], [19, 3.5]]
-    assert change.apply(state, second=True).dtype == torch.bfloat16
-
-
 def test_the_optimiser_inside_a_wrapper_is_used():
     run = Run(torch.optim.AdamW)
     run.train(1)

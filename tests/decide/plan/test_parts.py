@@ -90,17 +90,3 @@ def test_the_padding_that_parts_leave_out_is_a_share_of_all_of_it() -> None:
     assert padding_share(lengths, [Part((0, 1), 10, 0)]) == 0.0
     assert padding_share(lengths, [Part((0,), 10, 0), Part((1,), 2, 0)]) == 1.0
     assert padding_share(np.array([3, 3]), [Part((0, 1), 3, 0)]) == 0.0
-
-
-def test_sixty_four_rows_are_planned_by_few_calls() -> None:
-    """Each count of layers is asked once, for the parts that fit with no fewer; parts are never asked one by one."""
-    asked: list[int] = []
-
-    def counted(rows: np.ndarray, lengths: np.ndarray, layers: int) -> np.ndarray:
-        asked.append(len(rows))
-        return bytes_of(rows, lengths, layers)
-
-    lengths = np.random.default_rng(0).integers(1, 200, size=64)
-    plan_parts(lengths, 2e4, LAYERS, counted, seconds_of)
-    assert len(asked) <= len(LAYERS)
-    assert asked[0] == 64 * 65 // 2
