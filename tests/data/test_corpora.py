@@ -42,34 +42,6 @@ def test_text_from_a_wheel_never_changes(name: str) -> None:
     assert hashlib.sha256(corpora._text(name).encode()).hexdigest() == SHA256[name]
 
 
-def test_translations_are_read_from_po_files(tmp_path: Path) -> None:
-    (tmp_path / "de" / "LC_MESSAGES").mkdir(parents=True)
-    (tmp_path / "de" / "LC_MESSAGES" / "a.po").write_text(
-        """msgid ""
-msgstr ""
-"Content-Type: text/plain; charset=utf-8\\n"
-#. Default: "Apple"
-msgid "apple"
-msgstr "Äpfel \\"und\\" "
-"Birnen"
-msgid "pear"
-msgid_plural "pears"
-msgstr[0] "Birne"
-msgstr[1] "Birnen"
-msgid "missing"
-msgstr ""
-#~ msgid "old"
-#~ msgstr "alt"
-msgid "again"
-msgstr "Birne"
-""",
-        encoding="utf-8",
-    )
-    (tmp_path / "fr").mkdir()
-    assert sorted(corpora.translations("de", tmp_path).split("\n")) == ["Birne", "Birnen", 'Äpfel "und" Birnen']
-    assert corpora.translations("fr", tmp_path) == ""
-
-
 def test_the_order_depends_on_the_texts_alone() -> None:
     texts = [f"text {number}" for number in range(50)]
     assert corpora.scattered(texts) == corpora.scattered(texts[::-1] + texts)

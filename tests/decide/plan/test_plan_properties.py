@@ -127,38 +127,6 @@ def test_plans_are_those_of_the_slow_planner_keep_to_the_budget_and_spend_it(mak
         check_spent(problem, plan)
 
 
-def spread_problem(seed, *, layers=8, checkpointing=False):
-    """A run after its first plan: a model of middling size, a budget for about half of everything."""
-    generator = np.random.default_rng(seed)
-    cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=checkpointing)
-    problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
-    least, most = (plan_cost(cost, problem.ladder.array[rungs]) for rungs in (problem.rungs, problem.tops))
-    problem = replace(problem, limit=float(int(least + (most - least) * generator.uniform(0.2, 0.8))))
-    scores = generator.normal(scale=0.7, size=len(blocks))
-    first = decided(problem, scores)
-    return replace(problem, ranks=first, max_step=2, hysteresis=0.2), scores, generator
-
-
-def decided(problem, scores):
-    """Scores to ranks, as a decision does it."""
-    wish = pack(problem, scores, 16.0)
-    return project(problem, wish, scores).ranks
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("noise", "moved"), [(0.0, 0.0), (0.05, 0.01), (0.1, 0.06)])
-def test_noise_of_the_scores_hardly_moves_ranks(checkpointing, noise, moved):
-    """Share of the modules whose rank changes; without hysteresis it is many times that."""
-    shares, bare = [], []
-    for seed in range(40):
-        problem, scores, generator = spread_problem(seed, checkpointing=checkpointing)
-        shaken = scores + generator.normal(scale=noise, size=len(scores))
-        shares.append((decided(problem, shaken) != problem.ranks).mean())
-        bare.append((decided(replace(problem, hysteresis=0.0), shaken) != problem.ranks).mean())
-    assert np.mean(shares) <= moved
-    assert np.mean(shares) <= np.mean(bare) / 3
-
-
 @pytest.mark.parametrize(("lead", "first", "later"), [(0.1, [4, 8], [8, 4]), (0.5, [4, 8], [4, 8])])
 def test_later_decisions_alone_favour_the_ranks_in_place(lead, first, later):
     """The first one owes nothing to the ranks that the probe has left."""

@@ -49,18 +49,6 @@ def fewest(ranks: np.ndarray) -> tuple[str, ...]:
     return tuple(held[: max(0, len(held) - int(spare // 4000))])
 
 
-@pytest.mark.parametrize("seconds", [9.0, 12.0, 15.0, 18.5, 24.0])
-def test_a_plan_keeps_both_limits(seconds: float) -> None:
-    limit = TimeLimit(step_time(), seconds)
-    problem = problem_of(limit)
-    check_budget(problem, ["name"] * MODULES)
-    plan = project(problem, np.full(MODULES, 64), np.zeros(MODULES))
-    assert limit.fits(plan.ranks)
-    assert unit_cost(problem.cost, plan.ranks) <= problem.limit
-    used = max(limit.of(plan.ranks) / seconds, unit_cost(problem.cost, plan.ranks) / problem.limit)
-    assert used > 0.95, "and leaves nothing of the tighter one"
-
-
 @pytest.mark.parametrize("seconds", [9.0, 12.0, 15.0, 18.5, 22.0, 26.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_second_runs_count_against_the_time(seconds: float, seed: int) -> None:

@@ -79,19 +79,6 @@ def test_distances_by_hand() -> None:
     assert distance(model().features(plans)).tolist() == [0, 0.25, 1, 0.5, 0.5, 0.75, 1]
 
 
-@given(RANKS)
-def test_parts_are_effects_times_features_and_nothing_depends_on_other_plans(ranks: np.ndarray) -> None:
-    worth, features = packaged_worth(), model(1024.0).features(np.stack([PLAIN[0], ranks]))
-    parts = worth.parts(features)
-    assert parts.shape == (2, len(FEATURES))
-    np.testing.assert_array_equal(parts[1], [value * worth.effects[i] for i, value in enumerate(features[1])])
-    alone = model(1024.0).features(ranks[None])
-    np.testing.assert_allclose(worth.parts(alone)[0], parts[1])
-    np.testing.assert_allclose(worth.spread(alone)[0], worth.spread(features)[1])
-    assert 0 <= distance(alone)[0] <= 1
-    assert (worth.spread(alone)[0] == 0) == (ranks == 8).all()
-
-
 @given(RANKS, st.permutations(range(len(WIDE))))
 def test_the_order_of_modules_plays_no_part(ranks: np.ndarray, order: list[int]) -> None:
     there = model(wide=WIDE[order], depth=DEPTH[order])
