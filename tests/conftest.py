@@ -201,14 +201,8 @@ def make_observation() -> Callable[..., Observation]:
         generator = np.random.default_rng(seed)
         ranks = generator.choice([0, 1, 2, 4, 8], size=modules)
         cost = ParameterCost(generator.integers(50, 150, size=(1, modules)).astype(np.float64))
-        options = {
-            "ranks": ranks,
-            "max_ranks": np.full(modules, 32),
-            "blocks": np.arange(modules) // 4,
-            "cost": cost,
-            "limit": float(6 * cost.per_rank.sum()),
-            "ladder": RankLadder(),
-        } | problem
+        options = {"ranks": ranks, "max_ranks": np.full(modules, 32), "blocks": np.arange(modules) // 4, "cost": cost}
+        options |= {"limit": float(6 * cost.per_rank.sum()), "ladder": RankLadder()} | problem
         features = generator.normal(size=(modules, len(MODULE_FEATURES)))
         run = generator.uniform(0, 1, size=len(RUN_FEATURES))
         return Observation(

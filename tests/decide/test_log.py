@@ -29,13 +29,8 @@ STEPS = (0, 36, 68, 100)
 
 def make_problem(limit: float = 1e9 + 1, **changes: Any) -> AllocationProblem:
     """Three modules of different sizes at ranks 1, 2 and 4."""
-    cost = ByteCost(
-        moments=("the loss", "layer 0"),
-        constant=np.array([1e6, 2e6]),
-        per_rank=np.array([[1e3, 2e3, 3e3], [4e3, 5e3, 6e3]]),
-        group_bytes=np.array([[7e4], [8e4]]),
-        needs=np.array([[True, False, True]]),
-    )
+    per_rank, needs = np.array([[1e3, 2e3, 3e3], [4e3, 5e3, 6e3]]), np.array([[True, False, True]])
+    cost = ByteCost(("the loss", "layer 0"), np.array([1e6, 2e6]), per_rank, np.array([[7e4], [8e4]]), needs)
     ranks, most, blocks = np.array([1, 2, 4]), np.array([64, 32, 16]), np.array([1, 0, 0])
     return replace(AllocationProblem(ranks, most, blocks, cost, limit, RankLadder(), 2, hysteresis=0.2), **changes)
 
@@ -47,14 +42,9 @@ def make_choice(**changes: Any) -> Choice:
     found = Choice(
         names=("rank 8 on all modules", "rank 4 on the top layer", "as much as fits"),
         plans=np.array([[8, 8, 8], [4, 0, 0], [8, 1, 128]]),
-        parts=parts,
-        spread=np.array([0.0, 0.125, 1 / 3]),
-        costs=np.array([3.0, 1.0, 1 / 3]),
-        seconds=None,
-        fits=np.array([False, True, True]),
-        goal=Goal(),
-        taken=1,
-    )
+        parts=parts, spread=np.array([0.0, 0.125, 1 / 3]), costs=np.array([3.0, 1.0, 1 / 3]), seconds=None,
+        fits=np.array([False, True, True]), goal=Goal(), taken=1,
+    )  # fmt: skip
     return replace(found, **changes)
 
 
@@ -65,24 +55,13 @@ def make_record(number: int = 0, **changes: Any) -> DecisionRecord:
     run = generator.uniform(0, 1, len(RUN_FEATURES)).astype(np.float32)
     problem = changes.pop("problem", None) or make_problem()
     record = DecisionRecord(
-        run="sst2-7",
-        policy="pilot-small",
-        policy_sha256="5e1f",
-        number=number,
-        step=STEPS[number % 4],
-        seed=2**40,
-        loss=0.7 - 0.1 * number,
-        measured_cost=None if number == 0 else 8e8,
+        run="sst2-7", policy="pilot-small", policy_sha256="5e1f", number=number, step=STEPS[number % 4], seed=2**40,
+        loss=0.7 - 0.1 * number, measured_cost=None if number == 0 else 8e8, predicted_cost=9e8 + 1,
         observation=Observation(features, run, problem, MODULES),
         decision=Decision(np.array([5, 1, 4]), np.array([0.1, 1 / 3, -2.0]), 4.0, 3.5, False, make_choice()),
-        rank_clipped=np.array([4, 1, 4]),
-        rank_after=np.array([4, 1, 2]),
-        predicted_cost=9e8 + 1,
-        pinned=np.array([False, True, False]),
-        correction=number == 3,
-        schedule={"max_step": 2},
-        notes={MODULES[1]: "left alone"},
-    )
+        rank_clipped=np.array([4, 1, 4]), rank_after=np.array([4, 1, 2]), pinned=np.array([False, True, False]),
+        correction=number == 3, schedule={"max_step": 2}, notes={MODULES[1]: "left alone"},
+    )  # fmt: skip
     return replace(record, **changes)
 
 

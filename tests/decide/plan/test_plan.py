@@ -121,13 +121,9 @@ def test_tilt_is_what_a_layer_is_worth_in_score():
 
 
 def test_the_message_for_bytes_says_what_takes_them():
-    cost = ByteCost(
-        moments=("the loss", "the backward pass of layer 1"),
-        constant=np.array([5000.0, 8000.0]),
-        per_rank=np.array([[1000.0, 1234.0], [1000.0, 1234.0]]),
-        group_bytes=np.array([[9e6, 1e6], [9e6, 2e6]]),
-        needs=np.array([[True, False], [True, True]]),
-    )
+    per_rank, needs = np.array([[1000.0, 1234.0]] * 2), np.array([[True, False], [True, True]])
+    moments, groups = ("the loss", "the backward pass of layer 1"), np.array([[9e6, 1e6], [9e6, 2e6]])
+    cost = ByteCost(moments, np.array([5000.0, 8000.0]), per_rank, groups, needs)
     problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 1e6, RankLadder())
     with pytest.raises(BudgetError) as caught:
         check_budget(problem, ["bottom", "top"])
