@@ -15,15 +15,7 @@ from rankpilot.decide.plan.goal import CAUTION, GOALS, SURE, Goal
 from rankpilot.decide.plan.worth import FEATURES
 
 
-def choice(
-    expected: list[float],
-    *,
-    spread: list[float] | None = None,
-    costs: list[float] | None = None,
-    seconds: list[float] | None = None,
-    plain_fits: bool = True,
-    goal: Goal = Goal(),  # noqa: B008  (it is frozen)
-) -> Choice:
+def choice(expected, *, spread=None, costs=None, seconds=None, plain_fits=True, goal=Goal()) -> Choice:  # noqa: B008
     """Plain LoRA and other plans of two modules, of which the best is taken; the last feature makes the loss."""
     count = len(expected) + 1
     parts = np.zeros((count, len(FEATURES)))

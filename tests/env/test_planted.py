@@ -15,7 +15,6 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import plan_cost
 from rankpilot.decide.plan.plan import uniform_ranks
-from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.env import task_data as oracle
 from rankpilot.env.bases import adapted_base, find_base, load_base_model
 from rankpilot.env.tasks import FineTuneTask
@@ -24,10 +23,6 @@ from rankpilot.lora.targets import find_target_modules
 
 MakeTask = Callable[..., FineTuneTask]
 BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
-
-
-def problem_for(task: FineTuneTask, **options: Any) -> AllocationProblem:
-    return replace(oracle.first_problem(task), **options)
 
 
 def base_weights(name: str) -> dict[str, torch.Tensor]:
@@ -127,7 +122,7 @@ def test_attainable_losses_run_from_the_base_to_nothing(make_task: MakeTask, bas
 @pytest.mark.parametrize("options", [{"mean_rank": 2.0}, {"base": "gpt2-4x32", "mean_rank": 1.0}])
 def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[str, Any]) -> None:
     task = make_task("planted", 15, **options)
-    problem = problem_for(task)
+    problem = oracle.first_problem(task)
     plan = oracle.oracle_plan(task, problem)
     assert problem.fits(plan)
     assert set(plan.tolist()) <= set(problem.ladder.ranks)
@@ -142,5 +137,5 @@ def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[st
 def test_only_planted_tasks_have_an_oracle(make_task: MakeTask) -> None:
     task = make_task("text")
     with pytest.raises(ConfigError, match="has no teacher, so its best allocation is not known"):
-        oracle.oracle_plan(task, problem_for(task))
+        oracle.oracle_plan(task, oracle.first_problem(task))
     oracle._worth.cache_clear()
