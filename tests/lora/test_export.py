@@ -277,10 +277,6 @@ def lose_a_tensor(folder: Path) -> None:
     save_file({"base_model.model.q.lora_A.weight": torch.randn(4, 5)}, folder / WEIGHTS)
 
 
-def other_shape(folder: Path) -> None:
-    save_file({f"base_model.model.{k}": t[:2] for k, t in pair_of("q", 4).items()}, folder / WEIGHTS)
-
-
 BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no folder": (shutil.rmtree, RunFolderError, r"There is no .*plain.*save_pretrained"),
     "no weights": (lambda f: corrupt(f, WEIGHTS, None), RunFolderError, r"There is no .*adapter_model\.safetensors"),
@@ -292,7 +288,6 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "other type": (lambda f: IA3Config().save_pretrained(str(f)), UnsupportedError, "IA3Config. Only LoRA"),
     "no pairs": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), UnsupportedError, "holds no LoRA pair"),
     "half a pair": (lose_a_tensor, RunFolderError, "The pair of q .* is incomplete"),
-    "other rank": (other_shape, RunFolderError, "The pair of q .* is incomplete"),
     "stale config": (lambda f: edit_config(f, r=6), ConfigError, "q has rank 4 in the weights .* and 6 in its config"),
     "bad pattern": (lambda f: edit_config(f, rank_pattern={"(q": 4}), RunFolderError, "alphas in .* cannot be read"),
     "bad alpha": (lambda f: edit_config(f, lora_alpha="much"), RunFolderError, "lora_alpha is 'much'"),
