@@ -22,14 +22,11 @@ def choice(expected, *, spread=None, costs=None, seconds=None, plain_fits=True, 
     parts[1:, -1] = expected
     found = Choice(
         names=(PLAIN, *(f"plan {number}" for number in range(1, count))),
-        plans=np.stack([np.arange(count) + 8, np.full(count, 8)], axis=1),
-        parts=parts,
-        spread=np.array([0.0, *(spread or [0.0] * len(expected))]),
+        plans=np.stack([np.arange(count) + 8, np.full(count, 8)], axis=1), parts=parts, goal=goal,
+        spread=np.array([0.0, *(spread or [0.0] * len(expected))]), fits=np.array([plain_fits] + [True] * len(expected)),
         costs=np.array(costs or range(count, 0, -1), dtype=np.float64),
         seconds=None if seconds is None else np.array(seconds),
-        fits=np.array([plain_fits] + [True] * len(expected)),
-        goal=goal,
-    )
+    )  # fmt: skip
     return replace(found, taken=found.best)
 
 

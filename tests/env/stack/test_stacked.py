@@ -14,7 +14,7 @@ from peft import PeftModel
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.env.stack.adapters import StackedAdapters
-from rankpilot.env.stack.runs import Move, StackedMeter, accumulate_all, reset_runs, set_stacked_ranks
+from rankpilot.env.stack.runs import Move, StackedMeter, StackedRun, accumulate_all, reset_runs, set_stacked_ranks
 from rankpilot.lora.adapters import SIGNALS, SignalMeter, base_norms
 from rankpilot.lora.resize import reset_adapters, set_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules
@@ -370,6 +370,9 @@ def test_a_run_that_breaks_harms_no_other(make_tiny: MakeTiny) -> None:
     for adapters in (broken, sound):
         train_stacked(tiny, adapters, runs, 8)
     broken.weights[1] = torch.where(broken.weights[1] != 0, float("nan"), 0.0)
+    adapted = [target.name for target, rank in zip(tiny.targets, broken.ranks[1], strict=True) if rank]
+    told = [StackedRun(broken, row, base_norms(tiny.targets)).non_finite(None) for row in (0, 1)]
+    assert told == [[], adapted]
     calm = {0: runs[0], 1: Run(5, 1e-2, 5, reads=(19,)), 2: runs[2]}  # a run that broke takes no decision
     outcomes = train_stacked(tiny, broken, calm, 20, start=8, broken=[1])
     expected = train_stacked(tiny, sound, calm, 20, start=8)
