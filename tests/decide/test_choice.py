@@ -23,7 +23,7 @@ def choice(expected, *, spread=None, costs=None, seconds=None, plain_fits=True, 
     found = Choice(
         names=(PLAIN, *(f"plan {number}" for number in range(1, count))),
         plans=np.stack([np.arange(count) + 8, np.full(count, 8)], axis=1), parts=parts, goal=goal,
-        spread=np.array([0.0, *(spread or [0.0] * len(expected))]), fits=np.array([plain_fits] + [True] * len(expected)),
+        spread=np.array([0.0, *(spread or [0.0] * (count - 1))]), fits=np.array([plain_fits] + [True] * (count - 1)),
         costs=np.array(costs or range(count, 0, -1), dtype=np.float64),
         seconds=None if seconds is None else np.array(seconds),
     )  # fmt: skip
