@@ -33,6 +33,18 @@ def base_weights(name: str) -> dict[str, torch.Tensor]:
 # Changes --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_truncations_are_the_best_of_their_rank(base: str) -> None:
+    """Eckart and Young: no approximation of a rank is nearer, and what is left is what the energy says."""
+    for change in oracle.draw_changes(adapted_base(base)[1], "spread", np.random.default_rng(0)):
+        whole = change.truncated(change.left.shape[1]).double()
+        shares = torch.linalg.svdvals(whole).square() / whole.square().sum()
+        for rank in range(len(change.energy) + 1):
+            left = float((whole - change.truncated(rank)).square().sum() / whole.square().sum())
+            assert left == pytest.approx(1 - sum(change.energy[:rank]), abs=1e-5)
+            assert left == pytest.approx(float(shares[rank:].sum()), abs=1e-5)
+
+
 @pytest.mark.parametrize(("placement", "allowed"), [("low", {0, 1}), ("high", {2, 3}), ("spread", {0, 1, 2, 3})])
 def test_placement(make_task: MakeTask, placement: str, allowed: set[int]) -> None:
     blocks = {target.name: target.block for target in adapted_base("llama-4x32")[1]}

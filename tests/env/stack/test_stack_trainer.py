@@ -15,7 +15,7 @@ from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.stack import adapters as adapters_module
 from rankpilot.env.stack import episodes as episodes_module
 from rankpilot.env.stack import trainer as trainer_module
-from rankpilot.env.stack.adapters import Pair, Segment
+from rankpilot.env.stack.adapters import Segment
 from rankpilot.env.stack.blocks import Blocks
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.stack.runs import reset_runs
@@ -54,13 +54,10 @@ class WholeBatch(StackTrainer):
         return [own.mean_of(own.held_out_terms(each, 0)[0]) for own, each in parts]
 
 
-def one_segment(
-    rows: Sequence[int], ranks: Sequence[int], tokens: int, scalings: torch.Tensor, weights: Pair, gradients: Pair
-) -> list[Segment]:
+def one_segment(rows, ranks, tokens, scalings, weights, gradients) -> list[Segment]:
     """The whole width for every run, whatever its rank."""
-    return (
-        [Segment(slice(0, len(rows)), scalings, weights, gradients, torch.tensor(rows))] if weights[0].shape[1] else []
-    )
+    whole = Segment(slice(0, len(rows)), scalings, weights, gradients, torch.tensor(rows))
+    return [whole] if weights[0].shape[1] else []
 
 
 @dataclass

@@ -189,9 +189,7 @@ def outcome_of(adapters: StackedAdapters, row: int, sides: Sequence[str] = HELD)
     return outcome
 
 
-def train_stacked(
-    tiny: Tiny, adapters: StackedAdapters, runs: Mapping[int, Run], steps: int, *, start=0, broken: Sequence[int] = ()
-) -> dict[int, Outcome]:
+def train_stacked(tiny, adapters, runs: Mapping[int, Run], steps, *, start=0, broken=()) -> dict[int, Outcome]:
     """Runs by row, in this order in the batch; from fresh adapters of rank 1 if they start at step 0.
 
     The final state of `broken` rows is ignored.
@@ -225,9 +223,7 @@ def train_stacked(
     return outcomes
 
 
-def one_step(
-    tiny: Tiny, adapters: StackedAdapters, runs: Mapping[int, Run], step: int, outcomes: Mapping[int, Outcome]
-) -> None:
+def one_step(tiny, adapters, runs: Mapping[int, Run], step: int, outcomes: Mapping[int, Outcome]) -> None:
     """Compute losses and gradients of a step."""
     batches = [tiny.batch(run, step) for run in runs.values()]
     tokens, labels = (torch.cat(parts).to(adapters.device) for parts in zip(*batches, strict=True))
