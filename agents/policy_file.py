@@ -80,12 +80,7 @@ class LearnedPolicy:
         return view.decision(self.act(view))
 
 
-def save_policy(
-    folder: Path,
-    network: GroupNetwork,
-    schedule: DecisionSchedule,
-    provenance: dict[str, Any],
-) -> Path:
+def save_policy(folder: Path, network: GroupNetwork, schedule: DecisionSchedule, provenance: dict[str, Any]) -> Path:
     """Save a policy, overwriting an existing one.
 
     Args:
@@ -109,10 +104,7 @@ def save_policy(
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("rankpilot", "torch")},
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("rankpilot", "torch")}},
         **provenance,
     }
     write_json(folder / CARD, card)

@@ -254,13 +254,7 @@ class PlanApplier(Generic[AdaptersT]):
             steps=steps,
         )
         return observe(
-            problem,
-            self.names,
-            self.adapters.meter.values,
-            self.adapters.meter.age,
-            self._shapes,
-            state,
-            self._moves,
+            problem, self.names, self.adapters.meter.values, self.adapters.meter.age, self._shapes, state, self._moves
         )
 
     def apply(self, decision: Decision, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:

@@ -114,31 +114,19 @@ def reloads(warm_python: WarmPython) -> Iterator[list[dict[str, Any]]]:
 def llama_config() -> LlamaConfig:
     """Two layers with grouped queries: k and v are narrower than q."""
     return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        attn_implementation="sdpa",
-        bos_token_id=None,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, attn_implementation="sdpa", bos_token_id=None,
         eos_token_id=None,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def bert_config() -> BertConfig:
     """Three layers with dropout and a classifier on top."""
     return BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
 
 
 def fill_b(model: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
@@ -171,14 +159,8 @@ def make_bert(bert_config: BertConfig) -> MakeModel:
 
     def make(*, filled: bool = True, seed: int = 0, **options: Any) -> PeftModel:
         torch.manual_seed(seed)
-        settings = {
-            "r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.1,
-            "target_modules": ["query", "key", "value", "dense"],
-            "exclude_modules": ["bert.pooler.dense"],
-            "modules_to_save": ["classifier"],
-        } | options
+        settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["query", "key", "value", "dense"]}
+        settings |= {"exclude_modules": ["bert.pooler.dense"], "modules_to_save": ["classifier"]} | options
         model = get_peft_model(BertForSequenceClassification(bert_config), LoraConfig(**settings))
         if filled:
             fill_b(model)
@@ -219,14 +201,8 @@ def make_observation() -> Callable[..., Observation]:
         generator = np.random.default_rng(seed)
         ranks = generator.choice([0, 1, 2, 4, 8], size=modules)
         cost = ParameterCost(generator.integers(50, 150, size=(1, modules)).astype(np.float64))
-        options = {
-            "ranks": ranks,
-            "max_ranks": np.full(modules, 32),
-            "blocks": np.arange(modules) // 4,
-            "cost": cost,
-            "limit": float(6 * cost.per_rank.sum()),
-            "ladder": RankLadder(),
-        } | problem
+        options = {"ranks": ranks, "max_ranks": np.full(modules, 32), "blocks": np.arange(modules) // 4, "cost": cost}
+        options |= {"limit": float(6 * cost.per_rank.sum()), "ladder": RankLadder()} | problem
         features = generator.normal(size=(modules, len(MODULE_FEATURES)))
         run = generator.uniform(0, 1, size=len(RUN_FEATURES))
         return Observation(

@@ -7,24 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 # Sizes that most configurations call by the same names.
 _TEXT = {
@@ -39,43 +23,43 @@ _TEXT = {
 _CAUSAL = _TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
 
 
-def _llama(**options: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_CAUSAL | options))
+def _llama(**options: Any) -> hf.PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_CAUSAL | options))
 
 
-def _tied_llama() -> PreTrainedModel:
+def _tied_llama() -> hf.PreTrainedModel:
     return _llama(tie_word_embeddings=True)
 
 
-def _mixtral() -> PreTrainedModel:
+def _mixtral() -> hf.PreTrainedModel:
     # The fast experts take no double precision.
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-    return MixtralForCausalLM(MixtralConfig(**_CAUSAL, **experts))
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**_CAUSAL, **experts))
 
 
-def _bert() -> PreTrainedModel:
-    return BertForSequenceClassification(BertConfig(**_TEXT, num_labels=3))
+def _bert() -> hf.PreTrainedModel:
+    return hf.BertForSequenceClassification(hf.BertConfig(**_TEXT, num_labels=3))
 
 
-def _distilbert() -> PreTrainedModel:
+def _distilbert() -> hf.PreTrainedModel:
     sizes = {"dim": 24, "hidden_dim": 32, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2}
-    config = DistilBertConfig(vocab_size=48, max_position_embeddings=16, num_labels=3, **sizes)
-    return DistilBertForSequenceClassification(config)
+    config = hf.DistilBertConfig(vocab_size=48, max_position_embeddings=16, num_labels=3, **sizes)
+    return hf.DistilBertForSequenceClassification(config)
 
 
-def _gpt2() -> PreTrainedModel:
+def _gpt2() -> hf.PreTrainedModel:
     sizes = {"n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=48, bos_token_id=None, eos_token_id=None, **sizes))
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=48, bos_token_id=None, eos_token_id=None, **sizes))
 
 
-def _t5() -> PreTrainedModel:
+def _t5() -> hf.PreTrainedModel:
     sizes = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(vocab_size=48, decoder_start_token_id=0, **sizes))
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=48, decoder_start_token_id=0, **sizes))
 
 
-def _vit() -> PreTrainedModel:
+def _vit() -> hf.PreTrainedModel:
     sizes = {k: v for k, v in _TEXT.items() if k not in ("vocab_size", "max_position_embeddings")}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
+    return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
 
 
 def _tokens(rows: int = 4, length: int = 6) -> torch.Tensor:
@@ -109,13 +93,13 @@ class Family:
     """
 
     name: str
-    build: Callable[[], PreTrainedModel]
+    build: Callable[[], hf.PreTrainedModel]
     batch: Callable[[], dict[str, torch.Tensor]]
     modules: int
     options: dict[str, Any] = field(default_factory=dict)
     start: int = 4
 
-    def base(self) -> PreTrainedModel:
+    def base(self) -> hf.PreTrainedModel:
         """The model without adapters: the same weights at every call."""
         torch.manual_seed(0)
         return self.build()

@@ -109,17 +109,6 @@ def test_a_flipped_byte(folder: Path, position: int) -> None:
         load_policy(folder)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 200])
-def test_a_truncated_file(folder: Path, keep: int) -> None:
-    content = (folder / WEIGHTS).read_bytes()[:keep]
-    (folder / WEIGHTS).write_bytes(content)
-    with pytest.raises(PolicyFileError, match="corrupt"):
-        load_policy(folder)
-    put_weights(folder, content)
-    with pytest.raises(PolicyFileError, match="not a safetensors file"):
-        load_policy(folder)
-
-
 @pytest.mark.parametrize("kind", ["pickle", "old pickle", "zip", "legacy torch"])
 @pytest.mark.parametrize("card_agrees", [True, False])
 def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: str, card_agrees: bool) -> None:
@@ -145,18 +134,13 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
     [
         ({"schema": 7}, "has schema 7; this version of rankpilot reads 6"),
         ({"schema": 5}, "has schema 5; .*Train it again, or install the version that made it"),
-        ({"schema": None}, "has schema None"),
         ({"group_features": ["snr"]}, r"has group_features \['snr'\]"),
-        ({"run_features": []}, "has run_features"),
         ({"ladder": [0, 1]}, r"has ladder \[0, 1\]"),
         ({"format": "other"}, "not the card of a rankpilot policy"),
         ({"network": None}, "does not describe the network"),
-        ({"network": {}}, "does not describe the network"),
-        ({"network": NETWORK | {"width": 13}}, "do not match its card"),
+        ({"network": NETWORK | {"width": 13}}, "do not fit its card"),
         ({"network": NETWORK | {"width": 10**9}}, "does not describe the network"),
         ({"network": NETWORK | {"attention_heads": 4}}, "does not describe the network: .*unknown 'attention_heads'"),
-        ({"network": NETWORK | {"width": "a"}}, "does not describe the network"),
-        ({"network": NETWORK | {"width": -1}}, "does not describe the network"),
     ],
 )
 def test_foreign_cards(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -208,15 +192,6 @@ def test_unknown_names(tmp_path: Path) -> None:
         load_policy(tmp_path / "none")
     with pytest.raises(PolicyFileError, match=r"is not a policy folder: card\.json is missing"):
         load_policy("")
-
-
-def test_it_can_be_written_again(folder: Path) -> None:
-    other = stirred(GroupNetwork(NetworkConfig(width=5)))
-    save_policy(folder, other, STEERING, {})
-    loaded = load_policy(folder)
-    assert isinstance(loaded, LearnedPolicy)
-    assert loaded.network.config.width == 5
-    assert policy_schedule(folder) == STEERING
 
 
 def test_weights_that_are_not_those_of_the_card(folder: Path) -> None:

@@ -19,6 +19,7 @@ from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.decide.groups import DOUBLE, GROUP_FEATURES, HALVE, STEERING, GroupView
 from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, observation_space, padded, padded_action, padded_mask
+from rankpilot.env.tasks import Split
 from rankpilot.train_agent import Train, train
 from sb3_contrib import MaskablePPO
 
@@ -117,8 +118,9 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One base, two texts, and few held-out rows."""
+    split = Split(("bert-4x32",), ("code", "tables"), ("sentiment",), 0)
     for module in ("tasks", "fine_tune", "evaluate"):
-        monkeypatch.setattr(f"rankpilot.env.{module}.SPLITS", {"train": small_split()})
+        monkeypatch.setattr(f"rankpilot.env.{module}.SPLITS", {"train": split})
     monkeypatch.setattr("rankpilot.env.tasks.LENGTHS", (25,))
 
 
@@ -160,13 +162,6 @@ def test_a_training_that_was_interrupted_or_made_longer_ends_as_if_it_had_not_be
     assert isinstance(whole, LearnedPolicy)
     for name, value in parts.network.state_dict().items():
         assert torch.equal(value, whole.network.state_dict()[name])
-
-
-def small_split() -> Any:
-    """One base and one text."""
-    from rankpilot.env.tasks import Split
-
-    return Split(("bert-4x32",), ("code", "tables"), ("sentiment",), 0)
 
 
 def test_widths_that_no_network_has() -> None:

@@ -57,18 +57,6 @@ def test_a_section_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, monk
     assert "| broken | failed: TypeError" in path.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_rows_that_differ_are_told() -> None:
-    rows = [
-        {"what": "a|b", "predicted": 2, "measured": 1, "unit": "", "exact": True},
-        {"what": "c", "predicted": 110.0, "measured": 100.0, "unit": "MiB", "exact": False},
-    ]
-    facts = dict.fromkeys(("chip", "rankpilot", "torch", "transformers", "peft"), "x") | {"dry_run": False}
-    section = {"outcome": "failed: 1 rows are not as predicted", "seconds": 1.0, "rows": rows}
-    shown = gpu_evidence.page({**facts, "sections": {"peaks": section}})
-    assert "| a/b | 2 | 1 | not as predicted |" in shown
-    assert "| c | 110.0 MiB | 100.0 MiB | +10.00 % |" in shown
-
-
 def test_an_unknown_section_and_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"no such section. Sections are: gpu tests, peaks"):
         run(["gpu-evidence", "--dry-run", "--only", "peak"])

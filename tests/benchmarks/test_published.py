@@ -5,26 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.cards import card_rates, device_table
 from rankpilot.report.doubts import doubts
 
-from benchmarks import published_page
-from benchmarks.published import (
-    CARD_MIB,
-    a100_rows,
-    compare_a100,
-    compare_t4,
-    quick_rows,
-    reserve_on_t4,
-    right_verdicts,
-    summary,
-    t4_rows,
-)
+from benchmarks import published, published_page
 from benchmarks.published_contexts import contexts, longest
-from benchmarks.published_time import judged, time_rows
 from benchmarks.published_trainers import Example, examples
 
 from ..cases import first_cases
@@ -35,34 +22,34 @@ BARS = {"sdpa none": 0.01, "eager nf4": 0.15, "sdpa nf4": 0.08, "eager none": 0.
 
 @pytest.mark.long
 def test_published_steps_are_predicted_within_the_bars():
-    rows = quick_rows(t4_rows())
-    assert len(t4_rows()) == 43
+    rows = published.quick_rows(published.t4_rows())
+    assert len(published.t4_rows()) == 43
     assert {f"{row.attention} {row.quantization}" for row in rows} == set(BARS)
-    runs = [compare_t4(row) for row in rows]
-    mean, worst, _ = summary(run.error for run in runs)
+    runs = [published.compare_t4(row) for row in rows]
+    mean, worst, _ = published.summary(run.error for run in runs)
     assert mean <= 0.5  # of all rows .3 %
     assert worst <= 1.5
-    assert summary(run.error_with_left for run in runs)[2] >= -0.5
+    assert published.summary(run.error_with_left for run in runs)[2] >= -0.5
 
 
 @pytest.mark.parametrize(
     ("model", "setting"), first_cases(1, [(model, kind) for model in ("TinyLlama", "SmolLM2") for kind in BARS])
 )
 def test_published_reserves_and_verdicts_are_predicted(model, setting):
-    rows = [row for row in quick_rows(t4_rows()) if model in row.model]
-    (run,) = (reserve_on_t4(row) for row in rows if f"{row.attention} {row.quantization}" == setting)
+    rows = [row for row in published.quick_rows(published.t4_rows()) if model in row.model]
+    (run,) = (published.reserve_on_t4(row) for row in rows if f"{row.attention} {row.quantization}" == setting)
     assert abs(run.compared.error) <= BARS[setting], run.row.name
-    assert run.verdict_is_right(CARD_MIB)
-    right, of = right_verdicts([run])
+    assert run.verdict_is_right(published.CARD_MIB)
+    right, of = published.right_verdicts([run])
     assert right / of >= 0.9
 
 
 @pytest.mark.long
 def test_published_runs_on_an_a100_are_predicted_as_the_libraries_of_their_time_ran_them():
-    rows = a100_rows()
+    rows = published.a100_rows()
     assert [(row.quantization, row.rows) for row in rows] == [("none", 4), ("none", 8), ("nf4", 4), ("nf4", 8)]
     for row in rows:
-        allocated, in_use = compare_a100(row)
+        allocated, in_use = published.compare_a100(row)
         assert 0 < allocated.error <= 0.01
         assert -0.06 <= in_use.error < 0
 
@@ -80,17 +67,11 @@ def test_the_longest_row_on_a_card_is_predicted():
 
 def test_stored_rows_and_stored_figures_are_of_one_run():
     found = read_object(ROOT / "benchmarks" / "results" / "published.json")
-    for group in (
-        "t4",
-        "a100",
-        "a100_in_use",
-        "a100_today",
-        "contexts",
-        f"l40s_reserved {found['peft_reserved.fitted_tokens']}",
-    ):
+    reserved = f"l40s_reserved {found['peft_reserved.fitted_tokens']}"
+    for group in ("t4", "a100", "a100_in_use", "a100_today", "contexts", reserved):
         rows = [row for row in STORED if row["group"] == group]
-        key = "peft_reserved" if group.startswith("l40s") else group
-        mean, worst, _ = summary(row["predicted"] / row["measured"] - 1 for row in rows if row["measured"])
+        key = "peft_reserved" if group == reserved else group
+        mean, worst, _ = published.summary(row["predicted"] / row["measured"] - 1 for row in rows if row["measured"])
         assert mean == pytest.approx(found[f"{key}.mean_percent"], abs=0.01)
         assert worst == pytest.approx(found[f"{key}.worst_percent"], abs=0.01)
 
@@ -111,17 +92,6 @@ def test_the_packaged_constants_are_of_the_stored_fit():
         assert card_rates(replace(rates, bytes_per_s=rate), "bf16").bytes == pytest.approx(reached, rel=0.01)
     assert found["products"] == 1.0
     assert found["none.held"] == found["four bits.held"] == 10, "half of 40 rows"
-
-
-def test_times_are_judged_by_seconds_and_by_shares():
-    found = judged(np.array([1.1, 2.2, 2.0]), np.array([1.0, 2.0, 4.0]))
-    assert found["median_error"] == pytest.approx(0.1)
-    assert found["worst_error"] == pytest.approx(0.5)
-    assert found["order_right"] == pytest.approx(2 / 3)
-    assert found["median_share_error"] == pytest.approx(1.2)  # of 0, 1.2 and 1.2
-    lengths = {(row.quantization, row.name): row for row in time_rows()}
-    assert len(time_rows()) == 40
-    assert lengths["nf4", "Mistral-7B"].seconds == pytest.approx(8 * 4096 / 2987.456)
 
 
 FAR = {

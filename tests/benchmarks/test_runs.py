@@ -13,18 +13,8 @@ from rankpilot.common.errors import ConfigError
 from rankpilot.cost.recording import BatchShape
 from rich.console import Console
 
-from benchmarks import memory
+from benchmarks import harness, memory
 from benchmarks.__main__ import run as run_benchmark
-from benchmarks.harness import (
-    Figures,
-    check_output,
-    estimate_cycles,
-    interleave,
-    paired_ratios,
-    run_command,
-    usual_step,
-    whole_cycle,
-)
 from benchmarks.memory import CALIBRATED, Setting, compare_plans
 
 CPU = torch.device("cpu")
@@ -52,7 +42,7 @@ def test_interleave_times_each_call_and_leaves_out_what_comes_after_a_round() ->
         clock[0] += seconds
 
     work = {"a": lambda turn: take(0.5 + turn), "b": lambda turn: take(2.0 + turn)}
-    seconds = interleave(work, 3, CPU, after_round=lambda turn: take(100.0), clock=lambda: clock[0])
+    seconds = harness.interleave(work, 3, CPU, after_round=lambda turn: take(100.0), clock=lambda: clock[0])
     assert seconds["a"].tolist() == [0.5, 1.5, 2.5]
     assert seconds["b"].tolist() == [2.0, 3.0, 4.0]
 
@@ -60,13 +50,13 @@ def test_interleave_times_each_call_and_leaves_out_what_comes_after_a_round() ->
 def test_a_decision_counts_with_a_tenth_and_a_minority_of_spikes_does_not() -> None:
     seconds, base = np.ones(90), np.ones(90)
     seconds[9::10] = 1.5
-    ratios = paired_ratios(seconds, base, 10)
-    assert estimate_cycles(ratios, usual_step).value == 1.0
-    assert estimate_cycles(ratios, whole_cycle).value == 1.05
+    ratios = harness.paired_ratios(seconds, base, 10)
+    assert harness.estimate_cycles(ratios, harness.usual_step).value == 1.0
+    assert harness.estimate_cycles(ratios, harness.whole_cycle).value == 1.05
     ratios[np.arange(9), np.arange(9)] = 50.0  # one in each cycle, each at another place
-    assert estimate_cycles(ratios, whole_cycle).value == 1.05
+    assert harness.estimate_cycles(ratios, harness.whole_cycle).value == 1.05
     with pytest.raises(ConfigError, match="15 rounds make no whole number of cycles of 10"):
-        paired_ratios(np.ones(15), np.ones(15), 10)
+        harness.paired_ratios(np.ones(15), np.ones(15), 10)
 
 
 @dataclass(frozen=True)
@@ -81,17 +71,17 @@ class Plain:
 
 
 def test_a_command_that_fails_writes_no_figures(tmp_path: Path) -> None:
-    def wrong(options: Plain, console: Console) -> Figures:
+    def wrong(options: Plain, console: Console) -> harness.Figures:
         raise ConfigError("no such thing")
 
     with pytest.raises(ConfigError, match="no such thing"):
-        run_command("wrong", Plain, wrong, ["--json", str(tmp_path / "figures.json")])
+        harness.run_command("wrong", Plain, wrong, ["--json", str(tmp_path / "figures.json")])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match=r"Name a file in it"):
-        check_output(tmp_path)
+        harness.check_output(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot make the folder"):
-        check_output(tmp_path / "file" / "figures.json")
+        harness.check_output(tmp_path / "file" / "figures.json")
 
 
 def test_wrong_options_are_named() -> None:

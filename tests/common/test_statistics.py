@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.common.statistics import (
-    Estimate,
-    estimate,
-    means,
-)
+from rankpilot.common.statistics import Estimate, estimate
 
 from benchmarks.harness import medians, rank_correlation
 
@@ -53,12 +49,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say_where_tasks_are_few() -> 
     assert held / 400 == pytest.approx(0.95, abs=0.03)
     pair = estimate([1.0, 2.0], alone(2))
     assert (pair.low, pair.high) == (1.0, 2.0), "as far as they are apart"
-
-
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_means_of_draws(size: int) -> None:
-    values, counts = np.random.default_rng(size).normal(size=size), np.random.default_rng(0).integers(1, 4, (7, size))
-    np.testing.assert_allclose(means(values, counts), [np.repeat(values, count).mean() for count in counts])
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])

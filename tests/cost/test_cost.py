@@ -8,7 +8,7 @@ from rankpilot.cost.cost import ByteCost, ParameterCost, moment_costs, plan_cost
 from rankpilot.cost.peak_candidates import UNDERESTIMATE, keep_candidates, needed_candidates
 from rankpilot.lora.targets import find_target_modules
 
-from ..plan.synthetic_costs import fixed_cost, random_cost, transformer_cost
+from ..decide.plan.synthetic_costs import fixed_cost, random_cost, transformer_cost
 
 
 def test_parameters_are_rank_times_both_widths(make_llama):

@@ -8,23 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 WORDS = ("good", "fine", "great", "bad", "poor", "dull", "film", "plot", "the", "a", "was", "very")
 SPECIAL = ("[PAD]", "[UNK]", "[EOS]", "<|im_start|>", "<|im_end|>", "user", "assistant", "###", "tool")
@@ -46,22 +33,16 @@ VARIABLE_CHATML = (
 """ChatML that shows two variables of its own."""
 PAD, UNKNOWN, END = range(3)
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "pad_token_id": PAD,
-}
+_SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES |= {"intermediate_size": 64, "pad_token_id": PAD}
 _T5 = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
 
 
-def tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer(*, chat: bool = False) -> hf.PreTrainedTokenizerFast:
     """A tokenizer that knows the words above, and adds nothing to a text."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
-    made = PreTrainedTokenizerFast(
+    made = hf.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=64
     )
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -69,19 +50,19 @@ def tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
     return made
 
 
-def build(name: str) -> PreTrainedModel:
+def build(name: str) -> hf.PreTrainedModel:
     """A model by name; the same weights at every call."""
     torch.manual_seed(0)
-    t5 = T5Config(**_T5, pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD)
-    distilbert = DistilBertConfig(vocab_size=64, dim=64, hidden_dim=64, n_layers=2, n_heads=2, pad_token_id=PAD)
+    t5 = hf.T5Config(**_T5, pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD)
+    distilbert = hf.DistilBertConfig(vocab_size=64, dim=64, hidden_dim=64, n_layers=2, n_heads=2, pad_token_id=PAD)
     makers: dict[str, Any] = {
-        "bert": lambda: BertForSequenceClassification(BertConfig(**_SIZES, num_labels=3)),
-        "roberta": lambda: RobertaModel(RobertaConfig(**_SIZES | {"max_position_embeddings": 66})),
-        "distilbert": lambda: DistilBertModel(distilbert),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, max_position_embeddings=64, eos_token_id=END)),
-        "t5": lambda: T5ForConditionalGeneration(t5),
+        "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SIZES, num_labels=3)),
+        "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**_SIZES | {"max_position_embeddings": 66})),
+        "distilbert": lambda: hf.DistilBertModel(distilbert),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, max_position_embeddings=64, eos_token_id=END)),
+        "t5": lambda: hf.T5ForConditionalGeneration(t5),
     }
-    model: PreTrainedModel = makers[name]()
+    model: hf.PreTrainedModel = makers[name]()
     return model
 
 

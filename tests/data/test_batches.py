@@ -14,24 +14,16 @@ import torch
 from datasets import Dataset
 from rankpilot.common.errors import DataError
 from rankpilot.data import batches
-from rankpilot.data.batches import (
-    IGNORED,
-    count_predictions,
-    first_example,
-    largest_batch,
-    predicted_share,
-    unknown_lengths,
-)
 
 TOKENS = torch.ones(4, 10, dtype=torch.int64)
 MASK = TOKENS.clone()
 MASK[0, 6:] = 0
-ANSWERS = torch.full((4, 10), IGNORED)
+ANSWERS = torch.full((4, 10), batches.IGNORED)
 ANSWERS[:, 7:] = 5
 COUNTS: dict[str, tuple[Any, tuple[int, int]]] = {
     "a language model": ({"input_ids": TOKENS, "labels": TOKENS}, (40, 40)),
     "one with padding, which labels ignore": (
-        {"input_ids": TOKENS, "attention_mask": MASK, "labels": TOKENS.where(MASK > 0, IGNORED)},
+        {"input_ids": TOKENS, "attention_mask": MASK, "labels": TOKENS.where(MASK > 0, batches.IGNORED)},
         (36, 36),
     ),
     "answers alone": ({"input_ids": TOKENS, "attention_mask": MASK, "labels": ANSWERS}, (12, 36)),
@@ -48,13 +40,13 @@ COUNTS: dict[str, tuple[Any, tuple[int, int]]] = {
 
 @pytest.mark.parametrize(("batch", "counts"), COUNTS.values(), ids=COUNTS)
 def test_counts(batch: Any, counts: tuple[int, int]) -> None:
-    assert count_predictions(batch) == counts
+    assert batches.count_predictions(batch) == counts
 
 
 def test_the_share_of_several_batches() -> None:
-    assert predicted_share([(4, 40), (4, 10)]) == pytest.approx(8 / 50)
-    assert predicted_share([(0, 40)]) > 0, "its logarithm is taken"
-    assert predicted_share([(0, 0)]) == 1
+    assert batches.predicted_share([(4, 40), (4, 10)]) == pytest.approx(8 / 50)
+    assert batches.predicted_share([(0, 40)]) > 0, "its logarithm is taken"
+    assert batches.predicted_share([(0, 0)]) == 1
 
 
 class Rows(torch.utils.data.Dataset[Any]):
@@ -88,7 +80,7 @@ def test_the_longest_rows_are_found_in_any_data_set(kind: str) -> None:
     if kind == "transform":  # which makes the token ids when a row is read
         counts = Dataset.from_dict({"count": lengths})
         dataset = counts.with_transform(lambda some: {"input_ids": [list(range(count)) for count in some["count"]]})
-    assert largest_batch(dataset, padding, 2)["input_ids"].shape == (2, 11)
+    assert batches.largest_batch(dataset, padding, 2)["input_ids"].shape == (2, 11)
 
 
 TEXTS: dict[str, tuple[dict[str, list[int]], list[tuple[str, ...]]]] = {
@@ -105,16 +97,14 @@ TEXTS: dict[str, tuple[dict[str, list[int]], list[tuple[str, ...]]]] = {
 
 @pytest.mark.parametrize("kind", ["datasets", "list"])
 @pytest.mark.parametrize(("columns", "texts"), TEXTS.values(), ids=TEXTS)
-def test_no_batch_has_a_longer_text_than_the_largest(
-    columns: dict[str, list[int]], texts: list[tuple[str, ...]], kind: str
-) -> None:
+def test_no_batch_has_a_longer_text_than_the_largest(columns, texts, kind):
     def widths(rows: list[Any]) -> dict[str, torch.Tensor]:
         most = [max(sum(len(row[name]) for name in text) for row in rows) for text in texts]
         return {"+".join(text): torch.ones(len(rows), size) for text, size in zip(texts, most, strict=True)}
 
     examples = [{name: [5] * columns[name][at] for name in columns} for at in range(len(min(columns.values())))]
     dataset: Any = Dataset.from_list(examples) if kind == "datasets" else examples
-    largest = largest_batch(dataset, widths, 2)
+    largest = batches.largest_batch(dataset, widths, 2)
     for name, tensor in widths(examples).items():
         assert tensor.shape[1] == largest[name].shape[1], name
 
@@ -122,7 +112,7 @@ def test_no_batch_has_a_longer_text_than_the_largest(
 def test_of_a_large_data_set_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MOST_EXAMPLES", 10)
     rows = Rows([1 + index % 7 for index in range(95)])
-    batch = largest_batch(rows, padding, 3)
+    batch = batches.largest_batch(rows, padding, 3)
     assert batch["input_ids"].shape[0] == 3
     assert len(rows.read) == 10
     assert {0, 90} <= rows.read, "evenly spread"
@@ -136,37 +126,37 @@ class Texts(Rows):
 
 def test_rows_that_tell_no_length_are_not_all_read() -> None:
     rows = Texts([3, 9, 4], make=lambda ids: {"text": "a " * len(ids)})
-    batch = largest_batch(rows, lambda examples: {"input_ids": torch.ones(2, 5)}, 2)
+    batch = batches.largest_batch(rows, lambda examples: {"input_ids": torch.ones(2, 5)}, 2)
     assert batch["input_ids"].shape[0] == 2
     assert rows.read == {0, 1}, "the first ones stand for all"
 
 
 def test_whether_a_data_set_tells_its_longest_rows() -> None:
-    assert unknown_lengths(Rows([3, 9])) == ""
-    assert unknown_lengths(Dataset.from_dict({"input_ids": [[1], [2]]})) == ""
+    assert batches.unknown_lengths(Rows([3, 9])) == ""
+    assert batches.unknown_lengths(Dataset.from_dict({"input_ids": [[1], [2]]})) == ""
     told = "put the longest first"
-    assert told in unknown_lengths(Dataset.from_dict({"text": ["a", "b"]}))
-    assert told in unknown_lengths(Dataset.from_dict({"input_ids": [[1], [2]]}).to_iterable_dataset())
-    assert told in unknown_lengths(Rows([3], make=lambda ids: (torch.tensor(ids),)))
-    assert told in unknown_lengths([])
+    assert told in batches.unknown_lengths(Dataset.from_dict({"text": ["a", "b"]}))
+    assert told in batches.unknown_lengths(Dataset.from_dict({"input_ids": [[1], [2]]}).to_iterable_dataset())
+    assert told in batches.unknown_lengths(Rows([3], make=lambda ids: (torch.tensor(ids),)))
+    assert told in batches.unknown_lengths([])
 
 
 def test_rows_without_names_come_in_their_order() -> None:
     rows = Rows([3, 9, 4], make=lambda ids: (torch.tensor(ids),))
-    batch = largest_batch(rows, lambda examples: {"input_ids": examples[0][0][None]}, 1)
+    batch = batches.largest_batch(rows, lambda examples: {"input_ids": examples[0][0][None]}, 1)
     assert batch["input_ids"].shape == (1, 3)
 
 
 def test_an_empty_data_set() -> None:
     empty: Any = Stream(lambda: iter([]))
     for call in (
-        lambda: largest_batch(Rows([]), padding, 2),
-        lambda: first_example(Rows([])),
-        lambda: first_example(empty),
+        lambda: batches.largest_batch(Rows([]), padding, 2),
+        lambda: batches.first_example(Rows([])),
+        lambda: batches.first_example(empty),
     ):
         with pytest.raises(DataError, match="The training set is empty"):
             call()
-    assert first_example(Rows([2]))["input_ids"] == [0, 1]
+    assert batches.first_example(Rows([2]))["input_ids"] == [0, 1]
 
 
 class Stream:
@@ -210,8 +200,8 @@ class Record:
 
 def test_a_stream_has_to_begin_anew() -> None:
     once = iter([5, 6])
-    with pytest.raises(DataError, match="can be read only once"):
-        first_example(once)
+    with pytest.raises(DataError, match="gives its rows only once"):
+        batches.first_example(once)
     assert list(once) == [5, 6], "no row is lost"
     rest = iter(range(30))
 
@@ -225,16 +215,16 @@ def test_a_stream_has_to_begin_anew() -> None:
         Stream(rows),
     ]
     for dataset in streams:
-        with pytest.raises(DataError, match=r"\((Once|Stream)\) can be read only once"):
-            first_example(dataset)
+        with pytest.raises(DataError, match=r"\((Once|Stream)\) gives its rows only once"):
+            batches.first_example(dataset)
 
 
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_streams_that_begin_anew_are_taken(rows: int) -> None:
     numbers = Dataset.from_dict({"n": list(range(rows))}).to_iterable_dataset()
     texts = [{"input_ids": torch.arange(3), "pixels": np.zeros((2, 2)), "text": ("a", 1.0)}] * rows
-    assert first_example(numbers) == {"n": 0}
-    assert first_example(numbers.shuffle(seed=0, buffer_size=10))["n"] < 10
-    assert first_example(Stream(lambda: iter(texts))) is texts[0]
-    assert first_example(Shuffled(rows)) < rows
-    assert isinstance(first_example(Stream(lambda: map(Record, [torch.arange(2)] * rows))), Record)
+    assert batches.first_example(numbers) == {"n": 0}
+    assert batches.first_example(numbers.shuffle(seed=0, buffer_size=10))["n"] < 10
+    assert batches.first_example(Stream(lambda: iter(texts))) is texts[0]
+    assert batches.first_example(Shuffled(rows)) < rows
+    assert isinstance(batches.first_example(Stream(lambda: map(Record, [torch.arange(2)] * rows))), Record)

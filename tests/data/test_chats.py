@@ -66,9 +66,7 @@ def trained_by_trl(workload: Workload, folder: Path, length: int) -> Any:
 
 
 @pytest.mark.parametrize(("row", "chat", "expected"), FORMS.values(), ids=FORMS)
-def test_each_form_becomes_rows_for_trl(
-    row: dict[str, Any], chat: bool, expected: dict[str, Any], tmp_path: Path, workload_of: WorkloadOf
-) -> None:
+def test_each_form_becomes_rows_for_trl(row, chat, expected, tmp_path, workload_of):
     """And their tokens are those of SFTTrainer."""
     workload = workload_of("llama", [row] * 20, chat=chat)
     assert workload.task == "causal-lm"
@@ -89,9 +87,7 @@ def test_each_form_becomes_rows_for_trl(
 
 
 @pytest.mark.parametrize(("as_text", "split"), [(False, None), (True, 3)])
-def test_tools_reach_the_chat_template(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None
-) -> None:
+def test_tools_reach_the_chat_template(tmp_path, monkeypatch, as_text, split):
     monkeypatch.setattr(small_models, "CHATML", small_models.TOOL_CHATML)
     folder = small_models.save("llama", tmp_path / "tools", chat=True)
     rows: list[dict[str, Any]] = []
@@ -130,9 +126,7 @@ def test_tools_that_a_chat_template_leaves_out(workload_of: WorkloadOf) -> None:
 @pytest.mark.parametrize(
     ("as_text", "split", "with_tools"), [(False, None, False), (True, None, True), (False, 1, True)]
 )
-def test_variables_reach_the_chat_template(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None, with_tools: bool
-) -> None:
+def test_variables_reach_the_chat_template(tmp_path, monkeypatch, as_text, split, with_tools):
     """A row without a variable leaves it undefined, whatever other rows have."""
     monkeypatch.setattr(small_models, "CHATML", small_models.VARIABLE_CHATML)
     folder = small_models.save("llama", tmp_path / "variables", chat=True)
@@ -205,8 +199,7 @@ def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixtur
         ({"messages": [{"role": "user", "content": None}]}, "a list with the message {'role': 'user'}"),
         ({"messages": [{"role": None, "content": "good"}]}, "a list with the message {'content': 'good'}"),
         ({"conversations": [{"from": "human", "value": None}]}, "column 'conversations'"),
-        ({"prompt": "good", "completion": None}, "'completion' has no value in 1 of 21 rows"),
-        ({"instruction": None, "output": "bad"}, "'instruction' has no value in 1 of 21 rows"),
+        ({"prompt": "good", "completion": None}, "'completion' holds no value in 1 of 21 rows"),
     ],
 )
 def test_a_flaw_in_one_row(row: dict[str, Any], words: str, workload_of: WorkloadOf) -> None:

@@ -8,13 +8,11 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rankpilot import memory_of
 from rankpilot.cli.main import run
 from rankpilot.common.errors import ConfigError
-from transformers import LlamaConfig
 
 from ..cli.mistakes import failure
 from .small_models import save, write_rows
@@ -29,12 +27,8 @@ NO_CODE_IN = {"LoraConfig", "AutoHfQuantizer"}
 def readers(tree: ast.AST) -> list[ast.Attribute]:
     """Every mention of a method by which transformers reads or makes a model, a tokenizer or a configuration."""
     found = [each for each in ast.walk(tree) if isinstance(each, ast.Attribute)]
-    return [
-        each
-        for each in found
-        if each.attr in ("from_pretrained", "from_config")
-        and not (isinstance(each.value, ast.Name) and each.value.id in NO_CODE_IN)
-    ]
+    found = [each for each in found if each.attr in ("from_pretrained", "from_config")]
+    return [each for each in found if not (isinstance(each.value, ast.Name) and each.value.id in NO_CODE_IN)]
 
 
 def test_each_call_of_transformers_says_that_no_code_is_trusted():
@@ -110,14 +104,7 @@ def test_a_model_that_transformers_has_is_read_without_the_code_that_comes_with_
     ],
 )
 @pytest.mark.parametrize("card", ["--device T4", ""])
-def test_a_configuration_that_makes_no_model(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    llama_config: LlamaConfig,
-    fields: dict[str, Any] | str,
-    told: str,
-    card: str,
-) -> None:
+def test_a_configuration_that_makes_no_model(tmp_path, capsys, llama_config, fields, told, card):
     whole = llama_config.to_dict()
     whole.pop("dtype")
     nested = f'{{"model_type": "llama", "x": {fields}}}'

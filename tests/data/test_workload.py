@@ -26,11 +26,6 @@ from .small_models import END, WORDS, tokenizer, write_rows
 TEXTS = [" ".join(WORDS[(row + shift) % len(WORDS)] for shift in range(1 + row % 5)) for row in range(20)]
 
 
-def numbers(text: str) -> list[int]:
-    """The tokens of a text."""
-    return list(tokenizer()(text)["input_ids"])
-
-
 def loss(model: str, workload: Workload) -> torch.Tensor:
     """The loss of a batch, with gradients in adapters and head."""
     base = load_model(model, workload.task, workload.labels, workload.tokenizer)
@@ -66,9 +61,7 @@ def test_classification(model: str, model_folder: ModelFolder, workload_of: Work
         ("llama", {"prompt": "good", "completion": " ".join(WORDS)}, {}),
     ],
 )
-def test_what_is_cut_is_told(
-    model: str, row: dict[str, Any], options: Any, workload_of: WorkloadOf, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_cut_is_told(model, row, options, workload_of, caplog):
     rows = [row | ({"label": str(number % 2)} if "label" in row else {}) for number in range(20)]
     workload_of(model, rows, max_length=100, **options)
     assert "cut off" not in caplog.text
@@ -124,7 +117,7 @@ def test_token_classification(columns: tuple[str, str], model_folder: ModelFolde
     workload = workload_of("bert", rows, **options)
     assert (workload.task, workload.labels) == ("token-classification", ("B", "O"))
     row = next(row for row in workload.train if len(row["input_ids"]) > 2)
-    assert row["input_ids"] == numbers("the - plot was bad")
+    assert row["input_ids"] == list(tokenizer()("the - plot was bad")["input_ids"])
     assert row["labels"] == [0, IGNORED, IGNORED, 0, 0]
     batch = workload.collator([workload.train[index] for index in range(18)])
     assert {tuple(labels.tolist()) for labels in batch["labels"]} == {
@@ -183,26 +176,17 @@ def test_pairs_are_a_task_of_models_that_can_do_it(model_folder: ModelFolder, wo
 @pytest.mark.parametrize(
     ("row", "options", "error", "words"),
     [
-        ({"text": "good", "label": None}, {}, DataError, "'label' has no value in 1 of 21 rows, first in row 4"),
-        ({"text": "good", "label": " "}, {}, DataError, "'label' has no value in 1 of 21 rows"),
-        ({"text": None, "label": "a"}, {}, DataError, "'text' has no value in 1 of 21 rows, first in row 4"),
-        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is not a finite number"),
+        ({"text": "good", "label": None}, {}, DataError, "'label' holds no value in 1 of 21 rows, first in row 4"),
+        ({"text": None, "label": "a"}, {}, DataError, "'text' holds no value in 1 of 21 rows, first in row 4"),
+        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is no finite number"),
         ({"text": "good", "label": "a"}, {"task": "regression"}, DataError, "Row 4, column 'label': 'a' is no number"),
         ({"text": "good", "label": "1"}, {"text_column": "txt"}, UnknownNameError, "Did you mean: 'text'"),
         ({"text": "good", "label": "1"}, {"label_column": "lable"}, UnknownNameError, "Set --label-column"),
-        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows must be at least 1; got 0"),
-        (
-            {"text": "good", "label": "1"},
-            {"held_out_rows": -3},
-            ConfigError,
-            "held_out_rows must be at least 1; got -3",
-        ),
+        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows is at least 1; got 0"),
         ({"text": "good", "label": "1"}, {"task": "token-classification"}, DataError, "is text"),
     ],
 )
-def test_a_flaw_in_one_row(
-    row: dict[str, Any], options: dict[str, Any], error: type[Exception], words: str, workload_of: WorkloadOf
-) -> None:
+def test_a_flaw_in_one_row(row, options, error, words, workload_of):
     rows: list[dict[str, Any]] = [{"text": text, "label": str(i % 2)} for i, text in enumerate(TEXTS)]
     rows.insert(3, row)
     if "label_column" in options:
@@ -221,9 +205,7 @@ def test_a_flaw_in_one_row(
         ({"text": "good", "label": "a"}, None, "single class"),
         ({"tokens": ["good", "bad"], "tags": ["a"]}, None, "Row 1 has 2 values in column 'tokens' and 1 in 'tags'"),
         ({"tokens": ["good"], "tags": [None]}, None, "Row 1, column 'tags': None is empty"),
-        ({"tokens": ["good"], "tags": ["a"]}, None, "single class"),
         ({"input": "good", "target": 3}, "seq2seq", "column 'target': 3 is a number, not text. Set --label-column"),
-        ({"text": 7}, None, "Row 1, column 'text': 7 is a number"),
         ({"text": " ", "label": "a"}, None, "'text' is blank in all 20 rows ... Set --text-column"),
         ({"input": "good", "target": ""}, "seq2seq", "'target' is blank in all 20 rows ... Set --label-column"),
     ],
@@ -234,9 +216,7 @@ def test_a_flaw_in_every_row(values: dict[str, Any], task: Any, words: str, work
     assert all(part in str(caught.value) for part in words.split(" ... "))
 
 
-def test_an_empty_cell_of_a_csv_file_is_named_before_the_fractions_that_it_makes(
-    model_folder: ModelFolder, tmp_path: Path
-) -> None:
+def test_an_empty_cell_of_a_csv_file_is_named_before_the_fractions_that_it_makes(model_folder, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "good,1\nbad,0\n" * 5 + "dull,\n")
     with pytest.raises(DataError, match="'label' has no value in 1 of 11 rows, first in row 11"):
@@ -286,9 +266,7 @@ def test_a_missing_file(name: str, model_folder: ModelFolder, tmp_path: Path, mo
         load_workload(model_folder("bert"), name)
 
 
-def test_a_saved_head_of_another_size_is_made_anew(
-    model_folder: ModelFolder, caplog: pytest.LogCaptureFixture, workload_of: WorkloadOf
-) -> None:
+def test_a_saved_head_of_another_size_is_made_anew(model_folder, caplog, workload_of):
     rows = [{"text": text, "label": row % 2} for row, text in enumerate(TEXTS)]
     workload = workload_of("bert", rows)
     model = load_model(model_folder("bert"), workload.task, workload.labels, workload.tokenizer)

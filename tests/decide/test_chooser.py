@@ -13,20 +13,8 @@ from rankpilot.agents.policy_file import load_policy, policy_schedule
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import ByteCost, Cost, ParameterCost, TimedCost, moment_costs, plan_cost, unit_cost
 from rankpilot.cost.step_time import SecondsRow
+from rankpilot.decide import chooser
 from rankpilot.decide.choice import PLAIN, PLAIN_WITHIN, Choice
-from rankpilot.decide.chooser import (
-    MOST_WINDOWS,
-    OF_AN_OCTAVE,
-    RANKS,
-    STRANGE_SPREAD,
-    PlanChooser,
-    candidates,
-    check_expects,
-    modules_of,
-    parts,
-    plain_lora,
-    with_goal,
-)
 from rankpilot.decide.observation import LABELS, MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.plan.goal import GOALS, Goal
 from rankpilot.decide.plan.problem import AllocationProblem
@@ -36,10 +24,7 @@ from rankpilot.decide.rules import find_rule
 from rankpilot.decide.settings import ONCE
 from rankpilot.lora.spec import RankLadder
 
-from ..plan.synthetic_costs import LAYER, transformer_cost
-
-OF_THREE = (" of the top 2 layers", " of the top layer", " of every other layer")
-"""The parts of three layers, but for all of them."""
+from .plan.synthetic_costs import LAYER, transformer_cost
 
 TEXTS, LABELLED = 1.0, LABELS / 2
 """Shares of the tokens whose prediction the loss counts."""
@@ -76,7 +61,7 @@ def known(noise: float = 0.0, **effects: float) -> PlanWorth:
 
 def chosen(observation: Observation, goal: Goal = Goal(), worth: PlanWorth | None = None) -> Choice:  # noqa: B008
     """The choice behind a decision, whose plan is the one that is taken."""
-    decision = PlanChooser(goal=goal, worth=worth).decide(observation)
+    decision = chooser.PlanChooser(goal=goal, worth=worth).decide(observation)
     assert decision.choice is not None
     np.testing.assert_array_equal(decision.ranks, decision.choice.plans[decision.choice.taken])
     return decision.choice
@@ -87,7 +72,7 @@ def chosen(observation: Observation, goal: Goal = Goal(), worth: PlanWorth | Non
 
 def test_names_of_parts_and_which_modules_they_are() -> None:
     observation = seen(4, "am")
-    found, blocks = parts(observation), observation.problem.blocks
+    found, blocks = chooser.parts(observation), observation.problem.blocks
     mlp = np.tile([False, True], 4)
     expected = {
         "all modules": mlp | ~mlp,
@@ -104,50 +89,39 @@ def test_names_of_parts_and_which_modules_they_are() -> None:
     assert next(iter(found)) == "all modules"
 
 
-@pytest.mark.parametrize(
-    ("layers", "kinds", "names"),
-    [
-        (1, "am", ["all modules", "the MLP modules", "the attention modules"]),
-        (1, "a", ["all modules"]),
-        (2, "m", ["all modules", "all modules of the top layer"]),
-        (3, "a", [f"all modules{where}" for where in ("", *OF_THREE)]),
-    ],
-)
-def test_parts_of_small_models_have_one_name_each(layers: int, kinds: str, names: list[str]) -> None:
-    assert list(parts(seen(layers, kinds))) == names
-
-
 @pytest.mark.parametrize("layers", [1, 2, 32, 33, 64, 100])
 def test_deep_models_have_no_more_parts(layers: int) -> None:
-    found = parts(seen(layers, "am"))
-    assert len(found) <= 3 * (MOST_WINDOWS + 1)
+    found = chooser.parts(seen(layers, "am"))
+    assert len(found) <= 3 * (chooser.MOST_WINDOWS + 1)
     assert len({part.tobytes() for part in found.values()}) == len(found)
     assert all(part.any() for part in found.values())
 
 
 def test_layers_are_counted_and_not_numbered() -> None:
     """As where only some layers have target modules."""
-    one, other = (parts(seen(3, "am", blocks=blocks)) for blocks in (np.repeat([0, 1, 2], 2), np.repeat([4, 9, 30], 2)))
+    one, other = (
+        chooser.parts(seen(3, "am", blocks=blocks)) for blocks in (np.repeat([0, 1, 2], 2), np.repeat([4, 9, 30], 2))
+    )
     assert one.keys() == other.keys()
     for name, part in one.items():
         np.testing.assert_array_equal(part, other[name])
 
 
 def test_candidates_by_name() -> None:
-    plans = dict(candidates(seen(4, "am")))
+    plans = dict(chooser.candidates(seen(4, "am")))
     assert next(iter(plans)) == PLAIN
     assert plans[PLAIN].tolist() == [8] * 8
     assert plans["rank 2 on the MLP modules of the top layer"].tolist() == [0] * 7 + [2]
     assert plans["rank 16 on the attention modules and 4 on the others"].tolist() == [16, 4] * 4
     assert plans["rank 64 on the MLP modules and 16 on the others"].tolist() == [16, 64] * 4
     assert plans["as much rank as fits"].tolist() == [128] * 8
-    assert {f"rank {rank} on the attention modules" for rank in RANKS} <= plans.keys()
+    assert {f"rank {rank} on the attention modules" for rank in chooser.RANKS} <= plans.keys()
 
 
 def test_candidates_keep_bounds_and_ladder() -> None:
     low, high = np.array([0, 3, 0, 0]), np.array([5, 256, 0, 256])
     observation = seen(2, "am", low=low, high=high, max_ranks=np.array([64, 64, 64, 3]))
-    plans = dict(candidates(observation))
+    plans = dict(chooser.candidates(observation))
     assert plans["rank 1 on all modules"].tolist() == [1, 4, 0, 1]
     assert plans["rank 128 on all modules"].tolist() == [4, 64, 0, 2]
     assert plans["rank 8 on the MLP modules of the top layer"].tolist() == [0, 4, 0, 2]
@@ -156,17 +130,6 @@ def test_candidates_keep_bounds_and_ladder() -> None:
     found = chosen(observation, worth=known(noise=1.0))
     assert not found.fits[0], "but it cannot be taken"
     assert found.names[found.taken] == "rank 8 on all modules, as far as bounds allow"
-
-
-def test_plain_lora_of_narrow_modules_has_no_feature_and_can_be_taken() -> None:
-    observation = seen(2, "am", max_ranks=np.array([64, 3, 8, 1]))
-    assert plain_lora(observation.problem).tolist() == [8, 2, 8, 1]
-    found = chosen(observation, worth=known(noise=1.0))
-    assert found.fits[0]
-    assert not found.parts[0].any()
-    assert found.spread[0] == 0
-    assert found.taken == 0
-    assert not any("as far as" in name for name in found.names)
 
 
 def parameters(limit: float, layers: int = 4, **changes: Any) -> Observation:
@@ -209,7 +172,7 @@ def test_an_mlp_that_is_not_gated_has_no_plan_of_outputs_alone() -> None:
 
 
 def test_what_worth_depends_on_in_a_model() -> None:
-    modules = modules_of(seen(3, "am", max_ranks=np.array([64, 96, 32, 96, 64, 96])))
+    modules = chooser.modules_of(seen(3, "am", max_ranks=np.array([64, 96, 32, 96, 64, 96])))
     assert modules.wide.tolist() == [False, True] * 3
     assert modules.depth.tolist() == [0, 0, 0.5, 0.5, 1, 1]
     assert modules.width == 96
@@ -237,12 +200,14 @@ def problems(draw: st.DrawFn) -> Observation:
         bounds = {"low": low, "high": np.where(generator.random(len(blocks)) < 0.2, generator.choice([12, 30]), 256)}
         bounds["high"] = np.where((low == 0) & (generator.random(len(blocks)) < 0.1), 5, bounds["high"])
     problem = AllocationProblem(np.ones_like(blocks), most, blocks, cost, 0.0, RankLadder(), **bounds)
-    least, plain = (plan_cost(cost, ranks) for ranks in (problem.ladder.array[problem.bottoms], plain_lora(problem)))
+    least, plain = (
+        plan_cost(cost, ranks) for ranks in (problem.ladder.array[problem.bottoms], chooser.plain_lora(problem))
+    )
     share = draw(st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0, 3.0]))
     problem = replace(problem, limit=float(int(least + share * max(0.0, plain - least))) + 1)
     if draw(st.booleans()):
         row = SecondsRow(1.0, np.full(len(blocks), 1e-3), generator.random(len(blocks)), np.eye(len(blocks)) > 0)
-        seconds = row.seconds(plain_lora(problem)) * draw(st.sampled_from([0.5, 0.8, 2.0]))
+        seconds = row.seconds(chooser.plain_lora(problem)) * draw(st.sampled_from([0.5, 0.8, 2.0]))
         problem = replace(problem, cost=row.added_to(cost, problem.limit, seconds))
     return observed(problem, wide, draw(st.sampled_from([TEXTS, LABELLED])))
 
@@ -262,7 +227,7 @@ def test_what_is_weighed_is_possible_and_the_decision_fits(drawn: tuple[Observat
     observation, goal = drawn
     problem, found = observation.problem, chosen(observation, goal)
     assert found.names[0] == PLAIN
-    np.testing.assert_array_equal(found.plans[0], plain_lora(problem))
+    np.testing.assert_array_equal(found.plans[0], chooser.plain_lora(problem))
     assert len(np.unique(found.plans, axis=0)) == len(found.plans)
     assert len(set(found.names)) == len(found.names)
     assert found.fits[1:].all()
@@ -274,7 +239,7 @@ def test_what_is_weighed_is_possible_and_the_decision_fits(drawn: tuple[Observat
     assert found.expected[0] == 0
     assert (found.spread[1:] > 0).all()
     np.testing.assert_array_equal(found.costs, [unit_cost(problem.cost, plan) for plan in found.plans])
-    decision = PlanChooser(goal=goal).decide(observation)
+    decision = chooser.PlanChooser(goal=goal).decide(observation)
     plan = decided_plan(problem, decision)
     assert problem.fits(plan.ranks) or np.array_equal(plan.ranks, low)
     if found.fits[found.taken]:
@@ -287,7 +252,7 @@ def test_what_is_weighed_is_possible_and_the_decision_fits(drawn: tuple[Observat
 @given(problems(), st.integers(1, 3))
 def test_later_decisions_keep_the_ranks(observation: Observation, reach: int) -> None:
     later = replace(observation, problem=replace(observation.problem, max_step=reach))
-    decision = PlanChooser(goal=Goal("bytes")).decide(later)
+    decision = chooser.PlanChooser(goal=Goal("bytes")).decide(later)
     np.testing.assert_array_equal(decision.ranks, later.problem.ranks)
     assert decision.exact
     assert decision.choice is None
@@ -321,41 +286,31 @@ def test_bytes_and_time_are_saved_by_different_plans() -> None:
     assert chosen(observation, Goal("bytes"), known(noise=1.0)).taken == 0, "no plan is sure to lose nothing"
 
 
-def test_where_plain_lora_does_not_fit_the_least_loss_is_taken() -> None:
-    """Under quality as under a goal that cannot be kept."""
-    plain = plan_cost(seen().problem.cost, np.full(16, 8))
-    observation = seen(limit=plain - 1)
-    for goal in (Goal(), Goal("bytes", 0.0)):
-        found = chosen(observation, goal)
-        assert not found.fits[0]
-        assert found.taken > 0
-        assert found.cautious[found.taken] == found.cautious[1:].min()
-        assert found.misses_goal == goal.saves
-
-
 def test_a_goal_that_the_costs_do_not_know() -> None:
     counted = ParameterCost(np.full((1, 16), 10.0))
-    with pytest.raises(ConfigError, match="requires a known step time"):
-        PlanChooser(goal=Goal("time")).decide(seen())
-    with pytest.raises(ConfigError, match="goal='bytes' requires a budget in bytes; this one counts parameters"):
-        PlanChooser(goal=Goal("bytes")).decide(seen(cost=counted))
+    with pytest.raises(ConfigError, match="the time of a step is not known"):
+        chooser.PlanChooser(goal=Goal("time")).decide(seen())
+    with pytest.raises(ConfigError, match="goal='bytes' needs a budget of bytes, and this one counts parameters"):
+        chooser.PlanChooser(goal=Goal("bytes")).decide(seen(cost=counted))
     assert chosen(seen(cost=counted)).names[0] == PLAIN
 
 
 def test_only_the_chooser_takes_a_goal_of_cost() -> None:
     rule = find_rule("signal-mean")
-    assert with_goal(rule, Goal()) is rule
-    with pytest.raises(ConfigError, match="signal-mean predicts no losses, so goal='time' requires policy='default'"):
-        with_goal(rule, Goal("time"))
-    with pytest.raises(ConfigError, match=r"so a frontier requires policy='default'\. Otherwise, leave it out"):
-        check_expects(rule, "a frontier", "leave it out")
-    check_expects(PlanChooser(), "a frontier", "leave it out")
-    assert with_goal(PlanChooser(), Goal("bytes")) == PlanChooser(goal=Goal("bytes"))
+    assert chooser.with_goal(rule, Goal()) is rule
+    with pytest.raises(
+        ConfigError, match="signal-mean expects nothing of plans, so goal='time' needs policy='default'"
+    ):
+        chooser.with_goal(rule, Goal("time"))
+    with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'\. Or leave it out"):
+        chooser.check_expects(rule, "a frontier", "leave it out")
+    chooser.check_expects(chooser.PlanChooser(), "a frontier", "leave it out")
+    assert chooser.with_goal(chooser.PlanChooser(), Goal("bytes")) == chooser.PlanChooser(goal=Goal("bytes"))
 
 
 def test_it_is_the_policy_that_ships() -> None:
-    assert load_policy("default") == PlanChooser()
-    assert policy_schedule("default") == policy_schedule(PlanChooser(goal=Goal("time"))) == ONCE
+    assert load_policy("default") == chooser.PlanChooser()
+    assert policy_schedule("default") == policy_schedule(chooser.PlanChooser(goal=Goal("time"))) == ONCE
 
 
 # Runs unlike those that were learned from -----------------------------------------------------------------------------
@@ -363,7 +318,7 @@ def test_it_is_the_policy_that_ships() -> None:
 
 def test_labels_widen_the_spread_and_are_told() -> None:
     texts, labels = (chosen(seen(predicted=predicted)) for predicted in (TEXTS, LABELLED))
-    np.testing.assert_allclose(labels.spread, STRANGE_SPREAD * texts.spread)
+    np.testing.assert_allclose(labels.spread, chooser.STRANGE_SPREAD * texts.spread)
     np.testing.assert_array_equal(labels.expected, texts.expected)
     assert texts.caveats == ()
     assert labels.caveats == ("it learns labels, not texts",)
@@ -375,7 +330,7 @@ def test_the_spread_grows_with_the_distance_from_what_is_known() -> None:
         found = chosen(seen(max_ranks=np.full(16, width)), worth=known(noise=0.01))
         spreads.append(found.spread[found.names.index("rank 16 on all modules")])
         assert bool(found.caveats) == (width > 576)
-    ratios = [STRANGE_SPREAD * (1 + OF_AN_OCTAVE * octaves) for octaves in (1, 2)]
+    ratios = [chooser.STRANGE_SPREAD * (1 + chooser.OF_AN_OCTAVE * octaves) for octaves in (1, 2)]
     np.testing.assert_allclose(np.divide(spreads[1:], spreads[0]), ratios)
 
 
@@ -408,22 +363,10 @@ def test_trained_adapters_are_told() -> None:
 # Models of odd shapes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("layers", "kinds"), [(1, "a"), (1, "m"), (1, "am"), (2, "a"), (40, "m"), (3, "aaaaaaaa")])
-@pytest.mark.parametrize("share", [0.95, 1.0])
-def test_models_of_one_layer_or_one_kind(layers: int, kinds: str, share: float) -> None:
-    free = seen(layers, kinds)
-    count = layers * len(kinds)
-    least, plain = (plan_cost(free.problem.cost, np.full(count, rank)) for rank in (0, 8))
-    found = chosen(seen(layers, kinds, limit=least + share * (plain - least)), Goal("bytes", 0.05))
-    assert found.fits[0] == (share == 1.0)
-    assert found.fits[found.taken]
-    assert np.isfinite(found.surely).all()
-
-
 def test_embeddings_count_as_no_mlp_of_the_lowest_layer() -> None:
     """A module before the layers, as narrow as its vocabulary; plans on the other kind leave it out."""
     observation = seen(3, "am", max_ranks=np.array([5, 64, 64, 64, 64, 64]))
-    assert not modules_of(observation).wide[0]
-    assert not parts(observation)["the MLP modules"][0]
+    assert not chooser.modules_of(observation).wide[0]
+    assert not chooser.parts(observation)["the MLP modules"][0]
     found = chosen(observation, worth=known(rank_of_attention=-0.1, MLP_modules=-0.1))
     assert found.plans[found.taken].tolist() == [4, 0, 64, 0, 64, 0]

@@ -32,9 +32,7 @@ def test_a_group_is_a_kind_in_a_third_of_the_depth(make_observation: MakeObserva
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("step", [None, 2])
-def test_each_action_that_is_allowed_changes_its_group_and_fits(
-    make_observation: MakeObservation, seed: int, step: int | None
-) -> None:
+def test_each_action_that_is_allowed_changes_its_group_and_fits(make_observation, seed, step):
     observation = make_observation(24, seed, max_step=step)
     observation = replace(observation, problem=replace(observation.problem, limit=float(seed + 1) * 2400))
     view = GroupView.of(observation)

@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
-from rankpilot.decide.observation import (
-    MODULE_FEATURES,
-    RUN_FEATURE_TABLE,
-    ModuleShapes,
-    Moves,
-    Observation,
-    RunState,
-    feature_table,
-    observe,
-    with_limit,
-)
+from rankpilot.decide import observation as view
+from rankpilot.decide.observation import Observation, observe
 from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.lora.adapters import SIGNALS
 from rankpilot.lora.spec import ModuleSpec, RankLadder
@@ -44,14 +35,14 @@ def seen(copies: int = 1, **options: Any) -> Observation:
         tuple(map(str, range(count))),
         np.ones((count, len(SIGNALS))),
         np.zeros(count, dtype=np.int64),
-        ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
-        RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2, predicted=0.25),
-        Moves(count),
+        view.ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
+        view.RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2, predicted=0.25),
+        view.Moves(count),
     )
 
 
 def column(observation: Observation, name: str) -> list[float]:
-    return [float(value) for value in observation.modules[:, MODULE_FEATURES.index(name)]]
+    return [float(value) for value in observation.modules[:, view.MODULE_FEATURES.index(name)]]
 
 
 def share(cost: float) -> float:
@@ -93,7 +84,7 @@ def test_costs_of_next_to_nothing_end_at_minus_three() -> None:
 
 @pytest.mark.parametrize("limit", [2000.0, 4000.0, 11000.0])
 def test_another_limit_is_seen_as_if_it_had_been_there_from_the_start(limit: float) -> None:
-    changed, expected = with_limit(seen(), limit), seen(limit=limit)
+    changed, expected = view.with_limit(seen(), limit), seen(limit=limit)
     np.testing.assert_array_equal(changed.modules, expected.modules)
     np.testing.assert_array_equal(changed.run, expected.run)
     assert changed.problem.limit == limit
@@ -108,7 +99,7 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
     def timed(limit: float) -> Observation:
         return seen(cost=row.added_to(seen().problem.cost, limit, 2.3), limit=limit)  # type: ignore[arg-type]
 
-    changed, expected = with_limit(timed(4000.0), limit), timed(limit)
+    changed, expected = view.with_limit(timed(4000.0), limit), timed(limit)
     np.testing.assert_allclose(changed.modules, expected.modules, atol=1e-6)
     np.testing.assert_allclose(changed.run, expected.run, atol=1e-6)
     for ranks in np.random.default_rng(0).choice([0, 1, 8, 32], size=(50, count)):
@@ -118,7 +109,7 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
 
 
 def test_what_the_loss_did_since_a_rank_moved_is_seen() -> None:
-    moves = Moves(3)
+    moves = view.Moves(3)
     moves.interval(1.0, 0.1)
     moves.moved(np.array([1, 0, -2]))
     assert moves.features()[2].tolist() == [0, 0, 0], "nothing was measured since"
@@ -128,7 +119,7 @@ def test_what_the_loss_did_since_a_rank_moved_is_seen() -> None:
     assert since.tolist() == [0.25, 3.5, 0.25]
     assert fall.tolist() == [2, 0, 2]
     assert error == pytest.approx([4 * 0.1 * 2**0.5, 0, 4 * 0.1 * 2**0.5])
-    assert feature_table(RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"
+    assert view.feature_table(view.RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"
 
 
 # Kinds of modules by their shapes, in layers as models have them ------------------------------------------------------
@@ -160,13 +151,13 @@ def specs(layer: str, block: int) -> list[ModuleSpec]:
 def test_which_modules_are_wide(layer: str) -> None:
     """Every layer by itself, whatever the others look like."""
     modules = [*specs("llama", 0), *specs(layer, 1), *specs("one product for query, key and value", 2)]
-    shapes = ModuleShapes.of(modules)
+    shapes = view.ModuleShapes.of(modules)
     inside = np.array([module.block == 1 for module in modules])
     assert shapes.wide[inside].tolist() == [wide for *_, wide in SHAPES[layer]]
     assert shapes.wide[~inside].tolist() == [wide for name in ("llama", list(SHAPES)[2]) for *_, wide in SHAPES[name]]
 
 
 def test_ratios_and_positions() -> None:
-    shapes = ModuleShapes.of([*specs("llama", 0), *specs("one module", 1)])
+    shapes = view.ModuleShapes.of([*specs("llama", 0), *specs("one module", 1)])
     np.testing.assert_allclose(shapes.positions, [*np.arange(7) / 6, 0])
     np.testing.assert_allclose(shapes.ratios, [1, 0.5, 0.5, 1, 2.75, 2.75, 1 / 2.75, 1000 / 64])

@@ -18,7 +18,7 @@ from rankpilot.common.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rules import PlanFile, plan_text, read_plan
-from rankpilot.decide.settings import ONCE, DecisionSchedule
+from rankpilot.decide.settings import ONCE
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -74,18 +74,15 @@ def test_forms_that_a_person_may_write(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "as YAML"),
-        ("", r"plan\.yaml is empty\. A plan needs `modules`\."),
-        ("# only a comment\n", "is empty"),
-        ("[1, 2]", "is not a mapping"),
-        ("modules:\n", "contains no ranks. Under `modules`, set the rank of each target module"),
-        ("modules: {}\n", "contains no ranks"),
-        ("a: -1", "The rank of 'a' in .* must be a whole number of at least 0; got -1"),
-        ("a: 2.5", "must be a whole number of at least 0; got 2.5"),
-        ("a: true", "got True"),
-        ("a: '8'", "got '8'"),
-        ("a:\n", "got None"),
-        ("a: &x {b: 1}\nc: *x\n", "references .* are not supported"),
+        ("[", "cannot be read as YAML"),
+        ("", r"plan\.yaml is empty\. A plan has `modules`\."),
+        ("[1, 2]", "holds no mapping"),
+        ("modules:\n", "holds no ranks. Under `modules`, give each target module its rank"),
+        ("a: -1", "The rank of 'a' in .* is -1; it is a whole number from 0 on"),
+        ("a: 2.5", "is 2.5; it is a whole number"),
+        ("a: '8'", "is '8'"),
+        ("a:\n", "is None"),
+        ("a: &x {b: 1}\nc: *x\n", "references .* are not read"),
     ],
 )
 def test_files_that_hold_no_plan(path: Path, content: str, message: str) -> None:
@@ -150,9 +147,7 @@ def test_the_decision_is_exactly_the_file(path: Path, observation: Observation) 
         ({"m2": 1}, r"'layers\.0\.m2' cannot have rank 1\. Allowed: 2, 4, .*, 32\."),
     ],
 )
-def test_ranks_that_a_module_cannot_have(
-    path: Path, observation: Observation, changed: dict[str, int], message: str
-) -> None:
+def test_ranks_that_a_module_cannot_have(path, observation, changed, message):
     policy = PlanFile(write(path, plan_of(observation, **changed)))
     with pytest.raises(ConfigError, match=message):
         policy.decide(observation)
@@ -234,9 +229,7 @@ class Person(TrainerCallback):  # type: ignore[misc]
             write(self.path, self.ranks, read_at=[0, 0.5])
 
 
-def test_a_person_decides_before_a_run_and_within_it(
-    make_trainer: Callable[..., Trainer], llama_config: LlamaConfig, tmp_path: Path, path: Path
-) -> None:
+def test_a_person_decides_before_a_run_and_within_it(make_trainer, llama_config, tmp_path, path):
     config = rankpilot.allocate(make_trainer(), policy="signal-mean", budget="60%", exact_savers=False, output=path)
     planned = read_plan(path)
     assert config.rank_pattern
@@ -260,18 +253,3 @@ def test_a_person_decides_before_a_run_and_within_it(
     set_seed(0)
     plain = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path / "adapter")
     assert len([name for name, _ in plain.named_parameters() if "lora_A" in name]) == sum(map(bool, second.values()))
-
-
-def test_a_person_may_shrink_trained_adapters_on_a_schedule_of_their_own(
-    make_trainer: Callable[..., Trainer], path: Path
-) -> None:
-    trainer = make_trainer()
-    trainer.train()
-    ranks = dict.fromkeys(adapter_ranks(find_target_modules(trainer.model)), 2)
-    write(path, ranks)
-    again = Trainer(trainer.model, trainer.args, train_dataset=ROWS)
-    schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.25, 0.75))
-    callback = rankpilot.attach(again, str(path), schedule=schedule, exact_savers=False)
-    again.train()
-    assert [step for step, _ in callback.predictions] == [0, 1, 3]
-    assert adapter_ranks(find_target_modules(again.model)) == ranks

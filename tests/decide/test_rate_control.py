@@ -7,21 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.decide.rate_control import (
-    CHANGES,
-    FEATURES,
-    KEEP,
-    LEAST_WINDOW,
-    SHARES,
-    UNDO,
-    AlignmentRule,
-    RunRecord,
-    decision_steps,
-)
+from rankpilot.decide import rate_control
 
 
-def record(losses: list[float], alignments: list[float], total: int = 200) -> RunRecord:
-    found = RunRecord(total)
+def record(losses: list[float], alignments: list[float], total: int = 200) -> rate_control.RunRecord:
+    found = rate_control.RunRecord(total)
     for loss, aligned in zip(losses, alignments, strict=True):
         found.add(loss, aligned)
     return found
@@ -30,43 +20,43 @@ def record(losses: list[float], alignments: list[float], total: int = 200) -> Ru
 def seen(**values: float) -> Any:
     """An observation; features that are not given are 0, with the whole rate of the schedule after 30 steps."""
     usual = {"schedule": 1.0, "time": 0.17, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
-    known = [name.replace(" ", "_").replace("-", "_") for name in FEATURES]
+    known = [name.replace(" ", "_").replace("-", "_") for name in rate_control.FEATURES]
     assert usual.keys() <= {*known}
     return np.array([[usual.get(name, 0.0) for name in known]])
 
 
 @pytest.mark.parametrize("total", [60, 61, 100, 400, 10_000])
 def test_decisions_come_in_the_first_half_and_far_enough_apart(total: int) -> None:
-    steps = decision_steps(total)
-    assert len(steps) == len(SHARES)
-    assert all(b - a >= LEAST_WINDOW for a, b in zip((0, *steps), steps, strict=False))
-    assert steps[-1] <= max(0.5 * total, LEAST_WINDOW * len(SHARES))
+    steps = rate_control.decision_steps(total)
+    assert len(steps) == len(rate_control.SHARES)
+    assert all(b - a >= rate_control.LEAST_WINDOW for a, b in zip((0, *steps), steps, strict=False))
+    assert steps[-1] <= max(0.5 * total, rate_control.LEAST_WINDOW * len(rate_control.SHARES))
     assert steps[-1] < total
 
 
 def test_a_short_run_is_left_alone() -> None:
-    assert decision_steps(59) == ()
+    assert rate_control.decision_steps(59) == ()
 
 
 def test_features_are_those_of_the_window() -> None:
     found = record([4.0, 4.0, 2.0, 2.0], [math.nan, 0.1, 0.3, 0.2])
-    first = dict(zip(FEATURES, found.observe(0.5), strict=True))
+    first = dict(zip(rate_control.FEATURES, found.observe(0.5), strict=True))
     assert first["alignment"] == pytest.approx(4 * 0.2)
     assert first["alignment over the first"] == pytest.approx(1)
     assert first["loss"] == pytest.approx(2 * (math.log(math.sqrt(8)) - math.log(4)))
     assert first["schedule"] == 0.5
     assert first["warm-up"] == 1
     assert first["time"] == 4 / 200
-    found.take(CHANGES.index(1.0))
+    found.take(rate_control.CHANGES.index(1.0))
     for _ in range(5):
         found.add(1.0, -0.1)
-    second = dict(zip(FEATURES, found.observe(1.0), strict=True))
+    second = dict(zip(rate_control.FEATURES, found.observe(1.0), strict=True))
     assert second["moved"] == pytest.approx(1 / 3)
     assert second["warm-up"] == 1
-    assert dict(zip(FEATURES, found.observe(1.0), strict=True)) == second, "to look changes nothing"
-    found.take(KEEP)
+    assert dict(zip(rate_control.FEATURES, found.observe(1.0), strict=True)) == second, "to look changes nothing"
+    found.take(rate_control.KEEP)
     found.add(1.0, 0.1)
-    assert dict(zip(FEATURES, found.observe(0.9), strict=True))["warm-up"] == 0
+    assert dict(zip(rate_control.FEATURES, found.observe(0.9), strict=True))["warm-up"] == 0
     assert second["alignment"] == pytest.approx(-0.4)
     assert second["alignment over the first"] == pytest.approx(-0.1 / np.mean([0.1, 0.3, 0.2, -0.1, -0.1]))
     assert second["change of loss"] == pytest.approx(max(4 * -math.log(3), -3))
@@ -77,14 +67,14 @@ def test_features_are_those_of_the_window() -> None:
 def test_losses_that_are_not_finite_stay_within_the_bounds() -> None:
     values = record([3.0, 3.0, math.inf, math.nan], [0.1] * 4).observe(1.0)
     assert np.isfinite(values).all()
-    assert dict(zip(FEATURES, values, strict=True))["loss"] == 3.0
+    assert dict(zip(rate_control.FEATURES, values, strict=True))["loss"] == 3.0
 
 
 def test_what_was_undone_is_no_level_to_compare_with() -> None:
     found = record([3.0, 3.0, 9.0, 9.0], [0.1] * 4)
-    found.take(UNDO)
+    found.take(rate_control.UNDO)
     found.add(3.0, 0.1)
-    after = dict(zip(FEATURES, found.observe(1.0), strict=True))
+    after = dict(zip(rate_control.FEATURES, found.observe(1.0), strict=True))
     assert (after["undone"], after["evidence"]) == (1, 0), "one alignment tells no error"
     assert after["moved"] == pytest.approx(-2 / 3)
     assert after["change of loss"] == pytest.approx(0, abs=1e-12)
@@ -119,21 +109,21 @@ RULES = [
 
 @pytest.mark.parametrize(("values", "change"), RULES)
 def test_the_rule_follows_the_alignment(values: dict[str, float], change: float) -> None:
-    (action,) = AlignmentRule().act(seen(**values))
-    assert action != UNDO
-    assert CHANGES[action] == change
+    (action,) = rate_control.AlignmentRule().act(seen(**values))
+    assert action != rate_control.UNDO
+    assert rate_control.CHANGES[action] == change
 
 
 def test_the_rule_goes_back_where_the_loss_has_risen_beyond_its_noise() -> None:
-    rule, risen = AlignmentRule(), {"alignment": -0.1, "loss": 0.8}
-    assert rule.act(seen(**risen)) == [UNDO]
-    assert rule.act(seen(**risen, noise=2.0)) != [UNDO]
-    assert rule.act(seen(**risen | {"alignment": 0.1})) != [UNDO], "steps that go on do no damage"
+    rule, risen = rate_control.AlignmentRule(), {"alignment": -0.1, "loss": 0.8}
+    assert rule.act(seen(**risen)) == [rate_control.UNDO]
+    assert rule.act(seen(**risen, noise=2.0)) != [rate_control.UNDO]
+    assert rule.act(seen(**risen | {"alignment": 0.1})) != [rate_control.UNDO], "steps that go on do no damage"
 
 
 def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
-    rule, early = AlignmentRule(), HIGH | {"time": 0.1}
-    assert rule.act(seen(**early)) == [UNDO]
+    rule, early = rate_control.AlignmentRule(), HIGH | {"time": 0.1}
+    assert rule.act(seen(**early)) == [rate_control.UNDO]
     for values in (
         early | {"time": 0.17},
         early | {"moved": -1 / 3},
@@ -141,4 +131,4 @@ def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
         early | {"alignment_over_the_first": -0.15},
         early | {"alignment_over_the_first": -0.3, "evidence": -0.5},
     ):
-        assert rule.act(seen(**values)) != [UNDO]
+        assert rule.act(seen(**values)) != [rate_control.UNDO]

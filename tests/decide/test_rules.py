@@ -45,13 +45,8 @@ def seen(problem: AllocationProblem, seed: int = 0) -> Observation:
     modules[:, MODULE_FEATURES.index("relative_depth")] = problem.blocks / problem.blocks.max()
     price = np.log(problem.cost.per_rank.max(axis=0))
     modules[:, MODULE_FEATURES.index("rank_cost")] = price - price.mean()
-    names = tuple(map(str, range(len(modules))))
-    return Observation(
-        modules.clip(-3, 3).astype(np.float32),
-        generator.uniform(size=len(RUN_FEATURES)).astype(np.float32),
-        problem,
-        names,
-    )
+    names, run = tuple(map(str, range(len(modules)))), generator.uniform(size=len(RUN_FEATURES))
+    return Observation(modules.clip(-3, 3).astype(np.float32), run.astype(np.float32), problem, names)
 
 
 def first_ranks(name: str, observation: Observation) -> Any:

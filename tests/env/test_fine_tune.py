@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import warnings
 from collections.abc import Callable
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 import rankpilot
 from gymnasium.utils.env_checker import check_env
-from rankpilot.common.errors import ConfigError, RankPilotError, UnknownNameError
-from rankpilot.decide.group_rules import GROUP_RULES
+from rankpilot.common.errors import ConfigError, RankPilotError
 from rankpilot.decide.groups import DOUBLE, GO_BACK, GROUP_FEATURES, HALVE, NOTHING
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import RUN_FEATURES
@@ -210,9 +208,3 @@ def test_actions_that_there_are_not(make_task: MakeTask, actions: Any) -> None:
         vector.step(np.array(actions))
     with pytest.raises(ConfigError, match="no options"):
         vector.reset(options={"task": 1})
-
-
-def test_groups_and_rules_have_room() -> None:
-    assert {*GROUP_RULES} == {"left-alone", "rate", "halving", "union"}
-    with pytest.raises(UnknownNameError):
-        copy.copy(FineTuneVectorEnv)(1, against="best")

@@ -15,31 +15,14 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import plan_cost
 from rankpilot.decide.plan.plan import uniform_ranks
-from rankpilot.decide.plan.problem import AllocationProblem
 from rankpilot.env import task_data as oracle
 from rankpilot.env.bases import adapted_base, find_base, load_base_model
-from rankpilot.env.task_data import (
-    DENSITY,
-    RANKS,
-    STRENGTH,
-    Change,
-    draw_changes,
-    first_problem,
-    load_task,
-    oracle_plan,
-    utilities,
-)
 from rankpilot.env.tasks import FineTuneTask
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.spec import RankLadder
 from rankpilot.lora.targets import find_target_modules
 
 MakeTask = Callable[..., FineTuneTask]
 BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
-
-
-def problem_for(task: FineTuneTask, **options: Any) -> AllocationProblem:
-    return replace(first_problem(task), **options)
 
 
 def base_weights(name: str) -> dict[str, torch.Tensor]:
@@ -53,27 +36,13 @@ def base_weights(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("base", BASES)
 def test_truncations_are_the_best_of_their_rank(base: str) -> None:
     """Eckart and Young: no approximation of a rank is nearer, and what is left is what the energy says."""
-    targets = adapted_base(base)[1]
-    layers = {target.name: target.layer for target in targets}
-    seen = set()
-    for change in draw_changes(targets, "spread", np.random.default_rng(0)):
-        count = change.left.shape[1]
-        seen.add(count)
-        whole = change.truncated(count).double()
-        assert whole.shape == (layers[change.name].out_features, layers[change.name].in_features)
-        singular = torch.linalg.svdvals(whole)
-        weight = layers[change.name].get_base_layer().weight
-        assert float(whole.norm()) == pytest.approx(STRENGTH * float(weight.norm()), rel=1e-4)
-        total = float(whole.norm() ** 2)
-        for rank in range(count + 1):
-            part = change.truncated(rank).double()
-            assert int(torch.linalg.matrix_rank(part, tol=1e-5 * float(singular[0]))) == rank
-            left = float((whole - part).norm() ** 2) / total
+    for change in oracle.draw_changes(adapted_base(base)[1], "spread", np.random.default_rng(0)):
+        whole = change.truncated(change.left.shape[1]).double()
+        shares = torch.linalg.svdvals(whole).square() / whole.square().sum()
+        for rank in range(len(change.energy) + 1):
+            left = float((whole - change.truncated(rank)).square().sum() / whole.square().sum())
             assert left == pytest.approx(1 - sum(change.energy[:rank]), abs=1e-5)
-            assert left == pytest.approx(float(singular[rank:].square().sum()) / total, abs=1e-5)
-        assert torch.equal(change.truncated(count + 5), change.truncated(count)), "no more than there is"
-    assert seen <= set(range(RANKS[0], RANKS[1] + 1))
-    assert len(seen) > 2
+            assert left == pytest.approx(float(shares[rank:].sum()), abs=1e-5)
 
 
 @pytest.mark.parametrize(("placement", "allowed"), [("low", {0, 1}), ("high", {2, 3}), ("spread", {0, 1, 2, 3})])
@@ -82,9 +51,9 @@ def test_placement(make_task: MakeTask, placement: str, allowed: set[int]) -> No
     seen = set()
     for seed in range(6):
         task = make_task("planted", seed, placement=placement, steps=1, batch_size=1, eval_rows=1)
-        names = [change.name for change in load_task(task).changes]
+        names = [change.name for change in oracle.load_task(task).changes]
         possible = 28 * len(allowed) // 4
-        assert round(DENSITY[0] * possible) <= len(names) <= round(DENSITY[1] * possible)
+        assert round(oracle.DENSITY[0] * possible) <= len(names) <= round(oracle.DENSITY[1] * possible)
         assert len(set(names)) == len(names)
         seen |= {blocks[name] for name in names}
     assert seen == allowed
@@ -93,30 +62,11 @@ def test_placement(make_task: MakeTask, placement: str, allowed: set[int]) -> No
 # Teachers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_the_teacher_is_taken_out_again(make_task: MakeTask, base: str) -> None:
-    model, targets = adapted_base(base)
-    before = base_weights(base)
-    load_task.cache_clear()
-    data = load_task(make_task("planted", 11, base=base))
-    after = base_weights(base)
-    assert before
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert data.teacher is not None
-    with model.disable_adapter():
-        divergence = data.held_out_loss(model)
-    assert divergence > 0.01, "the teacher differs from the base"
-    assert {change.name for change in data.changes} < {target.name for target in targets}
-
-
 @pytest.mark.parametrize(
-    "where",
-    ["rankpilot.env.task_data._log_probabilities", "rankpilot.env.task_data.Change.truncated"],
+    "where", ["rankpilot.env.task_data._log_probabilities", "rankpilot.env.task_data.Change.truncated"]
 )
-def test_the_teacher_is_taken_out_after_an_error(
-    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    before, original, calls = base_weights("llama-4x32"), Change.truncated, iter(range(9))
+def test_the_teacher_is_taken_out_after_an_error(make_task, monkeypatch, where):
+    before, original, calls = base_weights("llama-4x32"), oracle.Change.truncated, iter(range(9))
 
     def fail(*arguments: Any) -> Any:
         if where.endswith("truncated") and next(calls) < 2:  # in the middle of the changes
@@ -125,7 +75,7 @@ def test_the_teacher_is_taken_out_after_an_error(
 
     monkeypatch.setattr(where, fail)
     with pytest.raises(KeyboardInterrupt):
-        load_task(make_task("planted", 12))
+        oracle.load_task(make_task("planted", 12))
     after = base_weights("llama-4x32")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -133,7 +83,7 @@ def test_the_teacher_is_taken_out_after_an_error(
 @pytest.mark.parametrize("base", BASES)
 def test_a_teacher_is_the_base_with_an_adapter_that_holds_the_changes(make_task: MakeTask, base: str) -> None:
     """Also where weights are stored the other way round (Conv1D of GPT-2)."""
-    data = load_task(make_task("planted", 13, base=base))
+    data = oracle.load_task(make_task("planted", 13, base=base))
     kind = find_base(base)
     config = LoraConfig(
         r=8, lora_alpha=8, target_modules=list(kind.target_modules), fan_in_fan_out=kind.family == "gpt2"
@@ -161,7 +111,7 @@ def test_a_teacher_is_the_base_with_an_adapter_that_holds_the_changes(make_task:
 def attainable_loss(task: FineTuneTask, ranks: IntArray) -> float:
     """The least divergence from the teacher that these ranks allow, nearly, in nats."""
     by_name = dict(zip((target.name for target in adapted_base(task.base)[1]), ranks.tolist(), strict=True))
-    return oracle._loss(task, [by_name[change.name] for change in load_task(task).changes])
+    return oracle._loss(task, [by_name[change.name] for change in oracle.load_task(task).changes])
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -169,14 +119,14 @@ def test_attainable_losses_run_from_the_base_to_nothing(make_task: MakeTask, bas
     task = make_task("planted", 14, base=base)
     model, targets = adapted_base(base)
     with model.disable_adapter():
-        untrained = load_task(task).held_out_loss(model)
+        untrained = oracle.load_task(task).held_out_loss(model)
     ranks = [np.full(len(targets), rank, dtype=np.int64) for rank in (0, 1, 2, 4, 8, 64)]
     losses = [attainable_loss(task, plan) for plan in ranks]
     assert losses[0] == pytest.approx(untrained, abs=1e-6)
     assert all(a > b for a, b in itertools.pairwise(losses[:5])), "more rank reaches a lower loss"
     assert losses[-2] == pytest.approx(0, abs=1e-6)
     assert losses[-1] == losses[-2]
-    unplanted = {target.name for target in targets} - {change.name for change in load_task(task).changes}
+    unplanted = {target.name for target in targets} - {change.name for change in oracle.load_task(task).changes}
     nothing = np.array([64 if target.name in unplanted else 0 for target in targets], dtype=np.int64)
     assert attainable_loss(task, nothing) == losses[0], "rank where nothing was planted is worth nothing"
 
@@ -184,8 +134,8 @@ def test_attainable_losses_run_from_the_base_to_nothing(make_task: MakeTask, bas
 @pytest.mark.parametrize("options", [{"mean_rank": 2.0}, {"base": "gpt2-4x32", "mean_rank": 1.0}])
 def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[str, Any]) -> None:
     task = make_task("planted", 15, **options)
-    problem = problem_for(task)
-    plan = oracle_plan(task, problem)
+    problem = oracle.first_problem(task)
+    plan = oracle.oracle_plan(task, problem)
     assert problem.fits(plan)
     assert set(plan.tolist()) <= set(problem.ladder.ranks)
     uniform = uniform_ranks(problem)
@@ -196,33 +146,8 @@ def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[st
     assert not half.fits(plan)
 
 
-def test_the_oracle_finds_what_a_search_of_everything_finds(make_task: MakeTask) -> None:
-    """Rank is only allowed on the three planted modules that are worth most, so that all plans can be tried."""
-    task = make_task("planted", 17)
-    wide = problem_for(task)
-    best = np.argsort(-utilities(task, wide)[:, -1])[:3]
-    high = np.zeros(28, dtype=np.int64)
-    high[best] = 8
-    ladder = RankLadder((0, 1, 2, 4, 8))
-    full = high.copy()
-    for share in (0.4, 0.7):
-        free = problem_for(task, ladder=ladder, high=high)
-        problem = replace(free, limit=share * plan_cost(free.cost, full))
-        worth = utilities(task, problem)
-        values = {}
-        for rungs in itertools.product(range(5), repeat=3):
-            plan = np.zeros(28, dtype=np.int64)
-            plan[best] = ladder.array[list(rungs)]
-            if problem.fits(plan):
-                values[rungs] = float(worth[best, list(rungs)].sum())
-        oracle = oracle_plan(task, problem)
-        assert problem.fits(oracle)
-        assert not np.delete(oracle, best).any()
-        assert float(worth[np.arange(28), ladder.rung(oracle)].sum()) == pytest.approx(max(values.values()))
-
-
 def test_only_planted_tasks_have_an_oracle(make_task: MakeTask) -> None:
     task = make_task("text")
-    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is unknown"):
-        oracle_plan(task, problem_for(task))
+    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is not known"):
+        oracle.oracle_plan(task, oracle.first_problem(task))
     oracle._worth.cache_clear()

@@ -68,12 +68,7 @@ def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: Make
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        *(
-            ("kind", ["other"]),
-            ("placement", ["middle"]),
-            ("turn", [1.0, -0.1]),
-            ("moves", [((1.0, 0.5),), ((0.1, 0),)]),
-        ),
+        *(("kind", ["other"]), ("placement", ["middle"]), ("turn", [1.0, -0.1]), ("moves", [((1.0, 1),), ((0.1, 0),)])),
         *(("steps", [0, 2.5, True]), ("batch_size", [0, 2.0]), ("eval_rows", [0, 2.5]), ("length", [1, 129, 31.5])),
         *(("mean_rank", [0.0, -1.0, math.nan, math.inf, True]), ("offset", [math.nan, "1"])),
         ("learning_rate", [0.0, -1e-3, math.nan, math.inf, "1e-3"]),

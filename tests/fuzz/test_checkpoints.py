@@ -84,13 +84,6 @@ def test_a_checkpoint_of_a_million_million_processes(saved: Path) -> None:
     assert fault_of(saved, piloted=True) == "optimizer.pt is missing"
 
 
-@pytest.mark.parametrize("content", [b"[]", b"5", b"{", b"\xff"])
-def test_a_checkpoint_whose_state_is_something_else(saved: Path, content: bytes) -> None:
-    (saved / STATE).write_bytes(content)
-    with pytest.raises(RunFolderError, match=STATE):
-        load_state(saved)
-
-
 def test_tensors_that_do_not_fit_the_state(saved: Path) -> None:
     state = json.loads((saved / STATE).read_text())
     (saved / STATE).write_bytes(as_text(state | {"meter": 5}))

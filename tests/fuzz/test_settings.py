@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,29 +178,6 @@ def test_bounds_that_fell_over() -> None:
             rank_bounds_of((entry,))
     with pytest.raises(ConfigError, match="from 0 to 2,147,483,647"):
         rank_bounds(MODULES, {"q_proj": 2**63})
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("c.yaml", b"a: &x [1]\nb: *x", "references .* are not supported; write the values out"),
-        ("c.yaml", b"!!python/object/apply:os.system ['ls']", "Cannot read the config file"),
-        ("c.yaml", b"a: 2001-13-45", "Cannot read the config file"),
-        ("c.json", b"[" * 200_000, "nested too deeply"),
-    ],
-    ids=["references", "objects", "a date", "nested"],
-)
-def test_config_files_that_are_not_read(name: str, content: bytes, message: str) -> None:
-    with folder_of({name: content}) as folder, pytest.raises(ConfigError, match=message):
-        read_config_file(str(folder / name))
-
-
-@pytest.mark.parametrize("name", ["c.json", "c.yaml"])
-def test_a_config_file_that_is_too_large_is_not_read(tmp_path: Path, name: str) -> None:
-    with (tmp_path / name).open("wb") as stream:
-        stream.truncate(2**31)  # sparse: it takes no room
-    with pytest.raises(ConfigError, match=r"exceeds [0-9,]+ bytes"):
-        read_config_file(str(tmp_path / name))
 
 
 def test_an_error_shows_a_part_of_long_values() -> None:

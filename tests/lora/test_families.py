@@ -254,6 +254,8 @@ def test_a_fresh_model_resumes_from_the_whole_state(family):
     assert not torch.equal(family.logits(goal), family.logits(source))
     goal.load_state_dict(source.state_dict())
     loaded = find_target_modules(goal)
+    assert all(t.weight_a.requires_grad for t in loaded), "until training starts, as for the first optimizer"
+    assert len(goal.peft_config["default"].rank_pattern) == sum(t.rank > 0 for t in loaded)
     finish_load(goal, loaded)
     assert adapter_ranks(loaded) == mixed(targets)
     assert [t.scaling for t in loaded] == [t.scaling for t in targets]

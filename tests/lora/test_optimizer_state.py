@@ -15,15 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
-from rankpilot.lora.optimizer_state import (
-    OptimizerSnapshot,
-    StateMap,
-    map_state,
-    reset_state,
-    scale_state,
-    state_bytes_of,
-    unwrap_optimizer,
-)
+from rankpilot.lora import optimizer_state
 from rankpilot.lora.peft_config import choose_scaling
 from rankpilot.lora.resize import set_ranks, shrink_maps
 from rankpilot.lora.targets import TargetModule, find_target_modules
@@ -59,20 +51,18 @@ class Row:
 
     Attributes:
         make: builds it; skips the test if its library is missing.
-        tolerance: largest difference of a loss after a change of rank and back; sums in another order for fp32.
         rounding: largest error of one quantisation of a moment, as a share of its largest value; 0 for fp32.
     """
 
     name: str
     make: Make
-    tolerance: float = 1e-6
     rounding: float = 0.0
 
 
-_8BIT = {"tolerance": 1e-3, "rounding": 0.01}
+_8BIT = {"rounding": 0.01}
 # Half the widest gap between the 16 codes, and half of the last of three bits.
-_4BIT = {"tolerance": 1e-2, "rounding": 0.1126}
-_FP8 = {"tolerance": 1e-3, "rounding": 2**-4}
+_4BIT = {"rounding": 0.1126}
+_FP8 = {"rounding": 2**-4}
 _ABSOLUTE = {"scale_parameter": False, "relative_step": False, "lr": 2e-3}
 
 ROWS = (
@@ -135,17 +125,10 @@ class Run:
     def __init__(self, make: Make, **options: Any) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=256,
-            intermediate_size=320,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            initializer_range=0.05,
-            bos_token_id=None,
+            vocab_size=64, hidden_size=256, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.05, bos_token_id=None,
             eos_token_id=None,
-        )
+        )  # fmt: skip
         settings = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"} | options
         self.model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**settings)).train()
         self.targets = find_target_modules(self.model)
@@ -166,15 +149,6 @@ class Run:
     def set_ranks(self, rank: int, targets: list[TargetModule] | None = None) -> None:
         chosen = self.targets if targets is None else targets
         set_ranks(self.targets, {t.name: rank for t in chosen}, self.optimizer, step=self.count)
-
-    def drop_newest(self, rank: int) -> None:
-        """Remove from the factors the directions that growth added; the maps remove their state."""
-        for weight, axis in self.weights:
-            keep = torch.eye(rank, weight.shape[axis])
-            map_state(self.optimizer, weight, StateMap(axis, rank, keep))
-            weight.grad = None
-            with torch.no_grad():
-                weight.set_(weight.detach().narrow(axis, 0, rank).clone())
 
 
 def moments(run: Run, weight: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -229,25 +203,6 @@ def _check_torchao(stored: Any, key: str, count: int, large: bool, bits: int) ->
 
 @pytest.mark.usefixtures("_eager")
 class TestEveryOptimiser:
-    @pytest.mark.parametrize("rank", first_cases(1, [17, 24]))
-    def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(self, row, rank):
-        """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
-        plain, resized = Run(row.make), Run(row.make)
-        assert plain.train(2) == resized.train(2)
-        resized.set_ranks(rank)
-        check_form(resized, row)
-        resized.drop_newest(16)
-        check_form(resized, row)
-        for (old, _), (new, _) in zip(plain.weights, resized.weights, strict=True):
-            assert torch.equal(old, new)
-            # A factored average is scaled by a ratio of means, which is 1 up to rounding.
-            if not row.rounding and "Adafactor" not in row.name:
-                for key, value in moments(plain, old).items():
-                    assert torch.equal(value, moments(resized, new)[key]), key
-        before, after = plain.train(3), resized.train(3)
-        assert before == pytest.approx(after, abs=row.tolerance, rel=0)
-        assert len(set(before)) == 3
-
     def test_shrinking_to_half_goes_on(self, row):
         run = Run(row.make)
         losses = run.train(8)
@@ -307,7 +262,7 @@ class TestEveryOptimiser:
             if axis == 0:
                 continue
             before = moments(run, weight)
-            scale_state(run.optimizer, weight, 4.0)
+            optimizer_state.scale_state(run.optimizer, weight, 4.0)
             after = moments(run, weight)
             assert after.keys() == before.keys()
             for key, value in after.items():
@@ -321,25 +276,28 @@ class TestEveryOptimiser:
                 torch.testing.assert_close(value, factor * before[key], rtol=1e-6, atol=error)
         check_form(run, row)
 
-    def test_new_directions_start_without_a_past(self, row):
+    @pytest.mark.parametrize("rank", first_cases(1, [17, 24]))
+    def test_new_directions_start_without_a_past_and_old_ones_keep_theirs(self, row, rank):
+        """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
         run = Run(row.make)
         run.train(4)
         old = [moments(run, weight) for weight, _ in run.weights]
-        run.set_ranks(24)
+        run.set_ranks(rank)
+        check_form(run, row)
         for (weight, axis), before in zip(run.weights, old, strict=True):
             after = moments(run, weight)
             assert after.keys() == before.keys()
             for key, value in after.items():
                 if value.shape != weight.shape:
                     continue  # a factored average
-                kept, new = value.narrow(axis, 0, 16), value.narrow(axis, 16, 8)
+                kept, new = value.narrow(axis, 0, 16), value.narrow(axis, 16, rank - 16)
                 # Block boundaries move with the change, so low-bit values are quantised once more.
                 error = row.rounding * before[key].abs().max().item()
                 torch.testing.assert_close(kept, before[key], rtol=0, atol=error)
                 if key in FIRST:
                     assert not new.any()
                 elif axis == 1:
-                    mean = before[key].mean(dim=1, keepdim=True).expand(-1, 8)
+                    mean = before[key].mean(dim=1, keepdim=True).expand_as(new)
                     torch.testing.assert_close(new, mean, rtol=1e-5, atol=error)
                 elif "4bit" not in row.name:  # its map of squares has no zero
                     assert not new.any()
@@ -422,7 +380,7 @@ def test_state_of_unknown_form_begins_anew_where_a_rank_changes(name):
     for weight, _ in run.weights:
         real = sum(v.nbytes for v in state[weight].values() if torch.is_tensor(v) and v.dim())
         spared = weight.nbytes if name == "Prodigy" and "p0" in state[weight] and not state[weight]["p0"].dim() else 0
-        assert state_bytes_of(run.optimizer, weight.detach()) == real + spared  # of a start at zero
+        assert optimizer_state.state_bytes_of(run.optimizer, weight.detach()) == real + spared  # of a start at zero
     chosen, others = run.targets[::2], run.targets[1::2]
     before = {w: copy.deepcopy(state[w]) for t in others for w in (t.weight_a, t.weight_b)}
     for rank in (8, 24, 0, 16):
@@ -485,7 +443,7 @@ def test_paged_state_comes_back_to_where_its_weight_is():
     paged = torch.zeros(4, 3)
     paged.is_paged = True
     optimizer.state[weight] = {"state1": paged}
-    OptimizerSnapshot(optimizer, [weight], steps=True).put_back()
+    optimizer_state.OptimizerSnapshot(optimizer, [weight], steps=True).put_back()
     assert optimizer.state[weight]["state1"].device == weight.device
 
 
@@ -500,24 +458,6 @@ def test_sgd_follows_the_same_path_as_the_mapped_gradients():
     run.set_ranks(2)
     torch.testing.assert_close(run.optimizer.state[chosen.weight_a]["momentum_buffer"], p[0].T.float() @ momentum_a)
     torch.testing.assert_close(run.optimizer.state[chosen.weight_b]["momentum_buffer"], momentum_b @ q[0].T.float())
-
-
-def test_gradients_of_the_new_pair_are_the_mapped_gradients(make_llama, llama_batch):
-    """At full numerical rank nothing is lost by a shrink, so both sides can be compared directly."""
-    model = make_llama(dtype=torch.float64)
-    targets = find_target_modules(model)
-    choose_scaling(targets, "constant")
-    for target in targets:  # rank 2 in a pair of rank 4
-        with torch.no_grad():
-            target.weight_b[:, 2:] = target.weight_b[:, :2] @ torch.tensor([[1.0, 2], [0.5, -1]]).double()
-    model(**llama_batch).loss.backward()
-    maps = [shrink_maps([t.weight_a.detach()], [t.weight_b.detach()], 2) for t in targets]
-    old = [(t.weight_a.grad.clone(), t.weight_b.grad.clone()) for t in targets]
-    set_ranks(targets, {t.name: 2 for t in targets})
-    model(**llama_batch).loss.backward()
-    for target, (p, q, _), (grad_a, grad_b) in zip(targets, maps, old, strict=True):
-        torch.testing.assert_close(target.weight_a.grad, p[0].T @ grad_a, rtol=1e-6, atol=1e-10)
-        torch.testing.assert_close(target.weight_b.grad, grad_b @ q[0].T, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -550,23 +490,14 @@ def test_directions_seeded_anew_by_a_shrink_start_at_the_mean_of_the_old_ones(ma
     assert chosen.weight_b.isfinite().all()
 
 
-def test_state_map_keeps_the_dtype_and_squares_for_second_moments():
-    matrix = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
-    change = StateMap(axis=1, rank=2, matrix=matrix, fresh=torch.tensor([False, True]), fill_second="mean")
-    state = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
-    assert change.apply(state, second=False).tolist() == [[-3, 0], [-5, 0]]
-    assert change.apply(state, second=True).tolist() == [[9, 1.5], [19, 3.5]]
-    assert change.apply(state, second=True).dtype == torch.bfloat16
-
-
 def test_the_optimiser_inside_a_wrapper_is_used():
     run = Run(torch.optim.AdamW)
     run.train(1)
     wrapper = SimpleNamespace(optimizer=run.optimizer)
-    assert unwrap_optimizer(wrapper) is run.optimizer
+    assert optimizer_state.unwrap_optimizer(wrapper) is run.optimizer
     chosen = run.targets[0].weight_a
     set_ranks(run.targets, {t.name: 2 for t in run.targets}, wrapper)
     assert run.optimizer.state[chosen]["exp_avg"].shape == (2, 256)
-    assert state_bytes_of(None, torch.zeros(3, 5)) == 2 * 3 * 5 * 4
-    reset_state(None, [chosen])
+    assert optimizer_state.state_bytes_of(None, torch.zeros(3, 5)) == 2 * 3 * 5 * 4
+    optimizer_state.reset_state(None, [chosen])
     assert chosen in run.optimizer.state

@@ -13,8 +13,10 @@ from rankpilot.lora.targets import find_target_modules
 from transformers.optimization import Adafactor
 
 from ..cases import first_cases
+from .training import train
 
 TINY = {"eps": 1e-30}
+ABSOLUTE = {"scale_parameter": False, "relative_step": False}
 PLANS = ((12, 3, 8, 1), (5, 9, 0, 16), (16, 2, 4, 8))
 """Ranks by module, from 8 on: grown, shrunk, dropped and revived."""
 
@@ -27,10 +29,7 @@ OPTIMIZERS = {
     "rmsprop": (lambda p: torch.optim.RMSprop(p, lr=5e-4, momentum=0.8, **TINY), 1),
     "sgd": (lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), 2),
     "adafactor": (lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(1e-60, 1e-9), weight_decay=0), 0),
-    "hf-adafactor": (
-        lambda p: Adafactor(p, lr=2e-3, beta1=0.9, scale_parameter=False, relative_step=False, eps=(1e-60, 1e-9)),
-        1,
-    ),
+    "hf-adafactor": (lambda p: Adafactor(p, lr=2e-3, beta1=0.9, **ABSOLUTE, eps=(1e-60, 1e-9)), 1),
     "lion": (lambda p: pytest.importorskip("lion_pytorch").Lion(p, lr=5e-4), 1),
 }
 
@@ -48,12 +47,8 @@ class Run:
         self.rate = self.optimizer.defaults["lr"]
 
     def train(self, steps):
-        for _ in range(steps):
-            tokens = self.make_tokens(seed=self.count)
-            self.optimizer.zero_grad()
-            self.model(input_ids=tokens, labels=tokens).loss.backward()
-            self.optimizer.step()
-            self.count += 1
+        train(self.model, self.optimizer, (self.make_tokens(seed=self.count + step) for step in range(steps)))
+        self.count += steps
 
     def logits(self):
         with torch.no_grad():

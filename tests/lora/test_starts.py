@@ -18,9 +18,7 @@ ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range
 NAMES = ["q_proj", "v_proj", "down_proj"]
 
 
-def begun(
-    config: LlamaConfig, start: Any, *, pattern: dict[str, int] | None = None, **options: Any
-) -> tuple[Any, dict[str, torch.Tensor], list[str]]:
+def begun(config: LlamaConfig, start: Any, *, pattern: dict[str, int] | None = None, **options: Any) -> Any:
     """A model under its first plan, the factors A with which it began, and what was told."""
     set_seed(0)
     eva = {"eva_config": EvaConfig(rho=1.0)} if start == "eva" else {}

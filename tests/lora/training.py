@@ -1,4 +1,4 @@
-"""A training loop on causal language models and the product of a pair, for tests of rank changes."""
+"""A training loop on causal language models, logits, and the product of a pair, for tests of rank changes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits in evaluation mode, without a graph."""
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=tokens).logits
+    return found
 
 
 def product(target: TargetModule) -> torch.Tensor:

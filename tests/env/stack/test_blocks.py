@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rankpilot.common.errors import UnsupportedError
-from rankpilot.env.stack import blocks as module
 from rankpilot.env.stack.blocks import Blocks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -33,21 +31,6 @@ def make(named_family: Callable[[str], Any]) -> Make:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_states_are_the_hidden_states_of_the_model(make: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, targets = make(name)
-    blocks = Blocks(model, targets)
-    tokens = torch.randint(1, 48, (6, 8), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
-    monkeypatch.setattr(module, "FORWARD_TOKENS", 32)  # two passes
-    states = blocks.frozen(tokens, [1, 0])
-    assert list(states) == [1, 0]
-    for block, own in states.items():
-        torch.testing.assert_close(own, expected[block])
-    assert set(blocks.frozen(tokens, [1])) == {1}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_rows_that_join_later_have_the_same_answers(make: Make, name: str) -> None:
     model, targets = make(name)
     blocks = Blocks(model, targets)
@@ -65,15 +48,6 @@ def test_rows_that_join_later_have_the_same_answers(make: Make, name: str) -> No
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(last, expected[len(logits) - len(last) :], rtol=1e-9, atol=1e-9)
     assert torch.equal(again, expected), "the model is as it was"
-
-
-def test_runs_enter_at_their_lowest_adapters(make: Make) -> None:
-    model, targets = make("llama")
-    numbers = np.array([target.block for target in targets])
-    last = numbers.max()
-    assert last > 0
-    ranks = np.stack([np.ones_like(numbers), np.where(numbers == last, 3, 0), np.zeros_like(numbers)])
-    assert Blocks(model, targets).entries(ranks) == [0, last, last]
 
 
 def test_a_model_without_a_list_of_blocks_is_refused(make: Make) -> None:

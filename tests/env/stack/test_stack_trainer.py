@@ -15,11 +15,11 @@ from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.stack import adapters as adapters_module
 from rankpilot.env.stack import episodes as episodes_module
 from rankpilot.env.stack import trainer as trainer_module
-from rankpilot.env.stack.adapters import Pair, Segment
+from rankpilot.env.stack.adapters import Segment
 from rankpilot.env.stack.blocks import Blocks
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.stack.runs import reset_runs
-from rankpilot.env.stack.trainer import Member, StackTrainer, parts_of
+from rankpilot.env.stack.trainer import Member, StackTrainer
 from rankpilot.env.task_data import known_of, load_task
 from rankpilot.env.tasks import FineTuneTask
 
@@ -54,13 +54,10 @@ class WholeBatch(StackTrainer):
         return [own.mean_of(own.held_out_terms(each, 0)[0]) for own, each in parts]
 
 
-def one_segment(
-    rows: Sequence[int], ranks: Sequence[int], tokens: int, scalings: torch.Tensor, weights: Pair, gradients: Pair
-) -> list[Segment]:
+def one_segment(rows, ranks, tokens, scalings, weights, gradients) -> list[Segment]:
     """The whole width for every run, whatever its rank."""
-    return (
-        [Segment(slice(0, len(rows)), scalings, weights, gradients, torch.tensor(rows))] if weights[0].shape[1] else []
-    )
+    whole = Segment(slice(0, len(rows)), scalings, weights, gradients, torch.tensor(rows))
+    return [whole] if weights[0].shape[1] else []
 
 
 @dataclass
@@ -122,16 +119,6 @@ def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch:
 
 def member_of(task: FineTuneTask, row: int, step: int = 0) -> Member:
     return Member(task, row, step, task.steps, lambda step: 1e-2, None)
-
-
-def test_parts_keep_runs_of_a_batch_together(make_task: Any) -> None:
-    first, second, third = (make_task(seed=seed) for seed in (1, 2, 3))
-    members = [member_of(task, row) for row, task in enumerate([first, second, first, third, first, second])]
-    assert [[member.row for member in part] for part in parts_of(members, 6)] == [[0, 2, 4, 1, 5, 3]]
-    assert [[member.row for member in part] for part in parts_of(members, 3)] == [[0, 2, 4], [1, 5, 3]]
-    assert [[member.row for member in part] for part in parts_of(members, 2)] == [[0, 2], [4], [1, 5], [3]]
-    apart = [member_of(first, 0), member_of(first, 1, step=2)]
-    assert len(parts_of(apart, 1)) == 2
 
 
 def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any) -> None:

@@ -70,12 +70,6 @@ def test_no_split_of_any_rows_takes_less(seed: int) -> None:
         assert taken(given) == pytest.approx(least_seconds(lengths, room, count))
 
 
-def test_rows_of_one_length_stay_together_where_they_fit() -> None:
-    lengths = np.full(16, 20)
-    (whole,) = plan_parts(lengths, np.inf, LAYERS, bytes_of, seconds_of)
-    assert whole == Part(tuple(range(16)), 20, 0)
-
-
 def test_less_room_takes_smaller_parts_before_it_takes_a_row_away() -> None:
     lengths = np.array([4, 30, 5, 6])
     alone = float(bytes_of(np.ones(1), np.array([30]), 3)[0])
@@ -96,17 +90,3 @@ def test_the_padding_that_parts_leave_out_is_a_share_of_all_of_it() -> None:
     assert padding_share(lengths, [Part((0, 1), 10, 0)]) == 0.0
     assert padding_share(lengths, [Part((0,), 10, 0), Part((1,), 2, 0)]) == 1.0
     assert padding_share(np.array([3, 3]), [Part((0, 1), 3, 0)]) == 0.0
-
-
-def test_sixty_four_rows_are_planned_by_few_calls() -> None:
-    """Each count of layers is asked once, for the parts that fit with no fewer; parts are never asked one by one."""
-    asked: list[int] = []
-
-    def counted(rows: np.ndarray, lengths: np.ndarray, layers: int) -> np.ndarray:
-        asked.append(len(rows))
-        return bytes_of(rows, lengths, layers)
-
-    lengths = np.random.default_rng(0).integers(1, 200, size=64)
-    plan_parts(lengths, 2e4, LAYERS, counted, seconds_of)
-    assert len(asked) <= len(LAYERS)
-    assert asked[0] == 64 * 65 // 2

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankpilot.common.errors import DataError
-from rankpilot.decide.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance, packaged_worth
+from rankpilot.decide.plan.worth import FEATURES, Modules, PlanWorth, distance, packaged_worth
 from rankpilot.lora.spec import DEFAULT_RANKS
 
 LAYERS = 4
@@ -32,15 +32,6 @@ def told(features: np.ndarray) -> dict[str, float]:
 
 
 RANKS = st.lists(st.sampled_from(DEFAULT_RANKS), min_size=len(WIDE), max_size=len(WIDE)).map(np.array)
-
-
-@pytest.mark.parametrize("width", [32.0, 512.0, 4096.0])
-def test_plain_lora_has_no_feature_and_no_spread(width: float) -> None:
-    features = model(width).features(PLAIN)
-    assert not features.any()
-    assert not packaged_worth().spread(features).any()
-    assert not packaged_worth().parts(features).any()
-    assert not distance(features).any()
 
 
 @pytest.mark.parametrize(
@@ -88,19 +79,6 @@ def test_distances_by_hand() -> None:
     assert distance(model().features(plans)).tolist() == [0, 0.25, 1, 0.5, 0.5, 0.75, 1]
 
 
-@given(RANKS)
-def test_parts_are_effects_times_features_and_nothing_depends_on_other_plans(ranks: np.ndarray) -> None:
-    worth, features = packaged_worth(), model(1024.0).features(np.stack([PLAIN[0], ranks]))
-    parts = worth.parts(features)
-    assert parts.shape == (2, len(FEATURES))
-    np.testing.assert_array_equal(parts[1], [value * worth.effects[i] for i, value in enumerate(features[1])])
-    alone = model(1024.0).features(ranks[None])
-    np.testing.assert_allclose(worth.parts(alone)[0], parts[1])
-    np.testing.assert_allclose(worth.spread(alone)[0], worth.spread(features)[1])
-    assert 0 <= distance(alone)[0] <= 1
-    assert (worth.spread(alone)[0] == 0) == (ranks == 8).all()
-
-
 @given(RANKS, st.permutations(range(len(WIDE))))
 def test_the_order_of_modules_plays_no_part(ranks: np.ndarray, order: list[int]) -> None:
     there = model(wide=WIDE[order], depth=DEPTH[order])
@@ -135,17 +113,6 @@ def test_spread_by_hand() -> None:
 
 
 # The fit that ships ---------------------------------------------------------------------------------------------------
-
-
-def test_the_fit_that_ships_is_of_the_present_features() -> None:
-    worth = packaged_worth()
-    assert list(json.loads(FILE.read_text(encoding="utf-8"))["effects"]) == NAMES
-    assert worth.effects.shape == (len(FEATURES),)
-    assert worth.covariance.shape == (len(FEATURES), len(FEATURES))
-    np.testing.assert_array_equal(worth.covariance, worth.covariance.T)
-    assert np.linalg.eigvalsh(worth.covariance).min() >= -1e-8, "but for its decimals"
-    assert worth.covariance.diagonal().min() > 0
-    assert 0 < worth.noise < 0.1
 
 
 def test_the_fit_that_ships_says_what_was_measured() -> None:

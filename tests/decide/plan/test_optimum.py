@@ -13,7 +13,7 @@ from rankpilot.decide.plan.plan import pack
 from rankpilot.decide.plan.problem import GAP, AllocationProblem, best_plan
 from rankpilot.lora.spec import RankLadder
 
-from ..cases import first_cases
+from ...cases import first_cases
 from .synthetic_costs import reordered, transformer_cost
 
 

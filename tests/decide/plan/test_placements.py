@@ -30,16 +30,11 @@ def simple_problem(limit, **options):
     return AllocationProblem(np.zeros(6, int), np.full(6, 64), blocks, cost, float(limit), RankLadder(), **options)
 
 
-def in_bytes(cost, per_layer):
-    """The same prices of ranks, and bytes for each layer with an adapter."""
-    needs = np.repeat(np.eye(3) > 0, 2, axis=1)
-    return ByteCost(("peak",), np.zeros(1), cost.per_rank, np.full((1, 3), per_layer), needs)
-
-
 def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest_rank():
     def free(limit):
         problem = simple_problem(limit)
-        return replace(problem, cost=in_bytes(problem.cost, 0.0))
+        needs = np.repeat(np.eye(3) > 0, 2, axis=1)  # bytes, and none for a layer with an adapter
+        return replace(problem, cost=ByteCost(("peak",), np.zeros(1), problem.cost.per_rank, np.zeros((1, 3)), needs))
 
     assert uniform_ranks(free(10 * 8 * 4 + 50)).tolist() == [0, 0, 9, 9, 9, 9]
     assert uniform_ranks(free(10 * 8 * 6)).tolist() == [8] * 6
@@ -49,14 +44,6 @@ def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest
     for problem in (free, simple_problem):
         assert uniform_ranks(problem(10)).sum() == 1
         assert uniform_ranks(problem(9)).sum() == 0
-
-
-def test_uniform_is_rank_8_or_more_where_depth_costs_something():
-    problem = simple_problem(10 * 8 * 4 + 70)
-    assert uniform_ranks(problem).tolist() == [6] * 6, "parameters: as deep as possible"
-    cost = in_bytes(problem.cost, 1.0)
-    assert uniform_ranks(replace(problem, cost=cost)).tolist() == [0, 0, 9, 9, 9, 9]
-    assert uniform_ranks(replace(problem, cost=cost, limit=101.0)).tolist() == [0, 0, 0, 0, 5, 5]
 
 
 def test_top_down_puts_the_rest_on_single_modules_of_the_next_layer():
