@@ -24,7 +24,6 @@ def test_goals_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-<<<<<<< HEAD:tests/plan/test_goal.py
         ({"goal": "speed", "tolerance": None}, "goal must be one of quality, time, bytes; got 'speed'"),
         ({"goal": None, "tolerance": None}, "goal must be one of quality, time, bytes; got None"),
         ({"goal": "time", "tolerance": -0.1}, r"from 0 to 1, such as 0\.01 for 1 %; got -0\.1"),
@@ -33,14 +32,6 @@ def test_goals_in_words() -> None:
         ({"goal": "bytes", "tolerance": True}, "from 0 to 1"),
         ({"goal": "quality", "tolerance": 0.01}, "tolerance applies only to goal='time' or goal='bytes'"),
         ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "requires a budget in bytes"),
-=======
-        ({"goal": "speed", "tolerance": None}, "goal is one of quality, time, bytes; got 'speed'"),
-        ({"goal": "time", "tolerance": -0.1}, r"from 0 to 1, such as 0\.01 for 1 %; got -0\.1"),
-        ({"goal": "time", "tolerance": math.nan}, "from 0 to 1"),
-        ({"goal": "time", "tolerance": "1%"}, "from 0 to 1, .*; got '1%'"),
-        ({"goal": "quality", "tolerance": 0.01}, "tolerance counts under goal='time' or goal='bytes' alone"),
-        ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "give a budget of bytes"),
->>>>>>> work-tests:tests/decide/plan/test_goal.py
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
