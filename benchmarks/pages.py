@@ -21,6 +21,11 @@ from typing import Any
 import numpy as np
 from rankpilot.common.errors import DataError, UnknownNameError
 from rankpilot.common.files import read_json, read_object, write_text
+from rankpilot.cost.cards import DeviceSpec, card_rates, device_table
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, base_of
+from rankpilot.cost.forecast.memory_of import AskedStep
+from rankpilot.cost.step_config import StepConfig
+from rankpilot.cost.streaming import StreamedTime
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
@@ -467,6 +472,31 @@ def _list(name: str) -> list[Any]:
     return rows
 
 
+TOKENS = (512, 1024, 2048, 4096, 8192)
+"""Of a pass, in the table of streamed bases."""
+
+
+def streamed_base() -> str:
+    """Seconds of a step of Llama-3.1-8B with all layers streamed, over those with its whole base on the card."""
+    rows = []
+    for name, settings in {"bf16": {}, "nf4": {"quantization": "nf4", "prepare_kbit": False}}.items():
+        asked = (StepConfig(batch_size=1, max_length=tokens, bf16=True, **settings) for tokens in TOKENS)
+        steps = [AskedStep("llama-3.1-8b", step).configured()[0] for step in asked]
+        for card in ("RTX 3090", "RTX 4090", "RTX 5090", "A100 80GB", "H100"):
+            times = [_streamed_share(step, device_table()[card]) for step in steps]
+            rows.append((f"{card}, {name}", *(f"{time:.2f}" for time in times)))
+    return table(("all layers streamed", *(f"{tokens:,} tokens" for tokens in TOKENS)), rows)
+
+
+def _streamed_share(step: ConfiguredStep, card: DeviceSpec) -> float:
+    assert step.work is not None
+    assert card.rates is not None
+    base, time = base_of(step), step.work.time(card_rates(card.rates, "bf16"))
+    layers, ranks = tuple(segment.name for segment in step.memory.segments), np.full(len(step.targets), 8)
+    streamed = StreamedTime(time, layers, base, base.count, card.bus_bytes_per_s)
+    return streamed.seconds(ranks) / time.seconds(ranks, ())
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "one run": one_run,
     "one run in short": one_run_in_short,
@@ -487,6 +517,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "steps in parts": steps_in_parts,
     "parts and others": parts_and_others,
     "parts hold": parts_hold,
+    "streamed base": streamed_base,
     "published memory": lambda: published_page.page(_list("published_rows")),
 }
 """What each block is made by."""
