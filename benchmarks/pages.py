@@ -479,7 +479,8 @@ TOKENS = (512, 1024, 2048, 4096, 8192)
 def streamed_base() -> str:
     """Seconds of a step of Llama-3.1-8B with all layers streamed, over those with its whole base on the card."""
     rows = []
-    for name, settings in {"bf16": {}, "nf4": {"quantization": "nf4", "prepare_kbit": False}}.items():
+    kinds: dict[str, dict[str, Any]] = {"bf16": {}, "nf4": {"quantization": "nf4", "prepare_kbit": False}}
+    for name, settings in kinds.items():
         asked = (StepConfig(batch_size=1, max_length=tokens, bf16=True, **settings) for tokens in TOKENS)
         steps = [AskedStep("llama-3.1-8b", step).configured()[0] for step in asked]
         for card in ("RTX 3090", "RTX 4090", "RTX 5090", "A100 80GB", "H100"):
