@@ -25,6 +25,7 @@ BENCHMARKS = {
     "labels": ("labels", "the default learning rate on labels, compared with its starting rate"),
     "agent": ("agent", "a trained agent compared with hand-written rules, on unseen families and texts"),
     "elastic": ("elastic", "another process takes memory during runs and releases it"),
+    "streaming": ("streaming", "a base in main memory: equal losses, time of the hooks, memory of the process"),
     "gpu-evidence": ("gpu_evidence", "claims about CUDA, predicted and measured on the local card"),
     "pages": ("pages", "rewrite the figures in the documentation from stored rows"),
     "pictures": ("pictures", "redraw the pictures in the documentation from stored rows"),
