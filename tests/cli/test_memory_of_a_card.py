@@ -84,7 +84,7 @@ def test_target_modules_that_are_not_there_are_told_each_time(
 
 
 def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs/command-line.md").read_text().partition("| field | what it is |")[2]
+    page = (Path(__file__).parents[2] / "docs/command-line.md").read_text().partition("| field | meaning |")[2]
     rows = [row.split("|")[1:3] for row in page.partition("\n\n")[0].splitlines()[2:]]
     described = {name for field, _ in rows for name in re.findall(r"`(\w+)`", field)}
     texts = {field.strip(" `"): set(re.findall(r"`(\w+)`", text)) for field, text in rows}

@@ -40,7 +40,7 @@ for words in json.loads(sys.argv[1]):
             status = traceback.format_exc()
     print(json.dumps([status, error.getvalue()]))
 """
-NEEDS = re.compile(r"error: .* needs? .*: pip install 'rankpilot\[\w+\]'\.( .*)?\n")
+NEEDS = re.compile(r"error: .* (needs?|requires?) .*: pip install 'rankpilot\[\w+\]'\.( .*)?\n")
 
 
 def commands() -> Iterator[tuple[str, bool]]:
@@ -81,7 +81,7 @@ OTHERS = {
 def test_every_answer_or_one_line_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [*commands()]
     assert len(shown) >= 10
-    assert sum(needs for _, needs in shown) >= 2
+    assert any(needs for _, needs in shown)
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "qlora.yaml").write_text("base_model: qwen3-8b\nadapter: qlora\nload_in_4bit: true\n")

@@ -67,7 +67,7 @@ def test_nothing_is_taken_after_the_last_step(
     run = loop()
     run.steps(1)
     ranks = ranks_of(run.model)
-    monkeypatch.setattr(run.pilot.applier, "total_steps", 2)
+    monkeypatch.setattr(run.pilot.applier.clock, "total_steps", 2)
     monkeypatch.setattr(run.pilot._piloted.guard.meter, "end", lambda step: 2**40)
     run.steps(1)
     assert ranks_of(run.model) == ranks

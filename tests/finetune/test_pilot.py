@@ -109,7 +109,7 @@ def test_what_takes_part_keeps_its_state_under_keys_of_its_own(loop: Loop) -> No
     parts = loop.pilot._piloted.participants
     keys = [key for part in parts for key in part.state()]
     assert sorted(keys) == ["checkpointed", "elastic", "guard", "initial", "losses", "own_rate", "parts"]
-    assert len(loop.pilot.state_dict()) == len(keys) + 10
+    assert len(loop.pilot.state_dict()) == len(keys) + 11
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

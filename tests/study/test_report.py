@@ -22,6 +22,7 @@ from rankpilot.cost.forecast.configured_step import LoadedAs, LoadedModel, Shard
 from rankpilot.cost.forecast.outlook import Choice, GridCell, MeasuredStep
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS, Saved
+from rankpilot.cost.streaming import BaseLayers
 from rankpilot.report.config import MemoryConfig
 from rankpilot.report.memory import (
     choice_table,
@@ -122,6 +123,8 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         dtype="bf16",
         slack=0.03,
         blocks=layers,
+        base=BaseLayers(layers, ()),
+        streamed=0,
         checkpointable=tuple(f"layer.{number}" for number in range(layers)),
         reference_bytes=whole,
         checkpointed_bytes=0.25 * whole,

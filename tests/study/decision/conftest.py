@@ -17,7 +17,7 @@ from rankpilot.decide.observation import MODULE_FEATURES, Observation
 from rankpilot.decide.plan.goal import Goal, GoalKind
 from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.policy import Policy, decided_plan
-from rankpilot.decide.settings import DecisionSchedule
+from rankpilot.decide.settings import DecisionClock, DecisionSchedule
 
 Observe, Decide = Callable[..., Observation], Callable[..., DecisionRecord]
 """What makes a state of a run, and a decision on it."""
@@ -43,7 +43,7 @@ def log_decision() -> Decide:
     """A policy's decision on an observation, as its log would tell it."""
 
     def decide(observation: Observation, policy: Policy, number: int = 0, **changes: Any) -> DecisionRecord:
-        applier: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
+        applier: Any = SimpleNamespace(notes={}, seed=0, clock=DecisionClock(DecisionSchedule(), 60, reads=True))
         decision = policy.decide(observation)
         plan = decided_plan(observation.problem, decision)
         return DecisionRecord.of(
