@@ -389,6 +389,10 @@ def stream_base(model: nn.Module, device: str | torch.device | None = None) -> S
     with suppress(AttributeError):
         del model.hf_device_map  # of one place, which no longer holds
     model.to(place)
+    known = {id(weight.tensor) for layer in streamed.layers for weight in layer.weights}
+    for scale in chain.from_iterable(scale_tensors(module) for module in model.modules()):
+        if id(scale) not in known:  # those of streamed weights, which `to` has left alone
+            scale.data = scale.data.to(place)
     return streamed
 
 
