@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -68,16 +67,6 @@ def step(model: Any, length: int, number: int) -> float:
     return told
 
 
-@contextmanager
-def hooks_alone() -> Iterator[None]:
-    """No weight is large enough to be streamed."""
-    least, streamed_base.LEAST_BYTES = streamed_base.LEAST_BYTES, 2**60
-    try:
-        yield
-    finally:
-        streamed_base.LEAST_BYTES = least
-
-
 def anonymous_bytes() -> int:
     """Bytes that this process holds and no file backs."""
     gc.collect()
@@ -99,7 +88,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     """Compare streamed steps with resident ones, in losses, CPU time and memory."""
     rounds, length = (3, 64) if options.quick else (options.rounds, options.length)
     models = {"resident": new_model(), "hooks": new_model(), "streamed": new_model()}
-    with hooks_alone():
+    with patch.object(streamed_base, "LEAST_BYTES", 2**60):  # no weight is as large: hooks alone
         StreamedBase(models["hooks"], [*streamable_layers(models["hooks"]).values()], CPU)
     before = anonymous_bytes()
     streaming = StreamedBase(models["streamed"], [*streamable_layers(models["streamed"]).values()], CPU)

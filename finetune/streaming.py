@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from ..common.arrays import IntArray
-from ..common.errors import BudgetError, ConfigError
+from ..common.errors import BudgetError, ConfigError, UnsupportedError
 from ..common.text import format_bytes
 from ..cost.budget import Budget
 from ..cost.record.calibration import PlanCosts
@@ -14,6 +16,7 @@ from ..cost.savers.streamed_base import StreamedBase, streamable_layers, streami
 from ..cost.streaming import ON_DEVICE
 from .options import PilotOptions
 from .step.run import TrainingRun
+from .step.undisturbed import gradients_put_back
 
 DEVICES: frozenset[str] = frozenset({"cuda"})
 """Types of devices with memory of their own; elsewhere streaming frees nothing, so "auto" leaves it off."""
@@ -72,15 +75,17 @@ class RunStreaming:
             BudgetError: the budget does not hold the base, which cannot be streamed.
         """
         auto = self._asked == "auto" and budget.kind == "total"
-        movable = auto and self._run.device.type in DEVICES and not self.now and not unstreamable(self._run.model)
+        movable, reason = auto and self._run.device.type in DEVICES and not self.now, unstreamable(self._run.model)
         try:
             found = measured()
             fits = found.memory is None or found.memory.peak(plain, found.alone) <= found.limit.value
-        except BudgetError:
+        except BudgetError as error:
+            if movable and reason:
+                raise BudgetError(f"{error} The base cannot be streamed: {reason}.") from error
             if not movable:
                 raise
             fits = False
-        if movable and not fits:
+        if movable and not fits and not reason:
             self._start(len(streamable_layers(self._run.model)))
             found = measured()
         if self.now and auto and found.memory:
@@ -119,7 +124,29 @@ class RunStreaming:
         layers = [*streamable_layers(self._run.model).values()]
         self._checked(count, len(layers))
         chosen = [layers[index * len(layers) // count] for index in range(count)]
+        before = [self._signature(), self._signature()]
         self._own = StreamedBase(self._run.model, chosen, self._run.device)
+        if before[0] == before[1] != self._signature():  # some kernels never repeat a result
+            self.end()
+            raise UnsupportedError(
+                "With its base streamed, the first rows have another loss or gradient: this model reads frozen weights "
+                'outside of the layers that hold them. Pass stream="off".'
+            )
+
+    def _signature(self) -> tuple[float, ...]:
+        """Return the loss of two rows, and the sum of each trained parameter's gradient."""
+        run = self._run
+        trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+
+        def work() -> tuple[float, ...]:
+            torch.manual_seed(0)
+            with gradients_put_back(trained):
+                loss = run.loss(next(iter(run.small_batches(1, min(2, run.rows), 0))))
+                loss.backward()  # type: ignore[no-untyped-call]
+                sums = (p.grad.double().sum() for p in trained if p.grad is not None)
+                return tuple(map(float, (loss.detach(), *sums)))
+
+        return run.measured(work)
 
     @staticmethod
     def _checked(count: int, layers: int) -> int:

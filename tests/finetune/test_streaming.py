@@ -9,7 +9,7 @@ import pytest
 import rankpilot
 import torch
 from peft import PeftModel
-from rankpilot.common.errors import BudgetError, ConfigError
+from rankpilot.common.errors import BudgetError, ConfigError, UnsupportedError
 from rankpilot.cost.record.calibration import resident_bytes
 from rankpilot.cost.record.model_states import frozen_bytes
 from rankpilot.cost.savers import streamed_base
@@ -133,6 +133,19 @@ def test_an_error_ends_the_streaming(tmp_path: Path, error: type[BaseException])
         trainer.train()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
     assert not any(p.untyped_storage().nbytes() == 0 for p in model.parameters() if p.numel())
+
+
+def test_weights_that_are_read_outside_of_their_layer(tmp_path: Path) -> None:
+    """A layer that a stranger's code runs without calling it: the streamed weights would be stale."""
+    model = new_model()
+    inner = model.get_base_model().model
+    first, norm = inner.layers[0].mlp.down_proj, inner.norm
+    weight, forward = first.base_layer.weight.data, norm.forward  # kept, as fused kernels keep pointers
+    norm.forward = lambda hidden: forward(hidden + (weight.sum() if weight.untyped_storage().nbytes() else 1.0))
+    with pytest.raises(UnsupportedError, match=r'reads frozen weights outside .* Pass stream="off"'):
+        run(tmp_path, model, stream=4)
+    assert streaming_of(model) is None
+    assert all(p.untyped_storage().nbytes() for p in model.parameters() if p.numel())
 
 
 def test_wrong_values(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
