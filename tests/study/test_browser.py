@@ -162,8 +162,8 @@ def test_every_view_by_pointer(page_file: Path, visit: Open) -> None:
     here.page.locator(".panel .only input").uncheck()
     table = here.page.locator(".panel .scroll").last
     assert table.locator("tbody tr").count() == 36
-    table.locator(".sorter", has_text="got").click()
-    table.locator(".sorter", has_text="got").click()
+    table.locator(".sorter", has_text="actual").click()
+    table.locator(".sorter", has_text="actual").click()
     assert "layer 5 query" in table.locator("tbody tr").first.inner_text()
     assert here.count("[aria-sort=descending]") == 1
     assert "AutoPeftModelForSequenceClassification.from_pretrained" in here.text("#adapter pre")
