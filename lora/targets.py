@@ -105,10 +105,10 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
         elif type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
             weight = weight.dequantize()
     if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        stored = "no weight" if weight is None else f"a weight of {weight.dtype}"
+        stored = "no weight" if weight is None else f"a weight of {weight.dtype}, whose actual values cannot be read"
         raise UnsupportedError(
-            f"{type(base).__name__} has {stored}, whose actual values cannot be read. Supported: plain "
-            "weights, and weights quantised by bitsandbytes, torchao or optimum-quanto."
+            f"{type(base).__name__} has {stored}. Supported: plain weights, and weights quantised by "
+            "bitsandbytes, torchao or optimum-quanto."
         )
     result: torch.Tensor = weight
     return result

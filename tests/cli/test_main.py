@@ -95,7 +95,7 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[An
             (f"finetune m d --budget={bad}", f"Cannot read the budget '{bad}'")
             for bad in ("lots", "-3GiB", "0", "1.5e")
         ),
-        ("finetune m d --steps 0", "at least 1"),
+        ("finetune m d --steps 0", "steps and eval_every must be between 1 and"),
         ("finetune m d --train-rows 0", "at least 1, or None for all rows; got 0"),
         ("finetune m d --held-out-rows -3", "None for all rows; got None and -3"),
         ("finetune m d --seed 100000000000", "seed must be a whole number from 0 to 2**32 - 1"),
@@ -113,7 +113,7 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     for policy, words in {
         "signal-man": "Unknown rule 'signal-man'. Did you mean: 'signal-mean'",
         "agnet": "Unknown rule 'agnet'. Did you mean: 'agent'",
-        "runs/none": "Policy folder .* does not exist",
+        "runs/none": "Policy folder runs/none does not exist",
         str(tmp_path / "empty"): "card.json is missing",
     }.items():
         assert words in failure(f"finetune a/m d --policy {policy} --output {tmp_path / 'run'}", capsys)

@@ -178,14 +178,14 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
         ("./nowhere", "Model folder "),
         ("{models}/vit --budget 70%", "(ViTConfig) does not read tokens"),
         ("{models}/bert --max-length 513", "max_length is 513, but the model has only 512 positions"),
-        ("{models}/roberta --max-length 66", "has 65 positions"),  # the first ones are those of padding
+        ("{models}/roberta --max-length 66", "has only 65 positions"),  # the first ones are those of padding
         ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass a folder"),
         ("{models}/bert --budget '1KiB step'", "is too small for any adapter. The smallest that works is"),
-        ("{models}/bert --budget 1%", "a share of"),
+        ("{models}/bert --budget 1%", "% as a share ("),
         ("{models}/llama --target-modules 'q_porj, k_porj'", "Unknown target module 'q_porj'. Did you mean: 'q_proj'"),
         ("{models}/bert --rank 100000", "rank must be at most 64"),
         ("{models}/bert --trainer labl_smoothing_factor=1", "Did you mean: 'label_smoothing_factor'"),
-        ("{models}/bert --trainer max_steps=1", "max_steps is decided by --max-steps"),
+        ("{models}/bert --trainer max_steps=1", "max_steps is set by --max-steps"),
     ],
 )
 def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:

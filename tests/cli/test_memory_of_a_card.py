@@ -275,7 +275,7 @@ def test_a_folder_that_is_broken_is_one_line(
         "intermediate_size": "The weights of 'intermediate_size' do not have the shapes",
         "pickled": "The weights of 'pickled' are corrupt, or contain more than tensors",
         "pipe --device T4": "The configuration of 'pipe' is not usable",
-        "whole --device T4 --lengths deep.jsonl:text": "line 2 is no JSON: It is nested too deeply",
+        "whole --device T4 --lengths deep.jsonl:text": "line 2 is not JSON: It is nested too deeply",
         "--config trl.yaml --device T4": "lora_modules_to_save",
     }
     for command, words in told.items():

@@ -154,5 +154,5 @@ def test_a_finished_run_with_a_torn_decision_is_resumed(
     finetune.finetune_command(finetune.Finetune("a/m", "d", output=folder, resume=True))
     out = capsys.readouterr().out
     assert f"loading {NAME}" in out
-    assert "decision-000002.safetensors is missing, damaged" in out
+    assert "decision-000002.safetensors is missing, corrupt" in out
     assert f"Page: {folder / 'study.html'}\n" in out

@@ -94,7 +94,7 @@ def test_a_model_that_transformers_has_is_read_without_the_code_that_comes_with_
     ("fields", "told"),
     [
         ({"vocab_size": 0}, "vocab_size=0. It must be a whole number from 1 to 16,777,216"),
-        ({"vocab_size": 10**15}, "vocab_size=1000000000000000. Give"),
+        ({"vocab_size": 10**15}, "vocab_size=1000000000000000. It must be a whole number from 1 to 16,777,216"),
         ({"intermediate_size": 0}, "intermediate_size=0"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
         ({"num_attention_heads": 0}, "is not usable: integer modulo by zero"),

@@ -169,20 +169,25 @@ def test_seq2seq(columns: tuple[str, str], model_folder: ModelFolder, workload_o
 def test_pairs_are_a_task_of_models_that_can_do_it(model_folder: ModelFolder, workload_of: WorkloadOf) -> None:
     rows = [{"input": text, "target": text} for text in TEXTS]
     workload = workload_of("llama", rows, max_length=4)
-    with pytest.raises(ConfigError, match=r"\(llama\) cannot do seq2seq. It can do classification, .*causal-lm\."):
+    with pytest.raises(ConfigError, match=r"\(llama\) does not support seq2seq\. .*: classification, .*causal-lm\."):
         load_model(model_folder("llama"), workload.task, (), workload.tokenizer)
 
 
 @pytest.mark.parametrize(
     ("row", "options", "error", "words"),
     [
-        ({"text": "good", "label": None}, {}, DataError, "'label' holds no value in 1 of 21 rows, first in row 4"),
-        ({"text": None, "label": "a"}, {}, DataError, "'text' holds no value in 1 of 21 rows, first in row 4"),
-        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is no finite number"),
-        ({"text": "good", "label": "a"}, {"task": "regression"}, DataError, "Row 4, column 'label': 'a' is no number"),
+        ({"text": "good", "label": None}, {}, DataError, "'label' has no value in 1 of 21 rows, first in row 4"),
+        ({"text": None, "label": "a"}, {}, DataError, "'text' has no value in 1 of 21 rows, first in row 4"),
+        ({"text": "good", "label": "nan"}, {"task": "regression"}, DataError, "'nan' is not a finite number"),
+        (
+            {"text": "good", "label": "a"},
+            {"task": "regression"},
+            DataError,
+            "Row 4, column 'label': 'a' is not a number",
+        ),
         ({"text": "good", "label": "1"}, {"text_column": "txt"}, UnknownNameError, "Did you mean: 'text'"),
         ({"text": "good", "label": "1"}, {"label_column": "lable"}, UnknownNameError, "Set --label-column"),
-        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows is at least 1; got 0"),
+        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows must be at least 1; got 0"),
         ({"text": "good", "label": "1"}, {"task": "token-classification"}, DataError, "is text"),
     ],
 )
@@ -232,7 +237,7 @@ def test_fractions_are_classes_if_the_task_says_so(workload_of: WorkloadOf) -> N
     ("name", "content", "words"),
     [
         ("rows.csv", "text,label\na,1\nb,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
-        ("rows.jsonl", '{"text": "a"}\n{"text": b}\n', "line 2 is no JSON: Expecting value"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": b}\n', "line 2 is not JSON: Expecting value"),
         ("rows.json", '[{"text": "a"},\n {"text" "b"}]', "at position"),
         ("rows.parquet", "x", "Parquet file size is 1 bytes"),
     ],
@@ -272,7 +277,7 @@ def test_a_saved_head_of_another_size_is_made_anew(model_folder, caplog, workloa
     model = load_model(model_folder("bert"), workload.task, workload.labels, workload.tokenizer)
     assert model.classifier.out_features == 2
     assert [record.message for record in caplog.records if record.name == "rankpilot.data.models"] == [
-        f"The head of {model_folder('bert')!r} has no 2 outputs: a new one is trained."
+        f"The head of {model_folder('bert')!r} does not have 2 outputs, so a new one is trained."
     ]
     caplog.clear()
     load_model(model_folder("bert"), workload.task, ("a", "b", "c"), workload.tokenizer)

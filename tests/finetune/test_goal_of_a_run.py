@@ -165,9 +165,9 @@ def test_the_frontier_before_training(policy: PlanChooser, trainer: Trainer) -> 
 def test_policies_that_expect_nothing(trainer: Trainer, tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "mine", GroupNetwork(NetworkConfig(width=8)), ONCE, {})
     for policy in ("signal-mean", folder):
-        with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'. Or leave the frontier out"):
+        with pytest.raises(ConfigError, match=r"so a frontier requires policy='default'.* leave the frontier out"):
             rankpilot.frontier(trainer, policy=policy, schedule=SCHEDULE)
-        with pytest.raises(ConfigError, match=r"so goal='time' needs policy='default'. Or use goal='quality'"):
+        with pytest.raises(ConfigError, match=r"so goal='time' requires policy='default'.* use goal='quality'"):
             rankpilot.RankPilot(policy, goal="time")
 
 

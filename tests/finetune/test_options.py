@@ -88,7 +88,7 @@ def test_settings_of_the_trainer(tmp_path: Path, chats: tuple[str, str]) -> None
     [
         ({"trainer": ("warmup_step=3",)}, UnknownNameError, "warmup_steps"),
         ({"trainer": ("warmup_steps",)}, ConfigError, "NAME=VALUE; got 'warmup_steps'"),
-        ({"trainer": ("save_steps=3",)}, ConfigError, "save_steps is decided by --eval-steps"),
+        ({"trainer": ("save_steps=3",)}, ConfigError, "save_steps is set by --eval-steps"),
         ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer rejects these settings: .*nope"),
         ({"report_to": ("tensorbord",)}, UnknownNameError, r"tracker 'tensorbord'\. Did you mean: 'tensorboard'"),
         ({"report_to": ("comet_ml",)}, ConfigError, r"Cannot use tracker 'comet_ml': .*comet"),

@@ -292,7 +292,7 @@ class Failing:
         (
             {"budget": "2000 bytes step"},
             "BudgetError",
-            "The budget of 2 kB (1.953 KiB) for a step is too small for any adapter",
+            "The budget of 2 kB (1.953 KiB) per step is too small for any adapter",
         ),
         ({"policy": Failing()}, "ZeroDivisionError", "the policy divides by zero"),
     ],

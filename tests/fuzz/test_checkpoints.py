@@ -73,7 +73,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is(saved: Path) -> None:
     """A checkpoint's zip file of a few bytes would be unpacked to be checked."""
     with ZipFile(saved / "optimizer.pt", "w", ZIP_DEFLATED) as archive:
         archive.writestr("data", bytes(2**24))
-    assert fault_of(saved, piloted=True) == "optimizer.pt is torn"
+    assert fault_of(saved, piloted=True) == "optimizer.pt is corrupt"
     torch.save({}, saved / "optimizer.pt")
     assert fault_of(saved, piloted=True) == ""
 
@@ -168,7 +168,7 @@ def test_a_training_s_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) ->
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry))
         packed.writestr("archive/data/huge", bytes(2**24))
-    with pytest.raises(RunFolderError, match=r"checkpoint\.pt is torn"):
+    with pytest.raises(RunFolderError, match=r"checkpoint\.pt is corrupt"):
         restored(path)
     path.write_bytes(of_a_training())
     assert restored(path) == DONE

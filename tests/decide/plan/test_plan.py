@@ -63,7 +63,7 @@ def test_the_budget_that_the_message_names_works(drawn):
     poor = replace(problem, limit=0.5)
     with pytest.raises(BudgetError, match="is too small for any adapter") as caught:
         check_budget(poor, names)
-    match = re.search(r"smallest that works is (.+?) \(rank (\d+) on '(module\.\d+)' alone", str(caught.value))
+    match = re.search(r"smallest that works is (.+?) \(only rank (\d+) on '(module\.\d+)'\)", str(caught.value))
     named = Budget.parse(match[1].strip("'").replace("parameters", "params"))
     assert named.kind == ("parameters" if isinstance(problem.cost, ParameterCost) else "bytes")
     check_budget(replace(problem, limit=named.value), names)
@@ -128,12 +128,12 @@ def test_the_message_for_bytes_says_what_takes_them():
     with pytest.raises(BudgetError) as caught:
         check_budget(problem, ["bottom", "top"])
     assert str(caught.value) == (
-        "The budget of 1 MB (976.6 KiB) for a step is too small for any adapter. The smallest that works is "
-        "'1.917 MiB step' (rank 1 on 'top' alone). "
-        "The peak is at the backward pass of layer 1. 7.812 KiB of it goes to what this moment holds even without an "
-        "adapter (such as what trains outside it), 1.907 MiB of it goes to what is saved or computed for backward "
-        "(activations, logits), 1.205 KiB of it goes to the adapter itself. A smaller per-device batch or shorter "
-        "sequences lower it, and so does gradient checkpointing where it is off."
+        "The budget of 1 MB (976.6 KiB) per step is too small for any adapter. The smallest that works is "
+        "'1.917 MiB step' (only rank 1 on 'top'). "
+        "The peak is at the backward pass of layer 1. 7.812 KiB of it is for tensors unrelated to the adapter "
+        "(such as other trainable parameters), 1.907 MiB of it is for tensors saved or computed for backward "
+        "(activations, logits), 1.205 KiB of it is for the adapter itself. A smaller per-device batch, shorter "
+        "sequences, or gradient checkpointing if it is off would lower it."
     )
 
 
@@ -144,22 +144,22 @@ def test_a_share_that_fits_nothing_names_the_smallest_that_works():
     whole = plan_cost(cost, np.array([8, 8]))
     problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 0.5 * whole, RankLadder())
     with pytest.raises(
-        BudgetError, match=r"smallest that works is '8\.679 MiB step', a share of 80% \(rank 1 on "
+        BudgetError, match=r"smallest that works is '8\.679 MiB step', or 80% as a share \(only rank 1 on "
     ) as caught:
         check_budget(problem, ["bottom", "top"], 0.5)
     assert "batch" not in str(caught.value)
     check_budget(replace(problem, limit=0.8 * whole), ["bottom", "top"])
-    with pytest.raises(BudgetError, match=r"is 2 parameters, a share of 34% \("):
+    with pytest.raises(BudgetError, match=r"is 2 parameters, or 34% as a share \("):
         check_budget(replace(alike(3, 1.5), cost=ParameterCost(np.full((1, 3), 2.0))), list("abc"), 0.25)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [
-        ([1, 2], None, "low holds one rank of at least 0 for each of the 4 modules"),
-        (None, [1, 2, 3, -1], "high holds one rank of at least 0"),
-        ([0, 8, 0, 0], [4, 4, 4, 4], "module 1 leave it no rank: low 8 is above high 4"),
-        ([0, 0, 3, 0], [4, 4, 3, 4], "module 2 leave it no rank: no rank of .* is from 3 to 3"),
+        ([1, 2], None, "low must have a rank of at least 0 for each of the 4 modules; got 2"),
+        (None, [1, 2, 3, -1], "high must have a rank of at least 0 for each of the 4 modules; got 4 from -1"),
+        ([0, 8, 0, 0], [4, 4, 4, 4], "module 1 allow no rank: low 8 is above high 4"),
+        ([0, 0, 3, 0], [4, 4, 3, 4], "module 2 allow no rank: no rank of .* is between 3 and 3"),
     ],
 )
 def test_bounds_that_make_no_sense(low, high, message):
@@ -180,7 +180,7 @@ def test_lower_bounds_above_the_budget():
     ):
         check_budget(replace(problem, low=np.array([0, 16, 0, 0])), list("abcd"))
     check_budget(replace(problem, limit=120.0), list("abcd"))
-    with pytest.raises(BudgetError, match="upper bounds on the ranks leave no module a rank above 0"):
+    with pytest.raises(BudgetError, match="upper bounds leave no module a rank above 0"):
         check_budget(replace(problem, low=None, high=np.zeros(4, dtype=int)), list("abcd"))
 
 
