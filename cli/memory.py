@@ -196,12 +196,7 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
     told = f"deriving the training step of {options.model} from its configuration ..."
     with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
-        return memory_of(
-            _configured(options.model),
-            card,
-            rank=options.rank,
-            **settings,
-        )
+        return memory_of(_configured(options.model), card, rank=options.rank, **settings)
 
 
 def _configured(model: str) -> str:

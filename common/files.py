@@ -29,16 +29,7 @@ import platformdirs
 from safetensors import SafetensorError, safe_open
 
 from .arrays import Arrays
-from .errors import (
-    CHECK_PATH,
-    ConfigError,
-    DataError,
-    RankPilotError,
-    RunFolderError,
-    first_line,
-    not_written,
-    shown,
-)
+from .errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
 from .termination import Terminated
 
 if TYPE_CHECKING:

@@ -143,12 +143,7 @@ def rank_heatmap(
     order = np.argsort(blocks, kind="stable")
     starts = np.flatnonzero(np.diff(np.asarray(blocks)[order], prepend=-1))
     names = short_names(modules)
-    rows = _Rows(
-        ranks[:, order].T,
-        [names[i] for i in order],
-        [*starts.tolist(), len(order)],
-        [*steps, total_steps],
-    )
+    rows = _Rows(ranks[:, order].T, [names[i] for i in order], [*starts.tolist(), len(order)], [*steps, total_steps])
     note = "Network output at the top. Triangles: decisions. Numbers: new ranks."
     figure = drawing.new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
