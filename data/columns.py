@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import datasets
@@ -81,12 +82,9 @@ def find_columns(part: Dataset, task: Task | None, text: str, label: str, *, rea
     if task == "causal-lm":
         forms = CHATS if reads_chats or TEXT not in names else CHATS[2:]
         chat = next((columns for columns in forms if text == TEXT and set(columns) <= set(names)), None)
-        return Columns(task, None if chat else _present("text", text, names, _TEXTS.get(task, ())), None, chat)
-    return Columns(
-        task,
-        _present("text", text, names, _TEXTS.get(task, ())),
-        _present("label", label, names, _LABELS.get(task, ())),
-    )
+        return Columns(task, None if chat else _present("text", text, names, ()), None, chat)
+    found = _present("text", text, names, _TEXTS.get(task, ()))
+    return Columns(task, found, _present("label", label, names, _LABELS.get(task, ())))
 
 
 def _present(kind: str, given: str, names: Sequence[str], others: Sequence[str]) -> str:
@@ -99,13 +97,18 @@ def _present(kind: str, given: str, names: Sequence[str], others: Sequence[str])
 
 
 def _task_of(part: Dataset, text: str, label: str) -> Task:
-    """Infer the task from the columns."""
+    """Infer the task from the columns; DataError for fractions, which may be classes or amounts."""
     names = set(part.column_names)
     if label in names and (text in names or label != LABEL):
         if is_list(part, label) and is_list(part, text):
             return "token-classification"
         if not is_list(part, label) and _dtype(part, label).startswith("float"):
-            return _refuse_floats(part, label)
+            check_no_gaps(part, label)  # a common cause of fractions
+            first = next(iter(part[label]), None)
+            raise DataError(
+                f"Column {label!r} contains fractions (row 1: {first}). To predict numbers, pass --task "
+                "regression; to treat each value as a class, pass --task classification."
+            )
         return "classification"
     if text == TEXT and label == LABEL:
         if any(set(columns) <= names for columns in CHATS):
@@ -114,16 +117,6 @@ def _task_of(part: Dataset, text: str, label: str) -> Task:
             if TEXT not in names and names & {*texts} and names & {*_LABELS[other]}:
                 return other
     return "classification" if label in names else "causal-lm"
-
-
-def _refuse_floats(part: Dataset, label: str) -> Task:
-    """Raise DataError: fractions may be classes or amounts. Empty cells, a common cause, are reported first."""
-    check_no_gaps(part, label)
-    first = next(iter(part[label]), None)
-    raise DataError(
-        f"Column {label!r} contains fractions (row 1: {first}). To predict numbers, pass --task "
-        "regression; to treat each value as a class, pass --task classification."
-    )
 
 
 def is_list(part: Dataset, name: str) -> bool:
@@ -185,6 +178,11 @@ def shorten(value: Any) -> str:
 def not_text(value: Any) -> str | None:
     """Describe a value if it is not a text."""
     return None if isinstance(value, str) else f"{kind_of(value)}, not text"
+
+
+def not_list(value: Any) -> str | None:
+    """Describe a value if it is not a list."""
+    return None if isinstance(value, list) else kind_of(value)
 
 
 def kind_of(value: Any) -> str:
@@ -364,7 +362,8 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
     """
     if columns == ("instruction", "output"):
         make = _as_messages if tokenizer.chat_template else _as_text
-        return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), **_alone(part))
+        old = part.column_names
+        return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), remove_columns=old)
     if isinstance(part[0][columns[0]], str):
         return part.select_columns(list(columns))
     names = {name: "messages" if name == "conversations" else name for name in columns}
@@ -386,28 +385,21 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
         kinds = {name: [message] for name in names.values()}
         more = {TOOLS: text} if has_tools else {}
         features = datasets.Features(kinds | more | ({VARIABLES: datasets.Json()} if has_variables else {}))
-    return part.map(convert, features=features, **_alone(part))
+    return part.map(convert, features=features, remove_columns=part.column_names)
 
 
 def _called(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message with its tool calls."""
     role, content = _parts(message)
     calls = {name: _without_gaps(message[name]) for name in _CALLS if message.get(name)}
-    return _message(role, content or "") | calls
-
-
-def _alone(part: Dataset) -> dict[str, Any]:
-    return {"remove_columns": part.column_names}
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+    return {"role": role, "content": content or ""} | calls
 
 
 def _as_messages(instruction: str, context: str, output: str) -> dict[str, Any]:
     """Convert an instruction to a user message, and the output to an assistant message."""
     asked = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return {"prompt": [_message("user", asked)], "completion": [_message("assistant", output)]}
+    prompt, completion = {"role": "user", "content": asked}, {"role": "assistant", "content": output}
+    return {"prompt": [prompt], "completion": [completion]}
 
 
 def _as_text(instruction: str, context: str, output: str) -> dict[str, Any]:
@@ -451,16 +443,11 @@ def chat_tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
     if "messages" in row:
         return _ids(tokenizer, row["messages"], variables), 0
     prompt, completion = row["prompt"], row["completion"]
-    end = tokenizer.eos_token
-    if isinstance(completion, str) and end and not completion.endswith(end):
-        completion += end
+    if isinstance(completion, str):
+        completion = completion.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
     ids = _ids(tokenizer, prompt + completion, variables)
-    shared = 0
-    for token, other in zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False):
-        if token != other:
-            break
-        shared += 1
-    return ids, shared
+    pairs = zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False)
+    return ids, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 SAMPLED = 1000
@@ -495,5 +482,4 @@ def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool 
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": asks}
-    made = tokenizer.apply_chat_template(content, **variables, **options)
-    return list(made["input_ids"])
+    return list(tokenizer.apply_chat_template(content, **variables, **options)["input_ids"])

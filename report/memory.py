@@ -18,7 +18,7 @@ from ..common.drawing import save_figure
 from ..common.errors import BudgetError, UnsupportedError
 from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table, plural
-from ..cost.breakdown import KINDS, Kind
+from ..cost.breakdown import KINDS
 from ..cost.cards import USUAL_CARD
 from ..cost.forecast.alternatives import brought_by_offloading, brought_by_streaming, smallest_use
 from ..cost.forecast.outlook import Choice, GridCell, Outlook
@@ -26,24 +26,10 @@ from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
 from .doubts import doubts, of_loading
+from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
-
-WORDS: dict[Kind, str] = {
-    "saved": "tensors saved for backward",
-    "inputs": "inputs of checkpointed layers",
-    "recomputed": "activations of the checkpointed layer in backward",
-    "transient": "temporary: logits, gradients of activations",
-    "weights": "adapter weights",
-    "gradients": "adapter gradients",
-    "optimizer": "optimizer state",
-    "signals": "signal buffers",
-    "others": "other trainable parameters",
-}
-"""Display names of the kinds of bytes."""
-
-HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
 
 HELD_BACK = 0.05, 8 * 2**20
 """Resident memory beyond the peak deserves a note above this share of it and these bytes."""
@@ -160,11 +146,10 @@ def verdict_text(outlook: Outlook) -> str:
 
 def _fit(outlook: Outlook) -> str:
     """Describe whether the choices fit the card."""
-    assert outlook.card is not None, "there is no card"
     best, card = outlook.best, outlook.card
+    assert card is not None, "there is no card"
     if best is None:
-        tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
-        if tight:
+        if tight := [choice for choice in outlook.choices if choice.verdict == "tight"]:
             return (
                 f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
                 "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
@@ -215,10 +200,9 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     if best.time is None:
         return ""
     text = f", at {best.time:.2f}x the step time of plain LoRA without checkpointing"
-    timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
-    for time, other in timed:
-        if time < 0.9 * best.time and other.fits:
-            return f"{text}. Faster, with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}x"
+    for other in outlook.by_depth():
+        if other.time is not None and other.time < 0.9 * best.time and other.fits:
+            return f"{text}. Faster, with fewer adapters: {choice_text(outlook, other)}, at {other.time:.2f}x"
     return text
 
 
@@ -316,10 +300,10 @@ def notes(outlook: Outlook) -> Iterator[str]:
     """Yield the bytes of the main choice by kind, and notes on reading the rest."""
     breakdown = outlook.breakdown(outlook.main)
     kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
-    parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
-    margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
+    parts = [f"{format_bytes(breakdown.of_kind(kind))} {KINDS_SHOWN[kind].words}" for kind in kinds]
+    parts += [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
-    yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join([*parts, *margin])}."
+    yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join(parts)}."
     frozen = format_bytes(outlook.step.model.frozen_bytes)
     if outlook.card is None:
         yield (
@@ -433,15 +417,11 @@ def configuration_text(outlook: Outlook) -> str:
         ")",
     ]
     if activations or 0 < len(best.checkpointed) < len(outlook.checkpointable):
-        again = " and ".join(
-            [
-                *([ACTIVATIONS] if activations else []),
-                *([f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []),
-            ]
-        )
+        again = [ACTIVATIONS] if activations else []
+        again += [f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []
         room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
         budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
-        lines.append(f"# With {again}, which attach(trainer) enables under budget='{budget}MiB step'")
+        lines.append(f"# With {' and '.join(again)}, which attach(trainer) enables under budget='{budget}MiB step'")
     return "\n".join(lines)
 
 
@@ -454,10 +434,8 @@ def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
     ends: dict[str, set[int]] = {}
     for name, rank in ranks.items():
         ends.setdefault(name.rpartition(".")[2], set()).add(rank)
-    named = {name: name.rpartition(".")[2] for name in ranks}
-    return {
-        end if len(ends[end]) == 1 else name: ranks[name] for name, end in named.items() if ranks[name] < choice.rank
-    }
+    narrow = [(name.rpartition(".")[2], name) for name, rank in ranks.items() if rank < choice.rank]
+    return {end if len(ends[end]) == 1 else name: ranks[name] for end, name in narrow}
 
 
 SCHEMA = 1
@@ -469,13 +447,9 @@ removing one increments it.
 def figures(outlook: Outlook) -> dict[str, Any]:
     """Return all figures as JSON values."""
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
-    of_card = {} if card is None else {
-        "card": card.name,
-        **asdict(outlook.shards),
-        "memory_bytes": card.memory_bytes,
-        "context_bytes": card.context_bytes,
-        "workspace_bytes": card.workspace_bytes,
-    }  # fmt: skip
+    of_card: dict[str, Any] = {"card": card.name, **asdict(outlook.shards)} if card else {}
+    if card:
+        of_card |= {name: getattr(card, name) for name in ("memory_bytes", "context_bytes", "workspace_bytes")}
     return {
         "schema": SCHEMA,
         **outlook.facts,
@@ -504,16 +478,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
         ],
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
-        "grid": [
-            {
-                "rows": cell.shape.rows,
-                "length": cell.shape.length,
-                "checkpointed": cell.checkpointed,
-                "activations": cell.activations,
-                "bytes": cell.bytes,
-            }
-            for cell in outlook.grid
-        ],
+        "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],
         "measured": asdict(outlook.measured) if outlook.measured else None,
         "doubts": [asdict(each) for each in doubts(outlook)],
         "notes": outlook.notes,
@@ -545,8 +510,6 @@ def write_memory_report(
 
     Existing files are replaced.
     """
-    from .picture import memory_picture
-
     told = figures(outlook)
     if lengths:
         from .lengths import lengths_figures, lengths_picture
@@ -565,9 +528,8 @@ def write_memory_report(
 def picture_labels(outlook: Outlook) -> list[str]:
     """Return the labels of the choices' bars."""
     again = len(outlook.checkpointable)
-    return [
-        row_label(outlook, choice)
-        + ("" if choice.label else f", rank {choice.rank}")
-        + (f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed and not choice.label else "")
-        for choice in outlook.choices
-    ]
+    labels = []
+    for choice in outlook.choices:
+        checkpointed = f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed else ""
+        labels.append(row_label(outlook, choice) + ("" if choice.label else f", rank {choice.rank}{checkpointed}"))
+    return labels

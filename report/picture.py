@@ -7,7 +7,7 @@ result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,18 +21,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KIND_COLORS: dict[Kind, tuple[str, str]] = {
-    "saved": (drawing.COLORS[0], "saved for backward"),
-    "inputs": (drawing.COLORS[5], "checkpointed inputs"),
-    "recomputed": (drawing.COLORS[3], "recomputed layer"),
-    "transient": (drawing.COLORS[4], "temporary"),
-    "weights": ("#004d38", "adapter weights"),
-    "gradients": (drawing.COLORS[2], "adapter gradients"),
-    "optimizer": ("#8fd3bd", "optimizer state"),
-    "signals": (drawing.COLORS[1], "signal buffers"),
-    "others": (drawing.FAINT, "other trainables"),
+
+class KindShown(NamedTuple):
+    """How one kind of bytes is shown: its colour, its label in a picture, and its name in a sentence."""
+
+    color: str
+    label: str
+    words: str
+
+
+KINDS_SHOWN: dict[Kind, KindShown] = {
+    "saved": KindShown(drawing.COLORS[0], "saved for backward", "tensors saved for backward"),
+    "inputs": KindShown(drawing.COLORS[5], "checkpointed inputs", "inputs of checkpointed layers"),
+    "recomputed": KindShown(drawing.COLORS[3], "recomputed layer", "activations of the checkpointed layer in backward"),
+    "transient": KindShown(drawing.COLORS[4], "temporary", "temporary: logits, gradients of activations"),
+    "weights": KindShown("#004d38", "adapter weights", "adapter weights"),
+    "gradients": KindShown(drawing.COLORS[2], "adapter gradients", "adapter gradients"),
+    "optimizer": KindShown("#8fd3bd", "optimizer state", "optimizer state"),
+    "signals": KindShown(drawing.COLORS[1], "signal buffers", "signal buffers"),
+    "others": KindShown(drawing.FAINT, "other trainables", "other trainable parameters"),
 }
-"""Colour and label of each kind: the adapter itself is green."""
+"""The adapter itself is green."""
+
+HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
 
 VISIBLE = 0.002
 """Smallest share of the peak for a kind to be named in the picture."""
@@ -58,7 +69,7 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     main = outlook.choices.index(outlook.main)
     shown, groups = breakdowns[main], _alike(breakdowns[main])
     heights = 0.55 + 0.21 * max(len(groups), 6), 0.65 + 0.21 * len(breakdowns)
-    saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    saved = sum(shown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
     title = (
         f"{labels[main][0].upper()}{labels[main][1:]}: a step peaks at {format_bytes(shown.total)}, "
         f"{saved / shown.total:.0%} of it for backward"
@@ -73,8 +84,8 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     bottom = figure.add_subplot(grid[1])
     room = _draw_choices(bottom, outlook, breakdowns, labels)
     keys: list[Any] = [
-        Patch(color=color, label=label)
-        for kind, (color, label) in KIND_COLORS.items()
+        Patch(color=each.color, label=each.label)
+        for kind, each in KINDS_SHOWN.items()
         if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
     ]
     keys += [Patch(color=RESERVED, label="allocator's reserve")] if outlook.card else []
@@ -99,7 +110,7 @@ def _alike(breakdown: Breakdown) -> list[tuple[int, int]]:
 def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, int]]) -> None:
     unit, size = byte_unit(float(breakdown.bytes.sum(axis=1).max()))
     firsts, titles = [first for first, _ in groups], layer_titles(breakdown.layers)
-    _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KIND_COLORS})
+    _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KINDS_SHOWN})
     _clean_bars(axes, len(groups), "By layer")
     names = [
         titles[first]
@@ -119,7 +130,7 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
     largest = max(float(wholes.max()), limit - held if limit else 0)
     unit, size = byte_unit(largest)
     rows = np.arange(len(choices))[::-1]
-    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KIND_COLORS}
+    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KINDS_SHOWN}
     ends = _stack(axes, rows, kinds)
     if card:
         axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
@@ -144,7 +155,7 @@ def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> Floa
     """Draw one bar per row, with kinds side by side; returns the ends of the bars, (rows,)."""
     left = np.zeros(len(rows))
     for kind, widths in sizes.items():
-        axes.barh(rows, widths, left=left, color=KIND_COLORS[kind][0], height=0.78, linewidth=0)
+        axes.barh(rows, widths, left=left, color=KINDS_SHOWN[kind].color, height=0.78, linewidth=0)
         left = left + widths
     return left
 

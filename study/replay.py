@@ -61,25 +61,18 @@ class DecidedAgain:
     def differences(self) -> tuple[str, ...]:
         """Differences from the log, in words; empty if all is bitwise equal."""
         then, now = self.logged, self.decision
-        found = [
-            name
-            for name in ("rank_floor", "depth_bias", "change")
-            if getattr(then.decision, name) != getattr(now, name)
-        ]
+        settings = ("rank_floor", "depth_bias", "change")
+        found = [name for name in settings if getattr(then.decision, name) != getattr(now, name)]
         if then.kept != keeps(self.observation, now):
             found.append("kept")
-        pairs = {
-            "score": (then.decision.scores, now.scores),
-            "rank_wanted": (then.rank_wanted, now.ranks),
-            "rank_after": (then.rank_after, self.ranks),
-        }
-        found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+        pairs: dict[str, tuple[Any, Any]] = {"score": (then.decision.scores, now.scores)}
+        pairs |= {"rank_wanted": (then.rank_wanted, now.ranks), "rank_after": (then.rank_after, self.ranks)}
         if then.choice is not None and now.choice is not None:
             names = [each.name for each in fields(then.choice)]
-            found += [name for name in names if not _same(getattr(then.choice, name), getattr(now.choice, name))]
+            pairs |= {name: (getattr(then.choice, name), getattr(now.choice, name)) for name in names}
         elif then.choice is not now.choice:
-            found.append("choice")
-        return tuple(found)
+            pairs["choice"] = (then.choice, now.choice)
+        return (*found, *(name for name, (old, new) in pairs.items() if not np.array_equal(old, new)))
 
 
 def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
@@ -97,10 +90,6 @@ def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
     if logged.choice and isinstance(policy, PlanChooser):
         policy = replace(policy, goal=logged.choice.goal)
     return DecidedAgain(logged, policy)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
@@ -380,9 +369,8 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
 
     def but(before: str) -> str:
         """Describe the effect of one step less."""
-        if steps == 1:
-            return "the smallest step tried"
-        return f"{before} {'changes nothing' if question.target is None else 'does not change its rank'}"
+        unchanged = "changes nothing" if question.target is None else "does not change its rank"
+        return f"{before} {unchanged}" if steps > 1 else "the smallest step tried"
 
     if question.kind == "signals":
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"

@@ -45,15 +45,13 @@ def verdict(run: RunData) -> Verdict:
     others = {name: _against(run, name, what) for name, what in ((UNIFORM, "uniform ranks"), (ALL_LINEAR, PLAIN))}
     losses = [words for name, words in others.items() if _change(run, name) > RISE]
     gains = [words for words in others.values() if words not in losses]
-    warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), _misses_goal(run))
+    promise, missed = (run.first.promise(), run.first.misses_goal) if run.first else ("", False)
+    warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), promise if missed else "")
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
     parts = parts_sentence(run.results.get(PILOT, {}))
-    results = (_ending(run), *gains, _promise(run), rates, control_sentence(run), parts)
-    return Verdict(
-        warnings=tuple(filter(None, warnings)),
-        caveats=tuple(filter(None, [_unlike(run)])),
-        results=tuple(filter(None, results)),
-    )
+    results = (_ending(run), *gains, "" if missed else promise, rates, control_sentence(run), parts)
+    told = (warnings, (_unlike(run),), results)
+    return Verdict(*(tuple(filter(None, sentences)) for sentences in told))
 
 
 def _diverged(run: RunData) -> str:
@@ -64,9 +62,8 @@ def _diverged(run: RunData) -> str:
             "ended. Lower the learning rate."
         )
     held_out = run.results.get(PILOT, {}).get("held_out_loss")
-    values: list[tuple[str, float, float]] = []
-    for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("grad_norm", "gradient norm")):
-        values += [(name, step, value) for step, value in run.points(PILOT, key)]
+    names = {"loss": "training loss", "eval_loss": "held-out loss", "grad_norm": "gradient norm"}
+    values = [(name, step, value) for key, name in names.items() for step, value in run.points(PILOT, key)]
     if held_out is not None:
         values.append(("held-out loss", run.steps, held_out))
     for name, at, value in sorted(values, key=lambda row: row[1]):
@@ -145,15 +142,6 @@ def _unlike(run: RunData) -> str:
     return f"Expectations come from other runs and are less reliable here: {', '.join(caveats)}." if caveats else ""
 
 
-def _misses_goal(run: RunData) -> str:
-    return run.first.promise() if run.first and run.first.misses_goal else ""
-
-
-def _promise(run: RunData) -> str:
-    """Return the policy's expectation of its first plan."""
-    return run.first.promise() if run.first and not run.first.misses_goal else ""
-
-
 def _ending(run: RunData) -> str:
     """Return the last held-out loss, for a run without a summary."""
     points = run.points(PILOT, "eval_loss")
@@ -192,14 +180,12 @@ def _against(run: RunData, name: str, what: str) -> str:
         for key, unit in (("peak_bytes", "memory"), ("median_step_s", "step time"))
         if name == ALL_LINEAR and mine.get(key) and other.get(key)
     ]
+    sentence += f", with {' and '.join(shares)}." if shares else "."
     again = run.saved[0].again_bytes if shares and run.saved else None
-    checkpointed = (
-        f" With all layers checkpointed it would take {format_bytes(again)}; this run took "
-        f"{mine['peak_bytes'] / again:.0%} of that."
-        if again and mine.get("peak_bytes")
-        else ""
-    )
-    return sentence + (f", with {' and '.join(shares)}." if shares else ".") + checkpointed
+    if not again or not mine.get("peak_bytes"):
+        return sentence
+    share = f"this run took {mine['peak_bytes'] / again:.0%} of that"
+    return f"{sentence} With all layers checkpointed it would take {format_bytes(again)}; {share}."
 
 
 # What each picture shows, in words -----------------------------------------------------------------------------------
@@ -216,8 +202,7 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
     change = (value - reference) / reference
     if abs(change) < 0.0005:
         return f"{run} and {other} end equal at a held-out loss of {value:.3f}"
-    word = "below" if change < 0 else "above"
-    differs = f"{abs(change):.1%} {word} {other}"
+    differs = f"{abs(change):.1%} {'below' if change < 0 else 'above'} {other}"
     return f"{run} ends {differs} on held-out data ({value:.3f} vs {reference:.3f}, one run each)"
 
 
@@ -347,10 +332,8 @@ def comparison_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[i
     rows, results = [], list(_columns(runs).values())
     for measure in _MEASURES:
         values = [result.get(measure.key) for result in results]
-        cells = [
-            "–" if value is None else measure.text(value, result["unit"])
-            for value, result in zip(values, results, strict=True)
-        ]
+        pairs = zip(values, results, strict=True)
+        cells = ["–" if value is None else measure.text(value, result["unit"]) for value, result in pairs]
         known = [(measure.better * value, cells[index]) for index, value in enumerate(values) if value is not None]
         if not known:
             continue

@@ -179,8 +179,7 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
     if parts:
         more = " and smaller ones" if len(parts) > SHOWN else ""
         yield f"The expectation is the sum of these effects: {', '.join(parts[:SHOWN])}{more}."
-        columns = (found.expected, found.reach, found.spread)
-        expected, reach, spread = (float(values[found.taken]) for values in columns)
+        expected, reach, spread = (float(each[found.taken]) for each in (found.expected, found.reach, found.spread))
         yield (
             f"Fine-tunes vary with a standard deviation of {100 * spread:.1f} %: the loss may be anywhere "
             f"from {percent(expected - reach)} to {percent(expected + reach)}."
