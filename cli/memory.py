@@ -147,9 +147,8 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
 
     file = read_trainer_file(path)
     if "max_length" not in file.settings and not peek(arguments, "--max-length"):
-        raise ConfigError(
-            f"{path} does not truncate rows (max_length: null). Pass --max-length with the length of the longest row."
-        )
+        advice = "Pass --max-length with the length of the longest row."
+        raise ConfigError(f"{path} does not truncate rows (max_length: null). {advice}")
     if "sharding" in file.settings and not peek(arguments, "--gpus"):
         told = f"{file.settings.pop('sharding')} (priced for one GPU: pass --gpus)"
         return replace(file, unpriced=(*file.unpriced, told))
@@ -167,15 +166,13 @@ def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
     """Defaults of the command line: a file's settings, else the usual defaults."""
     if file is None:
         return Memory(model=tyro.MISSING)
-    settings = {name: value for name, value in file.settings.items() if name not in _FURTHER}
-    card = next((each for each in ("--device", "--device-memory") if peek(arguments, each)), None)
-    if card is None:
+    settings = {"model": tyro.MISSING}
+    settings |= {name: value for name, value in file.settings.items() if name not in _FURTHER}
+    if not any(peek(arguments, each) for each in ("--device", "--device-memory")):
         raise ConfigError("--config requires --device or --device-memory.")
     default = object.__new__(Memory)  # not checked before command-line options are applied
     for each in fields(Memory):
         object.__setattr__(default, each.name, settings.get(each.name, each.default))
-    if "model" not in settings:
-        object.__setattr__(default, "model", tyro.MISSING)
     return default
 
 
@@ -200,12 +197,9 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
 def _configured(model: str) -> str:
     """Name of a model with a built-in configuration, or the folder of a packaged one."""
     from ..cost.forecast.known_models import short_name
-
-    if short_name(model):
-        return model
     from ..data.assets import ASSETS
 
-    if model not in ASSETS:
+    if short_name(model) or model not in ASSETS:
         return model
     from ..data.models import resolve_model
 

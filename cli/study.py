@@ -118,10 +118,8 @@ def _check(options: StudyOptions) -> None:
         raise ConfigError("No run given. Pass one or more run folders: rankpilot study RUN...")
     for folder in options.runs:
         if not folder.is_dir():
-            raise RunFolderError(
-                f"Folder {str(folder)!r} does not exist. The arguments of `rankpilot study` are run folders; to "
-                "replay a run, use `rankpilot replay`."
-            )
+            advice = "The arguments of `rankpilot study` are run folders; to replay a run, use `rankpilot replay`."
+            raise RunFolderError(f"Folder {str(folder)!r} does not exist. {advice}")
     output = options.output
     if output is None and len(options.runs) > 1 and not options.json:
         raise ConfigError(f"{len(options.runs)} runs have no common folder for the page. Pass --output FILE.")

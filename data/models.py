@@ -134,10 +134,8 @@ def class_end_token(model: str) -> int | None:
     if not config.is_encoder_decoder:
         return None
     if not isinstance(config.eos_token_id, int):
-        raise ConfigError(
-            f"The model {model!r} is an encoder-decoder that classifies at its end token, but its "
-            "configuration has none. Set eos_token_id in its config.json."
-        )
+        why = "is an encoder-decoder that classifies at its end token, but its configuration has none"
+        raise ConfigError(f"The model {model!r} {why}. Set eos_token_id in its config.json.")
     return config.eos_token_id
 
 
@@ -204,9 +202,8 @@ def _check_task(name: str, config: Any, task: Task) -> None:
     mappings = {other: getattr(transformers, kind.auto_class)._model_mapping for other, kind in KINDS.items()}
     able = [other for other, mapping in mappings.items() if type(config) in mapping]
     if able and task not in able and "auto_map" not in config.to_dict():
-        raise ConfigError(
-            f"The model {name!r} ({config.model_type}) does not support {task}. Supported: {', '.join(able)}."
-        )
+        told = f"The model {name!r} ({config.model_type}) does not support {task}."
+        raise ConfigError(f"{told} Supported: {', '.join(able)}.")
 
 
 def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None:
@@ -217,9 +214,8 @@ def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None
     if foreign:
         raise ConfigError(f"The weights of {name!r} do not match its config.json: {foreign[0]} has another shape.")
     if keys:
-        logger.warning(
-            "The head of %r does not have %d outputs, so a new one is trained.", name, model.config.num_labels
-        )
+        outputs = model.config.num_labels
+        logger.warning("The head of %r does not have %d outputs, so a new one is trained.", name, outputs)
 
 
 def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, **options: Any) -> PeftModel:

@@ -57,10 +57,8 @@ def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, .
         pairs = zip(columns.values_of(part, text), columns.values_of(part, label), strict=True)
         for row, (words, tags) in enumerate(pairs, 1):
             if len(words) != len(tags):
-                raise DataError(
-                    f"Row {row} has {len(words)} values in column {text!r} and {len(tags)} in {label!r}. Each token "
-                    "needs one tag."
-                )
+                told = f"Row {row} has {len(words)} values in column {text!r} and {len(tags)} in {label!r}."
+                raise DataError(f"{told} Each token needs one tag.")
             for name, values, wrong in ((text, words, columns.not_text), (label, tags, _not_tag)):
                 bad = next((value for value in values if wrong(value) is not None), None)
                 if bad is not None or None in values:
@@ -136,9 +134,8 @@ def tagged(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], le
         ConfigError: the tokenizer does not map pieces to tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(
-            "Token classification requires a fast tokenizer (tokenizer.json), which this model does not have."
-        )
+        needs = "a fast tokenizer (tokenizer.json), which this model does not have"
+        raise ConfigError(f"Token classification requires {needs}.")
 
     def encode(rows: Rows) -> dict[str, Any]:
         tokens = tokenizer(rows[text], is_split_into_words=True, truncation=True, max_length=length)
@@ -362,10 +359,8 @@ def load_workload(
         sizes = " and ".join(str(len(part)) for part in sources)
         raise DataError(f"The data set {data!r} has an empty split: {sizes}.")
     whole = halves(source, seed) if held_out is None else (source, held_out)
-    parts = [
-        part.shuffle(seed=seed).select(range(min(rows or len(part), len(part))))
-        for part, rows in zip(whole, (train_rows, held_out_rows), strict=True)
-    ]
+    counted = zip(whole, (train_rows, held_out_rows), strict=True)
+    parts = [part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))) for part, rows in counted]
     length = with_sizes(step, model, found.task).max_length
     return _LOADERS[found.task](_Reading(model, tokenizer, found, length, sources, parts))
 

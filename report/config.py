@@ -17,9 +17,9 @@ MOST_LABELS = 1_000_000
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
 _OF_CARD = (
-    *("gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant"),
-    *("packed", "offload", "expandable_segments", "stream"),
-)
+    "gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant", "packed", "offload",
+    "expandable_segments", "stream",
+)  # fmt: skip
 
 _OF_DATA = ("labels", "text_column", "label_column", "seed")
 """Settings ignored for a card, which assumes full rows and the model's own head."""
@@ -132,14 +132,11 @@ class MemoryConfig(StepConfig):
         if "" in (self.device, self.device_memory):
             raise ConfigError("device must be a card ('RTX 4090') and device_memory a size ('24GiB'); got ''.")
         if self.device and self.device_memory:
-            raise ConfigError(
-                f"Pass either device ({shown(self.device)}) or device_memory ({shown(self.device_memory)}), not both."
-            )
+            both = f"device ({shown(self.device)}) or device_memory ({shown(self.device_memory)})"
+            raise ConfigError(f"Pass either {both}, not both.")
         if not self.card:
             if given := self._changed(*_OF_CARD, "os"):
                 raise ConfigError(f"{given[0]} requires --device or --device-memory.")
         elif wrong := self._changed("data", "task", "budget", "measure", "trainer", *_OF_DATA):
-            raise ConfigError(
-                f"{', '.join(wrong)} cannot be combined with --device or --device-memory, which assume full rows "
-                "of --max-length tokens."
-            )
+            card = "--device or --device-memory, which assume full rows of --max-length tokens"
+            raise ConfigError(f"{', '.join(wrong)} cannot be combined with {card}.")

@@ -63,19 +63,15 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     if model.has_xielu and loaded.fused_activations:
         yield Doubt("xIELU is counted as its CUDA kernel, a separate package (nickjbrowning/XIELU)", "more")
     if model.is_eager is False and loaded.implementation in ("flash", "flex") and model.kind.startswith("GptOss"):
-        yield Doubt(
-            "attention with sinks is counted as a fused kernel; without one its memory grows with the square "
-            "of the tokens",
-            "more",
-        )
+        without = "without one its memory grows with the square of the tokens"
+        yield Doubt(f"attention with sinks is counted as a fused kernel; {without}", "more")
     if loaded.offload:
         yield Doubt("activation offloading is modelled on TRL's; the one published run took 9 % more", "more")
     if model.keeps_state:
         yield Doubt("stateful layers are counted as in transformers' own code, not mamba-ssm or fla", "either")
     if model.own_code:
-        yield Doubt(
-            "the configuration refers to custom code (trust_remote_code); transformers' own code is counted", "either"
-        )
+        custom = "the configuration refers to custom code (trust_remote_code)"
+        yield Doubt(f"{custom}; transformers' own code is counted", "either")
     if shards.gpus > 1 and shards.sharding != "ddp":
         yield Doubt(f"{shards.sharding} is modelled on its sharding rules only", "either")
     if loaded.attention == "math":
@@ -102,7 +98,5 @@ def of_loading(outlook: Outlook) -> Iterator[str]:
             "stores them where checkpointing cannot see them). use_reentrant=True (--reentrant) avoids this."
         )
     if step.model.is_eager and outlook.memory.shape.length > SHORT:
-        yield (
-            f"Attention is eager: scores grow with the square of {outlook.memory.shape.length:,} tokens. With "
-            "--attention flash (if a kernel supports this model's sinks) they take no memory."
-        )
+        flash = "With --attention flash (if a kernel supports this model's sinks) they take no memory."
+        yield f"Attention is eager: scores grow with the square of {outlook.memory.shape.length:,} tokens. {flash}"

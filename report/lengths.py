@@ -86,10 +86,8 @@ def read_lengths(path: Path) -> IntArray:
     wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,9}", word) or not int(word)), None)
     if not words or wrong is not None:
         what = "nothing" if wrong is None else shown(wrong)
-        raise DataError(
-            f"{path} contains {what}; expected one length in tokens per row, as whole numbers above 0 "
-            "separated by spaces, commas or newlines."
-        )
+        how = "as whole numbers above 0 separated by spaces, commas or newlines"
+        raise DataError(f"{path} contains {what}; expected one length in tokens per row, {how}.")
     return np.array([int(word) for word in words], dtype=np.int64)
 
 
@@ -139,10 +137,9 @@ def _tokenizer(model: str) -> Any:
     try:
         return load_tokenizer(model)
     except (UnknownNameError, AssetError) as error:
-        raise AssetError(
-            f"Counting the tokens of a column requires the tokenizer of {model}, which is not available: "
-            f"{first_line(error)} Pass the model's folder, or a file with the length of each row."
-        ) from error
+        needs = f"Counting the tokens of a column requires the tokenizer of {model}, which is not available"
+        advice = "Pass the model's folder, or a file with the length of each row."
+        raise AssetError(f"{needs}: {first_line(error)} {advice}") from error
 
 
 def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> StepsOfLengths:
@@ -225,10 +222,8 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
 
 def lengths_table(found: StepsOfLengths) -> Table:
     """Return a table of steps in parts and padded rectangles."""
-    table = make_table(
-        f"{plural(found.steps, 'step')} of {found.rows} rows, up to {found.longest:,} tokens each",
-        ("step", "time", "highest peak", "checkpointed layers", "steps that don't fit"),
-    )
+    title = f"{plural(found.steps, 'step')} of {found.rows} rows, up to {found.longest:,} tokens each"
+    table = make_table(title, ("step", "time", "highest peak", "checkpointed layers", "steps that don't fit"))
     peak, layers = format_bytes(float(found.rectangle_bytes.max())), f"{found.rectangle_layers} in every step"
     table.add_row("padded rectangle", "1.00", peak, layers, str(found.rectangle_too_large))
     peak = "none fits" if np.isnan(found.parts_bytes).all() else format_bytes(float(np.nanmax(found.parts_bytes)))

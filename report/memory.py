@@ -109,11 +109,10 @@ def _offload_text(outlook: Outlook) -> str:
     """Describe the benefit of offloading checkpointed inputs, if not all layers fit without it."""
     if (found := brought_by_offloading(outlook)) is None:
         return ""
-    return (
-        " With offload=True (activation_offloading in TRL and axolotl), adapters on all layers fit with "
-        f"{format_bytes(found[0])} to spare: inputs of checkpointed layers are kept in main memory, and "
-        f"copying them adds at most {found[1]:.2g} s per step."
-    )
+    fits = f"adapters on all layers fit with {format_bytes(found[0])} to spare"
+    costs = f"are kept in main memory, and copying them adds at most {found[1]:.2g} s per step"
+    option = "With offload=True (activation_offloading in TRL and axolotl)"
+    return f" {option}, {fits}: inputs of checkpointed layers {costs}."
 
 
 def _stream_text(outlook: Outlook) -> str:
@@ -139,9 +138,8 @@ def verdict_text(outlook: Outlook) -> str:
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
-    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + (
-        f"{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
-    )
+    found = _finding(outlook) if outlook.card is None else _fit(outlook)
+    return f"{found}{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
 
 
 def _fit(outlook: Outlook) -> str:
@@ -150,15 +148,11 @@ def _fit(outlook: Outlook) -> str:
     assert card is not None, "there is no card"
     if best is None:
         if tight := [choice for choice in outlook.choices if choice.verdict == "tight"]:
-            return (
-                f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
-            )
+            advice = "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
+            return f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. {advice}"
         smallest, least = smallest_use(outlook)
-        return (
-            f"Does not fit: even the smallest choice, {choice_text(outlook, smallest)}, takes "
-            f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
-        )
+        takes = f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
+        return f"Does not fit: even the smallest choice, {choice_text(outlook, smallest)}, takes {takes}"
     assert best.use is not None, "choices of a card have a use of it"
     spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if best.verdict == "tight":
@@ -306,10 +300,8 @@ def notes(outlook: Outlook) -> Iterator[str]:
     yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join(parts)}."
     frozen = format_bytes(outlook.step.model.frozen_bytes)
     if outlook.card is None:
-        yield (
-            f"The frozen model ({frozen}) comes on top: it counts toward a total budget, but not toward a "
-            "'step' budget."
-        )
+        counts = "it counts toward a total budget, but not toward a 'step' budget"
+        yield f"The frozen model ({frozen}) comes on top: {counts}."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
@@ -318,24 +310,18 @@ def notes(outlook: Outlook) -> Iterator[str]:
             "card free, which is within the prediction error, or fit only without that reserve."
         )
         if (model := outlook.step.model).fused:
-            yield (
-                f"{model.fused / model.parameters:.0%} of the weights are fused experts. The memory of a step "
-                "does not depend on how tokens are routed."
-            )
+            routed = "The memory of a step does not depend on how tokens are routed."
+            yield f"{model.fused / model.parameters:.0%} of the weights are fused experts. {routed}"
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
             seconds = f", about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
             seconds += "if the card is as efficient as an A100 or an L40S in published runs."
-        yield (
-            "Time: relative to plain LoRA (rank 8 on all modules, no checkpointing), estimated from "
-            f"operation counts{seconds}"
-        )
+        plain = "plain LoRA (rank 8 on all modules, no checkpointing)"
+        yield f"Time: relative to {plain}, estimated from operation counts{seconds}"
     if _activations(outlook):
-        yield (
-            "Plain LoRA does not fit comfortably with the free savers, so all choices use selective "
-            "checkpointing, as a run would (gradient_checkpointing='auto'): the same losses, a few percent "
-            "slower."
-        )
+        uses = "all choices use selective checkpointing, as a run would (gradient_checkpointing='auto')"
+        slower = "the same losses, a few percent slower"
+        yield f"Plain LoRA does not fit comfortably with the free savers, so {uses}: {slower}."
 
 
 def remarks(outlook: Outlook) -> Iterator[str]:
@@ -372,10 +358,8 @@ def _measured(outlook: Outlook) -> Iterator[str]:
     yield f"Measured step: {'; '.join(parts)}."
     share, count = HELD_BACK
     if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
-        yield (
-            "The process used more than its tensors because the C library keeps freed memory. With "
-            "MALLOC_MMAP_THRESHOLD_=65536 in the environment, it returns large blocks immediately."
-        )
+        blocks = "With MALLOC_MMAP_THRESHOLD_=65536 in the environment, it returns large blocks immediately."
+        yield f"The process used more than its tensors because the C library keeps freed memory. {blocks}"
 
 
 def configuration_text(outlook: Outlook) -> str:

@@ -70,10 +70,8 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     shown, groups = breakdowns[main], _alike(breakdowns[main])
     heights = 0.55 + 0.21 * max(len(groups), 6), 0.65 + 0.21 * len(breakdowns)
     saved = sum(shown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
-    title = (
-        f"{labels[main][0].upper()}{labels[main][1:]}: a step peaks at {format_bytes(shown.total)}, "
-        f"{saved / shown.total:.0%} of it for backward"
-    )
+    peak = f"a step peaks at {format_bytes(shown.total)}, {saved / shown.total:.0%} of it for backward"
+    title = f"{labels[main][0].upper()}{labels[main][1:]}: {peak}"
     figure = drawing.new_figure(1.15 + sum(heights), title, note)
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch

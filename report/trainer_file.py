@@ -78,10 +78,9 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
         raise ConfigError(f"{path} must be a mapping of setting names to values; got {shown(values)}.")
     program = _program(values)
     if not program:
-        raise ConfigError(
-            f"{path} is not a config of axolotl (base_model), TRL (model_name_or_path) or LLaMA-Factory "
-            f"(model_name_or_path and finetuning_type). Its keys: {', '.join(map(shown, list(values)[:5]))}."
-        )
+        two = "TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path and finetuning_type)"
+        first = ", ".join(map(shown, list(values)[:5]))
+        raise ConfigError(f"{path} is not a config of axolotl (base_model), {two}. Its keys: {first}.")
     keys = _Keys(values, str(path))
     table = KEYS[program]
     if foreign := [key for key in table["refused"] if keys.get(key, False) is not False]:

@@ -129,10 +129,8 @@ def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
         return {}
     busy = "" if facts.get("busy") is None else f", {facts['busy']:.0%} busy"
     free, total = (format_bytes(facts.get(name) or 0) for name in ("free_bytes", "total_bytes"))
-    return {
-        "device": f"{facts.get('device')}; {free} of {total} free at the start{busy}",
-        "energy": result.get("energy_source") or NOT_MEASURED,
-    }
+    device = f"{facts.get('device')}; {free} of {total} free at the start{busy}"
+    return {"device": device, "energy": result.get("energy_source") or NOT_MEASURED}
 
 
 def _adapter(run: RunData) -> dict[str, str] | None:

@@ -51,10 +51,8 @@ def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
         return [[] for _ in values]
     rows = np.array(distances).T
     order = np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :2].tolist()
-    return [
-        [(kept[i], float(row[i])) for i in chosen if abs(row[i]) >= UNUSUAL]
-        for row, chosen in zip(rows, order, strict=True)
-    ]
+    pairs = zip(rows, order, strict=True)
+    return [[(kept[i], float(row[i])) for i in chosen if abs(row[i]) >= UNUSUAL] for row, chosen in pairs]
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -195,10 +193,9 @@ def read_run(folder: Path) -> RunData:
         )
     summary = _read_summary(folder, missing) if of_finetune else {}
     if log is None and not summary:
-        raise RunFolderError(
-            f"{folder} is not the folder of a run: there is no decision log, and {missing[0]}. The page shows "
-            "fine-tunes; for results of `rankpilot policy evaluate`, see its summary.json."
-        )
+        shows = "The page shows fine-tunes; for results of `rankpilot policy evaluate`, see its summary.json."
+        why = f"there is no decision log, and {missing[0]}"
+        raise RunFolderError(f"{folder} is not the folder of a run: {why}. {shows}")
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions: list[DecisionRecord] = []
     if log is None:

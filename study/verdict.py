@@ -57,10 +57,8 @@ def verdict(run: RunData) -> Verdict:
 def _diverged(run: RunData) -> str:
     """Report a non-finite loss or gradient, or a training loss that ends above its start."""
     if ended := [at for at, undone in run.broken if not undone]:
-        return (
-            f"The run diverged: losses, gradients or weights were non-finite up to step {ended[0]}, where it "
-            "ended. Lower the learning rate."
-        )
+        what = f"losses, gradients or weights were non-finite up to step {ended[0]}, where it ended"
+        return f"The run diverged: {what}. Lower the learning rate."
     held_out = run.results.get(PILOT, {}).get("held_out_loss")
     names = {"loss": "training loss", "eval_loss": "held-out loss", "grad_norm": "gradient norm"}
     values = [(name, step, value) for key, name in names.items() for step, value in run.points(PILOT, key)]
@@ -71,10 +69,8 @@ def _diverged(run: RunData) -> str:
             return f"The run diverged: the {name} is {value} at step {at:g}. Lower the learning rate."
     losses = run.points(PILOT, "loss")
     if held_out is not None and losses and held_out > BLOWN_UP * losses[0][1] > 0:
-        return (
-            f"The run diverged: the final held-out loss is {held_out:.4g}, the first training loss "
-            f"{losses[0][1]:.4g}. Lower the learning rate."
-        )
+        what = f"the final held-out loss is {held_out:.4g}, the first training loss {losses[0][1]:.4g}"
+        return f"The run diverged: {what}. Lower the learning rate."
     start, end = rise_of(losses)
     if end > (1 + DIVERGED) * start:
         return f"The run diverged: the training loss rose from {start:.4g} to {end:.4g}. Lower the learning rate."
@@ -105,15 +101,11 @@ def _guesses(run: RunData) -> str:
     rows, largest = (run.summary.get(key) for key in ("held_out_rows", "largest_class"))
     if accuracy is None or not rows or not largest or accuracy > largest + math.sqrt(largest * (1 - largest) / rows):
         return ""
+    reached, always = f"its held-out accuracy of {accuracy:.1%}", f"predicting the most frequent class ({largest:.1%})"
     if accuracy > largest:
-        return (
-            f"The model may be guessing: its held-out accuracy of {accuracy:.1%} is barely above always "
-            f"predicting the most frequent class ({largest:.1%}), and {rows:,} rows are too few to tell."
-        )
-    return (
-        f"The model is guessing: its held-out accuracy of {accuracy:.1%} is no better than always "
-        f"predicting the most frequent class ({largest:.1%})."
-    )
+        few = f"and {rows:,} rows are too few to tell"
+        return f"The model may be guessing: {reached} is barely above always {always}, {few}."
+    return f"The model is guessing: {reached} is no better than always {always}."
 
 
 def _rose(run: RunData) -> str:
@@ -123,10 +115,9 @@ def _rose(run: RunData) -> str:
     lowest, last = min(points, key=lambda point: point[1]), points[-1]
     if last[1] <= (1 + RISE) * lowest[1]:
         return ""
-    return (
-        f"The held-out loss rose during the run, from {lowest[1]:.3f} at step {lowest[0]:g} to "
-        f"{last[1]:.3f} at step {last[0]:g}. Train for fewer steps, or lower the learning rate."
-    )
+    first, end = (f"{loss:.3f} at step {step:g}" for step, loss in (lowest, last))
+    advice = "Train for fewer steps, or lower the learning rate."
+    return f"The held-out loss rose during the run, from {first} to {end}. {advice}"
 
 
 def _exceeded(run: RunData) -> str:

@@ -180,10 +180,9 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
         more = " and smaller ones" if len(parts) > SHOWN else ""
         yield f"The expectation is the sum of these effects: {', '.join(parts[:SHOWN])}{more}."
         expected, reach, spread = (float(each[found.taken]) for each in (found.expected, found.reach, found.spread))
-        yield (
-            f"Fine-tunes vary with a standard deviation of {100 * spread:.1f} %: the loss may be anywhere "
-            f"from {percent(expected - reach)} to {percent(expected + reach)}."
-        )
+        low, high = percent(expected - reach), percent(expected + reach)
+        varies = f"Fine-tunes vary with a standard deviation of {100 * spread:.1f} %"
+        yield f"{varies}: the loss may be anywhere from {low} to {high}."
     yield f"The goal is {found.goal}."
     yield _runners_up(logged, found)
     if found.caveats:
