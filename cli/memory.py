@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from ..common.errors import ConfigError
 from ..cost.step_config import Quantization, StepConfig
-from ..report.config import MemoryConfig
+from ..report.config import OF_CARD, MemoryConfig
 from .options import parse, peek
 from .progress import console
 
@@ -184,7 +184,8 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
     """Outlook of the model's configuration on a card."""
     from ..cost.forecast.memory_of import memory_of
 
-    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)} | options.of_card
+    names = (*(each.name for each in fields(StepConfig)), *OF_CARD)
+    settings = {name: getattr(options, name) for name in names}
     if not options.bf16 and "bf16" not in (file.settings if file else ()):
         del settings["bf16"]  # the card decides
     if file:

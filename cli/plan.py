@@ -110,16 +110,13 @@ def main(arguments: Sequence[str]) -> None:
 def _frontier(plan: StaticPlan) -> Table:
     """Table of the plans worth their cost."""
     assert plan.frontier is not None
-    rows = [
-        (
-            f"{each.name}{', chosen' if each.taken else '' if each.fits else ', too large'}",
-            cost_text(each.cost, plan.unit).removesuffix(" parameters"),
-            "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms",
-            *(f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high)),
-            each.verdict,
-        )
-        for each in plan.frontier
-    ]
+    rows = []
+    for each in plan.frontier:
+        name = f"{each.name}{', chosen' if each.taken else '' if each.fits else ', too large'}"
+        cost = cost_text(each.cost, plan.unit).removesuffix(" parameters")
+        step = "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms"
+        losses = (f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high))
+        rows.append((name, cost, step, *losses, each.verdict))
     columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
     title = "Plans on the cost-loss frontier; losses relative to rank 8 on all modules"
     return make_table(title, columns, rows, first_wraps=True)

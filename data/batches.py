@@ -96,8 +96,7 @@ def _held_iterators(dataset: Any) -> set[int]:
     if isfunction(function := getattr(type(dataset), "__iter__", None)):
         outside = getclosurevars(function)
         held += [*outside.nonlocals.values(), *outside.globals.values()]
-    endless_or_file = count | cycle | IOBase
-    return {id(value) for value in held if isinstance(value, Iterator) and not isinstance(value, endless_or_file)}
+    return {id(each) for each in held if isinstance(each, Iterator) and not isinstance(each, count | cycle | IOBase)}
 
 
 def _alike(one: Any, other: Any) -> bool:

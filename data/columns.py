@@ -133,11 +133,9 @@ def values_of(part: Dataset, name: str) -> list[Any]:
 
 def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
     """Raise DataError if a row lacks a value; with `blanks`, an empty text counts as a value."""
-    gaps = [
-        row
-        for row, value in enumerate(values_of(part, name), 1)
-        if value is None or (not blanks and isinstance(value, str) and not value.strip())
-    ]
+    values = values_of(part, name)
+    given = values if blanks else [value.strip() or None if isinstance(value, str) else value for value in values]
+    gaps = [row for row, value in enumerate(given, 1) if value is None]
     if gaps:
         told = f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}."
         raise DataError(f"{told} Remove these rows, or fill them.")
@@ -241,12 +239,10 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
     for name in columns:
         check_rows(part, name, _not_messages, advice)
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"Column {columns[0]!r} contains conversations, but the model's tokenizer has no chat template to "
-            "turn them into text. Use a model with one, such as an instruct version; or add ChatML with "
-            "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both to a folder and pass "
-            "that."
-        )
+        needs = "the model's tokenizer has no chat template to turn them into text"
+        clone = "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both to a folder and pass that"
+        advice = f"Use a model with one, such as an instruct version; or add ChatML with {clone}."
+        raise ConfigError(f"Column {columns[0]!r} contains conversations, but {needs}. {advice}")
     _check_tools(part, columns, tokenizer)
 
 
@@ -312,10 +308,6 @@ def _has_tools(part: Dataset) -> bool:
     return TOOLS in part.column_names and any(map(_tools_of, part[TOOLS]))
 
 
-def _has_variables(part: Dataset) -> bool:
-    return VARIABLES in part.column_names and any(map(_variables_of, part[VARIABLES]))
-
-
 def _has_calls(part: Dataset, columns: tuple[str, ...]) -> bool:
     return any(message.get(_CALLS[0]) for name in columns for messages in part[name] for message in messages)
 
@@ -358,7 +350,8 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
     if isinstance(part[0][columns[0]], str):
         return part.select_columns(list(columns))
     names = {name: "messages" if name == "conversations" else name for name in columns}
-    has_tools, has_variables, has_calls = _has_tools(part), _has_variables(part), _has_calls(part, columns)
+    has_tools, has_calls = _has_tools(part), _has_calls(part, columns)
+    has_variables = VARIABLES in part.column_names and any(map(_variables_of, part[VARIABLES]))
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = {names[name]: [_called(message) for message in row[name]] for name in columns}
@@ -419,12 +412,8 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     if not kept:
         raise DataError(f"No prompt leaves room for its completion within {length} tokens. Raise --max-length.")
     if len(kept) < len(rows):
-        logger.warning(
-            "%d of %d rows were dropped: their prompts alone take %d tokens. Raise --max-length to use them.",
-            len(rows) - len(kept),
-            len(rows),
-            length,
-        )
+        told = "%d of %d rows were dropped: their prompts alone take %d tokens. Raise --max-length to use them."
+        logger.warning(told, len(rows) - len(kept), len(rows), length)
     return rows.select(kept), tokens.select(kept)
 
 
@@ -458,11 +447,9 @@ def tell_cut(counts: Iterable[int], length: int) -> None:
     tokens = list(counts)
     cut = sum(max(count - length, 0) for count in tokens) / max(sum(tokens), 1)
     if cut > MUCH_CUT:
-        logger.warning(
-            "%.0f %% of the tokens are truncated: rows have at most %d, and the longest text has %d. "
-            "--max-length %d keeps all, but takes more memory.",
-            *(100 * cut, length, max(tokens), max(tokens)),
-        )
+        told = "%.0f %% of the tokens are truncated: rows have at most %d, and the longest text has %d."
+        told += " --max-length %d keeps all, but takes more memory."
+        logger.warning(told, 100 * cut, length, max(tokens), max(tokens))
 
 
 def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool = False) -> list[int]:

@@ -29,11 +29,8 @@ from .packaged_data import R8, SENTIMENT, parse_reviews, read_official_split, re
 Row = tuple[bytes, int]
 """A text in UTF-8 and the index of its class in `LABELS`."""
 
-LABELS: dict[str, tuple[str, ...]] = {
-    "topics": R8,
-    "sentiment": SENTIMENT,
-    "newsgroups": ("alt", "comp", "misc", "rec", "sci", "soc", "talk"),
-}
+NEWSGROUPS = ("alt", "comp", "misc", "rec", "sci", "soc", "talk")
+LABELS: dict[str, tuple[str, ...]] = {"topics": R8, "sentiment": SENTIMENT, "newsgroups": NEWSGROUPS}
 """Class names of each labeled text."""
 
 

@@ -33,11 +33,10 @@ def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict
     """
     for part in parts:
         if columns.is_list(part, label):
-            raise DataError(
-                f"Column {label!r} contains lists (row 1: {columns.shorten(part[0][label])}), but classification needs "
-                "one class per text. For a tag per token, pass --task token-classification, with the tokens as a "
-                "list too. Several classes per text (multi-label) are not supported."
-            )
+            lists = f"Column {label!r} contains lists (row 1: {columns.shorten(part[0][label])})"
+            tags = "For a tag per token, pass --task token-classification, with the tokens as a list too."
+            several = "Several classes per text (multi-label) are not supported."
+            raise DataError(f"{lists}, but classification needs one class per text. {tags} {several}")
         columns.check_no_gaps(part, label, blanks=False)
     values = chain.from_iterable(columns.values_of(part, label) for part in parts)
     return _numbered(parts[0].features[label], values, label)
@@ -345,9 +344,6 @@ def load_workload(
         UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
     """
     step = StepConfig(max_length=max_length)
-    for name, rows in (("train_rows", train_rows), ("held_out_rows", held_out_rows)):
-        if rows is not None and rows < 1:
-            raise ConfigError(f"{name} must be at least 1; got {rows}. Leave it out for all rows.")
     tokenizer = load_tokenizer(model)
     splits = load_splits(data)
     source = splits["train"] if "train" in splits else next(iter(splits.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from ..common.errors import ConfigError, shown
 from ..cost.budget import Budget
@@ -16,10 +16,11 @@ MOST_LABELS = 1_000_000
 
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
-_OF_CARD = (
+OF_CARD = (
     "gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant", "packed", "offload",
     "expandable_segments", "stream",
 )  # fmt: skip
+"""Settings of the card rather than the step, as arguments of `memory_of`."""
 
 _OF_DATA = ("labels", "text_column", "label_column", "seed")
 """Settings ignored for a card, which assumes full rows and the model's own head."""
@@ -101,11 +102,6 @@ class MemoryConfig(StepConfig):
     os: Literal["linux", "windows"] = "linux"
 
     @property
-    def of_card(self) -> dict[str, Any]:
-        """Settings of the card rather than the step, as arguments of `memory_of`."""
-        return {name: getattr(self, name) for name in _OF_CARD}
-
-    @property
     def card(self) -> str | None:
         """The card in question; None to examine the model on its own device."""
         return self.device or self.device_memory
@@ -135,7 +131,7 @@ class MemoryConfig(StepConfig):
             both = f"device ({shown(self.device)}) or device_memory ({shown(self.device_memory)})"
             raise ConfigError(f"Pass either {both}, not both.")
         if not self.card:
-            if given := self._changed(*_OF_CARD, "os"):
+            if given := self._changed(*OF_CARD, "os"):
                 raise ConfigError(f"{given[0]} requires --device or --device-memory.")
         elif wrong := self._changed("data", "task", "budget", "measure", "trainer", *_OF_DATA):
             card = "--device or --device-memory, which assume full rows of --max-length tokens"

@@ -84,19 +84,16 @@ def of_loading(outlook: Outlook) -> Iterator[str]:
     loaded, how = step.loaded, settings.quantization
     if how != "none" and step.model.fused and loaded.experts == "transformers":
         whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
-        yield (
-            f"transformers does not quantise fused experts: they take {format_bytes(whole)}, or "
-            f"{format_bytes(fewer)} in {how} with axolotl's quantize_moe_experts (--experts axolotl). PEFT's "
-            f"prepare_model_for_kbit_training casts them to fp32, {format_bytes(2 * whole)}; rankpilot's "
-            "preparation does not."
-        )
+        less = f"{format_bytes(fewer)} in {how} with axolotl's quantize_moe_experts (--experts axolotl)"
+        cast = f"casts them to fp32, {format_bytes(2 * whole)}; rankpilot's preparation does not"
+        told = f"transformers does not quantise fused experts: they take {format_bytes(whole)}, or {less}."
+        yield f"{told} PEFT's prepare_model_for_kbit_training {cast}."
     elif how != "none" and step.model.fused:
         yield "Loading may need more memory than training: tensors are in 16 bits until they are quantised."
     if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
-        yield (
-            "In int8, checkpointed layers still keep the inputs of their matrix products (bitsandbytes "
-            "stores them where checkpointing cannot see them). use_reentrant=True (--reentrant) avoids this."
-        )
+        why = "(bitsandbytes stores them where checkpointing cannot see them)"
+        kept = f"In int8, checkpointed layers still keep the inputs of their matrix products {why}."
+        yield f"{kept} use_reentrant=True (--reentrant) avoids this."
     if step.model.is_eager and outlook.memory.shape.length > SHORT:
         flash = "With --attention flash (if a kernel supports this model's sinks) they take no memory."
         yield f"Attention is eager: scores grow with the square of {outlook.memory.shape.length:,} tokens. {flash}"

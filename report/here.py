@@ -291,9 +291,6 @@ def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict
     tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
     if architecture.is_encoder_decoder and task != "seq2seq" and text.eos_token_id is not None:
         tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
-    labels = {
-        "classification": torch.arange(config.batch_size) % config.labels,
-        "regression": torch.linspace(0, 1, config.batch_size),
-        "token-classification": tokens % config.labels,
-    }
+    classes, numbers = torch.arange(config.batch_size) % config.labels, torch.linspace(0, 1, config.batch_size)
+    labels = {"classification": classes, "regression": numbers, "token-classification": tokens % config.labels}
     return {"input_ids": tokens, "labels": labels.get(task, tokens)}

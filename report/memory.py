@@ -122,11 +122,9 @@ def _stream_text(outlook: Outlook) -> str:
     choice, streamed = other.fitting(other.blocks, other.rank), plural(other.streamed, "layer")
     assert choice.use is not None, "there is a card"
     time = "" if choice.time is None else f", at {choice.time:.2f}x plain LoRA's step time"
-    return (
-        f" With the frozen weights of {streamed} streamed from main memory (stream={other.streamed}; "
-        f"{format_bytes(other.streamed * other.base.layer_bytes)} there), {choice_text(other, choice)} fits with "
-        f"{format_bytes(choice.use.spare_bytes)} to spare{time}."
-    )
+    there = f"(stream={other.streamed}; {format_bytes(other.streamed * other.base.layer_bytes)} there)"
+    told = f" With the frozen weights of {streamed} streamed from main memory {there}, {choice_text(other, choice)}"
+    return f"{told} fits with {format_bytes(choice.use.spare_bytes)} to spare{time}."
 
 
 def verdict_text(outlook: Outlook) -> str:
@@ -156,11 +154,9 @@ def _fit(outlook: Outlook) -> str:
     assert best.use is not None, "choices of a card have a use of it"
     spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if best.verdict == "tight":
-        return (
-            f"Tight: {choice_text(outlook, best)} leaves {spare} free, less than the prediction error of "
-            f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} "
-            f"({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
-        )
+        error = f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'}"
+        told = f"Tight: {choice_text(outlook, best)} leaves {spare} free, less than the prediction error of {error}"
+        return f"{told} ({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
     return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
 
 
@@ -170,11 +166,9 @@ def _finding(outlook: Outlook) -> str:
     saved = sum(breakdown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
     least = min(others, key=lambda choice: choice.step_bytes)
     thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
-    return (
-        f"{saved / breakdown.total:.0%} of the peak is kept for the backward pass. Compared with rank 8 "
-        f"as requested, rank 1 takes {thin.step_bytes / reference:.0%} of the memory; the smallest "
-        f"choice, {choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%}."
-    )
+    told = f"{saved / breakdown.total:.0%} of the peak is kept for the backward pass. Compared with rank 8 as requested"
+    smallest = f"the smallest choice, {choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%}"
+    return f"{told}, rank 1 takes {thin.step_bytes / reference:.0%} of the memory; {smallest}."
 
 
 def _largest_text(outlook: Outlook) -> str:
@@ -304,11 +298,10 @@ def notes(outlook: Outlook) -> Iterator[str]:
         yield f"The frozen model ({frozen}) comes on top: {counts}."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
-        yield (
-            f"Counted on the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the "
-            f"step, and the allocator's reserve. Tight choices leave less than {outlook.slack:.0%} of the "
-            "card free, which is within the prediction error, or fit only without that reserve."
-        )
+        rest = f"CUDA's context and workspaces ({taken}), the step, and the allocator's reserve"
+        free = f"less than {outlook.slack:.0%} of the card free, which is within the prediction error"
+        told = f"Counted on the card: the frozen model ({frozen}), {rest}."
+        yield f"{told} Tight choices leave {free}, or fit only without that reserve."
         if (model := outlook.step.model).fused:
             routed = "The memory of a step does not depend on how tokens are routed."
             yield f"{model.fused / model.parameters:.0%} of the weights are fused experts. {routed}"
@@ -434,6 +427,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     of_card: dict[str, Any] = {"card": card.name, **asdict(outlook.shards)} if card else {}
     if card:
         of_card |= {name: getattr(card, name) for name in ("memory_bytes", "context_bytes", "workspace_bytes")}
+    rows = zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
     return {
         "schema": SCHEMA,
         **outlook.facts,
@@ -443,8 +437,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "frozen_bytes": outlook.step.model.frozen_bytes,
         "streamed": outlook.streamed,
         "main_memory_bytes": outlook.streamed * outlook.base.layer_bytes,
-        "rows": shape.rows,
-        "length": shape.length,
+        **asdict(shape),
         "rank": outlook.rank,
         "blocks": outlook.blocks,
         "verdict": verdict_text(outlook),
@@ -457,10 +450,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "moment": breakdown.label,
         "margin_bytes": breakdown.margin,
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
-        "layers": [
-            {"layer": layer, **dict(zip(KINDS, row, strict=True))}
-            for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
-        ],
+        "layers": [{"layer": layer, **dict(zip(KINDS, row, strict=True))} for layer, row in rows],
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
         "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],
         "measured": asdict(outlook.measured) if outlook.measured else None,

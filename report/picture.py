@@ -81,11 +81,8 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     _draw_layers(top, shown, groups)
     bottom = figure.add_subplot(grid[1])
     room = _draw_choices(bottom, outlook, breakdowns, labels)
-    keys: list[Any] = [
-        Patch(color=each.color, label=each.label)
-        for kind, each in KINDS_SHOWN.items()
-        if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
-    ]
+    visible = (kind for kind in KINDS_SHOWN if any(each.of_kind(kind) > VISIBLE * each.total for each in breakdowns))
+    keys: list[Any] = [Patch(color=KINDS_SHOWN[kind].color, label=KINDS_SHOWN[kind].label) for kind in visible]
     keys += [Patch(color=RESERVED, label="allocator's reserve")] if outlook.card else []
     keys += [Line2D([], [], color=drawing.BUDGET_RED, label=room)] if room else []
     style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
@@ -110,12 +107,10 @@ def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, i
     firsts, titles = [first for first, _ in groups], layer_titles(breakdown.layers)
     _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KINDS_SHOWN})
     _clean_bars(axes, len(groups), "By layer")
-    names = [
-        titles[first]
-        if first == last
-        else f"{titles[first].replace('layer ', 'layers ')} to {titles[last].removeprefix('layer ')}, each"
-        for first, last in groups
-    ]
+    names = []
+    for first, last in groups:
+        several = f"{titles[first].replace('layer ', 'layers ')} to {titles[last].removeprefix('layer ')}, each"
+        names.append(titles[first] if first == last else several)
     axes.set_yticks(range(len(groups)), names)
     axes.set(xlabel=f"peak, {unit}")
 

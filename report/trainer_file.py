@@ -114,6 +114,9 @@ def _program(values: Mapping[str, Any]) -> str:
     return ""
 
 
+_MEASURE = "To measure it in your own trainer, use rankpilot.attach(trainer)"
+
+
 class _Keys:
     """The settings of a file, and notes on unpriced ones."""
 
@@ -187,10 +190,8 @@ class _Keys:
             raise ConfigError(f"{self.path}: {name} must be a model name or a folder; got {shown(value)}.")
         return value
 
-    def refuse(
-        self, what: str, do: str = "To measure it in your own trainer, use rankpilot.attach(trainer)"
-    ) -> ConfigError:
-        """Return the error for an unsupported kind of training."""
+    def refuse(self, what: str, do: str = _MEASURE) -> ConfigError:
+        """Return the error for an unsupported kind of training; `do` is the advice."""
         return ConfigError(f"{self.path} {what}. rankpilot memory --config supports SFT with LoRA or QLoRA. {do}.")
 
 
@@ -409,8 +410,5 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
     }
 
 
-_READERS: dict[str, Callable[[_Keys], dict[str, Any]]] = {
-    "axolotl": _axolotl,
-    "TRL": _trl,
-    "LLaMA-Factory": _llama_factory,
-}
+_Reader = Callable[[_Keys], dict[str, Any]]
+_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory}

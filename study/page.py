@@ -69,11 +69,9 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
     colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
     named = zip(runs, explanations, run_names(runs), strict=True)
-    return {
-        "by_type": by_type,
-        "palette": {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER},
-        "runs": [_run(run, explained or (), name, by_type) for run, explained, name in named],
-    }
+    palette = {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER}
+    shown = [_run(run, explained or (), name, by_type) for run, explained, name in named]
+    return {"by_type": by_type, "palette": palette, "runs": shown}
 
 
 def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dict[str, Any]:
@@ -82,9 +80,7 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
     shown = {
         "name": name,
         "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
-        "warnings": list(opinion.warnings),
-        "caveats": list(opinion.caveats),
-        "results": list(opinion.results),
+        **{kind: list(sentences) for kind, sentences in vars(opinion).items()},
         "left_out": [" ".join(part.split()) for part in run.missing],  # an error may have several lines
         "table": {"columns": list(run.results), "rows": rows},
         "adapter": _adapter(run),
@@ -177,21 +173,20 @@ def _time_limit(settings: Mapping[str, str]) -> float | None:
 
 def _curves(run: RunData) -> dict[str, Any]:
     """Return losses, costs and times by step."""
-    losses = {}
+    losses, seconds = {}, {}
     for name in run.metrics:
         parts = {"train": curve(run.points(name, "loss")), "held_out": curve(run.points(name, "eval_loss"))}
         if any(parts.values()):
             losses[name] = parts
-    seconds = {}
-    for name in run.metrics:
-        points = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
-        seconds[name] = curve(points, np.median)
+        medians = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
+        if points := curve(medians, np.median):
+            seconds[name] = points
     return {
         "losses": losses,
         "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
         "budgets": curve(run.limits),
         "predicted": curve(run.predicted(), np.max),
-        "step_seconds": {name: points for name, points in seconds.items() if points},
+        "step_seconds": seconds,
         "time_limit_s": _time_limit(_settings(run)),
     }
 
@@ -246,11 +241,8 @@ def _of_single_modules(record: DecisionRecord, modules: Modules, slots: IntArray
     for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
         reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
     notes = ((slot, record.notes.get(name)) for slot, name in zip(slots.tolist(), record.modules, strict=True))
-    return {
-        "reasons": reasons,
-        "notes": {str(slot): note for slot, note in notes if note},
-        "pinned": slots[record.problem.is_pinned].tolist(),
-    }
+    told = {str(slot): note for slot, note in notes if note}
+    return {"reasons": reasons, "notes": told, "pinned": slots[record.problem.is_pinned].tolist()}
 
 
 # Modules: those of a log, or in a long log one for each type ----------------------------------------------------------
@@ -409,11 +401,8 @@ def study_html(data: Mapping[str, Any]) -> str:
     """
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     packed = gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)
-    parts = {
-        "style": "\n".join(_asset(name) for name in STYLES),
-        "script": "\n".join(_asset(name) for name in SCRIPTS),
-        "data": base64.b64encode(packed).decode("ascii"),
-    }
+    style, script = ("\n".join(map(_asset, names)) for names in (STYLES, SCRIPTS))
+    parts = {"style": style, "script": script, "data": base64.b64encode(packed).decode("ascii")}
     # In one pass: inserted text may look like a placeholder.
     return re.sub(r"\{\{(style|script|data)\}\}", lambda match: parts[match[1]], _asset("page.html"))
 

@@ -140,13 +140,9 @@ class Agreement:
         """Return the same as JSON values."""
         logged = self.logged
         rows = zip(logged.modules, logged.rank_after.tolist(), self.other.tolist(), strict=True)
-        return {
-            "decision": logged.number,
-            "step": logged.step,
-            "same": self.same,
-            "distance": self.distance,
-            "modules": [{"module": name, "rank": rank, "other": other} for name, rank, other in rows],
-        }
+        modules = [{"module": name, "rank": rank, "other": other} for name, rank, other in rows]
+        facts = {"decision": logged.number, "step": logged.step, "same": self.same, "distance": self.distance}
+        return {**facts, "modules": modules}
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,17 +169,11 @@ class Replay:
     def table(self) -> Table:
         """Return a table with one row per decision, and the missing ones below."""
         columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"from {self.policy}")
-        rows = [
-            (
-                str(row.logged.number),
-                str(row.logged.step),
-                f"{row.same} of {len(row.other)}",
-                f"{row.distance:.2f}",
-                f"{row.logged.rank_after.mean():.1f}",
-                f"{row.other.mean():.1f}",
-            )
-            for row in self.agreements
-        ]
+        rows = []
+        for row in self.agreements:
+            same, distance = f"{row.same} of {len(row.other)}", f"{row.distance:.2f}"
+            mean, other = (f"{ranks.mean():.1f}" for ranks in (row.logged.rank_after, row.other))
+            rows.append((str(row.logged.number), str(row.logged.step), same, distance, mean, other))
         table = make_table(f"{self.run} versus {self.policy}, replayed on the states of the run", columns, rows)
         table.caption, table.caption_justify = "\n".join(self.lacking) or None, "left"
         return table
@@ -397,9 +387,6 @@ def usual_questions(case: DecidedAgain) -> list[Question]:
         return questions
     names, first = short_names(case.observation.names), int(np.argmax(case.ranks))
     alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
-    return [
-        *questions,
-        Question("signals", -1, (first,), str(names[first]), first),
-        Question("signals", -1, alike, f"all {names[first].kind} modules"),
-        Question("most", -1, (first,), str(names[first]), first),
-    ]
+    weaker = Question("signals", -1, (first,), str(names[first]), first)
+    all_weaker = Question("signals", -1, alike, f"all {names[first].kind} modules")
+    return [*questions, weaker, all_weaker, replace(weaker, kind="most")]

@@ -186,11 +186,10 @@ def read_run(folder: Path) -> RunData:
     log = log_of(folder)
     of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
     if log is None and not (folder / "summary.json").is_file():
-        raise RunFolderError(
-            f"{folder} is not the folder of a run: it has no decision log (decisions/{LINES} or {LINES}) and "
-            "no summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
-            "rankpilot.attach, or the folder of a decision log."
-        )
+        lacks = f"it has no decision log (decisions/{LINES} or {LINES}) and no summary.json"
+        others = "the output folder of a Trainer with rankpilot.attach, or the folder of a decision log"
+        advice = f"Pass the folder of `rankpilot finetune`, {others}."
+        raise RunFolderError(f"{folder} is not the folder of a run: {lacks}. {advice}")
     summary = _read_summary(folder, missing) if of_finetune else {}
     if log is None and not summary:
         shows = "The page shows fine-tunes; for results of `rankpilot policy evaluate`, see its summary.json."

@@ -50,8 +50,7 @@ def verdict(run: RunData) -> Verdict:
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
     parts = parts_sentence(run.results.get(PILOT, {}))
     results = (_ending(run), *gains, "" if missed else promise, rates, control_sentence(run), parts)
-    told = (warnings, (_unlike(run),), results)
-    return Verdict(*(tuple(filter(None, sentences)) for sentences in told))
+    return Verdict(*(tuple(filter(None, sentences)) for sentences in (warnings, [_unlike(run)], results)))
 
 
 def _diverged(run: RunData) -> str:
@@ -166,11 +165,9 @@ def _against(run: RunData, name: str, what: str) -> str:
         least, most = min(ranks), max(ranks)
         equal = f"rank {most}" if least == most else f"ranks {least} to {most}"
         sentence += f", {equal} on {len(ranks)} of {len(other['ranks'])} modules"
-    shares = [
-        f"{mine[key] / other[key]:.0%} of its {unit}"
-        for key, unit in (("peak_bytes", "memory"), ("median_step_s", "step time"))
-        if name == ALL_LINEAR and mine.get(key) and other.get(key)
-    ]
+    units = {"peak_bytes": "memory", "median_step_s": "step time"} if name == ALL_LINEAR else {}
+    known = ((key, unit) for key, unit in units.items() if mine.get(key) and other.get(key))
+    shares = [f"{mine[key] / other[key]:.0%} of its {unit}" for key, unit in known]
     sentence += f", with {' and '.join(shares)}." if shares else "."
     again = run.saved[0].again_bytes if shares and run.saved else None
     if not again or not mine.get("peak_bytes"):
