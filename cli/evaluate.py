@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.table import Table
 
 from ..common.errors import ConfigError
+from ..common.text import make_table
 from .progress import console, progress_bar
 
 
@@ -58,10 +58,7 @@ def main(arguments: Sequence[str]) -> None:
             append_json_line(options.output / "rows.jsonl", asdict(row))
     first = options.policies[0]
     found = table(rows, first)
-    shown = Table(title=f"Held-out loss relative to {first}, %", title_justify="left")
-    for column in ("policy", *found[first]):
-        shown.add_column(column, justify="left" if column == "policy" else "right")
-    for name, cells in found.items():
-        shown.add_row(name, *(f"{cell:+.1f}" for cell in cells.values()))
-    console.print(shown)
+    cells = [(name, *(f"{cell:+.1f}" for cell in row.values())) for name, row in found.items()]
+    title = f"Held-out loss relative to {first}, %"
+    console.print(make_table(title, ("policy", *found[first]), cells, first_wraps=True))
     console.print(f"One line per run: {options.output / 'rows.jsonl'}", soft_wrap=True, markup=False)

@@ -53,9 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     if options.rank is not None or options.per_expert:
         name = "--per-expert" if options.rank is None else "--rank"
-        raise ConfigError(
-            f"{name} applies to padded adapters only; a rank pattern keeps the rank of each module. Drop {name}."
-        )
+        keeps = "a rank pattern keeps the rank of each module"
+        raise ConfigError(f"{name} applies to padded adapters only; {keeps}. Drop {name}.")
     if output is not None and output.exists():
         raise ConfigError(f"{output} already exists. Choose a new file name.")
     text = rank_pattern_yaml(options.adapter)

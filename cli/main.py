@@ -89,9 +89,8 @@ def run(arguments: Sequence[str]) -> int:
             return _fail(f"Cannot write a file: {first_line(error)}. {CHECK_PATH}")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
-        return _fail(
-            f"Out of memory: {first_line(error)}. Lower the batch size or the length, or use gradient checkpointing."
-        )
+        advice = "Lower the batch size or the length, or use gradient checkpointing."
+        return _fail(f"Out of memory: {first_line(error)}. {advice}")
     except (KeyboardInterrupt, Terminated) as end:
         word, status = ("Terminated", STATUS) if isinstance(end, Terminated) else ("Interrupted", 130)
         Console(stderr=True).print(" ".join([f"{word}.", *getattr(end, "__notes__", ())]))

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from ..common.errors import ConfigError
 from ..cost.step_config import Quantization, StepConfig
-from ..report.config import MemoryConfig
+from ..report.config import OF_CARD, MemoryConfig
 from .options import parse, peek
 from .progress import console
 
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from ..report.trainer_file import TrainerFile
 
 SPILLS = (
-    "On Windows the driver silently moves what does not fit the card into main memory, and steps "
-    "become many times slower. Stay within what fits, or turn this off (CUDA - Sysmem Fallback "
-    "Policy)."
+    "On Windows the driver silently moves what does not fit the card into main memory, and steps become many times "
+    "slower. Stay within what fits, or turn this off (CUDA - Sysmem Fallback Policy)."
 )
 """Hint if the card is in a Windows machine."""
 
@@ -128,9 +127,9 @@ def main(arguments: Sequence[str]) -> int:
             console.print(report.grid_table(outlook))
         if options.os == "windows":
             console.print(SPILLS, markup=False)
-        for note in file.remarks(str(options.config)) if file else ():
-            console.print(note, markup=False, highlight=False)
-        for note in [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]:
+        notes = [*(file.remarks(str(options.config)) if file else ())]
+        notes += [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]
+        for note in notes:
             console.print(note, markup=False, highlight=False)
     written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
     if told and written:
@@ -148,9 +147,8 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
 
     file = read_trainer_file(path)
     if "max_length" not in file.settings and not peek(arguments, "--max-length"):
-        raise ConfigError(
-            f"{path} does not truncate rows (max_length: null). Pass --max-length with the length of the longest row."
-        )
+        advice = "Pass --max-length with the length of the longest row."
+        raise ConfigError(f"{path} does not truncate rows (max_length: null). {advice}")
     if "sharding" in file.settings and not peek(arguments, "--gpus"):
         told = f"{file.settings.pop('sharding')} (priced for one GPU: pass --gpus)"
         return replace(file, unpriced=(*file.unpriced, told))
@@ -161,23 +159,20 @@ def _here(options: Memory) -> Outlook:
     """Outlook of the model on this machine."""
     from ..report.here import memory_here
 
-    quiet = options.json
-    return memory_here(options, lambda text: None if quiet else console.print(f"[dim]{escape(text)} ...[/]"))
+    return memory_here(options, lambda text: None if options.json else console.print(f"[dim]{escape(text)} ...[/]"))
 
 
 def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
     """Defaults of the command line: a file's settings, else the usual defaults."""
     if file is None:
         return Memory(model=tyro.MISSING)
-    settings = {name: value for name, value in file.settings.items() if name not in _FURTHER}
-    card = next((each for each in ("--device", "--device-memory") if peek(arguments, each)), None)
-    if card is None:
+    settings = {"model": tyro.MISSING}
+    settings |= {name: value for name, value in file.settings.items() if name not in _FURTHER}
+    if not any(peek(arguments, each) for each in ("--device", "--device-memory")):
         raise ConfigError("--config requires --device or --device-memory.")
     default = object.__new__(Memory)  # not checked before command-line options are applied
     for each in fields(Memory):
         object.__setattr__(default, each.name, settings.get(each.name, each.default))
-    if "model" not in settings:
-        object.__setattr__(default, "model", tyro.MISSING)
     return default
 
 
@@ -189,30 +184,23 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
     """Outlook of the model's configuration on a card."""
     from ..cost.forecast.memory_of import memory_of
 
-    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)} | options.of_card
+    names = (*(each.name for each in fields(StepConfig)), *OF_CARD)
+    settings = {name: getattr(options, name) for name in names}
     if not options.bf16 and "bf16" not in (file.settings if file else ()):
         del settings["bf16"]  # the card decides
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
     told = f"deriving the training step of {options.model} from its configuration ..."
     with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
-        return memory_of(
-            _configured(options.model),
-            card,
-            rank=options.rank,
-            **settings,
-        )
+        return memory_of(_configured(options.model), card, rank=options.rank, **settings)
 
 
 def _configured(model: str) -> str:
     """Name of a model with a built-in configuration, or the folder of a packaged one."""
     from ..cost.forecast.known_models import short_name
-
-    if short_name(model):
-        return model
     from ..data.assets import ASSETS
 
-    if model not in ASSETS:
+    if short_name(model) or model not in ASSETS:
         return model
     from ..data.models import resolve_model
 

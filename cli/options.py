@@ -86,9 +86,8 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
             made.append((f"{title}_options", Annotated[group, tyro.conf.arg(name=title)], group()))
     about, *_ = (inspect.getdoc(kind) or "").partition("Attributes:")
     checked = {"__doc__": about + _attributes(kind), "__post_init__": flat}
-    whole = make_dataclass(
-        kind.__name__, [each for each in made if each[0] not in groups], frozen=True, namespace=checked
-    )
+    ungrouped = [each for each in made if each[0] not in groups]
+    whole = make_dataclass(kind.__name__, ungrouped, frozen=True, namespace=checked)
     return flat(tyro.cli(whole, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)))
 
 

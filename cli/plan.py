@@ -26,7 +26,6 @@ from .progress import LIBRARIES, console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..decide.choice import FrontierPlan
     from ..finetune.allocate import StaticPlan
 
 
@@ -76,10 +75,9 @@ def main(arguments: Sequence[str]) -> None:
     base = Plan(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)
     options = parse(Plan, arguments, default, "rankpilot plan")
-    if options.output is not None and options.output.exists():
-        raise ConfigError(f"{options.output} already exists. Choose a new file name.")
-    if options.log is not None and options.log.exists():
-        raise ConfigError(f"{options.log} already exists. Choose a new folder name.")
+    for given, kind in ((options.output, "file"), (options.log, "folder")):
+        if given is not None and given.exists():
+            raise ConfigError(f"{given} already exists. Choose a new {kind} name.")
     from ..data.assets import check_model
 
     check_model(options.model)
@@ -96,12 +94,8 @@ def main(arguments: Sequence[str]) -> None:
         notes.print(_frontier(plan))
     output = options.output
     form = options.form or ("plan" if output and output.suffix in FILE_SUFFIXES else "peft")
-    if form == "plan":
-        text = plan.text(output.name if output else "plan.yaml")
-    else:
-        text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory, "torchtune": _torchtune}[form](
-            plan
-        )
+    writers = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory, "torchtune": _torchtune}
+    text = plan.text(output.name if output else "plan.yaml") if form == "plan" else writers[form](plan)
     if output is None:
         console.out(text, end="", highlight=False)
     else:
@@ -116,26 +110,16 @@ def main(arguments: Sequence[str]) -> None:
 def _frontier(plan: StaticPlan) -> Table:
     """Table of the plans worth their cost."""
     assert plan.frontier is not None
-    rows = [
-        (
-            f"{each.name}{_note(each)}",
-            cost_text(each.cost, plan.unit).removesuffix(" parameters"),
-            "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms",
-            *(f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high)),
-            each.verdict,
-        )
-        for each in plan.frontier
-    ]
+    rows = []
+    for each in plan.frontier:
+        name = f"{each.name}{', chosen' if each.taken else '' if each.fits else ', too large'}"
+        cost = cost_text(each.cost, plan.unit).removesuffix(" parameters")
+        step = "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms"
+        losses = (f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high))
+        rows.append((name, cost, step, *losses, each.verdict))
     columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
     title = "Plans on the cost-loss frontier; losses relative to rank 8 on all modules"
     return make_table(title, columns, rows, first_wraps=True)
-
-
-def _note(plan: FrontierPlan) -> str:
-    """Remark on a frontier plan, in addition to its figures."""
-    if plan.taken:
-        return ", chosen"
-    return "" if plan.fits else ", too large"
 
 
 def _peft(plan: StaticPlan) -> str:

@@ -13,7 +13,8 @@ import tyro
 from tqdm import tqdm
 
 from ..common.errors import ConfigError, RunFolderError, UnsupportedError
-from .progress import console
+from ..common.files import write_json
+from .progress import console, tell
 
 if TYPE_CHECKING:
     from ..study.page import Explanations
@@ -60,7 +61,11 @@ def main(arguments: Sequence[str]) -> None:
     _check(options)
     if options.json:
         _, data = _read(options.runs, options.explain, options.policy)
-        _give_json(data, options.output)
+        if options.output is None:
+            console.out(json.dumps(data, indent=2, allow_nan=False), highlight=False)
+        else:
+            write_json(options.output, data)
+            tell(f"Page data: {options.output}")
         return
     path = write_study(options.runs, options.output, options.explain, options.policy)
     if options.open:
@@ -95,22 +100,16 @@ def write_study(
     if finished := [run for run in runs if run.results]:
         console.print(summary_table(*finished))
     for run, shown in zip(runs, data["runs"], strict=True):
-        for sentence in shown["warnings"]:
-            console.print(sentence, style="bold red", markup=False, highlight=False)
-        for sentence in shown["caveats"]:
-            console.print(sentence, style="yellow", markup=False, highlight=False)
+        for kind, style in (("warnings", "bold red"), ("caveats", "yellow")):
+            for sentence in shown[kind]:
+                console.print(sentence, style=style, markup=False, highlight=False)
         if run.saved:
             console.print(saver_table(run.saved))
-        _tell(*shown["results"], *(f"Not shown on the page: {part}." for part in shown["left_out"]))
+        tell(*shown["results"], *(f"Not shown on the page: {part}." for part in shown["left_out"]))
         if run.adapter:
-            _tell(f"Adapter (the page shows how to load, merge and export it): {run.adapter}")
-    _tell(f"Page: {path}", *filter(None, drawn))
+            tell(f"Adapter (the page shows how to load, merge and export it): {run.adapter}")
+    tell(f"Page: {path}", *filter(None, drawn))
     return path
-
-
-def _tell(*lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(options: StudyOptions) -> None:
@@ -119,10 +118,8 @@ def _check(options: StudyOptions) -> None:
         raise ConfigError("No run given. Pass one or more run folders: rankpilot study RUN...")
     for folder in options.runs:
         if not folder.is_dir():
-            raise RunFolderError(
-                f"Folder {str(folder)!r} does not exist. The arguments of `rankpilot study` are run folders; to "
-                "replay a run, use `rankpilot replay`."
-            )
+            advice = "The arguments of `rankpilot study` are run folders; to replay a run, use `rankpilot replay`."
+            raise RunFolderError(f"Folder {str(folder)!r} does not exist. {advice}")
     output = options.output
     if output is None and len(options.runs) > 1 and not options.json:
         raise ConfigError(f"{len(options.runs)} runs have no common folder for the page. Pass --output FILE.")
@@ -166,13 +163,3 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
     # To standard error, since standard output may hold the data; nothing if it is not a terminal.
     with tqdm(desc="explaining decisions", total=len(log), disable=None, leave=False) as bar:
         return explanations(log, policy, what_ifs=depth == "all", on_progress=lambda *_: bar.update())
-
-
-def _give_json(data: dict[str, Any], path: Path | None) -> None:
-    from ..common.files import write_json
-
-    if path is None:
-        console.out(json.dumps(data, indent=2, allow_nan=False), highlight=False)
-    else:
-        write_json(path, data)
-        _tell(f"Page data: {path}")

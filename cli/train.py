@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tyro
 
 from ..agents.training import Train
-from .progress import console
+from .progress import tell
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,10 +23,9 @@ def train_command(options: Train) -> None:
     from ..study.pictures import learning_curve, learning_sentence
     from ..train_agent import PROGRESS, train
 
-    folder = train(options, tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    folder = train(options, tell=tell)
     load_policy(folder)  # check that it is complete, even if written by an earlier run
     rows = read_json_lines(folder / PROGRESS)
     save_figure(learning_curve(rows), folder / "learning_curve.png")
-    console.print(f"{learning_sentence(rows)}.", markup=False, highlight=False, soft_wrap=True)
-    line = f"Policy saved to {folder}. To use it: rankpilot finetune MODEL DATA --policy {folder}"
-    console.print(line, markup=False, soft_wrap=True)
+    tell(f"{learning_sentence(rows)}.")
+    tell(f"Policy saved to {folder}. To use it: rankpilot finetune MODEL DATA --policy {folder}")

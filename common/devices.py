@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
+from .text import plural
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -88,23 +89,18 @@ def _of_gpu(device: torch.device) -> EnergyCounter | None:
         properties = torch.cuda.get_device_properties(device)
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        return EnergyCounter(
-            f"{properties.name}, measured by NVML",
-            lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3,
-        )
+        source = f"{properties.name}, measured by NVML"
+        return EnergyCounter(source, lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3)
     return None
 
 
 def _of_processors(powercap: Path) -> EnergyCounter | None:
     packages = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
-    try:
+    counters: list[_Package] = []
+    with suppress(OSError, ValueError):  # usually readable by root only
         counters = [_Package(path) for path in packages]
-    except (OSError, ValueError):  # usually readable by root only
-        return None
-    if not counters:
-        return None
-    many = "processors" if len(counters) > 1 else "processor"
-    return EnergyCounter(f"{len(counters)} {many}, measured by RAPL", lambda: sum(each.joules() for each in counters))
+    source = f"{plural(len(counters), 'processor')}, measured by RAPL"
+    return EnergyCounter(source, lambda: sum(each.joules() for each in counters)) if counters else None
 
 
 class _Package:

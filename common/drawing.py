@@ -130,15 +130,12 @@ def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float],
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
 
 
-def write_rank(axes: Axes, rank: int, place: tuple[float, float], text: str = "", **style: Any) -> None:
-    """Write a rank, or a text in its place, into its cell in a readable color.
-
-    The place is in data coordinates; `style` overrides the default text style.
-    """
+def write_rank(axes: Axes, rank: int, place: tuple[float, float]) -> None:
+    """Write a rank into its cell in a readable color, right of a place in data coordinates."""
     brightness = float(rank_colors(np.array([rank]))[0] @ (0.299, 0.587, 0.114))
     color = FAINT if rank == 0 else "white" if brightness < 0.5 else INK
-    usual: dict[str, Any] = {"va": "center_baseline", "fontsize": 8, "color": color, "zorder": 4}
-    axes.annotate(text or str(rank), place, **(usual | style))
+    style: dict[str, Any] = {"ha": "left", "va": "center_baseline", "fontsize": 8, "color": color, "zorder": 4}
+    axes.annotate(str(rank), place, xytext=(5, 0), textcoords="offset points", **style)
 
 
 def draw_key(axes: Axes, rungs: Sequence[int]) -> None:

@@ -29,16 +29,7 @@ import platformdirs
 from safetensors import SafetensorError, safe_open
 
 from .arrays import Arrays
-from .errors import (
-    CHECK_PATH,
-    ConfigError,
-    DataError,
-    RankPilotError,
-    RunFolderError,
-    first_line,
-    not_written,
-    shown,
-)
+from .errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
 from .termination import Terminated
 
 if TYPE_CHECKING:
@@ -288,10 +279,8 @@ def _plain_loader() -> Any:
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark
-                raise yaml.composer.ComposerError(
-                    None, None, "references (*name) are not supported; write the values out", mark
-                )
+                told = "references (*name) are not supported; write the values out"
+                raise yaml.composer.ComposerError(None, None, told, self.peek_event().start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -345,18 +334,25 @@ def check_tensor_file(path: Path, most: int = MOST_TENSOR_BYTES) -> None:
         raise DataError(f"{path} is a pickle or zip file in disguise and was not opened.")
 
 
+@contextmanager
+def _tensors(path: Path, what: str, most: int) -> Iterator[Any]:
+    """Open a tensor file; DataError if it, or what the block reads of it, is invalid."""
+    try:
+        check_tensor_file(path, most)
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"Cannot read {path} as {what}: {first_line(error)}") from error
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of a file's tensors, by name, from the header alone.
 
     Raises:
         DataError: the file is missing or not a safetensors file.
     """
-    try:
-        check_tensor_file(path, most=2**63)
-        with safe_open(path, framework="np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(f"Cannot read {path} as tensors: {first_line(error)}") from error
+    with _tensors(path, "tensors", most=2**63) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
@@ -365,14 +361,8 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     Raises:
         DataError: the file is missing, too large, not a safetensors file, or holds types without a NumPy equivalent.
     """
-    try:
-        check_tensor_file(path)
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
-        return arrays, metadata
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(f"Cannot read {path} as arrays: {first_line(error)}") from error
+    with _tensors(path, "arrays", MOST_TENSOR_BYTES) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  (no dict)
 
 
 def expanded(name: str) -> Path:
@@ -420,9 +410,8 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
     try:
         lock.acquire()
     except Timeout as error:
-        raise RunFolderError(
-            f"Another process is using {folder}. Wait until it ends, or pass another --output."
-        ) from error
+        advice = "Wait until it ends, or pass another --output."
+        raise RunFolderError(f"Another process is using {folder}. {advice}") from error
     try:
         if (folder / CONFIG).exists():
             _check(folder, config, resume)  # again: another process may have been faster

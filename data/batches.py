@@ -65,11 +65,10 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
 def _check_repeats(dataset: Any) -> None:
     """Raise DataError if a data set can be iterated only once: the examples inspected here would be lost."""
     if iter(dataset) is iter(dataset) or _is_used_up(dataset):
-        raise DataError(
-            f"The data set ({type(dataset).__name__}) can be read only once, and rankpilot inspects some rows "
-            "before the run, which would be lost. Make `__iter__` restart each time, as "
-            "datasets.IterableDataset does."
-        )
+        once = f"The data set ({type(dataset).__name__}) can be read only once"
+        lost = "rankpilot inspects some rows before the run, which would be lost"
+        advice = "Make `__iter__` restart each time, as datasets.IterableDataset does."
+        raise DataError(f"{once}, and {lost}. {advice}")
 
 
 def _is_used_up(dataset: Any) -> bool:
@@ -97,9 +96,7 @@ def _held_iterators(dataset: Any) -> set[int]:
     if isfunction(function := getattr(type(dataset), "__iter__", None)):
         outside = getclosurevars(function)
         held += [*outside.nonlocals.values(), *outside.globals.values()]
-    return {
-        id(value) for value in held if isinstance(value, Iterator) and not isinstance(value, count | cycle | IOBase)
-    }
+    return {id(each) for each in held if isinstance(each, Iterator) and not isinstance(each, count | cycle | IOBase)}
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -135,10 +132,8 @@ def unknown_lengths(dataset: Any) -> str:
     """
     if hasattr(dataset, "__len__") and _holds_token_ids(dataset):
         return ""
-    return (
-        " For a data set without a length or without token ids, only the first rows are known "
-        "beforehand: put the longest first, or pass a budget in bytes."
-    )
+    advice = "put the longest first, or pass a budget in bytes"
+    return f" For a data set without a length or without token ids, only the first rows are known beforehand: {advice}."
 
 
 def _holds_token_ids(dataset: Any) -> bool:

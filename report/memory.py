@@ -18,7 +18,7 @@ from ..common.drawing import save_figure
 from ..common.errors import BudgetError, UnsupportedError
 from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table, plural
-from ..cost.breakdown import KINDS, Kind
+from ..cost.breakdown import KINDS
 from ..cost.cards import USUAL_CARD
 from ..cost.forecast.alternatives import brought_by_offloading, brought_by_streaming, smallest_use
 from ..cost.forecast.outlook import Choice, GridCell, Outlook
@@ -26,24 +26,10 @@ from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
 from .doubts import doubts, of_loading
+from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
-
-WORDS: dict[Kind, str] = {
-    "saved": "tensors saved for backward",
-    "inputs": "inputs of checkpointed layers",
-    "recomputed": "activations of the checkpointed layer in backward",
-    "transient": "temporary: logits, gradients of activations",
-    "weights": "adapter weights",
-    "gradients": "adapter gradients",
-    "optimizer": "optimizer state",
-    "signals": "signal buffers",
-    "others": "other trainable parameters",
-}
-"""Display names of the kinds of bytes."""
-
-HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
 
 HELD_BACK = 0.05, 8 * 2**20
 """Resident memory beyond the peak deserves a note above this share of it and these bytes."""
@@ -123,11 +109,10 @@ def _offload_text(outlook: Outlook) -> str:
     """Describe the benefit of offloading checkpointed inputs, if not all layers fit without it."""
     if (found := brought_by_offloading(outlook)) is None:
         return ""
-    return (
-        " With offload=True (activation_offloading in TRL and axolotl), adapters on all layers fit with "
-        f"{format_bytes(found[0])} to spare: inputs of checkpointed layers are kept in main memory, and "
-        f"copying them adds at most {found[1]:.2g} s per step."
-    )
+    fits = f"adapters on all layers fit with {format_bytes(found[0])} to spare"
+    costs = f"are kept in main memory, and copying them adds at most {found[1]:.2g} s per step"
+    option = "With offload=True (activation_offloading in TRL and axolotl)"
+    return f" {option}, {fits}: inputs of checkpointed layers {costs}."
 
 
 def _stream_text(outlook: Outlook) -> str:
@@ -137,11 +122,9 @@ def _stream_text(outlook: Outlook) -> str:
     choice, streamed = other.fitting(other.blocks, other.rank), plural(other.streamed, "layer")
     assert choice.use is not None, "there is a card"
     time = "" if choice.time is None else f", at {choice.time:.2f}x plain LoRA's step time"
-    return (
-        f" With the frozen weights of {streamed} streamed from main memory (stream={other.streamed}; "
-        f"{format_bytes(other.streamed * other.base.layer_bytes)} there), {choice_text(other, choice)} fits with "
-        f"{format_bytes(choice.use.spare_bytes)} to spare{time}."
-    )
+    there = f"(stream={other.streamed}; {format_bytes(other.streamed * other.base.layer_bytes)} there)"
+    told = f" With the frozen weights of {streamed} streamed from main memory {there}, {choice_text(other, choice)}"
+    return f"{told} fits with {format_bytes(choice.use.spare_bytes)} to spare{time}."
 
 
 def verdict_text(outlook: Outlook) -> str:
@@ -153,35 +136,27 @@ def verdict_text(outlook: Outlook) -> str:
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
-    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + (
-        f"{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
-    )
+    found = _finding(outlook) if outlook.card is None else _fit(outlook)
+    return f"{found}{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
 
 
 def _fit(outlook: Outlook) -> str:
     """Describe whether the choices fit the card."""
-    assert outlook.card is not None, "there is no card"
     best, card = outlook.best, outlook.card
+    assert card is not None, "there is no card"
     if best is None:
-        tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
-        if tight:
-            return (
-                f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
-            )
+        if tight := [choice for choice in outlook.choices if choice.verdict == "tight"]:
+            advice = "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
+            return f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. {advice}"
         smallest, least = smallest_use(outlook)
-        return (
-            f"Does not fit: even the smallest choice, {choice_text(outlook, smallest)}, takes "
-            f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
-        )
+        takes = f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
+        return f"Does not fit: even the smallest choice, {choice_text(outlook, smallest)}, takes {takes}"
     assert best.use is not None, "choices of a card have a use of it"
     spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if best.verdict == "tight":
-        return (
-            f"Tight: {choice_text(outlook, best)} leaves {spare} free, less than the prediction error of "
-            f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} "
-            f"({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
-        )
+        error = f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'}"
+        told = f"Tight: {choice_text(outlook, best)} leaves {spare} free, less than the prediction error of {error}"
+        return f"{told} ({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
     return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
 
 
@@ -191,11 +166,9 @@ def _finding(outlook: Outlook) -> str:
     saved = sum(breakdown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
     least = min(others, key=lambda choice: choice.step_bytes)
     thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
-    return (
-        f"{saved / breakdown.total:.0%} of the peak is kept for the backward pass. Compared with rank 8 "
-        f"as requested, rank 1 takes {thin.step_bytes / reference:.0%} of the memory; the smallest "
-        f"choice, {choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%}."
-    )
+    told = f"{saved / breakdown.total:.0%} of the peak is kept for the backward pass. Compared with rank 8 as requested"
+    smallest = f"the smallest choice, {choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%}"
+    return f"{told}, rank 1 takes {thin.step_bytes / reference:.0%} of the memory; {smallest}."
 
 
 def _largest_text(outlook: Outlook) -> str:
@@ -215,10 +188,9 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     if best.time is None:
         return ""
     text = f", at {best.time:.2f}x the step time of plain LoRA without checkpointing"
-    timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
-    for time, other in timed:
-        if time < 0.9 * best.time and other.fits:
-            return f"{text}. Faster, with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}x"
+    for other in outlook.by_depth():
+        if other.time is not None and other.time < 0.9 * best.time and other.fits:
+            return f"{text}. Faster, with fewer adapters: {choice_text(outlook, other)}, at {other.time:.2f}x"
     return text
 
 
@@ -316,42 +288,33 @@ def notes(outlook: Outlook) -> Iterator[str]:
     """Yield the bytes of the main choice by kind, and notes on reading the rest."""
     breakdown = outlook.breakdown(outlook.main)
     kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
-    parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
-    margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
+    parts = [f"{format_bytes(breakdown.of_kind(kind))} {KINDS_SHOWN[kind].words}" for kind in kinds]
+    parts += [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
-    yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join([*parts, *margin])}."
+    yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join(parts)}."
     frozen = format_bytes(outlook.step.model.frozen_bytes)
     if outlook.card is None:
-        yield (
-            f"The frozen model ({frozen}) comes on top: it counts toward a total budget, but not toward a "
-            "'step' budget."
-        )
+        counts = "it counts toward a total budget, but not toward a 'step' budget"
+        yield f"The frozen model ({frozen}) comes on top: {counts}."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
-        yield (
-            f"Counted on the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the "
-            f"step, and the allocator's reserve. Tight choices leave less than {outlook.slack:.0%} of the "
-            "card free, which is within the prediction error, or fit only without that reserve."
-        )
+        rest = f"CUDA's context and workspaces ({taken}), the step, and the allocator's reserve"
+        free = f"less than {outlook.slack:.0%} of the card free, which is within the prediction error"
+        told = f"Counted on the card: the frozen model ({frozen}), {rest}."
+        yield f"{told} Tight choices leave {free}, or fit only without that reserve."
         if (model := outlook.step.model).fused:
-            yield (
-                f"{model.fused / model.parameters:.0%} of the weights are fused experts. The memory of a step "
-                "does not depend on how tokens are routed."
-            )
+            routed = "The memory of a step does not depend on how tokens are routed."
+            yield f"{model.fused / model.parameters:.0%} of the weights are fused experts. {routed}"
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
             seconds = f", about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
             seconds += "if the card is as efficient as an A100 or an L40S in published runs."
-        yield (
-            "Time: relative to plain LoRA (rank 8 on all modules, no checkpointing), estimated from "
-            f"operation counts{seconds}"
-        )
+        plain = "plain LoRA (rank 8 on all modules, no checkpointing)"
+        yield f"Time: relative to {plain}, estimated from operation counts{seconds}"
     if _activations(outlook):
-        yield (
-            "Plain LoRA does not fit comfortably with the free savers, so all choices use selective "
-            "checkpointing, as a run would (gradient_checkpointing='auto'): the same losses, a few percent "
-            "slower."
-        )
+        uses = "all choices use selective checkpointing, as a run would (gradient_checkpointing='auto')"
+        slower = "the same losses, a few percent slower"
+        yield f"Plain LoRA does not fit comfortably with the free savers, so {uses}: {slower}."
 
 
 def remarks(outlook: Outlook) -> Iterator[str]:
@@ -388,10 +351,8 @@ def _measured(outlook: Outlook) -> Iterator[str]:
     yield f"Measured step: {'; '.join(parts)}."
     share, count = HELD_BACK
     if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
-        yield (
-            "The process used more than its tensors because the C library keeps freed memory. With "
-            "MALLOC_MMAP_THRESHOLD_=65536 in the environment, it returns large blocks immediately."
-        )
+        blocks = "With MALLOC_MMAP_THRESHOLD_=65536 in the environment, it returns large blocks immediately."
+        yield f"The process used more than its tensors because the C library keeps freed memory. {blocks}"
 
 
 def configuration_text(outlook: Outlook) -> str:
@@ -433,15 +394,11 @@ def configuration_text(outlook: Outlook) -> str:
         ")",
     ]
     if activations or 0 < len(best.checkpointed) < len(outlook.checkpointable):
-        again = " and ".join(
-            [
-                *([ACTIVATIONS] if activations else []),
-                *([f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []),
-            ]
-        )
+        again = [ACTIVATIONS] if activations else []
+        again += [f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []
         room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
         budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
-        lines.append(f"# With {again}, which attach(trainer) enables under budget='{budget}MiB step'")
+        lines.append(f"# With {' and '.join(again)}, which attach(trainer) enables under budget='{budget}MiB step'")
     return "\n".join(lines)
 
 
@@ -454,10 +411,8 @@ def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
     ends: dict[str, set[int]] = {}
     for name, rank in ranks.items():
         ends.setdefault(name.rpartition(".")[2], set()).add(rank)
-    named = {name: name.rpartition(".")[2] for name in ranks}
-    return {
-        end if len(ends[end]) == 1 else name: ranks[name] for name, end in named.items() if ranks[name] < choice.rank
-    }
+    narrow = [(name.rpartition(".")[2], name) for name, rank in ranks.items() if rank < choice.rank]
+    return {end if len(ends[end]) == 1 else name: ranks[name] for end, name in narrow}
 
 
 SCHEMA = 1
@@ -469,13 +424,10 @@ removing one increments it.
 def figures(outlook: Outlook) -> dict[str, Any]:
     """Return all figures as JSON values."""
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
-    of_card = {} if card is None else {
-        "card": card.name,
-        **asdict(outlook.shards),
-        "memory_bytes": card.memory_bytes,
-        "context_bytes": card.context_bytes,
-        "workspace_bytes": card.workspace_bytes,
-    }  # fmt: skip
+    of_card: dict[str, Any] = {"card": card.name, **asdict(outlook.shards)} if card else {}
+    if card:
+        of_card |= {name: getattr(card, name) for name in ("memory_bytes", "context_bytes", "workspace_bytes")}
+    rows = zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
     return {
         "schema": SCHEMA,
         **outlook.facts,
@@ -485,8 +437,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "frozen_bytes": outlook.step.model.frozen_bytes,
         "streamed": outlook.streamed,
         "main_memory_bytes": outlook.streamed * outlook.base.layer_bytes,
-        "rows": shape.rows,
-        "length": shape.length,
+        **asdict(shape),
         "rank": outlook.rank,
         "blocks": outlook.blocks,
         "verdict": verdict_text(outlook),
@@ -499,21 +450,9 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "moment": breakdown.label,
         "margin_bytes": breakdown.margin,
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
-        "layers": [
-            {"layer": layer, **dict(zip(KINDS, row, strict=True))}
-            for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
-        ],
+        "layers": [{"layer": layer, **dict(zip(KINDS, row, strict=True))} for layer, row in rows],
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
-        "grid": [
-            {
-                "rows": cell.shape.rows,
-                "length": cell.shape.length,
-                "checkpointed": cell.checkpointed,
-                "activations": cell.activations,
-                "bytes": cell.bytes,
-            }
-            for cell in outlook.grid
-        ],
+        "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],
         "measured": asdict(outlook.measured) if outlook.measured else None,
         "doubts": [asdict(each) for each in doubts(outlook)],
         "notes": outlook.notes,
@@ -545,8 +484,6 @@ def write_memory_report(
 
     Existing files are replaced.
     """
-    from .picture import memory_picture
-
     told = figures(outlook)
     if lengths:
         from .lengths import lengths_figures, lengths_picture
@@ -565,9 +502,8 @@ def write_memory_report(
 def picture_labels(outlook: Outlook) -> list[str]:
     """Return the labels of the choices' bars."""
     again = len(outlook.checkpointable)
-    return [
-        row_label(outlook, choice)
-        + ("" if choice.label else f", rank {choice.rank}")
-        + (f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed and not choice.label else "")
-        for choice in outlook.choices
-    ]
+    labels = []
+    for choice in outlook.choices:
+        checkpointed = f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed else ""
+        labels.append(row_label(outlook, choice) + ("" if choice.label else f", rank {choice.rank}{checkpointed}"))
+    return labels

@@ -7,7 +7,7 @@ result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,18 +21,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KIND_COLORS: dict[Kind, tuple[str, str]] = {
-    "saved": (drawing.COLORS[0], "saved for backward"),
-    "inputs": (drawing.COLORS[5], "checkpointed inputs"),
-    "recomputed": (drawing.COLORS[3], "recomputed layer"),
-    "transient": (drawing.COLORS[4], "temporary"),
-    "weights": ("#004d38", "adapter weights"),
-    "gradients": (drawing.COLORS[2], "adapter gradients"),
-    "optimizer": ("#8fd3bd", "optimizer state"),
-    "signals": (drawing.COLORS[1], "signal buffers"),
-    "others": (drawing.FAINT, "other trainables"),
+
+class KindShown(NamedTuple):
+    """How one kind of bytes is shown: its colour, its label in a picture, and its name in a sentence."""
+
+    color: str
+    label: str
+    words: str
+
+
+KINDS_SHOWN: dict[Kind, KindShown] = {
+    "saved": KindShown(drawing.COLORS[0], "saved for backward", "tensors saved for backward"),
+    "inputs": KindShown(drawing.COLORS[5], "checkpointed inputs", "inputs of checkpointed layers"),
+    "recomputed": KindShown(drawing.COLORS[3], "recomputed layer", "activations of the checkpointed layer in backward"),
+    "transient": KindShown(drawing.COLORS[4], "temporary", "temporary: logits, gradients of activations"),
+    "weights": KindShown("#004d38", "adapter weights", "adapter weights"),
+    "gradients": KindShown(drawing.COLORS[2], "adapter gradients", "adapter gradients"),
+    "optimizer": KindShown("#8fd3bd", "optimizer state", "optimizer state"),
+    "signals": KindShown(drawing.COLORS[1], "signal buffers", "signal buffers"),
+    "others": KindShown(drawing.FAINT, "other trainables", "other trainable parameters"),
 }
-"""Colour and label of each kind: the adapter itself is green."""
+"""The adapter itself is green."""
+
+HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
 
 VISIBLE = 0.002
 """Smallest share of the peak for a kind to be named in the picture."""
@@ -58,11 +69,9 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     main = outlook.choices.index(outlook.main)
     shown, groups = breakdowns[main], _alike(breakdowns[main])
     heights = 0.55 + 0.21 * max(len(groups), 6), 0.65 + 0.21 * len(breakdowns)
-    saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
-    title = (
-        f"{labels[main][0].upper()}{labels[main][1:]}: a step peaks at {format_bytes(shown.total)}, "
-        f"{saved / shown.total:.0%} of it for backward"
-    )
+    saved = sum(shown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
+    peak = f"a step peaks at {format_bytes(shown.total)}, {saved / shown.total:.0%} of it for backward"
+    title = f"{labels[main][0].upper()}{labels[main][1:]}: {peak}"
     figure = drawing.new_figure(1.15 + sum(heights), title, note)
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -72,11 +81,8 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     _draw_layers(top, shown, groups)
     bottom = figure.add_subplot(grid[1])
     room = _draw_choices(bottom, outlook, breakdowns, labels)
-    keys: list[Any] = [
-        Patch(color=color, label=label)
-        for kind, (color, label) in KIND_COLORS.items()
-        if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
-    ]
+    visible = (kind for kind in KINDS_SHOWN if any(each.of_kind(kind) > VISIBLE * each.total for each in breakdowns))
+    keys: list[Any] = [Patch(color=KINDS_SHOWN[kind].color, label=KINDS_SHOWN[kind].label) for kind in visible]
     keys += [Patch(color=RESERVED, label="allocator's reserve")] if outlook.card else []
     keys += [Line2D([], [], color=drawing.BUDGET_RED, label=room)] if room else []
     style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
@@ -99,14 +105,12 @@ def _alike(breakdown: Breakdown) -> list[tuple[int, int]]:
 def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, int]]) -> None:
     unit, size = byte_unit(float(breakdown.bytes.sum(axis=1).max()))
     firsts, titles = [first for first, _ in groups], layer_titles(breakdown.layers)
-    _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KIND_COLORS})
+    _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KINDS_SHOWN})
     _clean_bars(axes, len(groups), "By layer")
-    names = [
-        titles[first]
-        if first == last
-        else f"{titles[first].replace('layer ', 'layers ')} to {titles[last].removeprefix('layer ')}, each"
-        for first, last in groups
-    ]
+    names = []
+    for first, last in groups:
+        several = f"{titles[first].replace('layer ', 'layers ')} to {titles[last].removeprefix('layer ')}, each"
+        names.append(titles[first] if first == last else several)
     axes.set_yticks(range(len(groups)), names)
     axes.set(xlabel=f"peak, {unit}")
 
@@ -119,7 +123,7 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
     largest = max(float(wholes.max()), limit - held if limit else 0)
     unit, size = byte_unit(largest)
     rows = np.arange(len(choices))[::-1]
-    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KIND_COLORS}
+    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KINDS_SHOWN}
     ends = _stack(axes, rows, kinds)
     if card:
         axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
@@ -144,7 +148,7 @@ def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> Floa
     """Draw one bar per row, with kinds side by side; returns the ends of the bars, (rows,)."""
     left = np.zeros(len(rows))
     for kind, widths in sizes.items():
-        axes.barh(rows, widths, left=left, color=KIND_COLORS[kind][0], height=0.78, linewidth=0)
+        axes.barh(rows, widths, left=left, color=KINDS_SHOWN[kind].color, height=0.78, linewidth=0)
         left = left + widths
     return left
 

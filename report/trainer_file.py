@@ -73,25 +73,21 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
         ConfigError: it is missing, not YAML, of another program, or of a training other than LoRA on one language
             model.
     """
-    try:
-        values = parse_yaml(read_text(Path(path), MOST_BYTES))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read {path}: {' '.join(str(error).split())}") from error
+    values = _parsed(Path(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must be a mapping of setting names to values; got {shown(values)}.")
     program = _program(values)
     if not program:
-        raise ConfigError(
-            f"{path} is not a config of axolotl (base_model), TRL (model_name_or_path) or LLaMA-Factory "
-            f"(model_name_or_path and finetuning_type). Its keys: {', '.join(map(shown, list(values)[:5]))}."
-        )
+        two = "TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path and finetuning_type)"
+        first = ", ".join(map(shown, list(values)[:5]))
+        raise ConfigError(f"{path} is not a config of axolotl (base_model), {two}. Its keys: {first}.")
     keys = _Keys(values, str(path))
     table = KEYS[program]
     if foreign := [key for key in table["refused"] if keys.get(key, False) is not False]:
         known = Counter(training for key in foreign for training in table["refused"][key])
         most = [training for training, count in known.most_common(3) if count == max(known.values())]
         raise keys.refuse(f"configures another kind of training, {' or '.join(most)} ({', '.join(foreign[:4])})")
-    settings = _READERS[program](keys) | {"exact_savers": False}
+    settings = _READERS[program](keys) | {"sharding": _sharding(keys), "exact_savers": False}
     if settings.get("quantization"):
         settings["prepare_kbit"] = False  # all three keep norms and embeddings in 16 bits
     keys.notes += [key for key, rule in table["unpriced"].items() if keys.changes(key, rule)]
@@ -101,6 +97,14 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     return TrainerFile(program, settings, unread, tuple(keys.notes))
 
 
+def _parsed(path: Path) -> Any:
+    """Parse a YAML file; ConfigError if it cannot be read."""
+    try:
+        return parse_yaml(read_text(path, MOST_BYTES))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read {path}: {' '.join(str(error).split())}") from error
+
+
 def _program(values: Mapping[str, Any]) -> str:
     if "base_model" in values:
         return "axolotl"
@@ -108,6 +112,9 @@ def _program(values: Mapping[str, Any]) -> str:
         own = {"finetuning_type", "stage", "cutoff_len", "lora_rank", "lora_target", "quantization_bit", "template"}
         return "LLaMA-Factory" if own & set(values) else "TRL"
     return ""
+
+
+_MEASURE = "To measure it in your own trainer, use rankpilot.attach(trainer)"
 
 
 class _Keys:
@@ -132,9 +139,8 @@ class _Keys:
             return bool(word)
         if word in ("false", "no", "off", "none", ""):
             return False
-        raise ConfigError(
-            f"{self.path}: {name} must be one of {', '.join(('true', 'false', *words))}; got {shown(value)}."
-        )
+        allowed = ", ".join(("true", "false", *words))
+        raise ConfigError(f"{self.path}: {name} must be one of {allowed}; got {shown(value)}.")
 
     def any(self, *names: str) -> bool:
         """True if any of the switches is on; reads all of them, to validate each."""
@@ -142,8 +148,8 @@ class _Keys:
 
     def word(self, name: str, default: str | None = None) -> str:
         """Return a name in lower case; empty for none."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, str):
+        value = self.get(name, "")
+        if not isinstance(value, str):
             raise ConfigError(f"{self.path}: {name} must be a string; got {shown(value)}.")
         return (value or default or "").lower()
 
@@ -184,21 +190,17 @@ class _Keys:
             raise ConfigError(f"{self.path}: {name} must be a model name or a folder; got {shown(value)}.")
         return value
 
-    def refuse(
-        self, what: str, do: str = "To measure it in your own trainer, use rankpilot.attach(trainer)"
-    ) -> ConfigError:
-        """Return the error for an unsupported kind of training."""
+    def refuse(self, what: str, do: str = _MEASURE) -> ConfigError:
+        """Return the error for an unsupported kind of training; `do` is the advice."""
         return ConfigError(f"{self.path} {what}. rankpilot memory --config supports SFT with LoRA or QLoRA. {do}.")
 
 
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw", "adam"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "ademamix_8bit", "adamw8bit"), "adamw8bit"),
-    **dict.fromkeys(("paged_adamw_8bit",), "paged_adamw8bit"),
     **dict.fromkeys(("paged_adamw_32bit", "paged_adamw"), "adamw"),
     **dict.fromkeys(("adamw_torch_4bit", "ao_adamw_4bit"), "adamw4bit"),
-    "adafactor": "adafactor",
-    "sgd": "sgd",
+    **{"paged_adamw_8bit": "paged_adamw8bit", "adafactor": "adafactor", "sgd": "sgd"},
 }
 
 
@@ -237,9 +239,9 @@ def _names(keys: _Keys, name: str, default: str | None = None) -> str | None:
 def _adapter(keys: _Keys, *, use_dora: str, modules_to_save: str) -> dict[str, Any]:
     """Return further arguments of `LoraConfig`, from the program's own keys."""
     found: dict[str, Any] = {"use_dora": True} if keys.flag(use_dora) else {}
-    saved = keys.names(modules_to_save)
-    saved = saved.split(",") if isinstance(saved, str) else saved
-    return found | ({"modules_to_save": saved} if saved else {})
+    if saved := keys.names(modules_to_save):
+        found["modules_to_save"] = saved.split(",") if isinstance(saved, str) else saved
+    return found
 
 
 def _quantization(keys: _Keys) -> str | None:
@@ -286,10 +288,7 @@ def _sharding(keys: _Keys) -> str | None:
     if not given:
         return None
     if isinstance(given, str) and (file := Path(keys.path).parent / given).is_file():
-        try:
-            given = parse_yaml(read_text(file, MOST_BYTES))  # JSON is YAML
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"Cannot read {file}: {' '.join(str(error).split())}") from error
+        given = _parsed(file)  # JSON is YAML
     zero = given.get("zero_optimization") if isinstance(given, dict) else None
     text = f"zero{zero.get('stage')} {zero}" if isinstance(zero, dict) else str(given)
     stage = re.search(r"(?<![a-z])z(?:ero)?_?(?:stage)?_?([0-3])(?![0-9]|\.[0-9])", text.lower())
@@ -305,8 +304,8 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse(f"trains {what}", "Set adapter: lora or qlora")
     if rl:
         raise keys.refuse(f"trains with rl: {shown(rl)}")
-    plugins = keys.get("plugins") or []
-    plugins = [str(name) for name in (plugins if isinstance(plugins, list) else [plugins])]
+    given = keys.get("plugins") or []
+    plugins = [*map(str, given)] if isinstance(given, list) else [str(given)]
     keys.notes += [name for name in plugins if not re.search("CutCrossEntropy|Liger|LMEval|SwanLab", name)]
     switches = [key for key in keys.values if re.fullmatch("lora_(mlp|qkv|o|embedding)_kernel", key)]
     if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
@@ -318,13 +317,10 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     packs = keys.flag("sample_packing") and attention in ("flash", "flex", None)
     offload = keys.flag("activation_offloading", False, "legacy", "disk", "hidden_states")
     checkpointed = keys.flag("gradient_checkpointing", False, "offload", "offload_disk", "unsloth")
-    offload = offload or str(keys.get("gradient_checkpointing")).startswith("offload")
     named = _names(keys, "lora_target_modules")
     if not named and not keys.flag("lora_target_linear"):
-        named = "q_proj,v_proj"
-        keys.notes.append(
-            "lora_target_modules (none given: PEFT's default is assumed, q_proj and v_proj for most models)"
-        )
+        named, default = "q_proj,v_proj", "PEFT's default is assumed, q_proj and v_proj for most models"
+        keys.notes.append(f"lora_target_modules (none given: {default})")
     half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
     return {
         "model": keys.model("base_model"),
@@ -342,9 +338,8 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         "expandable_segments": True,
         **_rows(keys, "micro_batch_size", 1, keys.number("sequence_len", 512), flat=packs),
         **_checkpointing(keys, checkpointed, True),
-        "offload": offload,
+        "offload": offload or str(keys.get("gradient_checkpointing")).startswith("offload"),
         "stream": "all" if keys.flag("layer_offloading") else None,
-        "sharding": _sharding(keys),
     }
 
 
@@ -382,7 +377,6 @@ def _trl(keys: _Keys) -> dict[str, Any]:
         **({"max_length": None} if "max_length" in keys.empty else {}),
         **_checkpointing(keys, keys.flag("gradient_checkpointing", True), False),
         "offload": keys.flag("activation_offloading"),
-        "sharding": _sharding(keys),
     }
 
 
@@ -413,12 +407,8 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         **_rows(keys, "per_device_train_batch_size", 8, keys.number("cutoff_len", 2048), flat=flat),
         **_checkpointing(keys, not keys.flag("disable_gradient_checkpointing"), keys.flag("use_reentrant_gc", True)),
         "offload": keys.flag("use_unsloth_gc"),
-        "sharding": _sharding(keys),
     }
 
 
-_READERS: dict[str, Callable[[_Keys], dict[str, Any]]] = {
-    "axolotl": _axolotl,
-    "TRL": _trl,
-    "LLaMA-Factory": _llama_factory,
-}
+_Reader = Callable[[_Keys], dict[str, Any]]
+_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory}

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
-from ..common.drawing import NO_ADAPTER, RUNGS, rank_colors
+from ..common.drawing import NO_ADAPTER, RUNGS, finite_points, rank_colors
 from ..common.errors import BudgetError, DataError
-from ..common.files import read_json, read_object, read_shapes, write_text
+from ..common.files import read_object, read_shapes, write_text
 from ..common.text import format_bytes, short_names
 from ..cost.budget import TimeBudget
+from ..data.task import KINDS
 from ..decide.log import DecisionRecord
 from ..decide.observation import MODULE_FEATURES
 from ..finetune.options import PILOT
@@ -50,12 +51,7 @@ MOST_PLANS = 24
 
 NOT_MEASURED = 'not measured: no energy counter is available (on NVIDIA: pip install -e ".[energy]")'
 
-LOADERS = {
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-}
+LOADERS = {kind.peft_type: kind.auto_class.replace("Auto", "AutoPeft") for kind in KINDS.values()}
 """PEFT's classes that load an adapter with its base model, by the adapter's task."""
 
 _KEPT = ("verdict", "sentences", "policy", "first", "goal", "parts", "what_ifs")
@@ -73,11 +69,9 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
     colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
     named = zip(runs, explanations, run_names(runs), strict=True)
-    return {
-        "by_type": by_type,
-        "palette": {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER},
-        "runs": [_run(run, explained or (), name, by_type) for run, explained, name in named],
-    }
+    palette = {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER}
+    shown = [_run(run, explained or (), name, by_type) for run, explained, name in named]
+    return {"by_type": by_type, "palette": palette, "runs": shown}
 
 
 def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dict[str, Any]:
@@ -86,9 +80,7 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
     shown = {
         "name": name,
         "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
-        "warnings": list(opinion.warnings),
-        "caveats": list(opinion.caveats),
-        "results": list(opinion.results),
+        **{kind: list(sentences) for kind, sentences in vars(opinion).items()},
         "left_out": [" ".join(part.split()) for part in run.missing],  # an error may have several lines
         "table": {"columns": list(run.results), "rows": rows},
         "adapter": _adapter(run),
@@ -107,18 +99,19 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
 
 def _settings(run: RunData) -> dict[str, str]:
     """Return the settings of a run from its folder, values as text."""
-    path = run.folder / "config.json"
-    try:
-        config = read_json(path) if path.is_file() else {}
-    except ValueError:  # truncated, or not JSON
-        config = {}
-    if not isinstance(config, dict):
-        config = {}
+    config = _read_if_valid(run.folder / "config.json")
     known = {key: run.summary[key] for key in ("model", "data", "policy", "seed") if run.summary.get(key) is not None}
     if run.decisions:
         known = {"policy": run.decisions[0].policy, "seed": run.decisions[0].seed} | known
     known |= _hardware(run.results.get(PILOT, {}))
     return {str(key): str(value) for key, value in (config | known).items() if value not in (None, [], {})}
+
+
+def _read_if_valid(path: Path) -> dict[str, Any]:
+    """Read a JSON file containing an object; empty if it is missing, foreign or truncated."""
+    with suppress(OSError, ValueError):
+        return read_object(path)
+    return {}
 
 
 def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
@@ -132,10 +125,8 @@ def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
         return {}
     busy = "" if facts.get("busy") is None else f", {facts['busy']:.0%} busy"
     free, total = (format_bytes(facts.get(name) or 0) for name in ("free_bytes", "total_bytes"))
-    return {
-        "device": f"{facts.get('device')}; {free} of {total} free at the start{busy}",
-        "energy": result.get("energy_source") or NOT_MEASURED,
-    }
+    device = f"{facts.get('device')}; {free} of {total} free at the start{busy}"
+    return {"device": device, "energy": result.get("energy_source") or NOT_MEASURED}
 
 
 def _adapter(run: RunData) -> dict[str, str] | None:
@@ -143,10 +134,7 @@ def _adapter(run: RunData) -> dict[str, str] | None:
     folder = run.adapter
     if folder is None:
         return None
-    try:
-        config = read_object(folder / ADAPTER_CONFIG)
-    except (OSError, ValueError):  # foreign, or truncated
-        config = {}
+    config = _read_if_valid(folder / ADAPTER_CONFIG)
     base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs", _outputs(folder, config))
     loader = LOADERS.get(str(config.get("task_type")), "AutoPeftModel") if base else "PeftModel"
     options = f", num_labels={outputs}" if type(outputs) is int and base else ""  # no other text gets into the code
@@ -168,10 +156,8 @@ def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
     if not str(config.get("task_type")).endswith("_CLS") or not isinstance(names, list):
         return None
     with suppress(DataError):
-        shapes = read_shapes(adapter / ADAPTER_WEIGHTS).items()
-        heads = {
-            key: shape[0] for key, shape in shapes if len(shape) == 2 and set(key.split(".")) & set(map(str, names))
-        }
+        shapes, saved = read_shapes(adapter / ADAPTER_WEIGHTS).items(), set(map(str, names))
+        heads = {key: shape[0] for key, shape in shapes if len(shape) == 2 and saved & set(key.split("."))}
         last = [count for key, count in heads.items() if ".out_proj." in key]
         return min(last or heads.values(), default=None)
     return None
@@ -179,30 +165,28 @@ def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
 
 def _time_limit(settings: Mapping[str, str]) -> float | None:
     """Return the step time limit in seconds; None without one, or if it is a share."""
-    try:
+    with suppress(KeyError, BudgetError):
         limit = TimeBudget.parse(settings["time"])
-    except (KeyError, BudgetError):
-        return None
-    return limit.value if limit.kind == "seconds" else None
+        return limit.value if limit.kind == "seconds" else None
+    return None
 
 
 def _curves(run: RunData) -> dict[str, Any]:
     """Return losses, costs and times by step."""
-    losses = {}
+    losses, seconds = {}, {}
     for name in run.metrics:
         parts = {"train": curve(run.points(name, "loss")), "held_out": curve(run.points(name, "eval_loss"))}
         if any(parts.values()):
             losses[name] = parts
-    seconds = {}
-    for name in run.metrics:
-        points = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
-        seconds[name] = curve(points, np.median)
+        medians = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
+        if points := curve(medians, np.median):
+            seconds[name] = points
     return {
         "losses": losses,
         "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
         "budgets": curve(run.limits),
         "predicted": curve(run.predicted(), np.max),
-        "step_seconds": {name: points for name, points in seconds.items() if points},
+        "step_seconds": seconds,
         "time_limit_s": _time_limit(_settings(run)),
     }
 
@@ -214,13 +198,9 @@ def _sentences(run: RunData) -> dict[str, str]:
         modules = run.decisions[-1].modules
         same = [record.rank_after for record in run.decisions if record.modules == modules]
         said["ranks"] = ranks_sentence(np.stack(same), modules)
-    ends = {}
-    for name in run.metrics:
-        held_out = [value for _, value in run.points(name, "eval_loss") if np.isfinite(value)]
-        if held_out:
-            ends[name] = held_out[-1]
+    held_out = {name: finite_points(run.points(name, "eval_loss")) for name in run.metrics}
     if run.metrics:
-        said["losses"] = loss_sentence(ends)
+        said["losses"] = loss_sentence({name: float(points[-1, 1]) for name, points in held_out.items() if len(points)})
     return said
 
 
@@ -261,11 +241,8 @@ def _of_single_modules(record: DecisionRecord, modules: Modules, slots: IntArray
     for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
         reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
     notes = ((slot, record.notes.get(name)) for slot, name in zip(slots.tolist(), record.modules, strict=True))
-    return {
-        "reasons": reasons,
-        "notes": {str(slot): note for slot, note in notes if note},
-        "pinned": slots[record.problem.is_pinned].tolist(),
-    }
+    told = {str(slot): note for slot, note in notes if note}
+    return {"reasons": reasons, "notes": told, "pinned": slots[record.problem.is_pinned].tolist()}
 
 
 # Modules: those of a log, or in a long log one for each type ----------------------------------------------------------
@@ -299,19 +276,16 @@ class Modules:
             blocks |= zip(record.modules, record.problem.blocks.tolist(), strict=True)
         shorts = short_names(list(blocks))
         kinds = module_kinds(shorts)
+        entries = kinds if by_type else list(blocks)
+        place = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+        slot_of = {name: place[entry] for name, entry in zip(blocks, entries, strict=True)}
+        shown = [
+            {"name": name, "label": str(short), "layer": short.layer, "block": block, "type": kind, "count": 1}
+            for (name, block), short, kind in zip(blocks.items(), shorts, kinds, strict=True)
+        ]
         if by_type:
-            place = {kind: index for index, kind in enumerate(dict.fromkeys(kinds))}
-            slot_of = {name: place[kind] for name, kind in zip(blocks, kinds, strict=True)}
-            shown = [
-                {"name": kind, "label": kind, "layer": "", "block": 0, "type": kind, "count": kinds.count(kind)}
-                for kind in place
-            ]
-        else:
-            slot_of = {name: index for index, name in enumerate(blocks)}
-            shown = [
-                {"name": name, "label": str(short), "layer": short.layer, "block": block, "type": kind, "count": 1}
-                for (name, block), short, kind in zip(blocks.items(), shorts, kinds, strict=True)
-            ]
+            alike = {"layer": "", "block": 0}
+            shown = [{"name": kind, "label": kind, **alike, "type": kind, "count": kinds.count(kind)} for kind in place]
         slots = (np.array([slot_of[name] for name in record.modules], dtype=np.int64) for record in records)
         return cls(shown, tuple(slots))
 
@@ -345,13 +319,11 @@ def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     kept = {key: plain(given[key]) for key in _KEPT if given.get(key) is not None}
     if plans := given.get("plans") or []:
         shown = [
-            plain(
-                {key: value for key, value in plan.items() if key != "ranks"} | {"taken": place == given.get("taken")}
-            )
+            {key: value for key, value in plan.items() if key != "ranks"} | {"taken": place == given.get("taken")}
             for place, plan in enumerate(plans)
             if place < MOST_PLANS or place == given.get("taken") or plan.get("fits") is False  # this is plain LoRA
         ]
-        kept |= {"plans": shown, "plans_in_all": len(plans)}
+        kept |= {"plans": plain(shown), "plans_in_all": len(plans)}
     return kept
 
 
@@ -415,15 +387,9 @@ ASSETS = Path(__file__).parent / "assets"
 
 STYLES = ("uplot/uPlot.min.css", "page.css")
 SCRIPTS = (
-    "uplot/uPlot.iife.min.js",
-    "unpack.js",
-    "elements.js",
-    "heatmap.js",
-    "charts.js",
-    "evidence.js",
-    "decisions.js",
+    "uplot/uPlot.iife.min.js", "unpack.js", "elements.js", "heatmap.js", "charts.js", "evidence.js", "decisions.js",
     "page.js",
-)
+)  # fmt: skip
 """In execution order; each uses definitions of those before it."""
 
 
@@ -435,11 +401,8 @@ def study_html(data: Mapping[str, Any]) -> str:
     """
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     packed = gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)
-    parts = {
-        "style": "\n".join(_asset(name) for name in STYLES),
-        "script": "\n".join(_asset(name) for name in SCRIPTS),
-        "data": base64.b64encode(packed).decode("ascii"),
-    }
+    style, script = ("\n".join(map(_asset, names)) for names in (STYLES, SCRIPTS))
+    parts = {"style": style, "script": script, "data": base64.b64encode(packed).decode("ascii")}
     # In one pass: inserted text may look like a placeholder.
     return re.sub(r"\{\{(style|script|data)\}\}", lambda match: parts[match[1]], _asset("page.html"))
 

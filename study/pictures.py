@@ -43,13 +43,8 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = drawing.new_figure(4.1, learning_sentence(rows), note)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     training = drawing.clean_axes(panels[0], "Training, on new tasks each round")
-    numbers, means, low, high = (
-        np.array(
-            [[float(row[key]) for key in ("round", "over_rule", "over_rule_p10", "over_rule_p90")] for row in rounds]
-        )
-        .reshape(-1, 4)
-        .T
-    )
+    columns = ("round", "over_rule", "over_rule_p10", "over_rule_p90")
+    numbers, means, low, high = (np.array([float(row[key]) for row in rounds]) for key in columns)
     training.fill_between(numbers, low, high, color=drawing.COLORS[0], alpha=0.15, linewidth=0, label="10-90% of runs")
     training.plot(numbers, means, color=drawing.COLORS[0], linewidth=2, label="mean")
     validation = drawing.clean_axes(panels[1], "Validation tasks, which decide what is kept")
@@ -105,7 +100,7 @@ class _Rows:
     ranks: IntArray
     names: list[ShortName]
     edges: list[int]
-    edge_steps: list[float]
+    edge_steps: list[int]
 
 
 def write_rank_picture(run: RunData) -> Path | None:
@@ -138,17 +133,12 @@ def rank_heatmap(
     from .verdict import ranks_sentence  # imports torch
 
     title, rungs = ranks_sentence(ranks, modules), _rungs(ranks)
+    names, edge_steps = short_names(modules), [*steps, total_steps]
     if len(modules) > MOST_LABELLED_ROWS:
-        return _rank_panels(steps, ranks, modules, blocks, total_steps, title, rungs)
+        return _rank_panels(_grid(ranks, names, np.asarray(blocks), edge_steps), title, rungs)
     order = np.argsort(blocks, kind="stable")
     starts = np.flatnonzero(np.diff(np.asarray(blocks)[order], prepend=-1))
-    names = short_names(modules)
-    rows = _Rows(
-        ranks[:, order].T,
-        [names[i] for i in order],
-        [*starts.tolist(), len(order)],
-        [*steps, total_steps],
-    )
+    rows = _Rows(ranks[:, order].T, [names[i] for i in order], [*starts.tolist(), len(order)], edge_steps)
     note = "Network output at the top. Triangles: decisions. Numbers: new ranks."
     figure = drawing.new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
@@ -178,7 +168,7 @@ def _write_ranks(axes: Axes, rows: _Rows) -> None:
             continue
         for row, rank in enumerate(rows.ranks[:, column].tolist()):
             if not column or rank != rows.ranks[row, column - 1]:
-                drawing.write_rank(axes, rank, (left, row + 0.5), xytext=(5, 0), textcoords="offset points", ha="left")
+                drawing.write_rank(axes, rank, (left, row + 0.5))
 
 
 def _draw_labels(axes: Axes, rows: _Rows) -> None:
@@ -235,17 +225,8 @@ class _Grid:
     edge_steps: list[int]
 
 
-def _rank_panels(
-    steps: Sequence[int],
-    ranks: IntArray,
-    modules: Sequence[str],
-    blocks: IntArray,
-    total_steps: int,
-    title: str,
-    rungs: Sequence[int],
-) -> Figure:
+def _rank_panels(grid: _Grid, title: str, rungs: Sequence[int]) -> Figure:
     """Draw the rank of each kind of module in each layer over the run; `rungs` are the ranks of the colour key."""
-    grid = _grid(np.asarray(ranks), short_names(modules), np.asarray(blocks), [*steps, total_steps])
     lines = math.ceil(len(grid.kinds) / PANELS_IN_A_ROW)
     columns = math.ceil(len(grid.kinds) / lines)
     row_inches = float(np.clip(5.0 / len(grid.layers), *PANEL_ROW_INCHES))
@@ -289,15 +270,11 @@ def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_st
 
 def module_kinds(names: Sequence[ShortName]) -> list[str]:
     """Return the kind of each module, equal across layers and experts: such as "mlp.up_proj"."""
-    full = [_without_numbers(name.kind) for name in names]
+    # Without the number of an expert: "experts.3.up_proj" -> "experts.up_proj".
+    full = [re.sub(r"(^|\.)\d+(?=\.|$)", "", name.kind).lstrip(".") or name.kind for name in names]
     different = list(dict.fromkeys(full))
     ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
     return [ends[kind] for kind in full]
-
-
-def _without_numbers(kind: str) -> str:
-    """Return the kind of a module without the expert number: "experts.3.up_proj" -> "experts.up_proj"."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", "", kind).lstrip(".") or kind
 
 
 def _draw_panel(axes: Axes, kind: str, cells: FloatArray, edge_steps: Sequence[int], row_inches: float) -> None:

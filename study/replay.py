@@ -61,25 +61,18 @@ class DecidedAgain:
     def differences(self) -> tuple[str, ...]:
         """Differences from the log, in words; empty if all is bitwise equal."""
         then, now = self.logged, self.decision
-        found = [
-            name
-            for name in ("rank_floor", "depth_bias", "change")
-            if getattr(then.decision, name) != getattr(now, name)
-        ]
+        settings = ("rank_floor", "depth_bias", "change")
+        found = [name for name in settings if getattr(then.decision, name) != getattr(now, name)]
         if then.kept != keeps(self.observation, now):
             found.append("kept")
-        pairs = {
-            "score": (then.decision.scores, now.scores),
-            "rank_wanted": (then.rank_wanted, now.ranks),
-            "rank_after": (then.rank_after, self.ranks),
-        }
-        found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+        pairs: dict[str, tuple[Any, Any]] = {"score": (then.decision.scores, now.scores)}
+        pairs |= {"rank_wanted": (then.rank_wanted, now.ranks), "rank_after": (then.rank_after, self.ranks)}
         if then.choice is not None and now.choice is not None:
             names = [each.name for each in fields(then.choice)]
-            found += [name for name in names if not _same(getattr(then.choice, name), getattr(now.choice, name))]
+            pairs |= {name: (getattr(then.choice, name), getattr(now.choice, name)) for name in names}
         elif then.choice is not now.choice:
-            found.append("choice")
-        return tuple(found)
+            pairs["choice"] = (then.choice, now.choice)
+        return (*found, *(name for name, (old, new) in pairs.items() if not np.array_equal(old, new)))
 
 
 def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
@@ -97,10 +90,6 @@ def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
     if logged.choice and isinstance(policy, PlanChooser):
         policy = replace(policy, goal=logged.choice.goal)
     return DecidedAgain(logged, policy)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
@@ -151,13 +140,9 @@ class Agreement:
         """Return the same as JSON values."""
         logged = self.logged
         rows = zip(logged.modules, logged.rank_after.tolist(), self.other.tolist(), strict=True)
-        return {
-            "decision": logged.number,
-            "step": logged.step,
-            "same": self.same,
-            "distance": self.distance,
-            "modules": [{"module": name, "rank": rank, "other": other} for name, rank, other in rows],
-        }
+        modules = [{"module": name, "rank": rank, "other": other} for name, rank, other in rows]
+        facts = {"decision": logged.number, "step": logged.step, "same": self.same, "distance": self.distance}
+        return {**facts, "modules": modules}
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,17 +169,11 @@ class Replay:
     def table(self) -> Table:
         """Return a table with one row per decision, and the missing ones below."""
         columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"from {self.policy}")
-        rows = [
-            (
-                str(row.logged.number),
-                str(row.logged.step),
-                f"{row.same} of {len(row.other)}",
-                f"{row.distance:.2f}",
-                f"{row.logged.rank_after.mean():.1f}",
-                f"{row.other.mean():.1f}",
-            )
-            for row in self.agreements
-        ]
+        rows = []
+        for row in self.agreements:
+            same, distance = f"{row.same} of {len(row.other)}", f"{row.distance:.2f}"
+            mean, other = (f"{ranks.mean():.1f}" for ranks in (row.logged.rank_after, row.other))
+            rows.append((str(row.logged.number), str(row.logged.step), same, distance, mean, other))
         table = make_table(f"{self.run} versus {self.policy}, replayed on the states of the run", columns, rows)
         table.caption, table.caption_justify = "\n".join(self.lacking) or None, "left"
         return table
@@ -380,9 +359,8 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
 
     def but(before: str) -> str:
         """Describe the effect of one step less."""
-        if steps == 1:
-            return "the smallest step tried"
-        return f"{before} {'changes nothing' if question.target is None else 'does not change its rank'}"
+        unchanged = "changes nothing" if question.target is None else "does not change its rank"
+        return f"{before} {unchanged}" if steps > 1 else "the smallest step tried"
 
     if question.kind == "signals":
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"
@@ -409,9 +387,6 @@ def usual_questions(case: DecidedAgain) -> list[Question]:
         return questions
     names, first = short_names(case.observation.names), int(np.argmax(case.ranks))
     alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
-    return [
-        *questions,
-        Question("signals", -1, (first,), str(names[first]), first),
-        Question("signals", -1, alike, f"all {names[first].kind} modules"),
-        Question("most", -1, (first,), str(names[first]), first),
-    ]
+    weaker = Question("signals", -1, (first,), str(names[first]), first)
+    all_weaker = Question("signals", -1, alike, f"all {names[first].kind} modules")
+    return [*questions, weaker, all_weaker, replace(weaker, kind="most")]

@@ -6,7 +6,7 @@ Three kinds of folder have a decision log, and each may belong to an ongoing run
     the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
     a decision log                         decisions.jsonl ...
 
-`unusual_features` finds the features in which a module stands out.
+`standing_out` finds the features in which a module stands out.
 """
 
 import math
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..common.checks import MOST_NUMBER, counted, finite
 from ..common.drawing import Points
@@ -33,20 +32,17 @@ UNUSUAL = 1.0
 """Standard deviations from the mean of all modules."""
 
 
-def unusual_features(names: Sequence[str], values: NDArray[np.floating]) -> list[list[tuple[str, float]]]:
-    """Return each module's two features farthest from the mean of all modules, farthest first.
+def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
+    """Return each module's two features farthest from the mean of all modules at a decision, farthest first.
 
-    Features with fewer than three different values (flags) and distances below `UNUSUAL` are left out.
-
-    Args:
-        names: names of the features.
-        values: (modules, features); non-finite ones are unknown.
+    Features with fewer than three different values (flags) and distances below `UNUSUAL` are left out; non-finite
+    values are unknown.
 
     Returns:
         Up to two pairs (feature, distance in standard deviations) per module.
     """
-    kept, distances = [], []
-    for name, column in zip(names, values.T.astype(np.float64), strict=True):
+    kept, distances, values = [], [], record.observation.modules
+    for name, column in zip(MODULE_FEATURES, values.T.astype(np.float64), strict=True):
         known = column[np.isfinite(column)]
         if np.unique(known).size >= 3:
             kept.append(name)
@@ -55,10 +51,8 @@ def unusual_features(names: Sequence[str], values: NDArray[np.floating]) -> list
         return [[] for _ in values]
     rows = np.array(distances).T
     order = np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :2].tolist()
-    return [
-        [(kept[i], float(row[i])) for i in chosen if abs(row[i]) >= UNUSUAL]
-        for row, chosen in zip(rows, order, strict=True)
-    ]
+    pairs = zip(rows, order, strict=True)
+    return [[(kept[i], float(row[i])) for i in chosen if abs(row[i]) >= UNUSUAL] for row, chosen in pairs]
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -142,9 +136,8 @@ class RunData:
     @property
     def predicted_of(self) -> str:
         """Display name of the predicted cost: for steps in parts, that of the smallest possible part."""
-        rows = self.results.get(PILOT, {}), *self.metrics.get(PILOT, ())
-        alone = any("parts" in row for row in rows)
-        return "predicted cost for the longest row alone" if alone else "predicted cost"
+        in_parts = any("parts" in row for row in (self.results.get(PILOT, {}), *self.metrics.get(PILOT, ())))
+        return "predicted cost for the longest row alone" if in_parts else "predicted cost"
 
     def predicted(self) -> Points:
         """(step, predicted cost of the plan) of each decision."""
@@ -152,9 +145,8 @@ class RunData:
 
     def points(self, run: str, key: str) -> Points:
         """Return (step, value) for each line of a run's metrics with the value."""
-        return [
-            (row["step"], row[key]) for row in self.metrics.get(run, ()) if "step" in row and row.get(key) is not None
-        ]
+        rows = self.metrics.get(run, ())
+        return [(row["step"], row[key]) for row in rows if "step" in row and row.get(key) is not None]
 
     def peaks(self) -> dict[str, Points]:
         """(step, peak bytes) of each measured run; an ongoing run uses those of its decisions.
@@ -194,17 +186,15 @@ def read_run(folder: Path) -> RunData:
     log = log_of(folder)
     of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
     if log is None and not (folder / "summary.json").is_file():
-        raise RunFolderError(
-            f"{folder} is not the folder of a run: it has no decision log (decisions/{LINES} or {LINES}) and "
-            "no summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
-            "rankpilot.attach, or the folder of a decision log."
-        )
+        lacks = f"it has no decision log (decisions/{LINES} or {LINES}) and no summary.json"
+        others = "the output folder of a Trainer with rankpilot.attach, or the folder of a decision log"
+        advice = f"Pass the folder of `rankpilot finetune`, {others}."
+        raise RunFolderError(f"{folder} is not the folder of a run: {lacks}. {advice}")
     summary = _read_summary(folder, missing) if of_finetune else {}
     if log is None and not summary:
-        raise RunFolderError(
-            f"{folder} is not the folder of a run: there is no decision log, and {missing[0]}. The page shows "
-            "fine-tunes; for results of `rankpilot policy evaluate`, see its summary.json."
-        )
+        shows = "The page shows fine-tunes; for results of `rankpilot policy evaluate`, see its summary.json."
+        why = f"there is no decision log, and {missing[0]}"
+        raise RunFolderError(f"{folder} is not the folder of a run: {why}. {shows}")
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions: list[DecisionRecord] = []
     if log is None:
@@ -269,17 +259,10 @@ def moves_sentence(record: DecisionRecord, predicted_of: str) -> str:
 
 def rates_sentence(record: DecisionRecord) -> str:
     """Describe the plan's learning rate relative to plain LoRA's; empty if equal or unknown."""
-    rates = record.rates
-    if rates is None or math.isclose(*rates, rel_tol=0.01):
+    plain, mine = record.rates or (1.0, 1.0)
+    if math.isclose(plain, mine, rel_tol=0.01):
         return ""
-    return (
-        f"The plan was trained at a peak learning rate of {rates[1]:.3g}, equivalent to {rates[0]:.3g} for plain LoRA."
-    )
-
-
-def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
-    """Return the unusual features of each module at a decision; see `unusual_features`."""
-    return unusual_features(MODULE_FEATURES, record.observation.modules)
+    return f"The plan was trained at a peak learning rate of {mine:.3g}, equivalent to {plain:.3g} for plain LoRA."
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
@@ -386,9 +369,7 @@ def is_number(value: Any) -> bool:
 
 
 def _belongs(key: str, value: Any) -> bool:
-    if key == "step_s":
-        return isinstance(value, list) and all(map(is_number, value))
-    return is_number(value)
+    return isinstance(value, list) and all(map(is_number, value)) if key == "step_s" else is_number(value)
 
 
 def _check_numbers(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:

@@ -45,28 +45,22 @@ def verdict(run: RunData) -> Verdict:
     others = {name: _against(run, name, what) for name, what in ((UNIFORM, "uniform ranks"), (ALL_LINEAR, PLAIN))}
     losses = [words for name, words in others.items() if _change(run, name) > RISE]
     gains = [words for words in others.values() if words not in losses]
-    warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), _misses_goal(run))
+    promise, missed = (run.first.promise(), run.first.misses_goal) if run.first else ("", False)
+    warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), promise if missed else "")
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
     parts = parts_sentence(run.results.get(PILOT, {}))
-    results = (_ending(run), *gains, _promise(run), rates, control_sentence(run), parts)
-    return Verdict(
-        warnings=tuple(filter(None, warnings)),
-        caveats=tuple(filter(None, [_unlike(run)])),
-        results=tuple(filter(None, results)),
-    )
+    results = (_ending(run), *gains, "" if missed else promise, rates, control_sentence(run), parts)
+    return Verdict(*(tuple(filter(None, sentences)) for sentences in (warnings, [_unlike(run)], results)))
 
 
 def _diverged(run: RunData) -> str:
     """Report a non-finite loss or gradient, or a training loss that ends above its start."""
     if ended := [at for at, undone in run.broken if not undone]:
-        return (
-            f"The run diverged: losses, gradients or weights were non-finite up to step {ended[0]}, where it "
-            "ended. Lower the learning rate."
-        )
+        what = f"losses, gradients or weights were non-finite up to step {ended[0]}, where it ended"
+        return f"The run diverged: {what}. Lower the learning rate."
     held_out = run.results.get(PILOT, {}).get("held_out_loss")
-    values: list[tuple[str, float, float]] = []
-    for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("grad_norm", "gradient norm")):
-        values += [(name, step, value) for step, value in run.points(PILOT, key)]
+    names = {"loss": "training loss", "eval_loss": "held-out loss", "grad_norm": "gradient norm"}
+    values = [(name, step, value) for key, name in names.items() for step, value in run.points(PILOT, key)]
     if held_out is not None:
         values.append(("held-out loss", run.steps, held_out))
     for name, at, value in sorted(values, key=lambda row: row[1]):
@@ -74,10 +68,8 @@ def _diverged(run: RunData) -> str:
             return f"The run diverged: the {name} is {value} at step {at:g}. Lower the learning rate."
     losses = run.points(PILOT, "loss")
     if held_out is not None and losses and held_out > BLOWN_UP * losses[0][1] > 0:
-        return (
-            f"The run diverged: the final held-out loss is {held_out:.4g}, the first training loss "
-            f"{losses[0][1]:.4g}. Lower the learning rate."
-        )
+        what = f"the final held-out loss is {held_out:.4g}, the first training loss {losses[0][1]:.4g}"
+        return f"The run diverged: {what}. Lower the learning rate."
     start, end = rise_of(losses)
     if end > (1 + DIVERGED) * start:
         return f"The run diverged: the training loss rose from {start:.4g} to {end:.4g}. Lower the learning rate."
@@ -108,15 +100,11 @@ def _guesses(run: RunData) -> str:
     rows, largest = (run.summary.get(key) for key in ("held_out_rows", "largest_class"))
     if accuracy is None or not rows or not largest or accuracy > largest + math.sqrt(largest * (1 - largest) / rows):
         return ""
+    reached, always = f"its held-out accuracy of {accuracy:.1%}", f"predicting the most frequent class ({largest:.1%})"
     if accuracy > largest:
-        return (
-            f"The model may be guessing: its held-out accuracy of {accuracy:.1%} is barely above always "
-            f"predicting the most frequent class ({largest:.1%}), and {rows:,} rows are too few to tell."
-        )
-    return (
-        f"The model is guessing: its held-out accuracy of {accuracy:.1%} is no better than always "
-        f"predicting the most frequent class ({largest:.1%})."
-    )
+        few = f"and {rows:,} rows are too few to tell"
+        return f"The model may be guessing: {reached} is barely above always {always}, {few}."
+    return f"The model is guessing: {reached} is no better than always {always}."
 
 
 def _rose(run: RunData) -> str:
@@ -126,10 +114,9 @@ def _rose(run: RunData) -> str:
     lowest, last = min(points, key=lambda point: point[1]), points[-1]
     if last[1] <= (1 + RISE) * lowest[1]:
         return ""
-    return (
-        f"The held-out loss rose during the run, from {lowest[1]:.3f} at step {lowest[0]:g} to "
-        f"{last[1]:.3f} at step {last[0]:g}. Train for fewer steps, or lower the learning rate."
-    )
+    first, end = (f"{loss:.3f} at step {step:g}" for step, loss in (lowest, last))
+    advice = "Train for fewer steps, or lower the learning rate."
+    return f"The held-out loss rose during the run, from {first} to {end}. {advice}"
 
 
 def _exceeded(run: RunData) -> str:
@@ -143,15 +130,6 @@ def _exceeded(run: RunData) -> str:
 def _unlike(run: RunData) -> str:
     caveats = run.first.caveats if run.first else ()
     return f"Expectations come from other runs and are less reliable here: {', '.join(caveats)}." if caveats else ""
-
-
-def _misses_goal(run: RunData) -> str:
-    return run.first.promise() if run.first and run.first.misses_goal else ""
-
-
-def _promise(run: RunData) -> str:
-    """Return the policy's expectation of its first plan."""
-    return run.first.promise() if run.first and not run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:
@@ -187,19 +165,15 @@ def _against(run: RunData, name: str, what: str) -> str:
         least, most = min(ranks), max(ranks)
         equal = f"rank {most}" if least == most else f"ranks {least} to {most}"
         sentence += f", {equal} on {len(ranks)} of {len(other['ranks'])} modules"
-    shares = [
-        f"{mine[key] / other[key]:.0%} of its {unit}"
-        for key, unit in (("peak_bytes", "memory"), ("median_step_s", "step time"))
-        if name == ALL_LINEAR and mine.get(key) and other.get(key)
-    ]
+    units = {"peak_bytes": "memory", "median_step_s": "step time"} if name == ALL_LINEAR else {}
+    known = ((key, unit) for key, unit in units.items() if mine.get(key) and other.get(key))
+    shares = [f"{mine[key] / other[key]:.0%} of its {unit}" for key, unit in known]
+    sentence += f", with {' and '.join(shares)}." if shares else "."
     again = run.saved[0].again_bytes if shares and run.saved else None
-    checkpointed = (
-        f" With all layers checkpointed it would take {format_bytes(again)}; this run took "
-        f"{mine['peak_bytes'] / again:.0%} of that."
-        if again and mine.get("peak_bytes")
-        else ""
-    )
-    return sentence + (f", with {' and '.join(shares)}." if shares else ".") + checkpointed
+    if not again or not mine.get("peak_bytes"):
+        return sentence
+    share = f"this run took {mine['peak_bytes'] / again:.0%} of that"
+    return f"{sentence} With all layers checkpointed it would take {format_bytes(again)}; {share}."
 
 
 # What each picture shows, in words -----------------------------------------------------------------------------------
@@ -216,8 +190,7 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
     change = (value - reference) / reference
     if abs(change) < 0.0005:
         return f"{run} and {other} end equal at a held-out loss of {value:.3f}"
-    word = "below" if change < 0 else "above"
-    differs = f"{abs(change):.1%} {word} {other}"
+    differs = f"{abs(change):.1%} {'below' if change < 0 else 'above'} {other}"
     return f"{run} ends {differs} on held-out data ({value:.3f} vs {reference:.3f}, one run each)"
 
 
@@ -347,10 +320,8 @@ def comparison_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[i
     rows, results = [], list(_columns(runs).values())
     for measure in _MEASURES:
         values = [result.get(measure.key) for result in results]
-        cells = [
-            "–" if value is None else measure.text(value, result["unit"])
-            for value, result in zip(values, results, strict=True)
-        ]
+        pairs = zip(values, results, strict=True)
+        cells = ["–" if value is None else measure.text(value, result["unit"]) for value, result in pairs]
         known = [(measure.better * value, cells[index]) for index, value in enumerate(values) if value is not None]
         if not known:
             continue

@@ -23,11 +23,8 @@ from ..decide.rules import RULES
 from .replay import WhatIf, redecide, usual_questions, what_if
 from .run_data import rates_sentence
 
-RATE_TOLD = {
-    HALVED: ", and halved the learning rate",
-    DOUBLED: ", and doubled the learning rate",
-    UNDO: ", and restored the last copy at a quarter of the learning rate",
-}
+_RESTORED = ", and restored the last copy at a quarter of the learning rate"
+RATE_TOLD = {HALVED: ", and halved the learning rate", DOUBLED: ", and doubled the learning rate", UNDO: _RESTORED}
 """Changes to the learning rate by a decision, in addition to ranks."""
 
 SHOWN = 3
@@ -161,11 +158,8 @@ def _against_plain(logged: DecisionRecord, found: Choice) -> str:
         return f": its loss is expected to be {expected} versus {PLAIN}{unfit}, very likely at most {surely}"
     most = "the least time per step" if found.goal.kind == "time" else "the least memory"
     mine, plain = (_cost(logged, found, plan) for plan in (found.taken, 0))
-    return (
-        f": of {plural(int(found.within_tolerance.sum()), 'plan')} very likely within "
-        f"{percent(found.goal.tolerance)} of the loss of {PLAIN}, it takes {most}, {mine} versus "
-        f"{plain}{unfit}"
-    )
+    near = f"{plural(int(found.within_tolerance.sum()), 'plan')} very likely within {percent(found.goal.tolerance)}"
+    return f": of {near} of the loss of {PLAIN}, it takes {most}, {mine} versus {plain}{unfit}"
 
 
 def _cost(logged: DecisionRecord, found: Choice, plan: int) -> str:
@@ -179,12 +173,10 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
     if parts:
         more = " and smaller ones" if len(parts) > SHOWN else ""
         yield f"The expectation is the sum of these effects: {', '.join(parts[:SHOWN])}{more}."
-        columns = (found.expected, found.reach, found.spread)
-        expected, reach, spread = (float(values[found.taken]) for values in columns)
-        yield (
-            f"Fine-tunes vary with a standard deviation of {100 * spread:.1f} %: the loss may be anywhere "
-            f"from {percent(expected - reach)} to {percent(expected + reach)}."
-        )
+        expected, reach, spread = (float(each[found.taken]) for each in (found.expected, found.reach, found.spread))
+        low, high = percent(expected - reach), percent(expected + reach)
+        varies = f"Fine-tunes vary with a standard deviation of {100 * spread:.1f} %"
+        yield f"{varies}: the loss may be anywhere from {low} to {high}."
     yield f"The goal is {found.goal}."
     yield _runners_up(logged, found)
     if found.caveats:
@@ -243,9 +235,7 @@ def _choice_json(found: Choice) -> dict[str, Any]:
         {
             "name": found.names[plan],
             "ranks": found.plans[plan].tolist(),
-            "expected": float(found.expected[plan]),
-            "spread": float(found.spread[plan]),
-            "surely": float(found.surely[plan]),
+            **{name: float(getattr(found, name)[plan]) for name in ("expected", "spread", "surely")},
             "fits": bool(found.fits[plan]),
             "within": bool(found.within_tolerance[plan]) if saves else None,
             "cost": float(found.costs[plan]),
@@ -253,9 +243,5 @@ def _choice_json(found: Choice) -> dict[str, Any]:
         }
         for plan in order.tolist()
     ]
-    return {
-        "goal": str(found.goal),
-        "plans": plans,
-        "taken": order.tolist().index(found.taken),
-        "parts": [{"name": name, "value": value} for name, value in _parts(found)],
-    }
+    parts = [{"name": name, "value": value} for name, value in _parts(found)]
+    return {"goal": str(found.goal), "plans": plans, "taken": order.tolist().index(found.taken), "parts": parts}

