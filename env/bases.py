@@ -150,8 +150,8 @@ def _weights(name: str) -> dict[str, Any]:
 
 def load_base_model(name: str) -> PreTrainedModel:
     """Return a fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
-    model, weights = new_base_model(find_base(name)), _weights(name)
-    _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
+    model, weights = new_base_model(find_base(name)), {key: value.float() for key, value in _weights(name).items()}
+    _, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected:
         raise AssetError(f"The weights of proxy base {name!r} do not match its architecture: {unexpected[:3]}.")
     model.tie_weights()
@@ -167,12 +167,7 @@ ALPHA = 16
 def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     """Return the proxy base with a LoRA pair on every target module; one per process, as episodes run one at a time."""
     base = find_base(name)
-    config = LoraConfig(
-        r=8,
-        lora_alpha=ALPHA,
-        target_modules=list(base.target_modules),
-        lora_dropout=0.0,
-        fan_in_fan_out=base.family == "gpt2",
-    )
+    names, is_gpt2 = list(base.target_modules), base.family == "gpt2"
+    config = LoraConfig(r=8, lora_alpha=ALPHA, target_modules=names, fan_in_fan_out=is_gpt2)
     model = get_peft_model(load_base_model(name), config)
     return model, find_target_modules(model)

@@ -78,18 +78,15 @@ def play(number: int, settings: Settings, seed: int, actions: Sequence[Sequence[
             _STACKS[number] = _Stack(FineTuneVectorEnv(**settings), settings)
         stack = _STACKS[number]
         env, taken = stack.env, [list(each) for each in actions]
+        left = taken[-1:]
         if stack.seed != seed or stack.actions != taken[:-1] or not taken:
             seen, _ = env.reset(seed=seed)
-            nothing = np.zeros(env.num_envs)
-            answer = Played(seen, env.action_masks(), env.rule_actions(), nothing, [{}] * env.num_envs, False)
+            rewards, infos, over = np.zeros(env.num_envs), [dict[str, Any]()] * env.num_envs, False
             left = taken
-        else:
-            left = taken[-1:]
         for each in left:
             seen, rewards, infos, over = env.advance(np.asarray(each))
-            answer = Played(seen, env.action_masks(), env.rule_actions(), rewards, infos, over)
         stack.seed, stack.actions = seed, taken
-    return answer
+        return Played(seen, env.action_masks(), env.rule_actions(), rewards, infos, over)
 
 
 class _Here:
