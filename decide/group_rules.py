@@ -19,7 +19,7 @@ from .groups import DOUBLE, GO_BACK, HALVE, NOTHING, GroupView, Steering, best
 from .observation import RUN_FEATURES, STEPS_PREFIX
 from .rate_control import CHANGES, FEATURES, UNDO, AlignmentRule, RateControl
 
-_FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{next(iter(FEATURES)).replace(' ', '_')}")
+_FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{FEATURES[0].replace(' ', '_')}")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ _WANTED = ("rank_floor", "depth_bias", "change")
 _CHOICE = "choice."
 """Prefix of the arrays of a choice."""
 
-_RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
+_PLANS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after")
+_RANKS = (*_PLANS, "max_ranks", "blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,27 +175,14 @@ class DecisionRecord:
             rates: peak learning rate for plain LoRA, and under the plan.
         """
         pinned = np.isin(observation.names, list(applier.notes))
+        sha256 = getattr(policy, "sha256", None)  # learned policies only
         return cls(
-            run=run,
-            policy=policy.name,
-            policy_sha256=getattr(policy, "sha256", None),  # learned policies only
-            number=number,
-            step=step,
-            seed=applier.seed,
-            loss=loss,
-            measured_cost=measured_cost,
-            observation=observation,
-            decision=decision,
-            rank_clipped=plan.clipped,
-            rank_after=plan.ranks,
-            predicted_cost=plan.cost,
-            pinned=pinned if pinned.any() else None,
-            correction=correction,
-            schedule=asdict(applier.clock.schedule),
-            notes={**(notes or {}), **applier.notes},
-            saved=saved,
-            rates=rates,
-        )
+            run=run, policy=policy.name, policy_sha256=sha256, number=number, step=step, seed=applier.seed, loss=loss,
+            measured_cost=measured_cost, observation=observation, decision=decision, rank_clipped=plan.clipped,
+            rank_after=plan.ranks, predicted_cost=plan.cost, pinned=pinned if pinned.any() else None,
+            correction=correction, schedule=asdict(applier.clock.schedule),
+            notes={**(notes or {}), **applier.notes}, saved=saved, rates=rates,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         size = len(self.modules)
@@ -203,14 +191,7 @@ class DecisionRecord:
                 f"A decision needs distinct module names, and a number and a step of at least 0; got {size} "
                 f"modules, decision {self.number}, step {self.step}."
             )
-        given = {
-            "rank_before": self.rank_before,
-            "rank_wanted": self.rank_wanted,
-            "rank_clipped": self.rank_clipped,
-            "rank_after": self.rank_after,
-            "score": self.decision.scores,
-        }
-        for name, values in given.items():
+        for name, values in (self._plans() | {"score": self.decision.scores}).items():
             if np.shape(values) != (size,):
                 raise DataError(f"`{name}` of decision {self.number} has shape {np.shape(values)}, not {(size,)}.")
 
@@ -252,6 +233,9 @@ class DecisionRecord:
         """True if the policy wanted to keep the current ranks."""
         return keeps(self.observation, self.decision)
 
+    def _plans(self) -> dict[str, IntArray]:
+        return {name: getattr(self, name) for name in _PLANS}
+
     def plan(self) -> dict[str, int]:
         """Rank of each module after the decision, by full name."""
         return dict(zip(self.modules, self.rank_after.tolist(), strict=True))
@@ -288,10 +272,7 @@ class DecisionRecord:
             "module": self.modules,
             "block": problem.blocks,
             "pinned": problem.is_pinned,
-            "rank_before": self.rank_before,
-            "rank_wanted": self.rank_wanted,
-            "rank_clipped": self.rank_clipped,
-            "rank_after": self.rank_after,
+            **self._plans(),
             "score": self.decision.scores,
             "changed_by_projection": self.rank_clipped != self.rank_after,
             "note": [self.notes.get(name) for name in self.modules],
@@ -388,10 +369,10 @@ class DecisionLog:
             RunFolderError: there is no such decision, the log is from rankpilot 0.2, or one of its files is damaged.
         """
         lines = self._lines()
-        found = [line for line in lines if line["decision"] == number]
-        if not found:
-            raise RunFolderError(f"No decision {number} in {self.folder}, which has {len(lines)} decisions.")
-        return self._record(found[0])
+        for line in lines:
+            if line["decision"] == number:
+                return self._record(line)
+        raise RunFolderError(f"No decision {number} in {self.folder}, which has {len(lines)} decisions.")
 
     def to_pandas(self) -> Any:
         """Return the log as a pandas DataFrame with one row per module and decision.
@@ -472,8 +453,7 @@ class DecisionLog:
         path = self._arrays(line["decision"])
         try:
             arrays, described = read_arrays(path)
-            names = json.dumps([MODULE_FEATURES, RUN_FEATURES])
-            if described.get(_METADATA) != names:
+            if described.get(_METADATA) != json.dumps([MODULE_FEATURES, RUN_FEATURES]):
                 raise ValueError("its policy used other features than this version's")
             return _record_of(line, arrays)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -506,10 +486,7 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
         "features": observation.modules,
         "run_features": observation.run,
         "score": record.decision.scores,
-        "rank_before": record.rank_before,
-        "rank_wanted": record.rank_wanted,
-        "rank_clipped": record.rank_clipped,
-        "rank_after": record.rank_after,
+        **record._plans(),
         "pinned": record.pinned,
         "max_ranks": problem.max_ranks,
         "blocks": problem.blocks,
@@ -557,17 +534,10 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
     cost = cost_from_state({**line["cost"], **_part(arrays, "cost.")})
     check_cost(cost, size)
     problem = AllocationProblem(
-        ranks=arrays["rank_before"],
-        max_ranks=arrays["max_ranks"],
-        blocks=arrays["blocks"],
-        cost=cost,
-        limit=float(line["limit"]),
-        ladder=RankLadder(tuple(line["ladder"])),
-        max_step=line["max_step"],
-        low=arrays.get("low"),
-        high=arrays.get("high"),
-        hysteresis=float(line["hysteresis"]),
-    )
+        ranks=arrays["rank_before"], max_ranks=arrays["max_ranks"], blocks=arrays["blocks"], cost=cost,
+        limit=float(line["limit"]), ladder=RankLadder(tuple(line["ladder"])), max_step=line["max_step"],
+        low=arrays.get("low"), high=arrays.get("high"), hysteresis=float(line["hysteresis"]),
+    )  # fmt: skip
     decision = Decision(
         ranks=arrays["rank_wanted"],
         scores=arrays["score"],

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from ..common.arrays import FloatArray, IntArray
+from ..common.arrays import IntArray
 from ..common.errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
 from ..common.text import cost_text, format_bytes
@@ -78,8 +78,7 @@ class GivenPlan:
         for name in self.ranks:
             if name not in observation.names:
                 raise UnknownNameError.of("target module", name, observation.names)
-        missing = [name for name in observation.names if name not in self.ranks]
-        if missing:
+        if missing := [name for name in observation.names if name not in self.ranks]:
             raise ConfigError(
                 f"The plan {self.name} has no rank for {len(missing)} of {len(observation.names)} modules, "
                 f"including {missing[0]!r}. Set a rank for each target module; 0 means no adapter."
@@ -316,11 +315,6 @@ class SignalRule:
         return decision_from_scores(observation, self.gain * mean_feature(observation, self.signals))
 
 
-def signal_mean(observation: Observation) -> FloatArray:
-    """Mean of the three signals of signal-mean, each as a log minus its mean, (modules,)."""
-    return mean_feature(observation, MEAN_SIGNALS)
-
-
 @dataclass(frozen=True)
 class FixedPlan:
     """One plan for the whole run, made at the first decision without signals.
@@ -391,22 +385,9 @@ class RandomScores:
         if not is_first(observation):
             return decision_to_keep(observation)
         seen = np.concatenate([observation.run, observation.modules.ravel()]).round(2) + np.float32(0)  # no -0
-        digest = hashlib.sha256(seen.tobytes()).digest()
-        generator = np.random.default_rng([self.draw, *digest])
+        generator = np.random.default_rng([self.draw, *hashlib.sha256(seen.tobytes()).digest()])
         return decision_from_scores(observation, generator.normal(size=len(observation.modules)))
 
-
-__all__ = [
-    "MEAN_SIGNALS",
-    "RULES",
-    "FixedPlan",
-    "RandomScores",
-    "SignalRule",
-    "TopDown",
-    "Window",
-    "find_rule",
-    "signal_mean",
-]
 
 _RULES: tuple[Policy, ...] = (
     TopDown(),

@@ -136,7 +136,6 @@ class AllocationProblem:
         cost: Cost,
         limit: float,
         *,
-        ladder: RankLadder | None = None,
         max_step: int | None = None,
         low: IntArray | None = None,
         high: IntArray | None = None,
@@ -148,7 +147,6 @@ class AllocationProblem:
             modules: the target modules; their tensors are not used.
             cost: cost of plans.
             limit: maximum cost of a plan.
-            ladder: allowed ranks; the default ladder if not given.
             max_step: maximum rungs per module; None at the first decision, free to use the whole ladder.
             low: minimum rank of each module, (modules,).
             high: maximum rank of each module, (modules,).
@@ -162,7 +160,7 @@ class AllocationProblem:
             blocks=np.array([module.block for module in modules], dtype=np.int64),
             cost=cost,
             limit=limit,
-            ladder=ladder or RankLadder(),
+            ladder=RankLadder(),
             max_step=max_step,
             low=low,
             high=high,
@@ -183,16 +181,13 @@ class AllocationProblem:
 
     def _check_rungs(self, low: IntArray) -> None:
         """Check that each module has a rung between its bounds."""
-        wrong = np.flatnonzero((low > self._most) | (self.bottoms > self.tops))
-        if len(wrong) == 0:
+        wrong = np.flatnonzero((low > self._most) | (self.bottoms > self.tops)).tolist()
+        if not wrong:
             return
-        module, ladder = int(wrong[0]), self.ladder.ranks
+        module, ladder = wrong[0], self.ladder.ranks
         least, most = int(low[module]), int(self._most[module])
-        reason = (
-            f"low {least} is above high {most}"
-            if least > most
-            else f"no rank of {ladder} is between {least} and {most}"
-        )
+        between = f"no rank of {ladder} is between {least} and {most}"
+        reason = f"low {least} is above high {most}" if least > most else between
         raise ConfigError(f"The bounds of module {module} allow no rank: {reason}.")
 
     @cached_property
@@ -293,10 +288,6 @@ class PlanBuilder:
         """True if the plan is within the limit."""
         return bool(self.costs.max() <= self._limit)
 
-    def additions(self, modules: IntArray) -> FloatArray:
-        """Cost of adapting each of these modules alone before its first rank, (moments, len(modules))."""
-        return self._fixed.additions(modules)
-
     def lift(self, module: int, rung: int) -> bool:
         """Raise a module to this rung if it fits; return True on success."""
         costs = self.costs + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
@@ -345,7 +336,7 @@ class PlanBuilder:
     def _adapt_more(self, upper: IntArray) -> bool:
         """Adapt further modules where they fit, best scores first; return True if any was adapted."""
         absent = self._can_rise((self.rungs == 0) & (upper > 0))
-        alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
+        alone = self.costs[:, None] + self._fixed.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
         able = absent[(alone <= self._limit).all(axis=0)]
         order = np.argsort(-self._preference[able], kind="stable")
         lifted = [self.lift(module, 1) for module in able[order].tolist()]
@@ -355,8 +346,7 @@ class PlanBuilder:
         """Indices of the modules with room for one more rank, ignoring the cost of further groups."""
         able = np.flatnonzero(modules)
         rises = self._per_rank[:, able] * self._rises[self.rungs[able] + 1]
-        result: IntArray = able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)]
-        return result
+        return np.asarray(able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)])
 
     def raise_adapted(self, upper: IntArray) -> None:
         """Raise adapted modules rung by rung wherever it fits, lowest level first, none above its bound."""
