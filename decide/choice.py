@@ -228,18 +228,13 @@ def frontier(found: Choice) -> list[FrontierPlan]:
 
 
 def _plan(found: Choice, plan: int) -> FrontierPlan:
-    expected, reach = float(found.expected[plan]), SURE * float(found.spread[plan])
+    expected, reach = float(found.expected[plan]), float(found.reach[plan])
     return FrontierPlan(
-        name=found.names[plan],
-        ranks=found.plans[plan],
-        cost=float(found.costs[plan]),
+        name=found.names[plan], ranks=found.plans[plan], cost=float(found.costs[plan]),
         seconds=None if found.seconds is None else float(found.seconds[plan]),
-        loss=math.exp(expected),
-        low=math.exp(expected - reach),
-        high=math.exp(expected + reach),
-        fits=bool(found.fits[plan]),
-        taken=plan == found.taken,
-    )
+        loss=math.exp(expected), low=math.exp(expected - reach), high=math.exp(expected + reach),
+        fits=bool(found.fits[plan]), taken=plan == found.taken,
+    )  # fmt: skip
 
 
 def _undominated(found: Choice) -> Iterator[int]:

@@ -49,53 +49,31 @@ NARROW = 64
 
 def _llama(depth: int, width: int) -> ProxyBase:
     config = {
-        "vocab_size": 256,
-        "hidden_size": width,
-        "intermediate_size": 11 * width // 4,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+        "vocab_size": 256, "hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": depth,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return ProxyBase(f"llama-{depth}x{width}", "llama", depth, targets, config)
 
 
 def _bert(depth: int, width: int) -> ProxyBase:
     config = {
-        "vocab_size": MASK_TOKEN + 1,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-        "type_vocab_size": 1,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.06 if width <= NARROW else 0.02,
-        "pad_token_id": None,
-    }
+        "vocab_size": MASK_TOKEN + 1, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth,
+        "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.06 if width <= NARROW else 0.02, "pad_token_id": None,
+    }  # fmt: skip
     targets = ("query", "key", "value", "output.dense", "intermediate.dense")
     return ProxyBase(f"bert-{depth}x{width}", "bert", depth, targets, config)
 
 
 def _gpt2(depth: int, width: int) -> ProxyBase:
     config = {
-        "vocab_size": 256,
-        "n_embd": width,
-        "n_layer": depth,
-        "n_head": 4,
-        "n_positions": POSITIONS,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "initializer_range": 0.06 if width <= NARROW else 0.02,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+        "vocab_size": 256, "n_embd": width, "n_layer": depth, "n_head": 4, "n_positions": POSITIONS, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.06 if width <= NARROW else 0.02,
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
     return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
 
 

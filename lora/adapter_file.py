@@ -44,22 +44,15 @@ MOST_CONFIG_BYTES = 2**24
 MOST_PATTERN, MOST_REPEATS = 1000, 2
 """Maximum length of a pattern of module names, and maximum number of unbounded repeats in it."""
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "use_dora": (bool,),
-    "lora_bias": (bool,),
-    "fan_in_fan_out": (bool,),
-    "bias": (str,),
-    "task_type": (str,),
-    "peft_type": (str,),
-    "base_model_name_or_path": (str,),
-    "target_modules": (str, list),
-    "modules_to_save": (list,),
+_TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
+    (int,): ("r",),
+    (int, float): ("lora_alpha", "lora_dropout"),
+    (bool,): ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+    (str,): ("bias", "task_type", "peft_type", "base_model_name_or_path"),
+    (str, list): ("target_modules",),
+    (list,): ("modules_to_save",),
 }
-"""Types of the settings that are read or passed on; each may be missing or None."""
+"""Settings that are read or passed on, by type; each may be missing or None."""
 
 _REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\}|(?<!\()\?)")
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
@@ -172,8 +165,7 @@ _STACKED = ("gate_up_proj", "up_proj", "down_proj")
 def _parameter_of(module: str, config: LoraConfig) -> str | None:
     """Return the parameter adapted by a module of the file; None if it holds no experts."""
     stem = module.replace(".base_layer", "")
-    names = [f"{stem}.{leaf}" for leaf in _STACKED]
-    wrapped = [name for name in names if _is_parameter(name, config)]
+    wrapped = [name for leaf in _STACKED if _is_parameter(name := f"{stem}.{leaf}", config)]
     depth = module.count(".base_layer")
     return wrapped[::-1][depth] if depth < len(wrapped) else None
 
@@ -196,8 +188,7 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
         match = PAIR_KEY.fullmatch(key)
         if match and match.group(3) != ".bias":
             name, side, _ = match.groups()
-            size = tensor.shape["AB".index(side)] if tensor.dim() > 1 else -1
-            sides.setdefault(name, {})[side] = size
+            sides.setdefault(name, {})[side] = tensor.shape["AB".index(side)] if tensor.dim() > 1 else -1
     if not sides:
         raise UnsupportedError(f"{folder / SAFETENSORS_WEIGHTS_NAME} contains no LoRA pair.")
     for name, sizes in sides.items():
@@ -229,7 +220,7 @@ def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
 
 def _check_types(path: Path, values: Mapping[str, object]) -> None:
     """Refuse settings with types PEFT does not write, before they reach files for other programs."""
-    for name, kinds in _TYPES.items():
+    for name, kinds in ((name, kinds) for kinds, names in _TYPES.items() for name in names):
         value = values.get(name)
         known = value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
         if not known or (isinstance(value, float) and not math.isfinite(value)):
@@ -282,16 +273,9 @@ MOST_PADDED_BYTES = 2**33
 """Maximum size of a padded adapter in bytes."""
 
 _OTHER_FORMS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "layer_replication",
-)
+    "use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config",
+    "alora_invocation_tokens", "layer_replication",
+)  # fmt: skip
 """LoraConfig settings under which a module does not compute W x + s B A x."""
 
 _AXOLOTL_KEYS = {
@@ -498,11 +482,10 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
         )
     if kind == ".bias":
         return new
-    if side == "A":  # the expert axis is slowest here, and fastest in B
-        each = new.reshape(experts, -1, new.shape[1])
-        return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(0, 1).contiguous()
-    each = new.reshape(new.shape[0], -1, experts)
-    return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(1).contiguous()
+    is_a = side == "A"  # its expert axis is slowest, B's fastest
+    each = new.reshape(experts, -1, new.shape[1]) if is_a else new.reshape(new.shape[0], -1, experts)
+    padded = nn.functional.pad(each, (0, 0, 0, rank - each.shape[1]))
+    return (padded.flatten(0, 1) if is_a else padded.flatten(1)).contiguous()
 
 
 def _split(tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]) -> dict[str, torch.Tensor]:

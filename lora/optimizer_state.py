@@ -86,10 +86,8 @@ class BitsandbytesForm(StateForm):
         moment = state[key].to(parameter.device)
         if moment.dtype != torch.uint8:
             return moment
-        number = key[-1]
-        value: torch.Tensor = dequantize_blockwise(
-            moment, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=LOW_BIT_BLOCK
-        )
+        scales, codes = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+        value: torch.Tensor = dequantize_blockwise(moment, absmax=scales, code=codes, blocksize=LOW_BIT_BLOCK)
         return value
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
@@ -428,9 +426,8 @@ class OptimizerSnapshot:
         self._before: dict[nn.Parameter, dict[str, tuple[Any, torch.device | None]] | None] = {}
         for parameter in parameters:
             values = self._state.get(parameter)
-            self._before[parameter] = (
-                None if values is None else {k: _in_main_memory(v, parameter, steps) for k, v in values.items()}
-            )
+            kept = {k: _in_main_memory(v, parameter, steps) for k, v in (values or {}).items()}
+            self._before[parameter] = None if values is None else kept
 
     def put_back(self) -> None:
         """Restore the state; works once."""

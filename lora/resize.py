@@ -125,16 +125,6 @@ only the zero side gets gradients, and "mean" keeps its steps from being huge.
 """
 
 
-@dataclass(frozen=True)
-class RankChange:
-    """The rank change of one module; `note` explains a deviation from the requested rank, and is otherwise empty."""
-
-    name: str
-    before: int
-    after: int
-    note: str = ""
-
-
 @torch.no_grad()
 def set_ranks(
     targets: Sequence[TargetModule],
@@ -143,11 +133,11 @@ def set_ranks(
     *,
     seed: int = 0,
     step: int = 0,
-) -> list[RankChange]:
+) -> None:
     """Set new ranks of the named modules. Modules shrink before others grow, so memory stays within the larger plan's.
 
     A rank above min(d_in, d_out) is lowered to it. A module with NaN or infinity in factors, gradients or optimizer
-    state keeps its rank, unless it is to be dropped. Each such case has a note in the result; one warning lists all.
+    state keeps its rank, unless it is to be dropped. One warning lists all such cases.
 
     Args:
         targets: all target modules of the adapter.
@@ -155,9 +145,6 @@ def set_ranks(
         optimizer: the optimizer whose state is mapped. Without one, only the weights change.
         seed: determines the random side of new directions, together with `step` and the module's name.
         step: the training step of the change.
-
-    Returns:
-        One entry for each module with a changed or deviating rank; shrunken ones come first.
 
     Raises:
         UnknownNameError, ConfigError, UnsupportedError: see `check_ranks` and `check_optimizer`; no rank has changed.
@@ -176,21 +163,18 @@ def set_ranks(
     _shrink([(target, rank) for target, rank in moving if 0 < rank < target.rank], optimizer, seed, step)
     _grow([(target, rank) for target, rank in moving if rank > target.rank], optimizer, seed, step)
     order = sorted(wanted, key=lambda item: item[0].rank > before[item[0].name])
-    changes = [_change(target, before[target.name], ranks[target.name], target.name in broken) for target, _ in order]
-    notes = [f"{change.name} has rank {change.after} ({change.note})" for change in changes if change.note]
-    if notes:
+    if notes := [note for target, _ in order if (note := _note(target, ranks[target.name], target.name in broken))]:
         more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
         logger.warning("Ranks that could not be set as requested: %s%s.", "; ".join(notes[:3]), more)
-    return [change for change in changes if change.before != change.after or change.note]
 
 
-def _change(target: TargetModule, before: int, wanted: int, broken: bool) -> RankChange:
-    note = ""
+def _note(target: TargetModule, wanted: int, broken: bool) -> str:
+    """Text for a module whose rank deviates from the requested one; empty for any other."""
+    has = f"{target.name} has rank {target.rank}"
     if target.rank != wanted and broken:
-        note = f"not set to {wanted}: its factors, gradients or optimizer state contain NaN or infinity"
-    elif wanted > target.max_rank:
-        note = f"requested {wanted}, above min(d_in, d_out) = {target.max_rank}"
-    return RankChange(target.name, before, target.rank, note)
+        return f"{has} (not set to {wanted}: its factors, gradients or optimizer state contain NaN or infinity)"
+    above = f"{has} (requested {wanted}, above min(d_in, d_out) = {target.max_rank})"
+    return above if wanted > target.max_rank else ""
 
 
 def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None = None) -> list[str]:

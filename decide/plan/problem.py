@@ -18,7 +18,7 @@ import numpy as np
 from ...common.arrays import BoolArray, FloatArray, IntArray
 from ...common.errors import ConfigError, UnknownNameError, shown
 from ...cost.cost import Cost, FixedCost, plan_cost
-from ...lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder
+from ...lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder, highest_ranks
 
 MOST_RANK = 2**31 - 1
 """Maximum rank in a bound; the decision log stores ranks in 32 bits."""
@@ -42,7 +42,7 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
         >>> rank_bounds(modules, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
     """
     low = np.zeros(len(modules), dtype=np.int64)
-    useful = np.array([module.max_rank for module in modules], dtype=np.int64)
+    useful = highest_ranks(modules)
     high = useful.copy()
     for name, bound in bounds.items():
         chosen = [i for i, module in enumerate(modules) if module.name == name or module.name.endswith(f".{name}")]
@@ -154,18 +154,11 @@ class AllocationProblem:
         """
         if ranks is None:
             ranks = np.zeros(len(modules), dtype=np.int64)
+        blocks, hysteresis = [module.block for module in modules], 0.0 if max_step is None else HYSTERESIS
         return cls(
-            ranks=ranks,
-            max_ranks=np.array([module.max_rank for module in modules], dtype=np.int64),
-            blocks=np.array([module.block for module in modules], dtype=np.int64),
-            cost=cost,
-            limit=limit,
-            ladder=RankLadder(),
-            max_step=max_step,
-            low=low,
-            high=high,
-            hysteresis=0.0 if max_step is None else HYSTERESIS,
-        )
+            ranks=ranks, max_ranks=highest_ranks(modules), blocks=np.array(blocks, dtype=np.int64), cost=cost,
+            limit=limit, ladder=RankLadder(), max_step=max_step, low=low, high=high, hysteresis=hysteresis,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not self.hysteresis >= 0:
