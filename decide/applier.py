@@ -83,9 +83,8 @@ def probe(
         loss = closure()
         history.append(float(loss.detach()))
         if not np.isfinite(history[-1]):
-            raise NonFiniteError(
-                f"The loss of probe step {len(history)} is {history[-1]}. Check the data and lower the learning rate."
-            )
+            what = f"The loss of probe step {len(history)} is {history[-1]}"
+            raise NonFiniteError(f"{what}. Check the data and lower the learning rate.")
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         meter.accumulate()
@@ -176,14 +175,10 @@ class PlanApplier(Generic[AdaptersT]):
         """The plans allowed at the next decision, or until then."""
         buffers = self.clock.measures if now else self.clock.will_measure
         cost = self.cost if buffers else self._without_buffers(self.cost)
+        priced = self.time.added_to(cost, self.limit) if self.time else cost
+        reach = self.clock.schedule.reach(self.clock.taken)
         return AllocationProblem.of(
-            self.targets,
-            self.time.added_to(cost, self.limit) if self.time else cost,
-            self.limit,
-            max_step=self.clock.schedule.reach(self.clock.taken),
-            low=self.low,
-            high=self.high,
-            ranks=self.ranks,
+            self.targets, priced, self.limit, max_step=reach, low=self.low, high=self.high, ranks=self.ranks
         )
 
     def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:

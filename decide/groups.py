@@ -222,10 +222,3 @@ class Steering:
         """Decide by the actor's action."""
         view = GroupView.of(observation)
         return view.decision(self.actor.act(view))
-
-
-def best(values: FloatArray, allowed: BoolArray) -> int | None:
-    """Index of the largest allowed value; None if none is allowed."""
-    if not np.any(allowed):
-        return None
-    return int(np.argmax(np.where(allowed, values, -np.inf)))

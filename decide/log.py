@@ -242,9 +242,8 @@ class DecisionRecord:
 
     def line(self) -> str:
         """One-line summary, such as "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4"."""
-        problem = self.problem
-        cost, unit = self.predicted_cost, problem.cost.unit
-        return decision_line(self.step, problem.ranks, self.rank_after, cost, problem.limit, unit)
+        limit, unit = self.problem.limit, self.problem.cost.unit
+        return decision_line(self.step, self.rank_before, self.rank_after, self.predicted_cost, limit, unit)
 
     def facts(self) -> dict[str, Any]:
         """Decision-level values by name: texts and numbers."""
@@ -336,11 +335,9 @@ class DecisionLog:
         Raises:
             RunFolderError: the decision is already logged; a resumed run calls `truncate` first.
         """
-        path = self._arrays(record.number)
+        number, path = record.number, self._arrays(record.number)
         if path.exists():
-            raise RunFolderError(
-                f"Decision {record.number} is already in {self.folder}. Call `truncate` when resuming."
-            )
+            raise RunFolderError(f"Decision {number} is already in {self.folder}. Call `truncate` when resuming.")
         from safetensors.numpy import save  # late: not needed by a Trainer
 
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays_of(record).items()}
@@ -504,8 +501,8 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
 
 def _check_line(line: Any, where: str) -> None:
     """Raise an error if a line does not belong to a decision log of this schema."""
-    if not isinstance(line, dict) or line.get("schema") != SCHEMA:
-        version = line.get("schema") if isinstance(line, dict) else None
+    version = line.get("schema") if isinstance(line, dict) else None
+    if version != SCHEMA:
         raise RunFolderError(
             f"{where} is not a decision of log schema {SCHEMA}, but of {shown(version)}. Read it with the "
             "version of rankpilot that wrote it."
@@ -538,24 +535,18 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         limit=float(line["limit"]), ladder=RankLadder(tuple(line["ladder"])), max_step=line["max_step"],
         low=arrays.get("low"), high=arrays.get("high"), hysteresis=float(line["hysteresis"]),
     )  # fmt: skip
+    choice = read_choice(line["choice"], _part(arrays, _CHOICE), size)
     decision = Decision(
-        ranks=arrays["rank_wanted"],
-        scores=arrays["score"],
-        exact=line["exact"],
-        choice=read_choice(line["choice"], _part(arrays, _CHOICE), size),
+        ranks=arrays["rank_wanted"], scores=arrays["score"], exact=line["exact"], choice=choice,
         **{name: line[name] for name in _WANTED},
-    )
+    )  # fmt: skip
+    saved = tuple(Saved.of_state(each) for each in line.get("saved", []))  # older logs have neither these nor rates
     return DecisionRecord(
-        number=line["decision"],
+        number=line["decision"], decision=decision, saved=saved, rates=_rates_of(line.get("rates")),
         observation=Observation(arrays["features"], arrays["run_features"], problem, names),
-        decision=decision,
-        rank_clipped=arrays["rank_clipped"],
-        rank_after=arrays["rank_after"],
-        pinned=arrays.get("pinned"),
-        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # older logs have neither these nor rates
-        rates=_rates_of(line.get("rates")),
+        rank_clipped=arrays["rank_clipped"], rank_after=arrays["rank_after"], pinned=arrays.get("pinned"),
         **{name: line[name] for name in (*_OF_RUN, "schedule", "notes")},
-    )
+    )  # fmt: skip
 
 
 def _rates_of(given: Any) -> tuple[float, float] | None:

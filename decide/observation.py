@@ -141,9 +141,6 @@ def _wide(layer: Sequence[ModuleSpec]) -> list[bool]:
     return [inner in (module.d_in, module.d_out) for module in layer]
 
 
-Float32Array = NDArray[np.float32]
-
-
 _OF_LIMIT = [MODULE_FEATURES.index(name) for name in ("next_rung_cost", "drop_saving", "adapt_cost")]
 _BUDGET, _SPENT = (RUN_FEATURES.index(name) for name in ("budget", "spent"))
 
@@ -159,8 +156,8 @@ class Observation:
         names: names of the modules, for logs; not read by policies.
     """
 
-    modules: Float32Array
-    run: Float32Array
+    modules: NDArray[np.float32]
+    run: NDArray[np.float32]
     problem: AllocationProblem
     names: tuple[str, ...]
 

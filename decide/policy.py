@@ -143,11 +143,9 @@ def decision_from_scores(
         ConfigError: the scores are not finite numbers, one per module.
     """
     problem = observation.problem
-    given, scores = scores, np.asarray(scores)
-    if scores.shape != (len(observation.names),) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
-        raise ConfigError(
-            f"Scores must be finite numbers, one for each of {len(observation.names)} modules; got {shown(given)}."
-        )
+    given, scores, count = scores, np.asarray(scores), len(observation.names)
+    if scores.shape != (count,) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
+        raise ConfigError(f"Scores must be finite numbers, one for each of {count} modules; got {shown(given)}.")
     scores = scores.astype(np.float64)
     rank_floor, depth_bias = base_placement(problem)
     rank_floor, depth_bias = float(rank_floor * 2.0 ** placement[0]), float(depth_bias + placement[1])

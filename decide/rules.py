@@ -109,10 +109,8 @@ def given_ranks(observation: Observation, ranks: Mapping[str, int], name: str = 
     if len(wrong):
         module = int(wrong[0])
         allowed = problem.ladder.ranks[int(problem.bottoms[module]) : int(problem.tops[module]) + 1]
-        raise ConfigError(
-            f"{observation.names[module]!r} cannot have rank {decision.ranks[module]}. Allowed: "
-            f"{', '.join(map(str, allowed))}."
-        )
+        has = f"{observation.names[module]!r} cannot have rank {decision.ranks[module]}"
+        raise ConfigError(f"{has}. Allowed: {', '.join(map(str, allowed))}.")
     return decision, decided_plan(problem, decision)
 
 
@@ -221,9 +219,8 @@ def read_plan(path: Path) -> dict[str, int]:
         )
     for name, rank in ranks.items():
         if type(rank) is not int or rank < 0:
-            raise ConfigError(
-                f"The rank of {shown(name)} in {path} must be a whole number of at least 0; got {shown(rank)}."
-            )
+            what = f"rank of {shown(name)} in {path}"
+            raise ConfigError(f"The {what} must be a whole number of at least 0; got {shown(rank)}.")
     return ranks
 
 
@@ -243,9 +240,8 @@ def plan_text(ranks: Mapping[str, int], cost: float, limit: float, unit: str, na
             modules.setdefault(in_layer[1], {})[in_layer[2]] = rank
         else:
             modules[module] = rank
-    header = _HEADER.format(
-        cost=cost_text(cost, unit), limit=cost_text(limit, unit), ranks=", ".join(map(str, DEFAULT_RANKS)), name=name
-    )
+    allowed = ", ".join(map(str, DEFAULT_RANKS))
+    header = _HEADER.format(cost=cost_text(cost, unit), limit=cost_text(limit, unit), ranks=allowed, name=name)
     body = {"read_at": [0], "modules": modules}
     text: str = yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
     return header + text

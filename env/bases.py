@@ -94,17 +94,10 @@ def find_base(name: str) -> ProxyBase:
 BASES_FOLDER = Path(__file__).parent / "weights"
 
 
-def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
-    """Return an untrained model of the base's architecture, in fp32.
-
-    Args:
-        base: the architecture.
-        causal: build a masked language model as a decoder, with the same parameter names.
-    """
+def new_base_model(base: ProxyBase) -> PreTrainedModel:
+    """Return an untrained model of the base's architecture, in fp32."""
     config = AutoConfig.for_model(base.family, **base.config)
-    if base.masked:
-        config.is_decoder = causal
-    kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
+    kind = AutoModelForMaskedLM if base.masked else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
     return model
 

@@ -114,11 +114,10 @@ def beside(rows: Sequence[Row], policy: str, other: str) -> dict[str, float]:
 
 def table(rows: Sequence[Row], other: str) -> dict[str, dict[str, Estimate]]:
     """Mean of `beside` by policy and regime, with its interval over tasks."""
-    regimes = list(dict.fromkeys(row.regime for row in rows))
     found: dict[str, dict[str, Estimate]] = {}
     for policy in dict.fromkeys(row.policy for row in rows):
         found[policy] = {}
-        for regime in regimes:
+        for regime in dict.fromkeys(row.regime for row in rows):
             if changes := beside([row for row in rows if row.regime == regime], policy, other):
                 found[policy][regime] = estimate(list(changes.values()), list(changes))
     return found

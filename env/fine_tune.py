@@ -128,9 +128,8 @@ class FineTuneConfig:
         if self.against not in GROUP_RULES:
             raise UnknownNameError.of("rule to compare with", self.against, GROUP_RULES)
         if not is_count(self.episodes_per_task):
-            raise ConfigError(
-                f"episodes_per_task must be a whole number of at least 1; got {shown(self.episodes_per_task)}."
-            )
+            given = shown(self.episodes_per_task)
+            raise ConfigError(f"episodes_per_task must be a whole number of at least 1; got {given}.")
         draw_task(np.random.default_rng(0), self.split, self.base, self.regime)
 
     def draw(self, generator: np.random.Generator, base: str) -> FineTuneTask:
@@ -192,10 +191,8 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
                 raise UnknownNameError.of("argument of the environment", name, known)
         self.config = FineTuneConfig(**settings)
         if not is_count(num_envs) or num_envs % self.config.episodes_per_task:
-            raise ConfigError(
-                f"num_envs must be a whole number and a multiple of episodes_per_task; got {shown(num_envs)} and "
-                f"{self.config.episodes_per_task}."
-            )
+            given = f"{shown(num_envs)} and {self.config.episodes_per_task}"
+            raise ConfigError(f"num_envs must be a whole number and a multiple of episodes_per_task; got {given}.")
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space = observation_space()
         self.single_action_space = spaces.Discrete(ACTIONS)
@@ -262,7 +259,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def picture(self, slot: int) -> NDArray[np.uint8]:
         """Render the mean rank of each group of an episode as bars, uint8 (height, width, 3)."""
-        view, ranks = self._views[slot], self._stack.ranks(slot)
+        view, ranks = self._views[slot], self._stack.under_way[slot].applier.ranks
         means = np.bincount(view.groups.member, weights=ranks) / np.bincount(view.groups.member)
         image = np.full((BAR * len(means), PICTURE_WIDTH, 3), 255, dtype=np.uint8)
         for row, mean in enumerate(means):
@@ -327,9 +324,8 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         """Decisions for some actions, by slot."""
         whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
         if not whole or not bool(((actions >= 0) & (actions < ACTIONS)).all()):
-            raise ConfigError(
-                f"Actions must be {self.num_envs} whole numbers from 0 to {ACTIONS - 1}; got {shown(actions)}."
-            )
+            count, last = self.num_envs, ACTIONS - 1
+            raise ConfigError(f"Actions must be {count} whole numbers from 0 to {last}; got {shown(actions)}.")
         pairs = zip(self._views, actions.tolist(), strict=True)
         return {slot: view.decision(action_of(view, action)) for slot, (view, action) in enumerate(pairs)}
 
@@ -343,12 +339,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     def _info(self, slot: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
         """Info dict of a run."""
         episode = self._stack.under_way[slot]
-        found = {
-            "task": episode.task.id,
-            "step": episode.record.step,
-            "ranks": episode.applier.ranks,
-            "rate": episode.task.learning_rate * 2 ** (episode.task.offset + episode.record.moved),
-        }
+        task, record = episode.task, episode.record
+        rate = task.learning_rate * 2 ** (task.offset + record.moved)
+        found = {"task": task.id, "step": record.step, "ranks": episode.applier.ranks, "rate": rate}
         if losses:
             other = losses[self._ruled[slot // self.config.episodes_per_task]]
             found |= {"held_out_loss": losses[slot], "against": other}
@@ -435,8 +428,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Mask of allowed actions, bool (actions,); any other action is a no-op."""
-        masks: NDArray[np.bool_] = self._vector.action_masks()[0]
-        return masks
+        return np.asarray(self._vector.action_masks()[0])
 
 
 def _row(arrays: Arrays) -> Arrays:

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Tensors = dict[str, torch.Tensor]
+"""Tensors of a file, by key."""
+
 MOST_CONFIG_BYTES = 2**24
 """Maximum size of an adapter's configuration in bytes; ranks for 50,000 modules take a quarter of it."""
 
@@ -74,7 +77,7 @@ class SavedAdapter:
     """
 
     config: LoraConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     ranks: dict[str, int]
     alphas: dict[str, float]
     stacks: dict[str, tuple[str, int]]
@@ -123,9 +126,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(config, _turned(folder, tensors, stacks) if older else tensors, ranks, alphas, stacks)
 
 
-def _turned(
-    folder: Path, tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]
-) -> dict[str, torch.Tensor]:
+def _turned(folder: Path, tensors: Tensors, stacks: Mapping[str, tuple[str, int]]) -> Tensors:
     """Convert tensors from PEFT before 0.19 to the later layout: A reads the inputs, except in Llama 4.
 
     The older A belongs to the first axis of the experts' weights. Widths identify it: the input width of `gate_up_proj`
@@ -181,7 +182,7 @@ def _resolve(pattern: dict[str, float] | None, name: str, default: float) -> flo
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 
-def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def _ranks(folder: Path, tensors: Tensors) -> dict[str, int]:
     """Return the rank by module name, from the shapes of A (rank, ...) and B (..., rank)."""
     sides: dict[str, dict[str, int]] = {}
     for key, tensor in tensors.items():
@@ -211,9 +212,8 @@ def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
         raise UnsupportedError(f"{path} is a {type(config).__name__}. Only LoRA adapters can be exported.")
     others = [name for name in config.target_parameters or () if name.rpartition(".")[2] not in _STACKED]
     if others:
-        raise UnsupportedError(
-            f"{path} has unknown target_parameters {', '.join(others)}. Known: those ending in {', '.join(_STACKED)}."
-        )
+        unknown, known = (", ".join(names) for names in (others, _STACKED))
+        raise UnsupportedError(f"{path} has unknown target_parameters {unknown}. Known: those ending in {known}.")
     version = str(values.get("peft_version") or "0.17")  # 0.17 did not write its version
     return config, bool(config.target_parameters) and bool(re.match(r"0\.(\d|1[0-8])(\D|$)", version))
 
@@ -236,15 +236,14 @@ def _check_patterns(path: Path, name: str, patterns: object) -> None:
     for pattern in patterns:
         repeats = len(_REPEAT.findall(pattern)) + (pattern.count("(") if "|" in pattern else 0)
         if len(pattern) > MOST_PATTERN or repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
-            raise RunFolderError(
-                f"The {name} {shown(pattern)} in {path} may take very long to match. Write out the module names."
-            )
+            what = f"{name} {shown(pattern)} in {path}"
+            raise RunFolderError(f"The {what} may take very long to match. Write out the module names.")
     for value in patterns.values():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RunFolderError(f"{path} is corrupt or not an adapter: {name} has the value {shown(value)}.")
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> Tensors:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists() and (folder / WEIGHTS_NAME).exists():
         raise UnsupportedError(
@@ -461,9 +460,8 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
             sizes = [size for place, size in enumerate(tensor.shape) if place != axis]
             taken += rank * math.prod(sizes) * tensor.element_size()
     if taken > MOST_PADDED_BYTES:
-        raise ConfigError(
-            f"At rank {rank} the adapter would take {taken:,} bytes; the limit for padding is {MOST_PADDED_BYTES:,}."
-        )
+        reason = f"the adapter would take {taken:,} bytes; the limit for padding is {MOST_PADDED_BYTES:,}"
+        raise ConfigError(f"At rank {rank} {reason}.")
 
 
 def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -488,9 +486,9 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     return (padded.flatten(0, 1) if is_a else padded.flatten(1)).contiguous()
 
 
-def _split(tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]) -> dict[str, torch.Tensor]:
+def _split(tensors: Tensors, stacks: Mapping[str, tuple[str, int]]) -> Tensors:
     """Return the same with a pair for each expert's matrices: gate and up share A, and each take half of B."""
-    found: dict[str, torch.Tensor] = {}
+    found: Tensors = {}
     for key, tensor in tensors.items():
         match = PAIR_KEY.fullmatch(key)
         if match is None or match.group(1) not in stacks:

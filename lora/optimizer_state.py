@@ -401,10 +401,8 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         moments = [v for k, v in tensors.items() if (k in layout.moments if layout else v.dim() == len(shape))]
         averages = [(state[key], axes) for key, axes in (layout.factored if layout else {}).items() if key in state]
-        fits = all(moment.shape == shape for moment in moments) and all(
-            average.shape[axis] == shape[of] for average, (of, axis) in averages
-        )
-        if not fits:
+        whole = all(moment.shape == shape for moment in moments)
+        if not whole or any(average.shape[axis] != shape[of] for average, (of, axis) in averages):
             del inner.state[parameter]
 
 

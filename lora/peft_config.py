@@ -80,9 +80,8 @@ def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
     paths += quantised
     ends = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
     if not paths:
-        raise ConfigError(
-            f"target_parameters={target_parameters!r}: {type(base).__name__} has no fused experts. Drop it."
-        )
+        kind = type(base).__name__
+        raise ConfigError(f"target_parameters={target_parameters!r}: {kind} has no fused experts. Drop it.")
     if target_parameters == "all-experts":
         return quantised or ends
     names = [part.strip() for part in target_parameters.split(",")]
@@ -458,12 +457,6 @@ def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
     return {target.name: target.rank for target in targets}
 
 
-PATTERN = (
-    "LoraConfig's rank_pattern is ignored, since the policy decides all ranks. Use `bounds` to fix "
-    "the rank of a module."
-)
-
-
 @contextmanager
 def start_kept(
     model: torch.nn.Module, targets: Sequence[TargetModule], fresh: bool, note: Callable[[str], None]
@@ -485,7 +478,8 @@ def start_kept(
     start, of_user = config.init_lora_weights, synced.get(adapter, (None,))[0] is not config
     begins = fresh or not any(map(is_trained, targets))
     if begins and config.rank_pattern and of_user:
-        note(PATTERN)
+        instead = "Use `bounds` to fix the rank of a module."
+        note(f"LoraConfig's rank_pattern is ignored, since the policy decides all ranks. {instead}")
     both = any(bool((target.weight_a if target.embedding else target.weight_b).any()) for target in targets)
     if not begins or fresh or both:
         yield

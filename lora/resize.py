@@ -119,6 +119,9 @@ logger = logging.getLogger(__name__)
 BATCHED_ELEMENTS = 2**22
 """Pairs are decomposed in batches of about this many elements, 32 MiB in fp64."""
 
+Moves = Sequence[tuple[TargetModule, int]]
+"""Modules, and their new ranks."""
+
 _FILLS: dict[bool, tuple[Fill, Fill]] = {False: ("zero", "mean"), True: ("mean", "zero")}
 """Initial second moments of fresh directions of A and B, for modules other than embeddings and for embeddings. At first
 only the zero side gets gradients, and "mean" keeps its steps from being huge.
@@ -271,9 +274,7 @@ class _KeepFrozen:
                 parameter.requires_grad_(False)
 
 
-def _shrink(
-    moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
-) -> None:
+def _shrink(moves: Moves, optimizer: torch.optim.Optimizer | None, seed: int, step: int) -> None:
     for group, rank in _batches(moves):
         each = [(t.each_a(t.weight_a.detach()).double(), t.each_b(t.weight_b.detach()).double()) for t in group]
         # A and B are balanced as if all modules had the scaling of one rank.
@@ -314,7 +315,7 @@ def _state_map(axis: Literal[0, 1], each: torch.Tensor, fresh: torch.Tensor | No
     return StateMap(axis, new * experts, whole.flatten(2).flatten(0, 1), marked, fill)
 
 
-def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
+def _batches(moves: Moves) -> Iterator[tuple[list[TargetModule], int]]:
     """Yield batches of modules with equal device, old rank and new rank, and the new rank; see `BATCHED_ELEMENTS`."""
 
     def kind(move: tuple[TargetModule, int]) -> tuple[str, int, int]:
@@ -334,9 +335,7 @@ def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[T
             yield group, rank
 
 
-def _grow(
-    moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
-) -> None:
+def _grow(moves: Moves, optimizer: torch.optim.Optimizer | None, seed: int, step: int) -> None:
     for target, rank in moves:
         a, b = target.weight_a, target.weight_b
         rows, columns = fresh_directions(target, rank - target.rank, growth_generator(seed, step, target.name))

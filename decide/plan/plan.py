@@ -127,11 +127,8 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
         (adapter[peak], "for the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it is {use}" for size, use in parts if size > 0]
-    reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}."
-    if share is None:
-        reason += (
-            " A smaller per-device batch, shorter sequences, or gradient checkpointing if it is off would lower it."
-        )
+    advice = " A smaller per-device batch, shorter sequences, or gradient checkpointing if it is off would lower it."
+    reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}.{advice if share is None else ''}"
     needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
     return needs, f"budget of {given_bytes(problem.limit)} per step", reason
 

@@ -52,9 +52,8 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
             raise UnknownNameError.of("target module", name, dict.fromkeys([*ends, *names]))
         least, most = bound_of(name, bound)
         if not any(least <= rank <= most for rank in DEFAULT_RANKS):
-            raise ConfigError(
-                f"The bounds of {name!r} allow no rank: none of {DEFAULT_RANKS} is between {least} and {most}."
-            )
+            reason = f"none of {DEFAULT_RANKS} is between {least} and {most}"
+            raise ConfigError(f"The bounds of {name!r} allow no rank: {reason}.")
         low[chosen], high[chosen] = np.minimum(least, useful[chosen]), most
     return low, high
 

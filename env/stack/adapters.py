@@ -63,11 +63,6 @@ class Layout:
         sizes = np.concatenate([self.widths * self.d_in, self.widths * self.d_out])
         return np.concatenate([[0], np.cumsum(sizes)])
 
-    @property
-    def split(self) -> int:
-        """Start of the first module's B^T in a row."""
-        return int(self.widths @ self.d_in)
-
     def pairs(self, flat: torch.Tensor) -> list[Pair]:
         """Views of a buffer (runs, size), one pair per module."""
         starts, widths = self.bounds.tolist(), self.widths.tolist()
@@ -172,7 +167,6 @@ class AddDeltas(torch.autograd.Function):
         ctx: Any, y: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment], anchor: torch.Tensor
     ) -> torch.Tensor:
         """Return y; the anchor requires grad, so autograd calls `backward` even if y and x do not."""
-        del anchor
         kept = []
         for segment in segments:
             a, b = segment.factors()
@@ -389,8 +383,7 @@ class StackedAdapters:
         shares = (max_norm / (squares.sum(dim=1).sqrt() + 1e-6)).clamp(max=1.0)
         if not bool((shares == 1).all()):
             self.gradients[self._index(rows)] *= shares[:, None].to(self.dtype)
-        squares_b: FloatArray = (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
-        return squares_b
+        return (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
 
     @torch.no_grad()
     def alignments(self, rows: Sequence[int]) -> FloatArray:
@@ -406,8 +399,7 @@ class StackedAdapters:
             pieces = torch.unflatten(product, 1, (-1, self._piece)).sum(dim=-1).double()
             sums.append(pieces.new_zeros(len(rows), 2 * len(self.targets)).index_add_(1, self._blocks, pieces))
         dot, *squares = (each.sum(dim=1) for each in sums)
-        cosines: FloatArray = (dot / (squares[0] * squares[1]).sqrt().clamp(min=1e-30)).cpu().numpy()
-        return cosines
+        return (dot / (squares[0] * squares[1]).sqrt().clamp(min=1e-30)).cpu().numpy()
 
     @torch.no_grad()
     def copy_run(self, row: int) -> RunCopy:
@@ -459,5 +451,5 @@ class StackedAdapters:
 
     def add_to_sums(self, rows: Sequence[int]) -> None:
         """Add the gradients of B of these runs to `sums`."""
-        index, start = self._index(rows), self.layout.split
+        index, start = self._index(rows), int(self.layout.bounds[len(self.targets)])  # A of all modules comes first
         self.sums[index, start:] += self.gradients[index, start:]

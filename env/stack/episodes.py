@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ...common.arrays import IntArray
 from ...common.errors import ConfigError
 from ...decide.applier import PlanApplier, ProbeResult
 from ...decide.log import DecisionLog, DecisionRecord
@@ -85,9 +84,7 @@ class StackedEpisodes:
         under_way: the latest episodes, by slot.
     """
 
-    def __init__(
-        self, base: str, slots: int, schedule: DecisionSchedule, *, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, base: str, slots: int, schedule: DecisionSchedule, *, device: str = "cpu") -> None:
         self.base, self.schedule = base, schedule
         self.under_way: dict[int, StackedEpisode] = {}
         self._targets = adapted_base(base)[1]
@@ -95,7 +92,7 @@ class StackedEpisodes:
         self._adapters = self._trainer.adapters
         self._norms = base_norms(self._targets)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in self._targets])
-        self._probed = ("probe", schedule.probe_steps, schedule.probe_batch, str(device))
+        self._probed = ("probe", schedule.probe_steps, schedule.probe_batch, device)
 
     def begin(
         self, tasks: Mapping[int, FineTuneTask], logs: Mapping[int, tuple[DecisionLog, Policy]] | None = None
@@ -217,9 +214,7 @@ class StackedEpisodes:
         factor = RULE.factor(self._adapters.ranks[slot], self._adapters.scalings[slot], self._plain)
         peak = task.learning_rate * 2 ** (task.offset + record.moved) * factor
         meter = episode.applier.adapters.meter if clock.measures else None
-        return Member(
-            task, slot, record.step, clock.until, lambda step: peak * task.schedule(step), meter, alignments=[]
-        )
+        return Member(task, slot, record.step, clock.until, lambda at: peak * task.schedule(at), meter, alignments=[])
 
     @staticmethod
     def _read(record: RunRecord, member: Member) -> None:
@@ -248,10 +243,6 @@ class StackedEpisodes:
             running = {slot: episode for slot, episode in self.under_way.items() if not episode.ended}
             self.step({slot: policies[slot].decide(episode.observation) for slot, episode in running.items()})
         return self.held_out()
-
-    def ranks(self, slot: int) -> IntArray:
-        """Ranks of an episode, int64 (modules,)."""
-        return self.under_way[slot].applier.ranks
 
 
 def _constant(rate: float) -> Callable[[int], float]:
