@@ -36,9 +36,8 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         if not is_count(self.width) or self.width > MOST_WIDTH:
-            raise ConfigError(
-                f"The width of a network must be a whole number from 1 to {MOST_WIDTH}; got {shown(self.width)}."
-            )
+            given = shown(self.width)
+            raise ConfigError(f"The width of a network must be a whole number from 1 to {MOST_WIDTH}; got {given}.")
 
 
 class GroupNetwork(nn.Module):
@@ -50,11 +49,9 @@ class GroupNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        width, run = config.width, len(RUN_FEATURES)
+        width, group, run = config.width, len(GROUP_FEATURES), len(RUN_FEATURES)
         self.config = config
-        self.token = nn.Sequential(
-            nn.Linear(len(GROUP_FEATURES) + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
-        )
+        self.token = nn.Sequential(nn.Linear(group + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.context = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
         self.moves = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 2))
         self.rate = nn.Linear(width, len(RATE_CHANGES))

@@ -219,14 +219,9 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise PolicyFileError(str(error)) from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
-    if card.get("schema") != SCHEMA:
-        raise PolicyFileError(
-            f"The policy in {folder} has schema {shown(card.get('schema'))}; this version of rankpilot reads {SCHEMA}. "
-            "Train it again, or install the version that made it."
-        )
-    expected = {"group_features": GROUP_FEATURES, "run_features": RUN_FEATURES, "ladder": DEFAULT_RANKS}
-    for key, value in expected.items():
-        if card.get(key) != list(value):
+    lists = {"group_features": GROUP_FEATURES, "run_features": RUN_FEATURES, "ladder": DEFAULT_RANKS}
+    for key, value in {"schema": SCHEMA, **lists}.items():
+        if card.get(key) != (list(value) if isinstance(value, tuple) else value):
             raise PolicyFileError(
                 f"The policy in {folder} has {key} {shown(card.get(key))}; this version of rankpilot reads {value!r}. "
                 "Train it again, or install the version that made it."

@@ -43,9 +43,8 @@ class _Heads(nn.Module):
         self.latent_dim_pi = network.rate.out_features + 2 * groups
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        flat, present, run = rows.tensor_split(
-            [self._groups * len(GROUP_FEATURES), self._groups * (len(GROUP_FEATURES) + 1)], 1
-        )
+        size = self._groups * len(GROUP_FEATURES)
+        flat, present, run = rows.tensor_split([size, size + self._groups], 1)
         scores, values = self.network(torch.unflatten(flat, 1, (self._groups, -1)), present, run)
         return scores, values
 
@@ -171,6 +170,5 @@ def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
         model.num_timesteps = int(state["timesteps"])
         return state["more"]
     except Exception as error:  # torch raises many types for a damaged file
-        raise RunFolderError(
-            f"Cannot read checkpoint {path} ({first_line(error)}). Delete it to start over."
-        ) from error
+        reason = first_line(error)
+        raise RunFolderError(f"Cannot read checkpoint {path} ({reason}). Delete it to start over.") from error

@@ -58,9 +58,8 @@ class Train:
             if not is_count(getattr(self, name)):
                 raise ConfigError(f"{name} must be a whole number of at least 1; got {shown(getattr(self, name))}.")
         if not is_count(self.episodes) or self.episodes % TOGETHER:
-            raise ConfigError(
-                f"episodes must be a multiple of {TOGETHER}, which share a task; got {shown(self.episodes)}."
-            )
+            given = shown(self.episodes)
+            raise ConfigError(f"episodes must be a multiple of {TOGETHER}, which share a task; got {given}.")
 
     @property
     def settings(self) -> dict[str, Any]:

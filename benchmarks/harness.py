@@ -25,6 +25,7 @@ from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import append_json_line, write_json
 from rankpilot.common.statistics import Estimate, Statistic, estimate
+from rankpilot.decide.plan.parts import Part
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import rankdata
@@ -285,3 +286,10 @@ def collect_rows(
                 append_json_line(path, {"run": asdict(run), "row": row})
                 rows[run] = row
                 progress.print(told(run, row), markup=False, soft_wrap=True)
+
+
+def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:
+    """Share of the padding of one rectangle avoided by some parts, 0 if it has none."""
+    rectangle, real = len(lengths) * int(lengths.max()), int(lengths.sum())
+    in_parts = sum(part.tokens for part in parts)
+    return (rectangle - in_parts) / (rectangle - real) if rectangle > real else 0.0

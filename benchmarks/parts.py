@@ -34,7 +34,7 @@ from rankpilot.data.corpora import standard_library
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.data.packaged_data import read_reviews
 from rankpilot.decide.plan.part_bytes import PlanBytes
-from rankpilot.decide.plan.parts import Part, padding_share, plan_parts
+from rankpilot.decide.plan.parts import Part, plan_parts
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.step.batch_rows import BatchRows, Cuts
@@ -44,7 +44,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from .asked_parts import MODEL, ROWS, asked_steps
-from .harness import Figures, interleave, usual_ratio, with_progress
+from .harness import Figures, interleave, padding_share, usual_ratio, with_progress
 from .models import LORA, Size, random_model
 from .texts import instructions
 

@@ -13,12 +13,12 @@ import numpy as np
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_text
 from rankpilot.cost.part_seconds import PartSeconds
-from rankpilot.decide.plan.parts import padding_share, plan_parts
+from rankpilot.decide.plan.parts import plan_parts
 from rich.console import Console
 
 from . import drawing, rates
 from .drawing import Curve, Interval, Picture, Stack
-from .harness import Figures
+from .harness import Figures, padding_share
 from .pages import PARTS, ROOT, parts_of_whole, without_a_sweep
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,6 +32,9 @@ from .policy import Decision, decided_plan, decision_from_plan
 from .rate_control import RunRecord
 from .settings import DecisionClock, DecisionSchedule
 
+MAX_GRAD_NORM = 1.0
+"""Gradient clipping norm of probes."""
+
 FIRST_LOSSES = 5
 """Number of losses averaged for the first loss, from the probe's start, and for the last loss, up to its end."""
 
@@ -61,11 +64,7 @@ class ProbeResult:
 
 
 def probe(
-    targets: Sequence[TargetModule],
-    optimizer: torch.optim.Optimizer,
-    losses: Iterable[Callable[[], torch.Tensor]],
-    *,
-    max_grad_norm: float = 1.0,
+    targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer, losses: Iterable[Callable[[], torch.Tensor]]
 ) -> ProbeResult:
     """Train the adapters for a few small steps, and measure the signals.
 
@@ -73,7 +72,6 @@ def probe(
         targets: the target modules. Their adapters are trained; the caller resets or restores them afterwards.
         optimizer: optimizer of the adapters' parameters, without state; do not reuse it.
         losses: for each step, a function to run the forward pass on a micro-batch and return the loss.
-        max_grad_norm: gradient clipping norm.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -85,11 +83,10 @@ def probe(
         loss = closure()
         history.append(float(loss.detach()))
         if not np.isfinite(history[-1]):
-            raise NonFiniteError(
-                f"The loss of probe step {len(history)} is {history[-1]}. Check the data and lower the learning rate."
-            )
+            what = f"The loss of probe step {len(history)} is {history[-1]}"
+            raise NonFiniteError(f"{what}. Check the data and lower the learning rate.")
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         meter.accumulate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -126,14 +123,6 @@ class PlanApplier(Generic[AdaptersT]):
     Raises:
         BudgetError: no plan fits the limit.
     """
-
-    cost: UntimedCost
-    limit: float
-    high: IntArray | None
-    low: IntArray | None
-    first_loss: float
-    predicted: float
-    probe_fall: float
 
     def __init__(
         self,
@@ -186,14 +175,10 @@ class PlanApplier(Generic[AdaptersT]):
         """The plans allowed at the next decision, or until then."""
         buffers = self.clock.measures if now else self.clock.will_measure
         cost = self.cost if buffers else self._without_buffers(self.cost)
+        priced = self.time.added_to(cost, self.limit) if self.time else cost
+        reach = self.clock.schedule.reach(self.clock.taken)
         return AllocationProblem.of(
-            self.targets,
-            self.time.added_to(cost, self.limit) if self.time else cost,
-            self.limit,
-            max_step=self.clock.schedule.reach(self.clock.taken),
-            low=self.low,
-            high=self.high,
-            ranks=self.ranks,
+            self.targets, priced, self.limit, max_step=reach, low=self.low, high=self.high, ranks=self.ranks
         )
 
     def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
@@ -241,21 +226,13 @@ class PlanApplier(Generic[AdaptersT]):
 
     def _observation(self, problem: AllocationProblem, step: int, steps: FloatArray | None = None) -> Observation:
         state = RunState(
-            progress=step / self.clock.total_steps,
-            decisions_left=max(0, self.clock.left - 1),
-            reference_cost=self._reference_cost,
-            first_loss=self.first_loss,
-            losses=tuple(self.interval_losses),
-            total_steps=self.clock.total_steps,
-            rows=self.rows,
-            probe_fall=self.probe_fall,
-            predicted=self.predicted,
-            limit_before=self._limit_before,
-            steps=steps,
-        )
-        return observe(
-            problem, self.names, self.adapters.meter.values, self.adapters.meter.age, self._shapes, state, self._moves
-        )
+            progress=step / self.clock.total_steps, decisions_left=max(0, self.clock.left - 1),
+            reference_cost=self._reference_cost, first_loss=self.first_loss, losses=tuple(self.interval_losses),
+            total_steps=self.clock.total_steps, rows=self.rows, probe_fall=self.probe_fall, predicted=self.predicted,
+            limit_before=self._limit_before, steps=steps,
+        )  # fmt: skip
+        meter = self.adapters.meter
+        return observe(problem, self.names, meter.values, meter.age, self._shapes, state, self._moves)
 
     def apply(self, decision: Decision, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Project a decision onto the budget and set the new ranks.
@@ -330,7 +307,7 @@ class PlanApplier(Generic[AdaptersT]):
         Raises:
             BudgetError: they exceed the limit.
         """
-        problem = self.problem() if decides else self.problem(now=True)
+        problem = self.problem(now=not decides)
         if unit_cost(problem.cost, ranks) > self.limit:
             cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
             raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
@@ -363,18 +340,15 @@ class PlanApplier(Generic[AdaptersT]):
     def state_dict(self) -> dict[str, Any]:
         """State for `from_state_dict`, except the adapters and their signals, as arrays and JSON values."""
         return {
+            **{
+                name: getattr(self, name) for name in ("limit", "rows", "seed", "first_loss", "probe_fall", "predicted")
+            },
             "cost": cost_state(self.cost),
             "reference_cost": self._reference_cost,
-            "limit": self.limit,
             "time": self.time.state() if self.time else None,
             "total_steps": self.clock.total_steps,
-            "rows": self.rows,
-            "first_loss": self.first_loss,
-            "probe_fall": self.probe_fall,
-            "predicted": self.predicted,
             "interval_losses": list(self.interval_losses),
             "decision": self.clock.taken,
-            "seed": self.seed,
             "moves": self._moves.state.tolist(),
             "latest": list(self._moves.latest),
             "limit_before": self._limit_before,
@@ -409,20 +383,12 @@ class PlanApplier(Generic[AdaptersT]):
         if isinstance(cost, TimedCost):
             raise TypeError("time is beside the cost")
         seen = (state["first_loss"], state["probe_fall"], state["predicted"])
+        probed = ProbeResult(adapters.meter.values, *map(finite, seen))
         applier = cls(
-            adapters,
-            cost,
-            finite(state["limit"]),
-            schedule,
-            counted(state["total_steps"], 1),
-            ProbeResult(adapters.meter.values, *map(finite, seen)),
-            rows=counted(state["rows"], 1),
-            low=low,
-            high=high,
-            seed=counted(state["seed"]),
+            adapters, cost, finite(state["limit"]), schedule, counted(state["total_steps"], 1), probed,
+            rows=counted(state["rows"], 1), low=low, high=high, seed=counted(state["seed"]), reads=reads,
             time=TimeLimit.from_state(state["time"]) if state["time"] else None,
-            reads=reads,
-        )
+        )  # fmt: skip
         applier._reference_cost = finite(state["reference_cost"])
         applier.interval_losses = [finite(loss) for loss in state["interval_losses"]]
         applier.clock.taken = counted(state["decision"])

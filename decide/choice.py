@@ -124,21 +124,18 @@ class Choice:
     def promise(self) -> str:
         """Expectation for the chosen plan, as text; empty under quality if there is no other plan."""
         expected, surely = (percent(float(values[self.taken])) for values in (self.expected, self.surely))
-        fits = "" if self.fits[0] else ", which does not fit"
+        fits, tolerance = "" if self.fits[0] else ", which does not fit", percent(self.goal.tolerance)
         if self.misses_goal:
             return (
-                f"The goal cannot be met: {PLAIN} does not fit the budget, time or bounds, and no plan that fits "
-                f"is very likely to stay within {percent(self.goal.tolerance)} of its loss. A larger budget, time "
-                "or tolerance helps."
+                f"The goal cannot be met: {PLAIN} does not fit the budget, time or bounds, and no plan that fits is "
+                f"very likely to stay within {tolerance} of its loss. A larger budget, time or tolerance helps."
             )
+        if self.taken == 0 and self.goal.saves:
+            return f"No cheaper plan is very likely to stay within {tolerance} of the loss of {PLAIN}."
+        if self.taken == 0 and self.caveats:
+            return f"This run is unlike those behind the expectations, so {PLAIN} is kept."
         if self.taken == 0:
-            if not self.goal.saves:
-                if self.caveats:
-                    return f"This run is unlike those behind the expectations, so {PLAIN} is kept."
-                return f"No plan that fits is clearly better than {PLAIN}." if len(self.plans) > 1 else ""
-            return (
-                f"No cheaper plan is very likely to stay within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
-            )
+            return f"No plan that fits is clearly better than {PLAIN}." if len(self.plans) > 1 else ""
         return f"Expected versus {PLAIN}{fits}: loss {expected}, very likely at most {surely}."
 
     @property
@@ -177,15 +174,11 @@ def read_choice(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int)
             raise ValueError(f"{name} holds no finite numbers of shape {shape} and type {kind.__name__}")
         if name in ("parts", "spread") and np.abs(arrays[name]).max() > MOST_LOG_LOSS:
             raise ValueError(f"{name} holds log losses above {MOST_LOG_LOSS:g}")
+    kept = {name: arrays[name] for name in ("parts", "spread", "costs", "fits")}
     return Choice(
-        names=tuple(names),
-        plans=arrays["plans"].astype(np.int64),
-        seconds=arrays.get("seconds"),
-        **{name: arrays[name] for name in ("parts", "spread", "costs", "fits")},
-        goal=Goal(**scalars["goal"]),
-        taken=taken,
-        caveats=tuple(caveats),
-    )
+        names=tuple(names), plans=arrays["plans"].astype(np.int64), seconds=arrays.get("seconds"),
+        goal=Goal(**scalars["goal"]), taken=taken, caveats=tuple(caveats), **kept,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,18 +221,13 @@ def frontier(found: Choice) -> list[FrontierPlan]:
 
 
 def _plan(found: Choice, plan: int) -> FrontierPlan:
-    expected, reach = float(found.expected[plan]), SURE * float(found.spread[plan])
+    expected, reach = float(found.expected[plan]), float(found.reach[plan])
     return FrontierPlan(
-        name=found.names[plan],
-        ranks=found.plans[plan],
-        cost=float(found.costs[plan]),
+        name=found.names[plan], ranks=found.plans[plan], cost=float(found.costs[plan]),
         seconds=None if found.seconds is None else float(found.seconds[plan]),
-        loss=math.exp(expected),
-        low=math.exp(expected - reach),
-        high=math.exp(expected + reach),
-        fits=bool(found.fits[plan]),
-        taken=plan == found.taken,
-    )
+        loss=math.exp(expected), low=math.exp(expected - reach), high=math.exp(expected + reach),
+        fits=bool(found.fits[plan]), taken=plan == found.taken,
+    )  # fmt: skip
 
 
 def _undominated(found: Choice) -> Iterator[int]:

@@ -177,16 +177,10 @@ class PlanChooser:
         caveats = (*_caveats(observation), *beyond)
         strangeness = STRANGE_SPREAD * (1 + OF_AN_OCTAVE * sum(beyond.values())) if caveats else 1.0
         found = Choice(
-            names=names,
-            plans=plans,
-            parts=worth.parts(features),
-            spread=worth.spread(features) * strangeness,
-            costs=costs[:, : -1 if timed else None].max(axis=1),
+            names=names, plans=plans, parts=worth.parts(features), spread=worth.spread(features) * strangeness,
+            costs=costs[:, : -1 if timed else None].max(axis=1), fits=fits, goal=self.goal, caveats=caveats,
             seconds=costs[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
-            fits=fits,
-            goal=self.goal,
-            caveats=caveats,
-        )
+        )  # fmt: skip
         return replace(found, taken=found.best)
 
 
@@ -200,12 +194,9 @@ def _caveats(observation: Observation) -> Iterator[str]:
 
 def _beyond(observation: Observation) -> Iterator[tuple[str, float]]:
     """Yield each quantity of a run outside the known range, as text, and the excess in doublings."""
-    values = {
-        "width": modules_of(observation).width,
-        "layers": len(np.unique(observation.problem.blocks)),
-        "steps": 10 ** (2 + float(observation.run[RUN_FEATURES.index("horizon")])),
-    }
-    for name, value in values.items():
+    layers = len(np.unique(observation.problem.blocks))
+    steps = 10 ** (2 + float(observation.run[RUN_FEATURES.index("horizon")]))
+    for name, value in {"width": modules_of(observation).width, "layers": layers, "steps": steps}.items():
         low, high = KNOWN[name]
         if octaves := octaves_beyond(name, value):
             yield f"{name} {value:,.0f} (not {low} to {high})", octaves
@@ -244,11 +235,11 @@ def with_goal(policy: Policy, goal: Goal) -> Policy:
     Raises:
         ConfigError: the goal is to save cost, and the policy predicts nothing about plans.
     """
-    if not isinstance(policy, PlanChooser):
-        if goal.saves:
-            check_expects(policy, f"goal={goal.kind!r}", "use goal='quality'")
-        return policy
-    return replace(policy, goal=goal)
+    if isinstance(policy, PlanChooser):
+        return replace(policy, goal=goal)
+    if goal.saves:
+        check_expects(policy, f"goal={goal.kind!r}", "use goal='quality'")
+    return policy
 
 
 def check_expects(policy: Policy, what: str, instead: str) -> None:
@@ -263,6 +254,5 @@ def check_expects(policy: Policy, what: str, instead: str) -> None:
         ConfigError: it cannot.
     """
     if not isinstance(policy, PlanChooser):
-        raise ConfigError(
-            f"{policy.name} predicts no losses, so {what} requires policy={DEFAULT!r}. Otherwise, {instead}."
-        )
+        name = policy.name
+        raise ConfigError(f"{name} predicts no losses, so {what} requires policy={DEFAULT!r}. Otherwise, {instead}.")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .groups import DOUBLE, GO_BACK, HALVE, NOTHING, GroupView, Steering, best
+from .groups import DOUBLE, GO_BACK, HALVE, NOTHING, Actor, GroupView, Steering
 from .observation import RUN_FEATURES, STEPS_PREFIX
 from .rate_control import CHANGES, FEATURES, UNDO, AlignmentRule, RateControl
 
-_FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{next(iter(FEATURES)).replace(' ', '_')}")
+_FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{FEATURES[0].replace(' ', '_')}")
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,12 @@ class Halving:
         member, counts = view.groups.member, np.bincount(view.groups.member)
         ranks = np.bincount(member, weights=view.ranks) / counts
         score = self.gain * np.bincount(member, weights=view.worth) / counts
-        size = len(view.groups.names)
-        grows = view.allowed[view.grow(0) : view.grow(0) + size]
-        group = best(score - np.log(ranks + 1.0), grows)
+        grows = view.allowed[view.grow(0) : view.take(0)]
+        lead = np.where(grows, score - np.log(ranks + 1.0), -np.inf)
         giving = np.where(ranks > 0, score - np.log(np.maximum(ranks, 0.5)), np.inf)
-        if group is None or score[group] - np.log(ranks[group] + 1.0) - giving.min() < self.margin:
+        if not grows.any() or lead.max() - giving.min() < self.margin:
             return NOTHING
-        return view.grow(group)
+        return view.grow(int(lead.argmax()))
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ class Union:
         return self.rate.act(view) or self.ranks.act(view)
 
 
-GROUP_RULES: dict[str, Steering] = {
-    name: Steering(name, actor)
-    for name, actor in (("left-alone", LeaveAlone()), ("rate", SteerRate()), ("halving", Halving()), ("union", Union()))
-}
+_ACTORS: dict[str, Actor] = {"left-alone": LeaveAlone(), "rate": SteerRate(), "halving": Halving(), "union": Union()}
+
+GROUP_RULES = {name: Steering(name, actor) for name, actor in _ACTORS.items()}
 """Rules by name."""

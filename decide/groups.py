@@ -103,9 +103,8 @@ class GroupView:
     @cached_property
     def ranks(self) -> IntArray:
         """Ranks an action starts from, int64 (modules,)."""
-        return (
-            decided_plan(self.observation.problem, self.start).ranks if is_first(self.observation) else self.start.ranks
-        )
+        first = is_first(self.observation)
+        return decided_plan(self.observation.problem, self.start).ranks if first else self.start.ranks
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
@@ -113,7 +112,6 @@ class GroupView:
         modules, member = self.observation.modules.astype(np.float64), self.groups.member
         if is_first(self.observation):
             ladder = self.observation.problem.ladder
-            modules = modules.copy()
             modules[:, MODULE_FEATURES.index("rank")] = ladder.rung(self.ranks) / ladder.top
             modules[:, MODULE_FEATURES.index("adapted")] = self.ranks > 0
         counts = np.bincount(member, minlength=len(self.groups.names))
@@ -131,10 +129,6 @@ class GroupView:
         if name not in RUN_FEATURES:
             raise UnknownNameError.of("feature of the run", name, RUN_FEATURES)
         return float(self.run[RUN_FEATURES.index(name)])
-
-    def feature(self, name: str) -> FloatArray:
-        """One feature of each group, (groups,)."""
-        return self.features[:, GROUP_FEATURES.index(name)].astype(np.float64)
 
     @cached_property
     def worth(self) -> FloatArray:
@@ -192,18 +186,10 @@ class GroupView:
             action = NOTHING
         if action in RATE_CHANGES:
             return replace(self.start, change=RATE_CHANGES[action])
-        grows, group = divmod(action - len(RATE_CHANGES), len(self.groups.names))
+        takes, group = divmod(action - len(RATE_CHANGES), len(self.groups.names))
         own = self.groups.member == group
-        ranks = self._moved(own, 1 if grows == 0 else -1)
-        scores = self.worth + np.where(own, FIRST_OF_ALL, 0.0) if grows == 0 else self.worth
-        return Decision(ranks, scores, exact=True)
-
-    def told(self, action: int) -> str:
-        """Description of an action."""
-        if action in RATE_CHANGES:
-            return ("keep", "halve the rate", "double the rate", "go back")[action]
-        grows, group = divmod(action - len(RATE_CHANGES), len(self.groups.names))
-        return f"{'grow' if grows == 0 else 'take from'} {self.groups.names[group]}"
+        scores = self.worth if takes else self.worth + np.where(own, FIRST_OF_ALL, 0.0)
+        return Decision(self._moved(own, -1 if takes else 1), scores, exact=True)
 
 
 FIRST_OF_ALL = 20.0
@@ -236,10 +222,3 @@ class Steering:
         """Decide by the actor's action."""
         view = GroupView.of(observation)
         return view.decision(self.actor.act(view))
-
-
-def best(values: FloatArray, allowed: BoolArray) -> int | None:
-    """Index of the largest allowed value; None if none is allowed."""
-    if not np.any(allowed):
-        return None
-    return int(np.argmax(np.where(allowed, values, -np.inf)))

@@ -83,7 +83,8 @@ _WANTED = ("rank_floor", "depth_bias", "change")
 _CHOICE = "choice."
 """Prefix of the arrays of a choice."""
 
-_RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
+_PLANS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after")
+_RANKS = (*_PLANS, "max_ranks", "blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,27 +175,14 @@ class DecisionRecord:
             rates: peak learning rate for plain LoRA, and under the plan.
         """
         pinned = np.isin(observation.names, list(applier.notes))
+        sha256 = getattr(policy, "sha256", None)  # learned policies only
         return cls(
-            run=run,
-            policy=policy.name,
-            policy_sha256=getattr(policy, "sha256", None),  # learned policies only
-            number=number,
-            step=step,
-            seed=applier.seed,
-            loss=loss,
-            measured_cost=measured_cost,
-            observation=observation,
-            decision=decision,
-            rank_clipped=plan.clipped,
-            rank_after=plan.ranks,
-            predicted_cost=plan.cost,
-            pinned=pinned if pinned.any() else None,
-            correction=correction,
-            schedule=asdict(applier.clock.schedule),
-            notes={**(notes or {}), **applier.notes},
-            saved=saved,
-            rates=rates,
-        )
+            run=run, policy=policy.name, policy_sha256=sha256, number=number, step=step, seed=applier.seed, loss=loss,
+            measured_cost=measured_cost, observation=observation, decision=decision, rank_clipped=plan.clipped,
+            rank_after=plan.ranks, predicted_cost=plan.cost, pinned=pinned if pinned.any() else None,
+            correction=correction, schedule=asdict(applier.clock.schedule),
+            notes={**(notes or {}), **applier.notes}, saved=saved, rates=rates,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         size = len(self.modules)
@@ -203,14 +191,7 @@ class DecisionRecord:
                 f"A decision needs distinct module names, and a number and a step of at least 0; got {size} "
                 f"modules, decision {self.number}, step {self.step}."
             )
-        given = {
-            "rank_before": self.rank_before,
-            "rank_wanted": self.rank_wanted,
-            "rank_clipped": self.rank_clipped,
-            "rank_after": self.rank_after,
-            "score": self.decision.scores,
-        }
-        for name, values in given.items():
+        for name, values in (self._plans() | {"score": self.decision.scores}).items():
             if np.shape(values) != (size,):
                 raise DataError(f"`{name}` of decision {self.number} has shape {np.shape(values)}, not {(size,)}.")
 
@@ -252,15 +233,17 @@ class DecisionRecord:
         """True if the policy wanted to keep the current ranks."""
         return keeps(self.observation, self.decision)
 
+    def _plans(self) -> dict[str, IntArray]:
+        return {name: getattr(self, name) for name in _PLANS}
+
     def plan(self) -> dict[str, int]:
         """Rank of each module after the decision, by full name."""
         return dict(zip(self.modules, self.rank_after.tolist(), strict=True))
 
     def line(self) -> str:
         """One-line summary, such as "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4"."""
-        problem = self.problem
-        cost, unit = self.predicted_cost, problem.cost.unit
-        return decision_line(self.step, problem.ranks, self.rank_after, cost, problem.limit, unit)
+        limit, unit = self.problem.limit, self.problem.cost.unit
+        return decision_line(self.step, self.rank_before, self.rank_after, self.predicted_cost, limit, unit)
 
     def facts(self) -> dict[str, Any]:
         """Decision-level values by name: texts and numbers."""
@@ -288,10 +271,7 @@ class DecisionRecord:
             "module": self.modules,
             "block": problem.blocks,
             "pinned": problem.is_pinned,
-            "rank_before": self.rank_before,
-            "rank_wanted": self.rank_wanted,
-            "rank_clipped": self.rank_clipped,
-            "rank_after": self.rank_after,
+            **self._plans(),
             "score": self.decision.scores,
             "changed_by_projection": self.rank_clipped != self.rank_after,
             "note": [self.notes.get(name) for name in self.modules],
@@ -355,11 +335,9 @@ class DecisionLog:
         Raises:
             RunFolderError: the decision is already logged; a resumed run calls `truncate` first.
         """
-        path = self._arrays(record.number)
+        number, path = record.number, self._arrays(record.number)
         if path.exists():
-            raise RunFolderError(
-                f"Decision {record.number} is already in {self.folder}. Call `truncate` when resuming."
-            )
+            raise RunFolderError(f"Decision {number} is already in {self.folder}. Call `truncate` when resuming.")
         from safetensors.numpy import save  # late: not needed by a Trainer
 
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays_of(record).items()}
@@ -388,10 +366,10 @@ class DecisionLog:
             RunFolderError: there is no such decision, the log is from rankpilot 0.2, or one of its files is damaged.
         """
         lines = self._lines()
-        found = [line for line in lines if line["decision"] == number]
-        if not found:
-            raise RunFolderError(f"No decision {number} in {self.folder}, which has {len(lines)} decisions.")
-        return self._record(found[0])
+        for line in lines:
+            if line["decision"] == number:
+                return self._record(line)
+        raise RunFolderError(f"No decision {number} in {self.folder}, which has {len(lines)} decisions.")
 
     def to_pandas(self) -> Any:
         """Return the log as a pandas DataFrame with one row per module and decision.
@@ -472,8 +450,7 @@ class DecisionLog:
         path = self._arrays(line["decision"])
         try:
             arrays, described = read_arrays(path)
-            names = json.dumps([MODULE_FEATURES, RUN_FEATURES])
-            if described.get(_METADATA) != names:
+            if described.get(_METADATA) != json.dumps([MODULE_FEATURES, RUN_FEATURES]):
                 raise ValueError("its policy used other features than this version's")
             return _record_of(line, arrays)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -506,10 +483,7 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
         "features": observation.modules,
         "run_features": observation.run,
         "score": record.decision.scores,
-        "rank_before": record.rank_before,
-        "rank_wanted": record.rank_wanted,
-        "rank_clipped": record.rank_clipped,
-        "rank_after": record.rank_after,
+        **record._plans(),
         "pinned": record.pinned,
         "max_ranks": problem.max_ranks,
         "blocks": problem.blocks,
@@ -527,8 +501,8 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
 
 def _check_line(line: Any, where: str) -> None:
     """Raise an error if a line does not belong to a decision log of this schema."""
-    if not isinstance(line, dict) or line.get("schema") != SCHEMA:
-        version = line.get("schema") if isinstance(line, dict) else None
+    version = line.get("schema") if isinstance(line, dict) else None
+    if version != SCHEMA:
         raise RunFolderError(
             f"{where} is not a decision of log schema {SCHEMA}, but of {shown(version)}. Read it with the "
             "version of rankpilot that wrote it."
@@ -557,35 +531,22 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
     cost = cost_from_state({**line["cost"], **_part(arrays, "cost.")})
     check_cost(cost, size)
     problem = AllocationProblem(
-        ranks=arrays["rank_before"],
-        max_ranks=arrays["max_ranks"],
-        blocks=arrays["blocks"],
-        cost=cost,
-        limit=float(line["limit"]),
-        ladder=RankLadder(tuple(line["ladder"])),
-        max_step=line["max_step"],
-        low=arrays.get("low"),
-        high=arrays.get("high"),
-        hysteresis=float(line["hysteresis"]),
-    )
+        ranks=arrays["rank_before"], max_ranks=arrays["max_ranks"], blocks=arrays["blocks"], cost=cost,
+        limit=float(line["limit"]), ladder=RankLadder(tuple(line["ladder"])), max_step=line["max_step"],
+        low=arrays.get("low"), high=arrays.get("high"), hysteresis=float(line["hysteresis"]),
+    )  # fmt: skip
+    choice = read_choice(line["choice"], _part(arrays, _CHOICE), size)
     decision = Decision(
-        ranks=arrays["rank_wanted"],
-        scores=arrays["score"],
-        exact=line["exact"],
-        choice=read_choice(line["choice"], _part(arrays, _CHOICE), size),
+        ranks=arrays["rank_wanted"], scores=arrays["score"], exact=line["exact"], choice=choice,
         **{name: line[name] for name in _WANTED},
-    )
+    )  # fmt: skip
+    saved = tuple(Saved.of_state(each) for each in line.get("saved", []))  # older logs have neither these nor rates
     return DecisionRecord(
-        number=line["decision"],
+        number=line["decision"], decision=decision, saved=saved, rates=_rates_of(line.get("rates")),
         observation=Observation(arrays["features"], arrays["run_features"], problem, names),
-        decision=decision,
-        rank_clipped=arrays["rank_clipped"],
-        rank_after=arrays["rank_after"],
-        pinned=arrays.get("pinned"),
-        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # older logs have neither these nor rates
-        rates=_rates_of(line.get("rates")),
+        rank_clipped=arrays["rank_clipped"], rank_after=arrays["rank_after"], pinned=arrays.get("pinned"),
         **{name: line[name] for name in (*_OF_RUN, "schedule", "notes")},
-    )
+    )  # fmt: skip
 
 
 def _rates_of(given: Any) -> tuple[float, float] | None:

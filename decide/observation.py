@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,74 +25,65 @@ from .plan.plan import under_limit
 from .plan.problem import AllocationProblem
 from .rate_control import FEATURES as STEP_FEATURES
 
-
-class Feature(NamedTuple):
-    """One feature.
-
-    Attributes:
-        name: as in `MODULE_FEATURES` or `RUN_FEATURES`.
-        meaning: the measured quantity, with its unit.
-        values: range of values.
-    """
-
-    name: str
-    meaning: str
-    values: str
-
-
 MOST_FEATURE = 3.0
 """Upper bound on the absolute value of a feature."""
 
 STEPS_PREFIX = "steps_"
 """Name prefix of features computed from optimizer steps, see `RunRecord`."""
 
-_BOUNDED, _SHARE, _UP_TO_THREE = "-3 to 3", "0 to 1", "0 to 3"
+MODULE_FEATURES = (
+    *SIGNALS, "rank", "adapted", "relative_depth", "shape", "rank_cost", "next_rung_cost", "drop_saving",
+    "adapt_cost", "signal_age", "wide", "position", "last_move", "since_move", "fall", "fall_error",
+)  # fmt: skip
+"""Columns of `Observation.modules`, signals first; new ones are appended.
 
-MODULE_FEATURE_TABLE = (
-    Feature("sensitivity", "log component sensitivity per rank, minus its mean over the modules", _BOUNDED),
-    Feature("snr", "log gradient signal-to-noise, minus its mean", _BOUNDED),
-    Feature("relative_change", "log norm(delta W) / norm(W), minus its mean", _BOUNDED),
-    Feature("gradient_norm", "log root mean square norm of the gradient of B, minus its mean", _BOUNDED),
-    Feature("importance", "log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean", _BOUNDED),
-    Feature("rank", "rung over highest rung", _SHARE),
-    Feature("adapted", "1 if the rank is above 0", "0 or 1"),
-    Feature("relative_depth", "layer, from the bottom (0) to the top (1)", _SHARE),
-    Feature("shape", "log(d_out / d_in)", _BOUNDED),
-    Feature("rank_cost", "log cost of one rank at the moment where it is highest, minus its mean", _BOUNDED),
-    Feature("next_rung_cost", "log10(cost of the next rung up x modules / budget); -3 at the highest rung", _BOUNDED),
-    Feature("drop_saving", "the same of what dropping the module would save; -3 if it is not adapted", _BOUNDED),
-    Feature("adapt_cost", "the same of what adapting it at rank 1 would add; -3 if it is adapted", _BOUNDED),
-    Feature("signal_age", "decisions since its signals were fresh, over 4", _UP_TO_THREE),
-    Feature("wide", "1 if it has the wide inner side of its layer, as the modules of an MLP do", "0 or 1"),
-    Feature("position", "place among the modules of its layer, from the first (0) to the last (1)", _SHARE),
-    Feature("last_move", "rungs by which its rank moved last, over 2; 0 if it never did", _BOUNDED),
-    Feature("since_move", "decisions since then, over 4; 3 if its rank never moved", _UP_TO_THREE),
-    Feature("fall", "log loss of the interval before that move, less that of the latest interval, times 4", _BOUNDED),
-    Feature("fall_error", "standard error of `fall`", _UP_TO_THREE),
-)
-"""Columns of `Observation.modules`, signals first; new ones are appended."""
+| feature | meaning | range |
+|---|---|---|
+| sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
+| snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
+| relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
+| gradient_norm | log root mean square norm of the gradient of B, minus its mean | -3 to 3 |
+| importance | log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean | -3 to 3 |
+| rank | rung over highest rung | 0 to 1 |
+| adapted | 1 if the rank is above 0 | 0 or 1 |
+| relative_depth | layer, from the bottom (0) to the top (1) | 0 to 1 |
+| shape | log(d_out / d_in) | -3 to 3 |
+| rank_cost | log cost of one rank at the moment where it is highest, minus its mean | -3 to 3 |
+| next_rung_cost | log10(cost of the next rung up x modules / budget); -3 at the highest rung | -3 to 3 |
+| drop_saving | the same of what dropping the module would save; -3 if it is not adapted | -3 to 3 |
+| adapt_cost | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
+| signal_age | decisions since its signals were fresh, over 4 | 0 to 3 |
+| wide | 1 if it has the wide inner side of its layer, as the modules of an MLP do | 0 or 1 |
+| position | place among the modules of its layer, from the first (0) to the last (1) | 0 to 1 |
+| last_move | rungs by which its rank moved last, over 2; 0 if it never did | -3 to 3 |
+| since_move | decisions since then, over 4; 3 if its rank never moved | 0 to 3 |
+| fall | log loss of the interval before that move, less that of the latest interval, times 4 | -3 to 3 |
+| fall_error | standard error of `fall` | 0 to 3 |
+"""
 
-RUN_FEATURE_TABLE = (
-    Feature("progress", "share of the run's steps that are done", _SHARE),
-    Feature("decisions_left", "decisions after this one, over 4", _UP_TO_THREE),
-    Feature("budget", "the budget over what rank 8 on all modules takes", _UP_TO_THREE),
-    Feature("spent", "cost of the current ranks over the budget", _UP_TO_THREE),
-    Feature("modules", "log2 of the number of modules, over 10", _UP_TO_THREE),
-    Feature("depth", "share of the layers that are adapted", _SHARE),
-    Feature("loss", "log of training loss since the last decision over the loss of the probe's start", _BOUNDED),
-    Feature("trend", "change of `loss` since the last decision", _BOUNDED),
-    Feature("horizon", "log10 of the run's optimizer steps, less 2: 0 for 100 steps", _BOUNDED),
-    Feature("rows", "log10 of the rows of an optimizer step", _UP_TO_THREE),
-    Feature("probe_fall", "share of the training loss that the probe took off", "-3 to 1"),
-    Feature("predicted", "log2 of the share of the tokens whose prediction the loss counts, over 4", "-3 to 0"),
-    Feature("limit_move", "log2 of the limit over that at the decision before", _BOUNDED),
-    *(Feature(f"{STEPS_PREFIX}{name.replace(' ', '_')}", meaning, _BOUNDED) for name, meaning in STEP_FEATURES.items()),
-)
+RUN_FEATURES = (
+    "progress", "decisions_left", "budget", "spent", "modules", "depth", "loss", "trend", "horizon", "rows",
+    "probe_fall", "predicted", "limit_move", *(f"{STEPS_PREFIX}{name.replace(' ', '_')}" for name in STEP_FEATURES),
+)  # fmt: skip
 """Columns of `Observation.run`; those at the end are the rate control's step features, 0 if the steps are not read. New
-ones are appended."""
+ones are appended.
 
-MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
-RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
+| feature | meaning | range |
+|---|---|---|
+| progress | share of the run's steps that are done | 0 to 1 |
+| decisions_left | decisions after this one, over 4 | 0 to 3 |
+| budget | the budget over what rank 8 on all modules takes | 0 to 3 |
+| spent | cost of the current ranks over the budget | 0 to 3 |
+| modules | log2 of the number of modules, over 10 | 0 to 3 |
+| depth | share of the layers that are adapted | 0 to 1 |
+| loss | log of training loss since the last decision over the loss of the probe's start | -3 to 3 |
+| trend | change of `loss` since the last decision | -3 to 3 |
+| horizon | log10 of the run's optimizer steps, less 2: 0 for 100 steps | -3 to 3 |
+| rows | log10 of the rows of an optimizer step | 0 to 3 |
+| probe_fall | share of the training loss that the probe took off | -3 to 1 |
+| predicted | log2 of the share of the tokens whose prediction the loss counts, over 4 | -3 to 0 |
+| limit_move | log2 of the limit over that at the decision before | -3 to 3 |
+"""
 
 LABELS = 0.2
 """Below this share of tokens counted in the loss, a run learns labels, one per row."""
@@ -110,16 +100,6 @@ def learns_labels(run: Sequence[float]) -> bool:
 
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
 """Column prefixes of module and run features in tables."""
-
-
-def feature_table(features: Sequence[Feature]) -> str:
-    """Format features as a Markdown table for a docstring: four spaces before every line but the first.
-
-    Args:
-        features: such as `MODULE_FEATURE_TABLE`.
-    """
-    rows = [("feature", "meaning", "range"), ("---", "---", "---"), *features]
-    return "\n    ".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +141,6 @@ def _wide(layer: Sequence[ModuleSpec]) -> list[bool]:
     return [inner in (module.d_in, module.d_out) for module in layer]
 
 
-Float32Array = NDArray[np.float32]
-
-
 _OF_LIMIT = [MODULE_FEATURES.index(name) for name in ("next_rung_cost", "drop_saving", "adapt_cost")]
 _BUDGET, _SPENT = (RUN_FEATURES.index(name) for name in ("budget", "spent"))
 
@@ -179,8 +156,8 @@ class Observation:
         names: names of the modules, for logs; not read by policies.
     """
 
-    modules: Float32Array
-    run: Float32Array
+    modules: NDArray[np.float32]
+    run: NDArray[np.float32]
     problem: AllocationProblem
     names: tuple[str, ...]
 

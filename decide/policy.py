@@ -13,7 +13,7 @@ from ..common.errors import ConfigError, shown
 from ..common.text import part_of, plural
 from .choice import Choice
 from .observation import Observation
-from .plan.plan import Plan, base_depth_bias, base_rank_floor, pack, project
+from .plan.plan import Plan, base_placement, pack, project
 from .plan.problem import AllocationProblem
 from .rate_control import KEEP
 
@@ -130,29 +130,25 @@ def is_first(observation: Observation) -> bool:
 
 
 def decision_from_scores(
-    observation: Observation,
-    scores: FloatArray,
-    placement: Sequence[float] | FloatArray = (0.0, 0.0),
+    observation: Observation, scores: FloatArray, placement: Sequence[float] | FloatArray = (0.0, 0.0)
 ) -> Decision:
     """Return the decision for a policy's scores and placement.
 
     Args:
         observation: observation at the decision.
         scores: log of each module's rank relative to the others, (modules,).
-        placement: log2 of a factor on the rank floor, and an offset to the depth bias; see `PLACEMENT`.
+        placement: log2 of a factor on the rank floor, and an offset to the depth bias.
 
     Raises:
         ConfigError: the scores are not finite numbers, one per module.
     """
     problem = observation.problem
-    given, scores = scores, np.asarray(scores)
-    if scores.shape != (len(observation.names),) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
-        raise ConfigError(
-            f"Scores must be finite numbers, one for each of {len(observation.names)} modules; got {shown(given)}."
-        )
+    given, scores, count = scores, np.asarray(scores), len(observation.names)
+    if scores.shape != (count,) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
+        raise ConfigError(f"Scores must be finite numbers, one for each of {count} modules; got {shown(given)}.")
     scores = scores.astype(np.float64)
-    rank_floor = float(base_rank_floor(problem) * 2.0 ** placement[0])
-    depth_bias = float(base_depth_bias(problem) + placement[1])
+    rank_floor, depth_bias = base_placement(problem)
+    rank_floor, depth_bias = float(rank_floor * 2.0 ** placement[0]), float(depth_bias + placement[1])
     return Decision(pack(problem, scores, rank_floor, depth_bias), scores, rank_floor, depth_bias)
 
 

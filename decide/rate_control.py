@@ -40,23 +40,29 @@ HALVED, DOUBLED = CHANGES.index(-1.0), CHANGES.index(1.0)
 PATIENCE = 3
 """Consecutive rollbacks for non-finite values before the copy is considered useless."""
 
-FEATURES = {
-    "alignment": "mean over the window, times 4",
-    "alignment over the first": "that mean over the mean of the first steps",
-    "spread of the alignment": "its standard deviation over the window, times 4",
-    "evidence": "mean alignment over its standard error, over 4",
-    "loss": "log of the mean loss over that of the first steps, times 2",
-    "change of loss": "log of the mean loss over that of the window before, times 4",
-    "above the best": "log of the mean loss over that of the best window so far, times 4",
-    "noise": "standard deviation of the log loss over the window, times 4",
-    "moved": "log2 of the rate over the one at the start, over 3",
-    "time": "share of the steps that are done",
-    "steps": "log2 of the steps that are done over 5, over 4",
-    "schedule": "the schedule's rate now, as a share of its peak",
-    "warm-up": "1 while the schedule's rate rises",
-    "undone": "1 if the last action went back",
-}
-"""Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`."""
+FEATURES = (
+    "alignment", "alignment over the first", "spread of the alignment", "evidence", "loss", "change of loss",
+    "above the best", "noise", "moved", "time", "steps", "schedule", "warm-up", "undone",
+)  # fmt: skip
+"""Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`.
+
+| feature | meaning |
+|---|---|
+| alignment | mean over the window, times 4 |
+| alignment over the first | that mean over the mean of the first steps |
+| spread of the alignment | its standard deviation over the window, times 4 |
+| evidence | mean alignment over its standard error, over 4 |
+| loss | log of the mean loss over that of the first steps, times 2 |
+| change of loss | log of the mean loss over that of the window before, times 4 |
+| above the best | log of the mean loss over that of the best window so far, times 4 |
+| noise | standard deviation of the log loss over the window, times 4 |
+| moved | log2 of the rate over the one at the start, over 3 |
+| time | share of the steps that are done |
+| steps | log2 of the steps that are done over 5, over 4 |
+| schedule | the schedule's rate now, as a share of its peak |
+| warm-up | 1 while the schedule's rate rises |
+| undone | 1 if the last action went back |
+"""
 
 MOST_FEATURE = 3.0
 
@@ -129,8 +135,7 @@ class RunRecord:
         """
         losses, aligned = np.log(self.losses), np.array(self.alignments or [0.0])
         mean, first = float(losses.mean()), math.log(np.mean(self._first))
-        error = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3
-        means = [first, *self._means]
+        error, means = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3, [first, *self._means]
         values = (
             4 * aligned.mean(),
             aligned.mean() / max(float(np.mean(self._first_alignments or [0.0])), LEAST_FIRST),
@@ -225,8 +230,7 @@ class AlignmentRule:
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `RateControl`."""
-        names = list(FEATURES)
-        return [self._one(dict(zip(names, row, strict=True))) for row in observations.tolist()]
+        return [self._one(dict(zip(FEATURES, row, strict=True))) for row in observations.tolist()]
 
     def _one(self, seen: dict[str, float]) -> int:
         share, evidence = seen["alignment over the first"], 4 * seen["evidence"]

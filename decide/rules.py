@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from ..common.arrays import FloatArray, IntArray
+from ..common.arrays import IntArray
 from ..common.errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
 from ..common.text import cost_text, format_bytes
@@ -78,8 +78,7 @@ class GivenPlan:
         for name in self.ranks:
             if name not in observation.names:
                 raise UnknownNameError.of("target module", name, observation.names)
-        missing = [name for name in observation.names if name not in self.ranks]
-        if missing:
+        if missing := [name for name in observation.names if name not in self.ranks]:
             raise ConfigError(
                 f"The plan {self.name} has no rank for {len(missing)} of {len(observation.names)} modules, "
                 f"including {missing[0]!r}. Set a rank for each target module; 0 means no adapter."
@@ -110,10 +109,8 @@ def given_ranks(observation: Observation, ranks: Mapping[str, int], name: str = 
     if len(wrong):
         module = int(wrong[0])
         allowed = problem.ladder.ranks[int(problem.bottoms[module]) : int(problem.tops[module]) + 1]
-        raise ConfigError(
-            f"{observation.names[module]!r} cannot have rank {decision.ranks[module]}. Allowed: "
-            f"{', '.join(map(str, allowed))}."
-        )
+        has = f"{observation.names[module]!r} cannot have rank {decision.ranks[module]}"
+        raise ConfigError(f"{has}. Allowed: {', '.join(map(str, allowed))}.")
     return decision, decided_plan(problem, decision)
 
 
@@ -222,9 +219,8 @@ def read_plan(path: Path) -> dict[str, int]:
         )
     for name, rank in ranks.items():
         if type(rank) is not int or rank < 0:
-            raise ConfigError(
-                f"The rank of {shown(name)} in {path} must be a whole number of at least 0; got {shown(rank)}."
-            )
+            what = f"rank of {shown(name)} in {path}"
+            raise ConfigError(f"The {what} must be a whole number of at least 0; got {shown(rank)}.")
     return ranks
 
 
@@ -244,9 +240,8 @@ def plan_text(ranks: Mapping[str, int], cost: float, limit: float, unit: str, na
             modules.setdefault(in_layer[1], {})[in_layer[2]] = rank
         else:
             modules[module] = rank
-    header = _HEADER.format(
-        cost=cost_text(cost, unit), limit=cost_text(limit, unit), ranks=", ".join(map(str, DEFAULT_RANKS)), name=name
-    )
+    allowed = ", ".join(map(str, DEFAULT_RANKS))
+    header = _HEADER.format(cost=cost_text(cost, unit), limit=cost_text(limit, unit), ranks=allowed, name=name)
     body = {"read_at": [0], "modules": modules}
     text: str = yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10**6, allow_unicode=True)
     return header + text
@@ -314,11 +309,6 @@ class SignalRule:
     def decide(self, observation: Observation) -> Decision:
         """Return scores equal to the mean of the signals, times the gain."""
         return decision_from_scores(observation, self.gain * mean_feature(observation, self.signals))
-
-
-def signal_mean(observation: Observation) -> FloatArray:
-    """Mean of the three signals of signal-mean, each as a log minus its mean, (modules,)."""
-    return mean_feature(observation, MEAN_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -391,22 +381,9 @@ class RandomScores:
         if not is_first(observation):
             return decision_to_keep(observation)
         seen = np.concatenate([observation.run, observation.modules.ravel()]).round(2) + np.float32(0)  # no -0
-        digest = hashlib.sha256(seen.tobytes()).digest()
-        generator = np.random.default_rng([self.draw, *digest])
+        generator = np.random.default_rng([self.draw, *hashlib.sha256(seen.tobytes()).digest()])
         return decision_from_scores(observation, generator.normal(size=len(observation.modules)))
 
-
-__all__ = [
-    "MEAN_SIGNALS",
-    "RULES",
-    "FixedPlan",
-    "RandomScores",
-    "SignalRule",
-    "TopDown",
-    "Window",
-    "find_rule",
-    "signal_mean",
-]
 
 _RULES: tuple[Policy, ...] = (
     TopDown(),

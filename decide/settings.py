@@ -41,15 +41,14 @@ class DecisionSchedule:
                 f"probe_steps, probe_batch and max_step must be whole numbers from 1 to {MOST:,}; got "
                 f"{', '.join(map(shown, counts))}."
             )
+        given = shown(self.fractions)
         if not isinstance(self.fractions, tuple | list) or not all(map(is_real, self.fractions)):
-            raise ConfigError(
-                f"fractions must be a tuple of shares of the run, such as (0.0, 0.5); got {shown(self.fractions)}."
-            )
+            raise ConfigError(f"fractions must be a tuple of shares of the run, such as (0.0, 0.5); got {given}.")
         if len(self.fractions) > MOST_DECISIONS:
             raise ConfigError(f"At most {MOST_DECISIONS} fractions are allowed; got {len(self.fractions)}.")
         rising = all(a < b for a, b in zip(self.fractions, self.fractions[1:], strict=False))
         if not self.fractions or self.fractions[0] != 0 or not rising or self.fractions[-1] >= 1:
-            raise ConfigError(f"fractions must ascend from 0 and stay below 1; got {shown(self.fractions)}.")
+            raise ConfigError(f"fractions must ascend from 0 and stay below 1; got {given}.")
 
     def steps(self, total_steps: int) -> tuple[int, ...]:
         """Return the optimizer steps before which a decision is taken in a run of `total_steps`, without duplicates."""

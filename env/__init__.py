@@ -17,11 +17,9 @@ def _register() -> None:
     with naming_extras():
         import gymnasium
     if ENV_ID not in gymnasium.registry:
-        gymnasium.register(
-            ENV_ID,
-            entry_point=f"{__name__}.fine_tune:FineTuneEnv",
-            vector_entry_point=f"{__name__}.fine_tune:FineTuneVectorEnv",
-        )
+        module = f"{__name__}.fine_tune"
+        one, many = f"{module}:FineTuneEnv", f"{module}:FineTuneVectorEnv"
+        gymnasium.register(ENV_ID, entry_point=one, vector_entry_point=many)
 
 
 _register()

@@ -49,53 +49,31 @@ NARROW = 64
 
 def _llama(depth: int, width: int) -> ProxyBase:
     config = {
-        "vocab_size": 256,
-        "hidden_size": width,
-        "intermediate_size": 11 * width // 4,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+        "vocab_size": 256, "hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": depth,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return ProxyBase(f"llama-{depth}x{width}", "llama", depth, targets, config)
 
 
 def _bert(depth: int, width: int) -> ProxyBase:
     config = {
-        "vocab_size": MASK_TOKEN + 1,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-        "type_vocab_size": 1,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.06 if width <= NARROW else 0.02,
-        "pad_token_id": None,
-    }
+        "vocab_size": MASK_TOKEN + 1, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth,
+        "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.06 if width <= NARROW else 0.02, "pad_token_id": None,
+    }  # fmt: skip
     targets = ("query", "key", "value", "output.dense", "intermediate.dense")
     return ProxyBase(f"bert-{depth}x{width}", "bert", depth, targets, config)
 
 
 def _gpt2(depth: int, width: int) -> ProxyBase:
     config = {
-        "vocab_size": 256,
-        "n_embd": width,
-        "n_layer": depth,
-        "n_head": 4,
-        "n_positions": POSITIONS,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "initializer_range": 0.06 if width <= NARROW else 0.02,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+        "vocab_size": 256, "n_embd": width, "n_layer": depth, "n_head": 4, "n_positions": POSITIONS, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.06 if width <= NARROW else 0.02,
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
     return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
 
 
@@ -116,17 +94,10 @@ def find_base(name: str) -> ProxyBase:
 BASES_FOLDER = Path(__file__).parent / "weights"
 
 
-def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
-    """Return an untrained model of the base's architecture, in fp32.
-
-    Args:
-        base: the architecture.
-        causal: build a masked language model as a decoder, with the same parameter names.
-    """
+def new_base_model(base: ProxyBase) -> PreTrainedModel:
+    """Return an untrained model of the base's architecture, in fp32."""
     config = AutoConfig.for_model(base.family, **base.config)
-    if base.masked:
-        config.is_decoder = causal
-    kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
+    kind = AutoModelForMaskedLM if base.masked else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
     return model
 
@@ -150,8 +121,8 @@ def _weights(name: str) -> dict[str, Any]:
 
 def load_base_model(name: str) -> PreTrainedModel:
     """Return a fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
-    model, weights = new_base_model(find_base(name)), _weights(name)
-    _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
+    model, weights = new_base_model(find_base(name)), {key: value.float() for key, value in _weights(name).items()}
+    _, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected:
         raise AssetError(f"The weights of proxy base {name!r} do not match its architecture: {unexpected[:3]}.")
     model.tie_weights()
@@ -167,12 +138,7 @@ ALPHA = 16
 def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     """Return the proxy base with a LoRA pair on every target module; one per process, as episodes run one at a time."""
     base = find_base(name)
-    config = LoraConfig(
-        r=8,
-        lora_alpha=ALPHA,
-        target_modules=list(base.target_modules),
-        lora_dropout=0.0,
-        fan_in_fan_out=base.family == "gpt2",
-    )
+    names, is_gpt2 = list(base.target_modules), base.family == "gpt2"
+    config = LoraConfig(r=8, lora_alpha=ALPHA, target_modules=names, fan_in_fan_out=is_gpt2)
     model = get_peft_model(load_base_model(name), config)
     return model, find_target_modules(model)

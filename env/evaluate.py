@@ -10,8 +10,8 @@ import numpy as np
 
 from ..common.statistics import Estimate, estimate
 from ..decide.groups import STEERING
-from ..decide.observation import Observation
-from ..decide.policy import Decision, Policy, decision_from_plan, decision_to_keep, is_first
+from ..decide.policy import Policy
+from ..decide.rules import FixedPlan
 from .fine_tune import FAILED
 from .stack.episodes import StackedEpisodes
 from .task_data import first_problem, oracle_plan
@@ -45,31 +45,21 @@ class Row:
     loss: float
 
 
-@dataclass(frozen=True)
-class _Oracle:
-    """Takes the ranks that capture the most of the planted changes, and keeps them."""
-
-    task: FineTuneTask
-    name: str = ORACLE
-
-    def decide(self, observation: Observation) -> Decision:
-        if not is_first(observation):
-            return decision_to_keep(observation)
-        return decision_from_plan(oracle_plan(self.task, first_problem(self.task)))
+def _oracle(task: FineTuneTask) -> Policy:
+    """Policy that takes the ranks that capture the most of the planted changes, and keeps them."""
+    return FixedPlan(ORACLE, lambda _: oracle_plan(task, first_problem(task)))
 
 
-def evaluation_tasks(
-    count: int, *, split: str = "test", seed: int = 0, regimes: Sequence[Regime] = REGIMES, base: str | None = None
-) -> dict[FineTuneTask, Regime]:
+def evaluation_tasks(count: int, *, split: str = "test", seed: int = 0) -> dict[FineTuneTask, Regime]:
     """Draw a number of tasks for each regime, paired with their regimes; the bases of the split alternate.
 
     Raises:
-        UnknownNameError: no such split or regime.
+        UnknownNameError: no such split.
     """
     found: dict[FineTuneTask, Regime] = {}
-    for place, regime in enumerate(regimes):
+    for place, regime in enumerate(REGIMES):
         generator = np.random.default_rng([seed, place])
-        bases = (base,) if base else SPLITS[split].bases if split in SPLITS else (None,)
+        bases = SPLITS[split].bases if split in SPLITS else (None,)
         for number in range(count):
             found[draw_task(generator, split, bases[number % len(bases)], regime)] = regime
     return found
@@ -90,20 +80,20 @@ def compare(
         oracle: also run the oracle on planted tasks.
         on_progress: called with the number of finished tasks and the total.
     """
-    stacks: dict[str, StackedEpisodes] = {}
-    size, done = max(1, TOGETHER // (len(policies) + oracle)), 0
+    runs_per_task, done = len(policies) + oracle, 0
+    size = max(1, TOGETHER // runs_per_task)
     for base in dict.fromkeys(task.base for task in tasks):
         own = [task for task in tasks if task.base == base]
-        stacks = {base: StackedEpisodes(base, size * (len(policies) + oracle), STEERING)}
+        stack = StackedEpisodes(base, size * runs_per_task, STEERING)
         for start in range(0, len(own), size):
             runs = [
                 (name, policy, task)
                 for task in own[start : start + size]
-                for name, policy in [*policies.items(), *([(ORACLE, _Oracle(task))] if oracle else [])]
+                for name, policy in [*policies.items(), *([(ORACLE, _oracle(task))] if oracle else [])]
                 if name != ORACLE or task.kind == "planted"
             ]
-            stacks[base].begin({slot: task for slot, (_, _, task) in enumerate(runs)})
-            losses = stacks[base].play({slot: policy for slot, (_, policy, _) in enumerate(runs)})
+            stack.begin({slot: task for slot, (_, _, task) in enumerate(runs)})
+            losses = stack.play({slot: policy for slot, (_, policy, _) in enumerate(runs)})
             for slot, (name, _, task) in enumerate(runs):
                 yield Row(name, task.id, tasks[task], task.kind, base, losses[slot])
             done += len(own[start : start + size])
@@ -124,12 +114,10 @@ def beside(rows: Sequence[Row], policy: str, other: str) -> dict[str, float]:
 
 def table(rows: Sequence[Row], other: str) -> dict[str, dict[str, Estimate]]:
     """Mean of `beside` by policy and regime, with its interval over tasks."""
-    regimes = list(dict.fromkeys(row.regime for row in rows))
     found: dict[str, dict[str, Estimate]] = {}
     for policy in dict.fromkeys(row.policy for row in rows):
         found[policy] = {}
-        for regime in regimes:
-            changes = beside([row for row in rows if row.regime == regime], policy, other)
-            if changes:
+        for regime in dict.fromkeys(row.regime for row in rows):
+            if changes := beside([row for row in rows if row.regime == regime], policy, other):
                 found[policy][regime] = estimate(list(changes.values()), list(changes))
     return found

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from ..common.checks import is_count
 from ..common.errors import ConfigError, UnknownNameError, naming_extras, shown
 from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import GROUP_FEATURES, RATE_CHANGES, STEERING, GroupView, Steering
+from ..decide.groups import GROUP_FEATURES, NOTHING, RATE_CHANGES, STEERING, GroupView, Steering
 from ..decide.log import DecisionLog
 from ..decide.observation import MOST_FEATURE, RUN_FEATURES
 from ..decide.policy import Decision, Policy
 from .bases import find_base
 from .stack.episodes import StackedEpisodes
-from .tasks import SPLITS, FineTuneTask, Regime, check_task, draw_task
+from .tasks import SPLITS, FineTuneTask, Regime, draw_task
 
 with naming_extras():
     import gymnasium as gym
@@ -65,32 +65,24 @@ def padded(view: GroupView) -> Arrays:
     return {"groups": groups.reshape(-1), "present": present, "run": view.run.copy()}
 
 
+def padded_actions(view: GroupView) -> list[int]:
+    """Action of the environment for each action of a view."""
+    first, count = len(RATE_CHANGES), len(view.groups.names)
+    grows = range(first, first + count)
+    return [*range(first), *grows, *(MOST_GROUPS + action for action in grows)]
+
+
 def padded_mask(view: GroupView) -> NDArray[np.bool_]:
     """Action mask of the environment, bool (4 + 2 * MOST_GROUPS,)."""
-    count, first = len(view.groups.names), len(RATE_CHANGES)
     mask = np.zeros(ACTIONS, dtype=np.bool_)
-    mask[:first] = view.allowed[:first]
-    mask[first : first + count] = view.allowed[first : first + count]
-    mask[first + MOST_GROUPS : first + MOST_GROUPS + count] = view.allowed[first + count :]
+    mask[padded_actions(view)] = view.allowed
     return mask
 
 
 def action_of(view: GroupView, action: int) -> int:
     """Convert an action of the environment to an action of a view; actions on missing groups become a no-op."""
-    if action < len(RATE_CHANGES):
-        return action
-    takes, group = divmod(action - len(RATE_CHANGES), MOST_GROUPS)
-    if group >= len(view.groups.names):
-        return 0
-    return view.take(group) if takes else view.grow(group)
-
-
-def padded_action(view: GroupView, action: int) -> int:
-    """Convert an action of a view to the matching action of the environment."""
-    if action < len(RATE_CHANGES):
-        return action
-    takes, group = divmod(action - len(RATE_CHANGES), len(view.groups.names))
-    return len(RATE_CHANGES) + takes * MOST_GROUPS + group
+    padded = padded_actions(view)
+    return padded.index(action) if action in padded else NOTHING
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,8 @@ class FineTuneConfig:
             if not isinstance(self.tasks, Sequence) or not self.tasks:
                 raise ConfigError(f"tasks must be a list of at least one FineTuneTask; got {shown(self.tasks)}.")
             for task in self.tasks:
-                check_task(task)
+                if not isinstance(task, FineTuneTask):
+                    raise ConfigError(f"A task must be a FineTuneTask; got {shown(task)}.")
         if self.base is not None:
             find_base(self.base)
         if self.steps is not None and not (is_count(self.steps) and self.steps >= SHORTEST):
@@ -135,9 +128,8 @@ class FineTuneConfig:
         if self.against not in GROUP_RULES:
             raise UnknownNameError.of("rule to compare with", self.against, GROUP_RULES)
         if not is_count(self.episodes_per_task):
-            raise ConfigError(
-                f"episodes_per_task must be a whole number of at least 1; got {shown(self.episodes_per_task)}."
-            )
+            given = shown(self.episodes_per_task)
+            raise ConfigError(f"episodes_per_task must be a whole number of at least 1; got {given}.")
         draw_task(np.random.default_rng(0), self.split, self.base, self.regime)
 
     def draw(self, generator: np.random.Generator, base: str) -> FineTuneTask:
@@ -199,10 +191,8 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
                 raise UnknownNameError.of("argument of the environment", name, known)
         self.config = FineTuneConfig(**settings)
         if not is_count(num_envs) or num_envs % self.config.episodes_per_task:
-            raise ConfigError(
-                f"num_envs must be a whole number and a multiple of episodes_per_task; got {shown(num_envs)} and "
-                f"{self.config.episodes_per_task}."
-            )
+            given = f"{shown(num_envs)} and {self.config.episodes_per_task}"
+            raise ConfigError(f"num_envs must be a whole number and a multiple of episodes_per_task; got {given}.")
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space = observation_space()
         self.single_action_space = spaces.Discrete(ACTIONS)
@@ -212,7 +202,6 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         self._stacks: dict[str, StackedEpisodes] = {}
         self._generators: list[np.random.Generator] = []
         self._views: list[GroupView] = []
-        self._episodes = 0
         self._logged = 0
 
     # Gymnasium --------------------------------------------------------------------------------------------------------
@@ -224,9 +213,8 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         if options:
             raise ConfigError(f"reset takes no options; got {shown(options)}.")
         if seed is not None or not self._generators:
-            seeds = (
-                seed if isinstance(seed, list) else [None if seed is None else seed + n for n in range(self.num_envs)]
-            )
+            slots = range(self.num_envs)
+            seeds = seed if isinstance(seed, list) else [None if seed is None else seed + slot for slot in slots]
             if len(seeds) != self.num_envs:
                 raise ConfigError(f"seed must be a whole number, or one for each of {self.num_envs} environments.")
             self._generators = [seeding.np_random(each)[0] for each in seeds]
@@ -256,9 +244,8 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
             Observations, rewards, infos by slot, and True if the episodes have ended.
         """
         stack = self._stack
-        decisions = self._decisions(actions)
         ruled = {slot: self._rule.decide(stack.under_way[slot].observation) for slot in self._ruled}
-        stack.step({**decisions, **ruled})
+        stack.step(self._decisions(actions) | ruled)
         if not stack.over:
             self._look()
             return self._seen(), np.zeros(self.num_envs), self._infos(), False
@@ -272,7 +259,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def picture(self, slot: int) -> NDArray[np.uint8]:
         """Render the mean rank of each group of an episode as bars, uint8 (height, width, 3)."""
-        view, ranks = self._views[slot], self._stack.ranks(slot)
+        view, ranks = self._views[slot], self._stack.under_way[slot].applier.ranks
         means = np.bincount(view.groups.member, weights=ranks) / np.bincount(view.groups.member)
         image = np.full((BAR * len(means), PICTURE_WIDTH, 3), 255, dtype=np.uint8)
         for row, mean in enumerate(means):
@@ -281,7 +268,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def rule_actions(self) -> NDArray[np.int64]:
         """Actions the baseline rule would take now, int64 (num_envs,)."""
-        return np.array([padded_action(view, self._rule.actor.act(view)) for view in self._views], dtype=np.int64)
+        return np.array([padded_actions(view)[self._rule.actor.act(view)] for view in self._views], dtype=np.int64)
 
     # Episodes ---------------------------------------------------------------------------------------------------------
 
@@ -309,7 +296,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         ruled = dict(zip(self._ruled, drawn, strict=True))
         if base not in self._stacks:
             self._stacks[base] = StackedEpisodes(base, self._ruled.stop, STEERING, device=self.config.device)
-        self._stack.begin({**self.tasks, **ruled}, self._logs())
+        self._stack.begin(self.tasks | ruled, self._logs())
         self._look()
 
     def _logs(self) -> dict[int, tuple[DecisionLog, Policy]]:
@@ -335,19 +322,12 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def _decisions(self, actions: NDArray[Any]) -> dict[int, Decision]:
         """Decisions for some actions, by slot."""
-        count = ACTIONS
-        if (
-            actions.shape != (self.num_envs,)
-            or actions.dtype.kind not in "iu"
-            or not bool(((actions >= 0) & (actions < count)).all())
-        ):
-            raise ConfigError(
-                f"Actions must be {self.num_envs} whole numbers from 0 to {count - 1}; got {shown(actions)}."
-            )
-        return {
-            slot: view.decision(action_of(view, action))
-            for slot, (view, action) in enumerate(zip(self._views, actions.tolist(), strict=True))
-        }
+        whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
+        if not whole or not bool(((actions >= 0) & (actions < ACTIONS)).all()):
+            count, last = self.num_envs, ACTIONS - 1
+            raise ConfigError(f"Actions must be {count} whole numbers from 0 to {last}; got {shown(actions)}.")
+        pairs = zip(self._views, actions.tolist(), strict=True)
+        return {slot: view.decision(action_of(view, action)) for slot, (view, action) in enumerate(pairs)}
 
     def _reward(self, losses: Mapping[int, float], slot: int) -> float:
         """-100 times the log of the held-out loss over the baseline's."""
@@ -359,12 +339,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     def _info(self, slot: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
         """Info dict of a run."""
         episode = self._stack.under_way[slot]
-        found = {
-            "task": episode.task.id,
-            "step": episode.record.step,
-            "ranks": episode.applier.ranks,
-            "rate": episode.task.learning_rate * 2 ** (episode.task.offset + episode.record.moved),
-        }
+        task, record = episode.task, episode.record
+        rate = task.learning_rate * 2 ** (task.offset + record.moved)
+        found = {"task": task.id, "step": record.step, "ranks": episode.applier.ranks, "rate": rate}
         if losses:
             other = losses[self._ruled[slot // self.config.episodes_per_task]]
             found |= {"held_out_loss": losses[slot], "against": other}
@@ -447,14 +424,11 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
 
     def render(self) -> Any:
         """Render the mean rank of each group as a picture, uint8 (height, width, 3); None without a render mode."""
-        if self.render_mode is None:
-            return None
-        return self._vector.picture(0)
+        return None if self.render_mode is None else self._vector.picture(0)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Mask of allowed actions, bool (actions,); any other action is a no-op."""
-        masks: NDArray[np.bool_] = self._vector.action_masks()[0]
-        return masks
+        return np.asarray(self._vector.action_masks()[0])
 
 
 def _row(arrays: Arrays) -> Arrays:

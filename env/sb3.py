@@ -25,8 +25,6 @@ from .fine_tune import Arrays, FineTuneVectorEnv
 with naming_extras():
     from stable_baselines3.common.vec_env import VecEnv
 
-Settings = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Played:
@@ -54,7 +52,7 @@ class _Stack:
     """A stack and the seed and actions behind its current state."""
 
     env: FineTuneVectorEnv
-    settings: Settings
+    settings: dict[str, Any]
     seed: int = -1
     actions: list[list[int]] = field(default_factory=list)
 
@@ -63,7 +61,7 @@ _STACKS: dict[int, _Stack] = {}
 """Stacks of this process, by number."""
 
 
-def play(number: int, settings: Settings, seed: int, actions: Sequence[Sequence[int]]) -> Played:
+def play(number: int, settings: dict[str, Any], seed: int, actions: Sequence[Sequence[int]]) -> Played:
     """Return the state of a stack after some actions; a process without the stack replays the episodes from the start.
 
     Args:
@@ -78,18 +76,15 @@ def play(number: int, settings: Settings, seed: int, actions: Sequence[Sequence[
             _STACKS[number] = _Stack(FineTuneVectorEnv(**settings), settings)
         stack = _STACKS[number]
         env, taken = stack.env, [list(each) for each in actions]
+        left = taken[-1:]
         if stack.seed != seed or stack.actions != taken[:-1] or not taken:
             seen, _ = env.reset(seed=seed)
-            nothing = np.zeros(env.num_envs)
-            answer = Played(seen, env.action_masks(), env.rule_actions(), nothing, [{}] * env.num_envs, False)
+            rewards, infos, over = np.zeros(env.num_envs), [dict[str, Any]()] * env.num_envs, False
             left = taken
-        else:
-            left = taken[-1:]
         for each in left:
             seen, rewards, infos, over = env.advance(np.asarray(each))
-            answer = Played(seen, env.action_masks(), env.rule_actions(), rewards, infos, over)
         stack.seed, stack.actions = seed, taken
-    return answer
+        return Played(seen, env.action_masks(), env.rule_actions(), rewards, infos, over)
 
 
 class _Here:
@@ -136,9 +131,8 @@ class StackVecEnv(VecEnv):
         **settings: Any,
     ) -> None:
         if not (is_count(stacks) and is_count(workers)):
-            raise ConfigError(
-                f"stacks and workers must be whole numbers of at least 1; got {shown(stacks)} and {shown(workers)}."
-            )
+            given = f"{shown(stacks)} and {shown(workers)}"
+            raise ConfigError(f"stacks and workers must be whole numbers of at least 1; got {given}.")
         self._settings = {"num_envs": num_envs, **settings}
         like = FineTuneVectorEnv(**self._settings)
         self._stacks, self._soft = stacks, soft
@@ -151,18 +145,15 @@ class StackVecEnv(VecEnv):
 
     def _play(self, numbers: Sequence[int]) -> dict[int, Played]:
         """Bring some stacks up to date."""
-        futures = {
-            number: self._workers[number % len(self._workers)].submit(
-                play, number, self._settings, self._seeds[number], list(self._taken[number])
-            )
-            for number in numbers
-        }
+        futures = {}
+        for number in numbers:
+            worker, taken = self._workers[number % len(self._workers)], list(self._taken[number])
+            futures[number] = worker.submit(play, number, self._settings, self._seeds[number], taken)
         try:
             return {number: future.result() for number, future in futures.items()}
         except BrokenExecutor as error:
-            raise WorkerError(
-                "A worker process died, possibly out of memory. Continue with --resume and fewer workers."
-            ) from error
+            reason = "A worker process died, possibly out of memory. Continue with --resume and fewer workers."
+            raise WorkerError(reason) from error
 
     def reset(self) -> Any:
         """Start a round of episodes in all stacks."""

@@ -74,54 +74,34 @@ def class_inputs(base: ProxyBase, windows: torch.Tensor, classes: torch.Tensor) 
     return inputs, labels
 
 
-def label_terms(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats at each position, (rows, length); 0 at ignored positions.
+def loss_terms(
+    logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None, runs: int = 1
+) -> torch.Tensor:
+    """Loss of some runs at each position, in nats, (runs, rows, length).
+
+    It is KL(teacher || student), or without a teacher the cross-entropy, 0 at ignored positions.
 
     Args:
-        logits: (rows, length, vocabulary).
-        labels: int64 (rows, length).
+        logits: logits of the runs, concatenated, (runs * rows, length, vocabulary).
+        labels: int64 (rows, length), shared by all runs.
+        teacher: log-probabilities of the teacher, (rows, length, vocabulary), shared by all runs.
+        runs: number of runs.
     """
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.view(labels.shape)
+    if teacher is None:
+        labels = labels.repeat(runs, 1).to(logits.device)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(runs, -1, labels.shape[1])
+    student = torch.log_softmax(torch.unflatten(logits, 0, (runs, -1)), dim=-1)
+    given = teacher.to(logits.device)
+    return torch.nn.functional.kl_div(student, given, reduction="none", log_target=True).sum(dim=-1)
 
 
-def label_mean(terms: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Mean of `label_terms` over the predictions of each group, (groups,)."""
-    counts = (labels != IGNORED).view(groups, -1).sum(dim=1)
-    return terms.view(groups, -1).sum(dim=1) / counts.clamp_min(1)  # 0 if all positions are ignored
-
-
-def label_loss(logits: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Mean cross-entropy per prediction in nats, (groups,).
-
-    Args:
-        logits: (groups * rows, length, vocabulary).
-        labels: int64 (groups * rows, length), at least one prediction in each group.
-        groups: number of runs concatenated in the batch.
-    """
-    return label_mean(label_terms(logits, labels), labels, groups)
-
-
-def divergence_terms(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats at each position, (..., rows, length).
-
-    Args:
-        logits: logits of the student, (..., rows, length, vocabulary).
-        teacher: log-probabilities, (rows, length, vocabulary).
-    """
-    student = torch.log_softmax(logits, dim=-1)
-    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-
-
-def divergence(logits: torch.Tensor, teacher: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Mean KL(teacher || student) per position in nats, (groups,).
-
-    Args:
-        logits: logits of the student, (groups * rows, length, vocabulary).
-        teacher: log-probabilities shared by all groups, (rows, length, vocabulary).
-        groups: number of runs concatenated in the batch.
-    """
-    return divergence_terms(torch.unflatten(logits, 0, (groups, -1)), teacher).view(groups, -1).mean(dim=1)
+def mean_loss(terms: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of `loss_terms` over the predictions of each run, (runs,)."""
+    if teacher is not None:
+        return terms.flatten(1).mean(dim=1)
+    count = (labels != IGNORED).sum().clamp_min(1)  # a mean of 0 if all positions are ignored
+    return terms.flatten(1).sum(dim=1) / count.to(terms.device)
 
 
 EVAL_BATCH = 64
@@ -165,8 +145,7 @@ class Change:
     def energy(self) -> list[float]:
         """Share of the squared norm in each component, decreasing, (rank,)."""
         squares = self.left.square().sum(dim=0)
-        shares: list[float] = (squares / squares.sum()).tolist()
-        return shares
+        return list((squares / squares.sum()).tolist())
 
 
 def draw_changes(targets: Sequence[TargetModule], placement: str, generator: np.random.Generator) -> list[Change]:
@@ -250,9 +229,8 @@ class TaskData:
             rows: number of rows, None for all.
             runs: number of runs.
         """
-        if self.teacher is None:
-            return label_loss(logits, self.labels[step, :rows].repeat(runs, 1).to(logits.device), runs)
-        return divergence(logits, self.teacher[step, :rows].to(logits.device), runs)
+        labels, teacher = self.labels[step, :rows], None if self.teacher is None else self.teacher[step, :rows]
+        return mean_loss(loss_terms(logits, labels, teacher, runs), labels, teacher)
 
     @property
     def predicted(self) -> float:
@@ -275,16 +253,12 @@ class TaskData:
             runs: number of runs.
         """
         rows = slice(start, start + len(logits) // runs)
-        if self.held_out_teacher is None:
-            labels = self.held_out_labels[rows].repeat(runs, 1).to(logits.device)
-            return torch.unflatten(label_terms(logits, labels), 0, (runs, -1))
-        return divergence_terms(torch.unflatten(logits, 0, (runs, -1)), self.held_out_teacher[rows].to(logits.device))
+        teacher = None if self.held_out_teacher is None else self.held_out_teacher[rows]
+        return loss_terms(logits, self.held_out_labels[rows], teacher, runs)
 
     def mean_of(self, terms: torch.Tensor) -> float:
         """Held-out loss of one run in nats, from its loss at each position, (eval_rows, length)."""
-        if self.held_out_teacher is None:
-            return float(label_mean(terms, self.held_out_labels.to(terms.device))[0])
-        return float(terms.view(1, -1).mean(dim=1)[0])
+        return float(mean_loss(terms[None], self.held_out_labels, self.held_out_teacher)[0])
 
 
 @lru_cache(maxsize=1024)

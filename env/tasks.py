@@ -137,11 +137,8 @@ class FineTuneTask:
                 "steps, batch_size and eval_rows of a task must be whole numbers of at least 1, and length from "
                 f"2 to {POSITIONS}; got {', '.join(map(shown, counts))}."
             )
-        if (
-            not is_positive(self.mean_rank)
-            or not is_positive(self.learning_rate)
-            or not (is_real(self.offset) and bool(np.isfinite(self.offset)))
-        ):
+        positive = is_positive(self.mean_rank) and is_positive(self.learning_rate)
+        if not positive or not is_real(self.offset) or not np.isfinite(self.offset):
             raise ConfigError(
                 "mean_rank and learning_rate of a task must be above 0, and its offset a finite number; got "
                 f"{shown(self.mean_rank)}, {shown(self.learning_rate)} and {shown(self.offset)}."
@@ -216,13 +213,6 @@ def draw_task(
         drawn |= {"moves": ((low, float(2.0 ** generator.uniform(-2, 0))), (back, 1.0))}
         drawn |= {"then": _one(others, generator), "turn": float(generator.uniform(0.2, 0.6))}
     return FineTuneTask(kind, of.first_seed + int(generator.integers(2**30)), **drawn)
-
-
-def check_task(task: object) -> FineTuneTask:
-    """Return the given task; raise ConfigError for any other type."""
-    if not isinstance(task, FineTuneTask):
-        raise ConfigError(f"A task must be a FineTuneTask; got {shown(task)}.")
-    return task
 
 
 def _one(items: Sequence[Any], generator: np.random.Generator) -> Any:

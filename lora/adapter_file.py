@@ -38,28 +38,24 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Tensors = dict[str, torch.Tensor]
+"""Tensors of a file, by key."""
+
 MOST_CONFIG_BYTES = 2**24
 """Maximum size of an adapter's configuration in bytes; ranks for 50,000 modules take a quarter of it."""
 
 MOST_PATTERN, MOST_REPEATS = 1000, 2
 """Maximum length of a pattern of module names, and maximum number of unbounded repeats in it."""
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "use_dora": (bool,),
-    "lora_bias": (bool,),
-    "fan_in_fan_out": (bool,),
-    "bias": (str,),
-    "task_type": (str,),
-    "peft_type": (str,),
-    "base_model_name_or_path": (str,),
-    "target_modules": (str, list),
-    "modules_to_save": (list,),
+_TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
+    (int,): ("r",),
+    (int, float): ("lora_alpha", "lora_dropout"),
+    (bool,): ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+    (str,): ("bias", "task_type", "peft_type", "base_model_name_or_path"),
+    (str, list): ("target_modules",),
+    (list,): ("modules_to_save",),
 }
-"""Types of the settings that are read or passed on; each may be missing or None."""
+"""Settings that are read or passed on, by type; each may be missing or None."""
 
 _REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\}|(?<!\()\?)")
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
@@ -81,7 +77,7 @@ class SavedAdapter:
     """
 
     config: LoraConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     ranks: dict[str, int]
     alphas: dict[str, float]
     stacks: dict[str, tuple[str, int]]
@@ -130,9 +126,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(config, _turned(folder, tensors, stacks) if older else tensors, ranks, alphas, stacks)
 
 
-def _turned(
-    folder: Path, tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]
-) -> dict[str, torch.Tensor]:
+def _turned(folder: Path, tensors: Tensors, stacks: Mapping[str, tuple[str, int]]) -> Tensors:
     """Convert tensors from PEFT before 0.19 to the later layout: A reads the inputs, except in Llama 4.
 
     The older A belongs to the first axis of the experts' weights. Widths identify it: the input width of `gate_up_proj`
@@ -172,8 +166,7 @@ _STACKED = ("gate_up_proj", "up_proj", "down_proj")
 def _parameter_of(module: str, config: LoraConfig) -> str | None:
     """Return the parameter adapted by a module of the file; None if it holds no experts."""
     stem = module.replace(".base_layer", "")
-    names = [f"{stem}.{leaf}" for leaf in _STACKED]
-    wrapped = [name for name in names if _is_parameter(name, config)]
+    wrapped = [name for leaf in _STACKED if _is_parameter(name := f"{stem}.{leaf}", config)]
     depth = module.count(".base_layer")
     return wrapped[::-1][depth] if depth < len(wrapped) else None
 
@@ -189,15 +182,14 @@ def _resolve(pattern: dict[str, float] | None, name: str, default: float) -> flo
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 
-def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def _ranks(folder: Path, tensors: Tensors) -> dict[str, int]:
     """Return the rank by module name, from the shapes of A (rank, ...) and B (..., rank)."""
     sides: dict[str, dict[str, int]] = {}
     for key, tensor in tensors.items():
         match = PAIR_KEY.fullmatch(key)
         if match and match.group(3) != ".bias":
             name, side, _ = match.groups()
-            size = tensor.shape["AB".index(side)] if tensor.dim() > 1 else -1
-            sides.setdefault(name, {})[side] = size
+            sides.setdefault(name, {})[side] = tensor.shape["AB".index(side)] if tensor.dim() > 1 else -1
     if not sides:
         raise UnsupportedError(f"{folder / SAFETENSORS_WEIGHTS_NAME} contains no LoRA pair.")
     for name, sizes in sides.items():
@@ -220,16 +212,15 @@ def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
         raise UnsupportedError(f"{path} is a {type(config).__name__}. Only LoRA adapters can be exported.")
     others = [name for name in config.target_parameters or () if name.rpartition(".")[2] not in _STACKED]
     if others:
-        raise UnsupportedError(
-            f"{path} has unknown target_parameters {', '.join(others)}. Known: those ending in {', '.join(_STACKED)}."
-        )
+        unknown, known = (", ".join(names) for names in (others, _STACKED))
+        raise UnsupportedError(f"{path} has unknown target_parameters {unknown}. Known: those ending in {known}.")
     version = str(values.get("peft_version") or "0.17")  # 0.17 did not write its version
     return config, bool(config.target_parameters) and bool(re.match(r"0\.(\d|1[0-8])(\D|$)", version))
 
 
 def _check_types(path: Path, values: Mapping[str, object]) -> None:
     """Refuse settings with types PEFT does not write, before they reach files for other programs."""
-    for name, kinds in _TYPES.items():
+    for name, kinds in ((name, kinds) for kinds, names in _TYPES.items() for name in names):
         value = values.get(name)
         known = value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
         if not known or (isinstance(value, float) and not math.isfinite(value)):
@@ -245,15 +236,14 @@ def _check_patterns(path: Path, name: str, patterns: object) -> None:
     for pattern in patterns:
         repeats = len(_REPEAT.findall(pattern)) + (pattern.count("(") if "|" in pattern else 0)
         if len(pattern) > MOST_PATTERN or repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
-            raise RunFolderError(
-                f"The {name} {shown(pattern)} in {path} may take very long to match. Write out the module names."
-            )
+            what = f"{name} {shown(pattern)} in {path}"
+            raise RunFolderError(f"The {what} may take very long to match. Write out the module names.")
     for value in patterns.values():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RunFolderError(f"{path} is corrupt or not an adapter: {name} has the value {shown(value)}.")
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> Tensors:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists() and (folder / WEIGHTS_NAME).exists():
         raise UnsupportedError(
@@ -282,16 +272,9 @@ MOST_PADDED_BYTES = 2**33
 """Maximum size of a padded adapter in bytes."""
 
 _OTHER_FORMS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "layer_replication",
-)
+    "use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config",
+    "alora_invocation_tokens", "layer_replication",
+)  # fmt: skip
 """LoraConfig settings under which a module does not compute W x + s B A x."""
 
 _AXOLOTL_KEYS = {
@@ -477,9 +460,8 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
             sizes = [size for place, size in enumerate(tensor.shape) if place != axis]
             taken += rank * math.prod(sizes) * tensor.element_size()
     if taken > MOST_PADDED_BYTES:
-        raise ConfigError(
-            f"At rank {rank} the adapter would take {taken:,} bytes; the limit for padding is {MOST_PADDED_BYTES:,}."
-        )
+        reason = f"the adapter would take {taken:,} bytes; the limit for padding is {MOST_PADDED_BYTES:,}"
+        raise ConfigError(f"At rank {rank} {reason}.")
 
 
 def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -498,16 +480,15 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
         )
     if kind == ".bias":
         return new
-    if side == "A":  # the expert axis is slowest here, and fastest in B
-        each = new.reshape(experts, -1, new.shape[1])
-        return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(0, 1).contiguous()
-    each = new.reshape(new.shape[0], -1, experts)
-    return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(1).contiguous()
+    is_a = side == "A"  # its expert axis is slowest, B's fastest
+    each = new.reshape(experts, -1, new.shape[1]) if is_a else new.reshape(new.shape[0], -1, experts)
+    padded = nn.functional.pad(each, (0, 0, 0, rank - each.shape[1]))
+    return (padded.flatten(0, 1) if is_a else padded.flatten(1)).contiguous()
 
 
-def _split(tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]) -> dict[str, torch.Tensor]:
+def _split(tensors: Tensors, stacks: Mapping[str, tuple[str, int]]) -> Tensors:
     """Return the same with a pair for each expert's matrices: gate and up share A, and each take half of B."""
-    found: dict[str, torch.Tensor] = {}
+    found: Tensors = {}
     for key, tensor in tensors.items():
         match = PAIR_KEY.fullmatch(key)
         if match is None or match.group(1) not in stacks:

@@ -163,11 +163,8 @@ class SignalMeter(Meter):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return everything `load_state_dict` needs to continue within an interval, as tensors."""
-        state = {
-            "values": torch.from_numpy(self.values.copy()),
-            "age": torch.from_numpy(self.age.copy()),
-            "count": torch.tensor([self._count]),
-        }
+        values, age = torch.from_numpy(self.values.copy()), torch.from_numpy(self.age.copy())
+        state = {"values": values, "age": age, "count": torch.tensor([self._count])}
         if self._sums:
             state["squares"] = self._squares[0].cpu().clone()
             state |= {f"mean.{t.name}": m.cpu().clone() for t, m in zip(self._adapted, self._sums, strict=True)}

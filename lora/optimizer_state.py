@@ -86,10 +86,8 @@ class BitsandbytesForm(StateForm):
         moment = state[key].to(parameter.device)
         if moment.dtype != torch.uint8:
             return moment
-        number = key[-1]
-        value: torch.Tensor = dequantize_blockwise(
-            moment, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=LOW_BIT_BLOCK
-        )
+        scales, codes = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+        value: torch.Tensor = dequantize_blockwise(moment, absmax=scales, code=codes, blocksize=LOW_BIT_BLOCK)
         return value
 
     def write(self, optimizer: Any, parameter: torch.Tensor, state: State, key: str, value: torch.Tensor) -> None:
@@ -403,10 +401,8 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         moments = [v for k, v in tensors.items() if (k in layout.moments if layout else v.dim() == len(shape))]
         averages = [(state[key], axes) for key, axes in (layout.factored if layout else {}).items() if key in state]
-        fits = all(moment.shape == shape for moment in moments) and all(
-            average.shape[axis] == shape[of] for average, (of, axis) in averages
-        )
-        if not fits:
+        whole = all(moment.shape == shape for moment in moments)
+        if not whole or any(average.shape[axis] != shape[of] for average, (of, axis) in averages):
             del inner.state[parameter]
 
 
@@ -428,9 +424,8 @@ class OptimizerSnapshot:
         self._before: dict[nn.Parameter, dict[str, tuple[Any, torch.device | None]] | None] = {}
         for parameter in parameters:
             values = self._state.get(parameter)
-            self._before[parameter] = (
-                None if values is None else {k: _in_main_memory(v, parameter, steps) for k, v in values.items()}
-            )
+            kept = {k: _in_main_memory(v, parameter, steps) for k, v in (values or {}).items()}
+            self._before[parameter] = None if values is None else kept
 
     def put_back(self) -> None:
         """Restore the state; works once."""

@@ -65,8 +65,7 @@ def fresh_adapters(
     if target_parameters:
         heads["target_parameters"] = _experts_named(base, target_parameters)
     try:
-        lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
-        return get_peft_model(base, lora)
+        return get_peft_model(base, LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options))
     except (ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:
         said = " ".join(re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).split())  # drop the module's repr
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={shown(target_modules)}: {said}") from error
@@ -76,18 +75,13 @@ def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
     """Return the names of parameters that hold experts; PEFT compares them with the ends of full names."""
     experts = {id(parameter) for parameter in fused_experts(base)}
     paths = [path for path, parameter in base.named_parameters() if id(parameter) in experts]
-    quantised = [  # PEFT compares their full names
-        f"{path}.{name}"
-        for path, module in base.named_modules()
-        if hasattr(module, "parametrizations")
-        for name in module.parametrizations
-    ]
+    modules = [(path, getattr(module, "parametrizations", ())) for path, module in base.named_modules()]
+    quantised = [f"{path}.{name}" for path, names in modules for name in names]  # PEFT compares their full names
     paths += quantised
     ends = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
     if not paths:
-        raise ConfigError(
-            f"target_parameters={target_parameters!r}: {type(base).__name__} has no fused experts. Drop it."
-        )
+        kind = type(base).__name__
+        raise ConfigError(f"target_parameters={target_parameters!r}: {kind} has no fused experts. Drop it.")
     if target_parameters == "all-experts":
         return quantised or ends
     names = [part.strip() for part in target_parameters.split(",")]
@@ -162,10 +156,8 @@ def _all_linear(base: nn.Module) -> str | list[str]:
         conversion.convert_peft_config_for_transformers(config, base, None)
     kept = sorted(config.target_modules or ())
     taken = sorted({name.rpartition(".")[2] for name in {*named} - {*kept}})
-    parts = [
-        *dict.fromkeys(reasons.values()),
-        *([f"{', '.join(taken)}, which PEFT treats as experts"] if taken else []),
-    ]
+    parts = list(dict.fromkeys(reasons.values()))
+    parts += [f"{', '.join(taken)}, which PEFT treats as experts"] if taken else []
     logger.warning("target_modules='all-linear' excludes: %s.", "; ".join(parts))
     return kept
 
@@ -465,12 +457,6 @@ def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
     return {target.name: target.rank for target in targets}
 
 
-PATTERN = (
-    "LoraConfig's rank_pattern is ignored, since the policy decides all ranks. Use `bounds` to fix "
-    "the rank of a module."
-)
-
-
 @contextmanager
 def start_kept(
     model: torch.nn.Module, targets: Sequence[TargetModule], fresh: bool, note: Callable[[str], None]
@@ -492,7 +478,8 @@ def start_kept(
     start, of_user = config.init_lora_weights, synced.get(adapter, (None,))[0] is not config
     begins = fresh or not any(map(is_trained, targets))
     if begins and config.rank_pattern and of_user:
-        note(PATTERN)
+        instead = "Use `bounds` to fix the rank of a module."
+        note(f"LoraConfig's rank_pattern is ignored, since the policy decides all ranks. {instead}")
     both = any(bool((target.weight_a if target.embedding else target.weight_b).any()) for target in targets)
     if not begins or fresh or both:
         yield

@@ -119,20 +119,13 @@ logger = logging.getLogger(__name__)
 BATCHED_ELEMENTS = 2**22
 """Pairs are decomposed in batches of about this many elements, 32 MiB in fp64."""
 
+Moves = Sequence[tuple[TargetModule, int]]
+"""Modules, and their new ranks."""
+
 _FILLS: dict[bool, tuple[Fill, Fill]] = {False: ("zero", "mean"), True: ("mean", "zero")}
 """Initial second moments of fresh directions of A and B, for modules other than embeddings and for embeddings. At first
 only the zero side gets gradients, and "mean" keeps its steps from being huge.
 """
-
-
-@dataclass(frozen=True)
-class RankChange:
-    """The rank change of one module; `note` explains a deviation from the requested rank, and is otherwise empty."""
-
-    name: str
-    before: int
-    after: int
-    note: str = ""
 
 
 @torch.no_grad()
@@ -143,11 +136,11 @@ def set_ranks(
     *,
     seed: int = 0,
     step: int = 0,
-) -> list[RankChange]:
+) -> None:
     """Set new ranks of the named modules. Modules shrink before others grow, so memory stays within the larger plan's.
 
     A rank above min(d_in, d_out) is lowered to it. A module with NaN or infinity in factors, gradients or optimizer
-    state keeps its rank, unless it is to be dropped. Each such case has a note in the result; one warning lists all.
+    state keeps its rank, unless it is to be dropped. One warning lists all such cases.
 
     Args:
         targets: all target modules of the adapter.
@@ -155,9 +148,6 @@ def set_ranks(
         optimizer: the optimizer whose state is mapped. Without one, only the weights change.
         seed: determines the random side of new directions, together with `step` and the module's name.
         step: the training step of the change.
-
-    Returns:
-        One entry for each module with a changed or deviating rank; shrunken ones come first.
 
     Raises:
         UnknownNameError, ConfigError, UnsupportedError: see `check_ranks` and `check_optimizer`; no rank has changed.
@@ -176,21 +166,18 @@ def set_ranks(
     _shrink([(target, rank) for target, rank in moving if 0 < rank < target.rank], optimizer, seed, step)
     _grow([(target, rank) for target, rank in moving if rank > target.rank], optimizer, seed, step)
     order = sorted(wanted, key=lambda item: item[0].rank > before[item[0].name])
-    changes = [_change(target, before[target.name], ranks[target.name], target.name in broken) for target, _ in order]
-    notes = [f"{change.name} has rank {change.after} ({change.note})" for change in changes if change.note]
-    if notes:
+    if notes := [note for target, _ in order if (note := _note(target, ranks[target.name], target.name in broken))]:
         more = f"; and {len(notes) - 3} more" if len(notes) > 3 else ""
         logger.warning("Ranks that could not be set as requested: %s%s.", "; ".join(notes[:3]), more)
-    return [change for change in changes if change.before != change.after or change.note]
 
 
-def _change(target: TargetModule, before: int, wanted: int, broken: bool) -> RankChange:
-    note = ""
+def _note(target: TargetModule, wanted: int, broken: bool) -> str:
+    """Text for a module whose rank deviates from the requested one; empty for any other."""
+    has = f"{target.name} has rank {target.rank}"
     if target.rank != wanted and broken:
-        note = f"not set to {wanted}: its factors, gradients or optimizer state contain NaN or infinity"
-    elif wanted > target.max_rank:
-        note = f"requested {wanted}, above min(d_in, d_out) = {target.max_rank}"
-    return RankChange(target.name, before, target.rank, note)
+        return f"{has} (not set to {wanted}: its factors, gradients or optimizer state contain NaN or infinity)"
+    above = f"{has} (requested {wanted}, above min(d_in, d_out) = {target.max_rank})"
+    return above if wanted > target.max_rank else ""
 
 
 def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None = None) -> list[str]:
@@ -287,9 +274,7 @@ class _KeepFrozen:
                 parameter.requires_grad_(False)
 
 
-def _shrink(
-    moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
-) -> None:
+def _shrink(moves: Moves, optimizer: torch.optim.Optimizer | None, seed: int, step: int) -> None:
     for group, rank in _batches(moves):
         each = [(t.each_a(t.weight_a.detach()).double(), t.each_b(t.weight_b.detach()).double()) for t in group]
         # A and B are balanced as if all modules had the scaling of one rank.
@@ -330,7 +315,7 @@ def _state_map(axis: Literal[0, 1], each: torch.Tensor, fresh: torch.Tensor | No
     return StateMap(axis, new * experts, whole.flatten(2).flatten(0, 1), marked, fill)
 
 
-def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
+def _batches(moves: Moves) -> Iterator[tuple[list[TargetModule], int]]:
     """Yield batches of modules with equal device, old rank and new rank, and the new rank; see `BATCHED_ELEMENTS`."""
 
     def kind(move: tuple[TargetModule, int]) -> tuple[str, int, int]:
@@ -350,9 +335,7 @@ def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[T
             yield group, rank
 
 
-def _grow(
-    moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
-) -> None:
+def _grow(moves: Moves, optimizer: torch.optim.Optimizer | None, seed: int, step: int) -> None:
     for target, rank in moves:
         a, b = target.weight_a, target.weight_b
         rows, columns = fresh_directions(target, rank - target.rank, growth_generator(seed, step, target.name))

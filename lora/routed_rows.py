@@ -32,13 +32,9 @@ def route_rows(model: nn.Module) -> Callable[[], None]:
 
     Layers without exactly one active, unmerged adapter keep PEFT's way, and so do experts of other forms.
     """
-    inner = {id(m.base_layer) for m in model.modules() if isinstance(m, ParamWrapper)}
-    outer = [
-        module
-        for module in model.modules()
-        if isinstance(module, ParamWrapper) and id(module) not in inner and _form(module.get_base_layer())
-    ]
-    outer = [module for module in outer if "forward" not in vars(module)]
+    wrapped = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    inner = {id(module.base_layer) for module in wrapped}
+    outer = [m for m in wrapped if id(m) not in inner and _form(m.get_base_layer()) and "forward" not in vars(m)]
     for module in outer:
         for wrapper in _wrappers(module):
             vars(wrapper)[ROWS] = _Pair(wrapper)
@@ -85,8 +81,7 @@ def _forward(outer: ParamWrapper, x: torch.Tensor, *arguments: Any, **options: A
         result: torch.Tensor = ParamWrapper.forward(outer, x, *arguments, **options)
         return result
     pairs = {wrapper.parameter_name: vars(wrapper)[ROWS] for wrapper in wrappers}
-    result = form(experts, pairs, x, *arguments, **options)
-    return result
+    return form(experts, pairs, x, *arguments, **options)
 
 
 class _Pair(nn.Module):
@@ -117,8 +112,7 @@ class _Pair(nn.Module):
             first, second = (b, a) if wrapper._did_swap_in_out_features else (a, b)
             product = torch.bmm(torch.bmm(rows, first.mT) * scaling, second)
         else:
-            missing = -a.shape[1] % (ALIGNMENT // a.element_size())
-            if missing:
+            if missing := -a.shape[1] % (ALIGNMENT // a.element_size()):
                 a, b = (functional.pad(each, (0, 0, 0, missing)) for each in (a, b))
             product = _grouped_mm(_grouped_mm(rows, a.mT, offs=offsets) * scaling, b, offs=offsets)
         return result.add_(product)  # no product saves its result
@@ -155,8 +149,7 @@ def _sorted_rows(
         made = made + experts.gate_up_proj_bias[numbers]
     inner, share = experts._apply_gate(made), weights.reshape(-1).index_select(0, order).unsqueeze(-1)
     if experts.has_bias:
-        made = _product(experts, pairs, "down_proj", inner, offsets) + experts.down_proj_bias[numbers]
-        made = made * share
+        made = (_product(experts, pairs, "down_proj", inner, offsets) + experts.down_proj_bias[numbers]) * share
     else:  # the product is linear, and its inputs are narrower than its results
         made = _product(experts, pairs, "down_proj", (inner * share).to(inner.dtype), offsets)
     back = torch.empty_like(order)

@@ -339,15 +339,14 @@ def find_target_modules(model: nn.Module) -> list[TargetModule]:
         if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
         _refuse(path, layer, name)
-        experts = 1
+        experts, embedding = 1, isinstance(layer, Embedding)
         if isinstance(layer, ParamWrapper):
             path, experts = f"{path.replace('.base_layer', '')}.{layer.parameter_name}", layer.num_experts
-        if isinstance(layer, Embedding):
-            d_in, d_out = layer.lora_embedding_A[name].shape[1], layer.lora_embedding_B[name].shape[0]
+        if embedding:
+            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         else:
-            d_in, d_out = layer.lora_A[name].weight.shape[1], layer.lora_B[name].weight.shape[0]
-        block, embedding = blocks.setdefault(_layer_key(path), len(blocks)), isinstance(layer, Embedding)
-        widths = experts * d_in, experts * d_out
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        block, widths = blocks.setdefault(_layer_key(path), len(blocks)), (experts * a.shape[1], experts * b.shape[0])
         targets.append(TargetModule(path, block, *widths, name, layer, embedding, experts=experts))
     _refuse_shards(targets)
     targets = _without_tied(targets)

@@ -26,9 +26,9 @@ from rankpilot.common.errors import ConfigError
 from rankpilot.common.files import atomic_path, write_json
 from rankpilot.data.corpora import load_corpus, sample_windows
 from rankpilot.env.bases import BASES_FOLDER, ProxyBase, find_base, load_base_model, new_base_model
-from rankpilot.env.task_data import label_loss, language_inputs
+from rankpilot.env.task_data import language_inputs, loss_terms, mean_loss
 from rich.progress import track
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 TIED = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 """Weights that are tied to others, and left out of the file."""
@@ -80,7 +80,7 @@ def pretrain(name: str, config: PretrainConfig) -> Path:
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = new_base_model(base, causal=base.masked)
+            model = _decoder(base) if base.masked else new_base_model(base)
         if base.masked:
             first = round(config.steps * config.causal_share)
             _train(model, base, config, first, train, generator, causal=True)
@@ -90,6 +90,13 @@ def pretrain(name: str, config: PretrainConfig) -> Path:
     with torch.no_grad():
         loss = _loss(model.eval(), base, held_out, 512, config.length, np.random.default_rng(config.seed + 1))
     return _write(base, model, config, float(loss), time.monotonic() - started)
+
+
+def _decoder(base: ProxyBase) -> PreTrainedModel:
+    """Return an untrained masked language model as a decoder, with the same names of parameters."""
+    config = AutoConfig.for_model(base.family, **base.config, is_decoder=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
 
 
 def _doubled(base: ProxyBase) -> PreTrainedModel:
@@ -125,7 +132,7 @@ def _loss(
         loss: torch.Tensor = model(input_ids=windows, labels=windows, use_cache=False).loss
         return loss
     inputs, labels = language_inputs(base, windows, generator)
-    return label_loss(model(input_ids=inputs).logits, labels)[0]
+    return mean_loss(loss_terms(model(input_ids=inputs).logits, labels), labels)[0]
 
 
 def _train(

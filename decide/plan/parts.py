@@ -171,10 +171,3 @@ def parts_sentence(figures: Mapping[str, float]) -> str:
         f"Batches ran in {figures['parts']:.1f} parts on average, without {figures['padding_saved']:.0%} "
         f"of their padding.{large}"
     )
-
-
-def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:
-    """Share of the padding of one rectangle avoided by some parts, 0 if it has none."""
-    rectangle, real = len(lengths) * int(lengths.max()), int(lengths.sum())
-    in_parts = sum(part.tokens for part in parts)
-    return (rectangle - in_parts) / (rectangle - real) if rectangle > real else 0.0

@@ -65,8 +65,7 @@ def check_budget(problem: AllocationProblem, names: list[str], share: float | No
     """
     least = least_ranks(problem)
     if problem.bottoms.any():
-        count = np.count_nonzero(least)
-        first = names[int(np.argmax(least > 0))]
+        count, first = np.count_nonzero(least), names[int(np.argmax(least > 0))]
         cause = f"the lower bounds on the ranks of {count} modules"
         where = f"(rank {least.max()} at most, including {first!r})"
         if count == 1:
@@ -128,11 +127,8 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
         (adapter[peak], "for the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it is {use}" for size, use in parts if size > 0]
-    reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}."
-    if share is None:
-        reason += (
-            " A smaller per-device batch, shorter sequences, or gradient checkpointing if it is off would lower it."
-        )
+    advice = " A smaller per-device batch, shorter sequences, or gradient checkpointing if it is off would lower it."
+    reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}.{advice if share is None else ''}"
     needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
     return needs, f"budget of {given_bytes(problem.limit)} per step", reason
 
@@ -143,26 +139,12 @@ def _rounded_up(seconds: float) -> str:
     return f"{math.ceil(seconds / last) * last:.4g}"
 
 
-def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
-    """Find one rank on whole layers from the top down: the rank, at least 1, and the lowest layer; None if none fits.
+def uniform_ranks(problem: AllocationProblem) -> IntArray:
+    """One rank on all modules of as many top layers as can have a useful one, the simple baseline.
 
     It adapts as many layers as fit at rank 8, the common choice, or at rank 1 under a budget of parameters, where depth
     is free (docs/design.md, "Uniform rank"); at least the top layer. They get the largest integer rank within the
     limit.
-
-    Args:
-        problem: the allowed plans; `max_step`, `pinned` and current ranks are ignored.
-    """
-    least_rank = 1 if isinstance(problem.cost, ParameterCost) else REFERENCE_RANK
-    blocks = range(int(problem.blocks.max()) + 1)
-    lowest = bisect_left(blocks[:-1], True, key=lambda block: problem.fits(problem.uniform(least_rank, block)))
-    ranks = range(1, problem.ladder.ranks[-1] + 1)
-    rank = bisect_left(ranks, True, key=lambda rank: not problem.fits(problem.uniform(rank, lowest)))
-    return (rank, lowest) if rank and problem.uniform(rank, lowest).any() else None
-
-
-def uniform_ranks(problem: AllocationProblem) -> IntArray:
-    """One rank on all modules of as many top layers as can have a useful one, the simple baseline.
 
     Args:
         problem: the allowed plans; `max_step`, `pinned` and current ranks are ignored.
@@ -171,9 +153,13 @@ def uniform_ranks(problem: AllocationProblem) -> IntArray:
         Integer ranks up to the ladder's end, within the bounds of each module, int64 (modules,). If not even the top
         layer fits at rank 1, some of its modules are adapted, at ranks as equal as possible.
     """
-    window = uniform_window(problem)
-    if window:
-        return problem.uniform(*window)
+    least_rank = 1 if isinstance(problem.cost, ParameterCost) else REFERENCE_RANK
+    blocks = range(int(problem.blocks.max()) + 1)
+    lowest = bisect_left(blocks[:-1], True, key=lambda block: problem.fits(problem.uniform(least_rank, block)))
+    ranks = range(1, problem.ladder.ranks[-1] + 1)
+    rank = bisect_left(ranks, True, key=lambda rank: not problem.fits(problem.uniform(rank, lowest)))
+    if rank and (plan := problem.uniform(rank, lowest)).any():
+        return plan
     return pack(problem.fresh(), np.zeros(len(problem.ranks)), rank_floor=1.0)
 
 
@@ -275,21 +261,13 @@ def top_down(problem: AllocationProblem) -> IntArray:
     return project(fresh, pack(fresh, scores, RANK_FLOOR), scores).ranks
 
 
-PLACEMENT = ("rank_floor", "depth_bias")
-"""Components of the placement: log2 of a factor on the rank floor, and an offset to the depth bias."""
-
 DEPTH_BIAS = 4.0
 """Depth bias under a budget of bytes, before a policy changes it."""
 
 
-def base_rank_floor(problem: AllocationProblem) -> float:
-    """Rank floor before a policy changes it; 1 under a budget of parameters, where depth is free."""
-    return 1.0 if isinstance(problem.cost, ParameterCost) else RANK_FLOOR
-
-
-def base_depth_bias(problem: AllocationProblem) -> float:
-    """Depth bias before a policy changes it; 0 under a budget of parameters, where depth is free."""
-    return 0.0 if isinstance(problem.cost, ParameterCost) else DEPTH_BIAS
+def base_placement(problem: AllocationProblem) -> tuple[float, float]:
+    """Rank floor and depth bias before a policy changes them; 1 and 0 under a budget of parameters: depth is free."""
+    return (1.0, 0.0) if isinstance(problem.cost, ParameterCost) else (RANK_FLOOR, DEPTH_BIAS)
 
 
 CLOSE = 1.01
@@ -356,16 +334,15 @@ class TimeLimit:
         """
         if self.layers is None:
             return problem
-        over = self._over(plan(problem))
+        over = self.of(plan(problem)) / self.seconds
         if over <= 1:
             return problem
-        refused, ended, best = 1.0, np.inf, None
-        factor = max(over, CLOSE)
+        refused, ended, best, factor = 1.0, np.inf, None, max(over, CLOSE)
         while ended > CLOSE * refused:
             changed = with_dearer_time(problem, factor)
             if not changed.fits(least_ranks(changed)):
                 ended = factor
-            elif (over := self._over(plan(changed))) > 1:
+            elif (over := self.of(plan(changed)) / self.seconds) > 1:
                 refused = factor
             else:
                 ended, best = factor, changed
@@ -427,9 +404,6 @@ class TimeLimit:
         """Restore the limit from `state`; a chooser for `layers` must be set again."""
         beside = None if state["beside"] is None else float(state["beside"])
         return cls(StepTime.from_state(state["time"]), float(state["seconds"]), beside=beside)
-
-    def _over(self, ranks: IntArray) -> float:
-        return self.of(ranks) / self.seconds
 
     def _impossible(self, least: float) -> BudgetError:
         return BudgetError(

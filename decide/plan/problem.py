@@ -18,7 +18,7 @@ import numpy as np
 from ...common.arrays import BoolArray, FloatArray, IntArray
 from ...common.errors import ConfigError, UnknownNameError, shown
 from ...cost.cost import Cost, FixedCost, plan_cost
-from ...lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder
+from ...lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder, highest_ranks
 
 MOST_RANK = 2**31 - 1
 """Maximum rank in a bound; the decision log stores ranks in 32 bits."""
@@ -42,7 +42,7 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
         >>> rank_bounds(modules, {"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)})  # doctest: +SKIP
     """
     low = np.zeros(len(modules), dtype=np.int64)
-    useful = np.array([module.max_rank for module in modules], dtype=np.int64)
+    useful = highest_ranks(modules)
     high = useful.copy()
     for name, bound in bounds.items():
         chosen = [i for i, module in enumerate(modules) if module.name == name or module.name.endswith(f".{name}")]
@@ -52,9 +52,8 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
             raise UnknownNameError.of("target module", name, dict.fromkeys([*ends, *names]))
         least, most = bound_of(name, bound)
         if not any(least <= rank <= most for rank in DEFAULT_RANKS):
-            raise ConfigError(
-                f"The bounds of {name!r} allow no rank: none of {DEFAULT_RANKS} is between {least} and {most}."
-            )
+            reason = f"none of {DEFAULT_RANKS} is between {least} and {most}"
+            raise ConfigError(f"The bounds of {name!r} allow no rank: {reason}.")
         low[chosen], high[chosen] = np.minimum(least, useful[chosen]), most
     return low, high
 
@@ -136,7 +135,6 @@ class AllocationProblem:
         cost: Cost,
         limit: float,
         *,
-        ladder: RankLadder | None = None,
         max_step: int | None = None,
         low: IntArray | None = None,
         high: IntArray | None = None,
@@ -148,7 +146,6 @@ class AllocationProblem:
             modules: the target modules; their tensors are not used.
             cost: cost of plans.
             limit: maximum cost of a plan.
-            ladder: allowed ranks; the default ladder if not given.
             max_step: maximum rungs per module; None at the first decision, free to use the whole ladder.
             low: minimum rank of each module, (modules,).
             high: maximum rank of each module, (modules,).
@@ -156,18 +153,11 @@ class AllocationProblem:
         """
         if ranks is None:
             ranks = np.zeros(len(modules), dtype=np.int64)
+        blocks, hysteresis = [module.block for module in modules], 0.0 if max_step is None else HYSTERESIS
         return cls(
-            ranks=ranks,
-            max_ranks=np.array([module.max_rank for module in modules], dtype=np.int64),
-            blocks=np.array([module.block for module in modules], dtype=np.int64),
-            cost=cost,
-            limit=limit,
-            ladder=ladder or RankLadder(),
-            max_step=max_step,
-            low=low,
-            high=high,
-            hysteresis=0.0 if max_step is None else HYSTERESIS,
-        )
+            ranks=ranks, max_ranks=highest_ranks(modules), blocks=np.array(blocks, dtype=np.int64), cost=cost,
+            limit=limit, ladder=RankLadder(), max_step=max_step, low=low, high=high, hysteresis=hysteresis,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not self.hysteresis >= 0:
@@ -183,16 +173,13 @@ class AllocationProblem:
 
     def _check_rungs(self, low: IntArray) -> None:
         """Check that each module has a rung between its bounds."""
-        wrong = np.flatnonzero((low > self._most) | (self.bottoms > self.tops))
-        if len(wrong) == 0:
+        wrong = np.flatnonzero((low > self._most) | (self.bottoms > self.tops)).tolist()
+        if not wrong:
             return
-        module, ladder = int(wrong[0]), self.ladder.ranks
+        module, ladder = wrong[0], self.ladder.ranks
         least, most = int(low[module]), int(self._most[module])
-        reason = (
-            f"low {least} is above high {most}"
-            if least > most
-            else f"no rank of {ladder} is between {least} and {most}"
-        )
+        between = f"no rank of {ladder} is between {least} and {most}"
+        reason = f"low {least} is above high {most}" if least > most else between
         raise ConfigError(f"The bounds of module {module} allow no rank: {reason}.")
 
     @cached_property
@@ -293,10 +280,6 @@ class PlanBuilder:
         """True if the plan is within the limit."""
         return bool(self.costs.max() <= self._limit)
 
-    def additions(self, modules: IntArray) -> FloatArray:
-        """Cost of adapting each of these modules alone before its first rank, (moments, len(modules))."""
-        return self._fixed.additions(modules)
-
     def lift(self, module: int, rung: int) -> bool:
         """Raise a module to this rung if it fits; return True on success."""
         costs = self.costs + self._per_rank[:, module] * (self._ranks[rung] - self._ranks[self.rungs[module]])
@@ -345,7 +328,7 @@ class PlanBuilder:
     def _adapt_more(self, upper: IntArray) -> bool:
         """Adapt further modules where they fit, best scores first; return True if any was adapted."""
         absent = self._can_rise((self.rungs == 0) & (upper > 0))
-        alone = self.costs[:, None] + self.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
+        alone = self.costs[:, None] + self._fixed.additions(absent) + self._per_rank[:, absent] * self._ranks[1]
         able = absent[(alone <= self._limit).all(axis=0)]
         order = np.argsort(-self._preference[able], kind="stable")
         lifted = [self.lift(module, 1) for module in able[order].tolist()]
@@ -355,8 +338,7 @@ class PlanBuilder:
         """Indices of the modules with room for one more rank, ignoring the cost of further groups."""
         able = np.flatnonzero(modules)
         rises = self._per_rank[:, able] * self._rises[self.rungs[able] + 1]
-        result: IntArray = able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)]
-        return result
+        return np.asarray(able[(rises <= (self._limit - self.costs)[:, None]).all(axis=0)])
 
     def raise_adapted(self, upper: IntArray) -> None:
         """Raise adapted modules rung by rung wherever it fits, lowest level first, none above its bound."""

@@ -122,11 +122,8 @@ class PlanWorth:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values."""
-        return {
-            "effects": dict(zip(FEATURES, self.effects.tolist(), strict=True)),
-            "covariance": self.covariance.tolist(),
-            "noise": self.noise,
-        }
+        effects = dict(zip(FEATURES, self.effects.tolist(), strict=True))
+        return {"effects": effects, "covariance": self.covariance.tolist(), "noise": self.noise}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> PlanWorth:

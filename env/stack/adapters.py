@@ -63,11 +63,6 @@ class Layout:
         sizes = np.concatenate([self.widths * self.d_in, self.widths * self.d_out])
         return np.concatenate([[0], np.cumsum(sizes)])
 
-    @property
-    def split(self) -> int:
-        """Start of the first module's B^T in a row."""
-        return int(self.widths @ self.d_in)
-
     def pairs(self, flat: torch.Tensor) -> list[Pair]:
         """Views of a buffer (runs, size), one pair per module."""
         starts, widths = self.bounds.tolist(), self.widths.tolist()
@@ -161,23 +156,17 @@ def make_segments(
     return segments
 
 
-def add_deltas(y: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-    """Add s * x A^T B^T to y in place; y is (runs, tokens, d_out), x is (runs, tokens, d_in)."""
-    for segment in segments:
-        a, b = segment.factors()
-        y[segment.place].baddbmm_(torch.bmm(x[segment.place], a.mT).mul_(segment.scaling), b)
-    return y
-
-
 class AddDeltas(torch.autograd.Function):
-    """`add_deltas`; the backward pass writes the gradients of A and B into their buffers."""
+    """Add s * x A^T B^T to y in place; the backward pass writes the gradients of A and B into their buffers.
+
+    y is (runs, tokens, d_out), x is (runs, tokens, d_in).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, y: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment], anchor: torch.Tensor
     ) -> torch.Tensor:
-        """Run `add_deltas`; the anchor requires grad, so autograd calls `backward` even if y and x do not."""
-        del anchor
+        """Return y; the anchor requires grad, so autograd calls `backward` even if y and x do not."""
         kept = []
         for segment in segments:
             a, b = segment.factors()
@@ -255,14 +244,6 @@ class StackedAdapters:
         UnsupportedError: a target is an embedding, or trains a bias or a magnitude.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    first: torch.Tensor
-    gradients: torch.Tensor
-    second: torch.Tensor
-    sums: torch.Tensor
-    weights: torch.Tensor
-
     def __init__(self, model: nn.Module, targets: Sequence[TargetModule], runs: int) -> None:
         for target in targets:
             if target.embedding or len(target.parameters) > 2:
@@ -280,8 +261,7 @@ class StackedAdapters:
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._rows: list[int] = []
         self._entries: list[int] | None = None
-        d_in = np.array([target.d_in for target in targets], dtype=np.int64)
-        d_out = np.array([target.d_out for target in targets], dtype=np.int64)
+        d_in, d_out = np.array([(target.d_in, target.d_out) for target in targets], dtype=np.int64).T
         self.layout: Layout = Layout(np.zeros(len(targets), dtype=np.int64), d_in, d_out)
         self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate([d_in, d_out])))
         self._slices: dict[int, list[tuple[int, int, int]]] = {}
@@ -354,8 +334,7 @@ class StackedAdapters:
             self._rows, self._entries = [], None
 
     def _hook(self, index: int) -> Callable[..., torch.Tensor]:
-        d_in, d_out = self.targets[index].d_in, self.targets[index].d_out
-        block = self.targets[index].block
+        d_in, d_out, block = self.targets[index].d_in, self.targets[index].d_out, self.targets[index].block
 
         def add_delta(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             runs = len(self._rows) if self._entries is None else bisect_right(self._entries, block)
@@ -365,26 +344,19 @@ class StackedAdapters:
             segments = self._segments_of(index, runs, x.shape[1])
             if not segments:
                 return output
-            if not torch.is_grad_enabled():
-                return add_deltas(y, x, segments).view(output.shape)
             return AddDeltas.apply(y, x, segments, self._anchor).view(output.shape)  # type: ignore[no-any-return, no-untyped-call]
 
         return add_delta
 
     def _segments_of(self, index: int, runs: int, tokens: int) -> list[Segment]:
         """Segments of a module for the first runs of the batch."""
-        key = (index, tokens, *self._rows[:runs])
+        rows = self._rows[:runs]
+        key = (index, tokens, *rows)
         if key not in self._segments:
-            rows, pairs = self._rows[:runs], (self.pairs(self.weights)[index], self.pairs(self.gradients)[index])
-            self._segments[key] = make_segments(
-                rows, self.ranks[rows, index].tolist(), tokens, self._scalings_of(rows)[index], *pairs
-            )
+            pairs, ranks = (self.pairs(each)[index] for each in (self.weights, self.gradients)), self.ranks[rows, index]
+            scalings = torch.from_numpy(self.scalings[rows, index]).to(self.device, self.dtype)[:, None, None]
+            self._segments[key] = make_segments(rows, ranks.tolist(), tokens, scalings, *pairs)
         return self._segments[key]
-
-    def _scalings_of(self, rows: Sequence[int]) -> torch.Tensor:
-        """Scalings of these runs, (modules, len(rows), 1, 1)."""
-        scalings = torch.from_numpy(self.scalings[list(rows)].T.copy())
-        return scalings.to(self.device, self.dtype)[:, :, None, None]
 
     def backward(self, losses: torch.Tensor) -> None:
         """Compute `gradients` of the runs in the batch from their losses, (runs,); call within `running`."""
@@ -411,8 +383,7 @@ class StackedAdapters:
         shares = (max_norm / (squares.sum(dim=1).sqrt() + 1e-6)).clamp(max=1.0)
         if not bool((shares == 1).all()):
             self.gradients[self._index(rows)] *= shares[:, None].to(self.dtype)
-        squares_b: FloatArray = (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
-        return squares_b
+        return (squares[:, len(self.targets) :] * shares[:, None].square()).cpu().numpy()
 
     @torch.no_grad()
     def alignments(self, rows: Sequence[int]) -> FloatArray:
@@ -428,8 +399,7 @@ class StackedAdapters:
             pieces = torch.unflatten(product, 1, (-1, self._piece)).sum(dim=-1).double()
             sums.append(pieces.new_zeros(len(rows), 2 * len(self.targets)).index_add_(1, self._blocks, pieces))
         dot, *squares = (each.sum(dim=1) for each in sums)
-        cosines: FloatArray = (dot / (squares[0] * squares[1]).sqrt().clamp(min=1e-30)).cpu().numpy()
-        return cosines
+        return (dot / (squares[0] * squares[1]).sqrt().clamp(min=1e-30)).cpu().numpy()
 
     @torch.no_grad()
     def copy_run(self, row: int) -> RunCopy:
@@ -461,28 +431,25 @@ class StackedAdapters:
         self.ages[list(rows)] += 1
         by_rate: dict[float, list[tuple[int, int, int, int]]] = {}
         for row, rate in zip(rows, rates, strict=True):
-            oldest = int(self.ages[row].max())
-            slices_of_row = ((row, start, end, oldest - lag) for start, end, lag in self._slices_of(row))
-            by_rate.setdefault(rate, []).extend(slices_of_row)
+            oldest, slices = int(self.ages[row].max()), by_rate.setdefault(rate, [])
+            slices += ((row, start, end, oldest - lag) for start, end, lag in self._slices_of(row))
         for rate, slices in by_rate.items():
             buffers = (self.weights, self.gradients, self.first, self.second)
             weights, gradients, first, second = ([buffer[row, a:b] for row, a, b, _ in slices] for buffer in buffers)
-            steps_before = torch.tensor([age - 1.0 for *_, age in slices], device=self.device)
-            ages = list(steps_before.unbind())
+            ages = list(torch.tensor([age - 1.0 for *_, age in slices], device=self.device).unbind())
             adamw(weights, gradients, first, second, [], ages, fused=True, lr=rate, **_ADAMW)  # type: ignore[arg-type]
 
     def _slices_of(self, row: int) -> list[tuple[int, int, int]]:
         """Slices of a row whose adapted pairs share one age: start, end, and steps behind the oldest pair."""
         if row not in self._slices:
-            adapted = np.tile(self.ranks[row] > 0, 2)
-            starts, ends = self.layout.bounds[:-1][adapted].tolist(), self.layout.bounds[1:][adapted].tolist()
-            lags = np.tile(self.ages[row].max() - self.ages[row], 2)[adapted].tolist()
-            groups = groupby(zip(starts, ends, lags, strict=True), key=lambda block: block[2])
-            blocks = [(lag, list(group)) for lag, group in groups]
-            self._slices[row] = [(group[0][0], group[-1][1], lag) for lag, group in blocks]
+            adapted, bounds = np.tile(self.ranks[row] > 0, 2), self.layout.bounds
+            lags = np.tile(self.ages[row].max() - self.ages[row], 2)
+            blocks = np.stack([bounds[:-1], bounds[1:], lags], axis=1)[adapted].tolist()
+            groups = [(lag, list(group)) for lag, group in groupby(blocks, key=lambda block: block[2])]
+            self._slices[row] = [(group[0][0], group[-1][1], lag) for lag, group in groups]
         return self._slices[row]
 
     def add_to_sums(self, rows: Sequence[int]) -> None:
         """Add the gradients of B of these runs to `sums`."""
-        index, start = self._index(rows), self.layout.split
+        index, start = self._index(rows), int(self.layout.bounds[len(self.targets)])  # A of all modules comes first
         self.sums[index, start:] += self.gradients[index, start:]

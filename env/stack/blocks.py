@@ -79,8 +79,7 @@ class Blocks:
             ranks: (runs, modules).
         """
         last = len(self._all) - 1
-        lowest: list[int] = np.where(ranks > 0, self._numbers, last).min(axis=1).tolist()
-        return lowest
+        return list(np.where(ranks > 0, self._numbers, last).min(axis=1).tolist())
 
     @torch.no_grad()
     def frozen(self, tokens: torch.Tensor, blocks: Sequence[int]) -> States:

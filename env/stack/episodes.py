@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ...common.arrays import IntArray
 from ...common.errors import ConfigError
 from ...decide.applier import PlanApplier, ProbeResult
 from ...decide.log import DecisionLog, DecisionRecord
 from ...decide.observation import Observation
-from ...decide.plan.plan import Plan
 from ...decide.plan.rate import RULE
 from ...decide.policy import Decision, Policy
 from ...decide.rate_control import CHANGES, HALVED, PATIENCE, UNDO, RunRecord
@@ -61,26 +59,16 @@ class StackedEpisode:
         """True if the run is over."""
         return self.record.step >= self.task.steps
 
-    def write(self, decision: Decision, applied: Callable[[], Plan]) -> None:
+    def apply(self, decision: Decision) -> None:
         """Apply a decision and log it."""
-        seen, step = self.observation, self.record.step
-        plan = applied()
+        applier, seen, step = self.applier, self.observation, self.record.step
+        plan = applier.apply(decision, step)
         if self.log:
-            log, policy = self.log
-            number = self.applier.clock.taken - 1
-            log.append(
-                DecisionRecord.of(
-                    self.applier,
-                    seen,
-                    decision,
-                    plan,
-                    policy=policy,
-                    number=number,
-                    step=step,
-                    run=self.task.id,
-                    loss=self.loss,
-                )
+            (log, policy), number, run = self.log, applier.clock.taken - 1, self.task.id
+            record = DecisionRecord.of(
+                applier, seen, decision, plan, policy=policy, number=number, step=step, run=run, loss=self.loss
             )
+            log.append(record)
 
 
 class StackedEpisodes:
@@ -96,9 +84,7 @@ class StackedEpisodes:
         under_way: the latest episodes, by slot.
     """
 
-    def __init__(
-        self, base: str, slots: int, schedule: DecisionSchedule, *, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, base: str, slots: int, schedule: DecisionSchedule, *, device: str = "cpu") -> None:
         self.base, self.schedule = base, schedule
         self.under_way: dict[int, StackedEpisode] = {}
         self._targets = adapted_base(base)[1]
@@ -106,7 +92,7 @@ class StackedEpisodes:
         self._adapters = self._trainer.adapters
         self._norms = base_norms(self._targets)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in self._targets])
-        self._probed = ("probe", schedule.probe_steps, schedule.probe_batch, str(device))
+        self._probed = ("probe", schedule.probe_steps, schedule.probe_batch, device)
 
     def begin(
         self, tasks: Mapping[int, FineTuneTask], logs: Mapping[int, tuple[DecisionLog, Policy]] | None = None
@@ -143,11 +129,8 @@ class StackedEpisodes:
         reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
         members = []
         for task, row in tasks.items():
-            meter, rows = (
-                StackedMeter(self._adapters, row, self._norms),
-                min(self.schedule.probe_batch, task.batch_size),
-            )
-            rate = _constant(task.learning_rate * 2**task.offset)
+            meter = StackedMeter(self._adapters, row, self._norms)
+            rate, rows = _constant(task.learning_rate * 2**task.offset), min(self.schedule.probe_batch, task.batch_size)
             members.append(Member(task, row, 0, self.schedule.probe_steps, rate, meter, rows))
         self._trainer.train(members)
         for member in members:
@@ -169,11 +152,11 @@ class StackedEpisodes:
         """
         episodes = {slot: self.under_way[slot] for slot in decisions if not self.under_way[slot].ended}
         for slot, episode in episodes.items():
-            decision, applier = decisions[slot], episode.applier
+            decision = decisions[slot]
             back = decision.change == UNDO and episode.copy is not None and not episode.failed
             if back and episode.copy is not None:
                 self._adapters.put_back_run(slot, episode.copy)
-            episode.write(decision, lambda a=applier, d=decision, e=episode: a.apply(d, e.record.step))  # type: ignore[misc]
+            episode.apply(decision)
             if episode.record.losses:
                 episode.record.take(decision.change, undone=back)
             if CHANGES[decision.change] >= 0:
@@ -183,10 +166,9 @@ class StackedEpisodes:
         for episode in episodes.values():
             self._limit_moves(episode)
             if not episode.ended:
-                schedule = episode.task.schedule(episode.record.step)
-                episode.observation = episode.applier.observe(
-                    episode.record.step, episode.loss, episode.record, schedule
-                )
+                step, record = episode.record.step, episode.record
+                rate = episode.task.schedule(step)
+                episode.observation = episode.applier.observe(step, episode.loss, record, rate)
 
     def _move(self, episodes: Mapping[int, StackedEpisode]) -> None:
         """Set the decided ranks, and copy the adapters of changed runs."""
@@ -228,15 +210,11 @@ class StackedEpisodes:
 
     def _lane(self, slot: int, episode: StackedEpisode) -> Member:
         """Training left to do before the next decision."""
-        task, applier = episode.task, episode.applier
-        ranks, scalings = self._adapters.ranks[slot], self._adapters.scalings[slot]
-        peak = (
-            task.learning_rate * 2 ** (task.offset + episode.record.moved) * RULE.factor(ranks, scalings, self._plain)
-        )
-        meter = applier.adapters.meter if applier.clock.measures else None
-        return Member(
-            task, slot, episode.record.step, applier.clock.until, _scheduled(task, peak), meter, alignments=[]
-        )
+        task, record, clock = episode.task, episode.record, episode.applier.clock
+        factor = RULE.factor(self._adapters.ranks[slot], self._adapters.scalings[slot], self._plain)
+        peak = task.learning_rate * 2 ** (task.offset + record.moved) * factor
+        meter = episode.applier.adapters.meter if clock.measures else None
+        return Member(task, slot, record.step, clock.until, lambda at: peak * task.schedule(at), meter, alignments=[])
 
     @staticmethod
     def _read(record: RunRecord, member: Member) -> None:
@@ -262,23 +240,10 @@ class StackedEpisodes:
             policies: policies by slot.
         """
         while not self.over:
-            self.step(
-                {
-                    slot: policies[slot].decide(each.observation)
-                    for slot, each in self.under_way.items()
-                    if not each.ended
-                }
-            )
+            running = {slot: episode for slot, episode in self.under_way.items() if not episode.ended}
+            self.step({slot: policies[slot].decide(episode.observation) for slot, episode in running.items()})
         return self.held_out()
-
-    def ranks(self, slot: int) -> IntArray:
-        """Ranks of an episode, int64 (modules,)."""
-        return self.under_way[slot].applier.ranks
 
 
 def _constant(rate: float) -> Callable[[int], float]:
     return lambda step: rate
-
-
-def _scheduled(task: FineTuneTask, peak: float) -> Callable[[int], float]:
-    return lambda step: peak * task.schedule(step)

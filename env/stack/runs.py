@@ -229,8 +229,5 @@ class StackedRun:
         if all(bool(torch.isfinite(buffer[self.row].sum())) for buffer in buffers):
             return []
         pairs = zip(*(adapters.pairs(buffer) for buffer in buffers), strict=True)
-        return [
-            target.name
-            for target, sides in zip(adapters.targets, pairs, strict=True)
-            if not all(bool(torch.isfinite(side[self.row]).all()) for pair in sides for side in pair)
-        ]
+        finite = [all(bool(torch.isfinite(side[self.row]).all()) for pair in sides for side in pair) for sides in pairs]
+        return [target.name for target, is_finite in zip(adapters.targets, finite, strict=True) if not is_finite]

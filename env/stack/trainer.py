@@ -193,9 +193,7 @@ class StackTrainer:
     ) -> dict[Member, float]:
         """Compute losses and gradients of the next batches of some members, in the order of their entries."""
         order = [entries[member.row] for member in part]
-        joined = joining(
-            order, [states[member].at(member.step)[entry] for member, entry in zip(part, order, strict=True)]
-        )
+        joined = joining(order, [states[each].at(each.step)[at] for each, at in zip(part, order, strict=True)])
         with self.adapters.running([member.row for member in part], order) as model:
             with self._blocks.joined(joined) as tokens:
                 logits = model(input_ids=tokens).logits

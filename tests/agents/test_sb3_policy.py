@@ -18,7 +18,7 @@ from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.decide.groups import DOUBLE, GROUP_FEATURES, HALVE, STEERING, GroupView
 from rankpilot.decide.observation import RUN_FEATURES, Observation
-from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, observation_space, padded, padded_action, padded_mask
+from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, observation_space, padded, padded_actions, padded_mask
 from rankpilot.env.tasks import Split
 from rankpilot.train_agent import Train, train
 from sb3_contrib import MaskablePPO
@@ -106,7 +106,7 @@ def test_what_is_trained_and_what_flies_take_the_same_actions(make_observation: 
         view = GroupView.of(make_observation(modules, seed, max_step=step))
         arrays, mask = padded(view), padded_mask(view)
         action, _ = model.predict(arrays, deterministic=True, action_masks=mask)
-        assert int(action) == padded_action(view, flies.act(view))
+        assert int(action) == padded_actions(view)[flies.act(view)]
 
 
 OPTIONS: dict[str, Any] = {

@@ -75,8 +75,6 @@ def test_features_are_means_over_the_modules_of_a_group(view: GroupView) -> None
 def test_an_action_that_there_is_not(view: GroupView) -> None:
     with pytest.raises(ConfigError, match="Actions must be from 0 to 27"):
         view.decision(28)
-    assert view.told(view.grow(0)) == "grow m0, lower third"
-    assert view.told(GO_BACK) == "go back"
 
 
 def with_run(observation: Observation, **features: float) -> Observation:

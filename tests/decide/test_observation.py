@@ -119,7 +119,6 @@ def test_what_the_loss_did_since_a_rank_moved_is_seen() -> None:
     assert since.tolist() == [0.25, 3.5, 0.25]
     assert fall.tolist() == [2, 0, 2]
     assert error == pytest.approx([4 * 0.1 * 2**0.5, 0, 4 * 0.1 * 2**0.5])
-    assert view.feature_table(view.RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"
 
 
 # Kinds of modules by their shapes, in layers as models have them ------------------------------------------------------

@@ -148,6 +148,6 @@ def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[st
 
 def test_only_planted_tasks_have_an_oracle(make_task: MakeTask) -> None:
     task = make_task("text")
-    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is not known"):
+    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is unknown"):
         oracle.oracle_plan(task, oracle.first_problem(task))
     oracle._worth.cache_clear()

@@ -13,7 +13,7 @@ import torch
 from rankpilot.common.errors import AssetError, ConfigError, RankPilotError, UnknownNameError
 from rankpilot.data.corpora import load_corpus, load_labelled, sample_windows
 from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES, adapted_base, find_base, load_base_model
-from rankpilot.env.task_data import FIRST_CLASS, label_loss, language_inputs, load_task
+from rankpilot.env.task_data import FIRST_CLASS, language_inputs, load_task, loss_terms, mean_loss
 from rankpilot.env.tasks import REGIMES, SPLITS, FineTuneTask, draw_task
 
 MakeTask = Callable[..., FineTuneTask]
@@ -120,7 +120,7 @@ def test_a_base_knows_more_than_how_often_bytes_occur(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
     with torch.no_grad():
-        loss = float(label_loss(model(input_ids=inputs).logits, labels))
+        loss = float(mean_loss(loss_terms(model(input_ids=inputs).logits, labels), labels))
     assert 0 < loss < entropy < 3.6
     blocks = {target.block for target in adapted_base(name)[1]}
     assert blocks == set(range(base.depth))

@@ -130,7 +130,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
     assert [(row["step"], row["change"], row["undone"]) for row in rows] == [
         (MOMENTS[0], 1.0, False), (MOMENTS[1], -1.0, False), (MOMENTS[2], -2.0, True),
     ]  # fmt: skip
-    assert rows[0]["seen"].keys() == FEATURES.keys()
+    assert rows[0]["seen"].keys() == set(FEATURES)
     assert [seen["undone"] for seen in script.seen] == [0, 0, 0]
     told = verdict(read_run(tmp_path)).results[-1]
     assert f"x 2 at step {MOMENTS[0]} (to 0.002)" in told

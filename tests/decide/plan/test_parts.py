@@ -8,7 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from rankpilot.common.errors import BudgetError
-from rankpilot.decide.plan.parts import Part, longest_that_fits, padding_share, plan_parts
+from rankpilot.decide.plan.parts import Part, longest_that_fits, plan_parts
+
+from benchmarks.harness import padding_share
 
 LAYERS = (0, 1, 3)
 

@@ -91,7 +91,7 @@ def test_an_episode_does_not_notice_its_neighbours(make_task: MakeTask) -> None:
         episodes = StackedEpisodes(task.base, len(tasks), rule.schedule)
         episodes.begin(dict(enumerate(tasks)))
         found = episodes.play(dict.fromkeys(range(len(tasks)), rule))
-        return found[tasks.index(task)], episodes.ranks(tasks.index(task)).tolist()
+        return found[tasks.index(task)], episodes.under_way[tasks.index(task)].applier.ranks.tolist()
 
     alone = losses(task)
     assert losses(task, other) == alone
@@ -150,7 +150,7 @@ def test_decisions_are_logged_as_those_of_a_run(make_task: MakeTask, tmp_path: P
     episodes.play({0: rule})
     records = log.read()
     assert [record.step for record in records] == list(rule.schedule.steps(task.steps))
-    assert (records[-1].rank_after == episodes.ranks(0)).all()
+    assert (records[-1].rank_after == episodes.under_way[0].applier.ranks).all()
     for record in records:
         again = rule.decide(record.observation)
         assert (again.ranks == record.rank_wanted).all()
