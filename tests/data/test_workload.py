@@ -187,7 +187,6 @@ def test_pairs_are_a_task_of_models_that_can_do_it(model_folder: ModelFolder, wo
         ),
         ({"text": "good", "label": "1"}, {"text_column": "txt"}, UnknownNameError, "Did you mean: 'text'"),
         ({"text": "good", "label": "1"}, {"label_column": "lable"}, UnknownNameError, "Set --label-column"),
-        ({"text": "good", "label": "1"}, {"train_rows": 0}, ConfigError, "train_rows must be at least 1; got 0"),
         ({"text": "good", "label": "1"}, {"task": "token-classification"}, DataError, "is text"),
     ],
 )
