@@ -225,13 +225,16 @@ def interruptions(monkeypatch: pytest.MonkeyPatch, at: int, error: type[BaseExce
     yield
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("error", [Stop, torch.OutOfMemoryError])
-def test_nothing_is_lost_wherever_a_step_ends(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+def test_nothing_is_lost_wherever_a_step_ends(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException], count: int
+) -> None:
     draws, ended = random.Random(0), 0
     plain = adapted(FAMILIES["llama"])
     states, before = copy.deepcopy(plain.state_dict()), frozen(plain)
     expected = train(plain, steps=2)
-    for number in range(50):
+    for number in range(count):
         model = adapted(FAMILIES["llama"])
         streaming = streamed(model)
         with monkeypatch.context() as patch:
@@ -248,7 +251,7 @@ def test_nothing_is_lost_wherever_a_step_ends(monkeypatch: pytest.MonkeyPatch, e
             check_whole(model, before)
         model.load_state_dict(states)
         assert train(model.train(), steps=2) == expected
-    assert ended > 25
+    assert ended > count // 2
 
 
 def test_an_error_while_it_begins_leaves_the_model_as_it_was(llama: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
