@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
+from torch import nn
 
 from ..common.arrays import IntArray
-from ..common.errors import BudgetError, ConfigError, UnsupportedError
+from ..common.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from ..common.text import format_bytes
 from ..cost.budget import Budget
+from ..cost.cards import find_device_spec
+from ..cost.model import MemoryModel, fewest_checkpointed
+from ..cost.part_seconds import SECOND_RUN
 from ..cost.record.calibration import PlanCosts
+from ..cost.record.measured_time import part_seconds_of
 from ..cost.savers.streamed_base import StreamedBase, streamable_layers, streaming_of, unstreamable
-from ..cost.streaming import ON_DEVICE
+from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers
 from .options import PilotOptions
 from .step.run import TrainingRun
 from .step.undisturbed import gradients_put_back
@@ -89,19 +95,35 @@ class RunStreaming:
             self._start(len(streamable_layers(self._run.model)))
             found = measured()
         if self.now and auto and found.memory:
-            memory = found.memory.with_checkpointed(()) if checkpoints else found.memory
-            taken = self._keep(found.limit.value - memory.peak(plain, found.alone))
+            taken = self._keep(found, found.memory, plain, checkpoints=checkpoints)
             found = replace(found, limit=replace(found.limit, value=found.limit.value - taken))
         return found
 
-    def _keep(self, room: float) -> int:
-        """Keep as many layers on the device as have room, in bytes; return their bytes."""
+    def _keep(self, costs: PlanCosts, memory: MemoryModel, plain: IntArray, *, checkpoints: bool) -> int:
+        """Keep layers on the device as the planner would (`brought_by_streaming`); return their bytes.
+
+        Either the fewest layers are checkpointed, or, if estimated to take no longer, the fewest are streamed.
+        """
         assert self.now is not None, "the base streams"
-        away, layers = self.now.away_bytes, self.now.layers
-        kept = min(max(int(room // max(layer.bytes for layer in layers)), 0), len(layers))
-        if len(layers) - kept <= ON_DEVICE:  # as many are on the device anyway
-            kept = len(layers)
-        self.now.keep(len(layers) - kept)
+        away, size, count = self.now.away_bytes, max(layer.bytes for layer in self.now.layers), self.count
+        limit, shape = costs.limit.value, costs.alone or memory.shape
+        whole, base = _seconds(self._run.model, memory), BaseLayers(count, (size,))
+
+        def kept_with(step: MemoryModel) -> int:
+            return min(max(int((limit - step.peak(plain, shape)) // size), 0), count)
+
+        def seconds(kept: int, layers: int) -> float:
+            forward, step = SECOND_RUN * whole, whole * (1 + SECOND_RUN * layers / count)
+            return step + base.exposed_seconds(count - kept, forward, step - forward, _bus_rate(self._run.device))
+
+        kept = kept_with(memory.with_checkpointed(()) if checkpoints else memory)
+        if checkpoints:
+            again = len(fewest_checkpointed(memory, plain, limit, shape))
+            if seconds(other := kept_with(memory), count) <= seconds(kept, again):
+                kept = other
+        if count - kept <= ON_DEVICE:  # as many are on the device anyway
+            kept = count
+        self.now.keep(count - kept)
         return away - self.now.away_bytes
 
     def told(self) -> str:
@@ -153,3 +175,18 @@ class RunStreaming:
         if count > layers:
             raise ConfigError(f"stream={count}: this model has {layers} layers to stream.")
         return count
+
+
+def _seconds(model: nn.Module, memory: MemoryModel) -> float:
+    """Return the estimated seconds of the measured step, without checkpointing."""
+    seconds = part_seconds_of(model, int(memory.recording.created.max()) + 1, 1)
+    return float(seconds(np.array([memory.shape.rows]), np.array([memory.shape.length]), 0)[0])
+
+
+def _bus_rate(device: torch.device) -> float:
+    """Return the bytes per second that copies to a device reach."""
+    try:
+        card = find_device_spec(torch.cuda.get_device_name(device) if device.type == "cuda" else "1GiB")
+    except UnknownNameError:
+        card = find_device_spec("1GiB")
+    return BUS_SHARE * card.bus_bytes_per_s
