@@ -401,8 +401,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {"gguf_file": file.name, "trust_remote_code": False}
-    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # A model read from GGUF is marked as quantized, and may not be trained.
     config = type(read.config).from_dict(read.config.to_dict())
     vars(config).pop("quantization_config", None)
@@ -413,4 +414,5 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
