@@ -138,7 +138,7 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
         ({"ladder": [0, 1]}, r"has ladder \[0, 1\]"),
         ({"format": "other"}, "not the card of a rankpilot policy"),
         ({"network": None}, "does not describe the network"),
-        ({"network": NETWORK | {"width": 13}}, "do not fit its card"),
+        ({"network": NETWORK | {"width": 13}}, "do not match its card"),
         ({"network": NETWORK | {"width": 10**9}}, "does not describe the network"),
         ({"network": NETWORK | {"attention_heads": 4}}, "does not describe the network: .*unknown 'attention_heads'"),
     ],

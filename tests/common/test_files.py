@@ -114,14 +114,14 @@ def test_pairs_of_surrogates_and_a_byte_order_mark_are_read(tmp_path: Path) -> N
 
 
 def test_a_device_without_end_is_not_read_to_its_end() -> None:
-    with pytest.raises(DataError, match="more than 1,000 bytes"):
+    with pytest.raises(DataError, match="exceeds 1,000 bytes"):
         files.read_bytes(Path("/dev/zero"), 1000)
 
 
 @pytest.mark.parametrize("content", ["[]", "5", '"x"'])
 def test_values_without_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "file").write_text(content)
-    with pytest.raises(DataError, match="holds no values by name"):
+    with pytest.raises(DataError, match="must be a mapping of names to values"):
         files.read_object(tmp_path / "file")
 
 
@@ -135,7 +135,7 @@ def test_what_people_write() -> None:
 
 @pytest.mark.parametrize("text", ["a: &x 1\nb: *x", "a: &x {b: 1}\nc:\n  <<: *x", "&a [*a]"])
 def test_references_are_refused_with_their_place(text: str) -> None:
-    with pytest.raises(yaml.MarkedYAMLError, match=r"references .* are not read") as caught:
+    with pytest.raises(yaml.MarkedYAMLError, match=r"references .* are not supported") as caught:
         files.parse_yaml(text)
     assert caught.value.problem_mark is not None
 
@@ -169,7 +169,7 @@ def test_what_is_no_file_of_tensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     save_tensors({"a": torch.zeros(2).bfloat16()}, tmp_path / "bfloat16")
     for name in ("file", "absent", "bfloat16"):
-        with pytest.raises(DataError, match="cannot be read as arrays"):
+        with pytest.raises(DataError, match="as arrays"):
             files.read_arrays(tmp_path / name)
 
 
@@ -187,7 +187,7 @@ def test_pickles_and_large_files_are_not_opened(tmp_path: Path) -> None:
         assert files.read_arrays(tmp_path / "file")[1] == {"key": text}
     (tmp_path / "file").write_bytes(bytes(101))
     files.check_tensor_file(tmp_path / "file", 101)
-    with pytest.raises(DataError, match="more than 100 bytes"):
+    with pytest.raises(DataError, match="exceeds 100 bytes"):
         files.check_tensor_file(tmp_path / "file", 100)
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         files.check_tensor_file(tmp_path)

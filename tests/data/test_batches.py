@@ -200,7 +200,7 @@ class Record:
 
 def test_a_stream_has_to_begin_anew() -> None:
     once = iter([5, 6])
-    with pytest.raises(DataError, match="gives its rows only once"):
+    with pytest.raises(DataError, match="can be read only once"):
         batches.first_example(once)
     assert list(once) == [5, 6], "no row is lost"
     rest = iter(range(30))
@@ -215,7 +215,7 @@ def test_a_stream_has_to_begin_anew() -> None:
         Stream(rows),
     ]
     for dataset in streams:
-        with pytest.raises(DataError, match=r"\((Once|Stream)\) gives its rows only once"):
+        with pytest.raises(DataError, match=r"\((Once|Stream)\) can be read only once"):
             batches.first_example(dataset)
 
 

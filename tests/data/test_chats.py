@@ -199,7 +199,7 @@ def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixtur
         ({"messages": [{"role": "user", "content": None}]}, "a list with the message {'role': 'user'}"),
         ({"messages": [{"role": None, "content": "good"}]}, "a list with the message {'content': 'good'}"),
         ({"conversations": [{"from": "human", "value": None}]}, "column 'conversations'"),
-        ({"prompt": "good", "completion": None}, "'completion' holds no value in 1 of 21 rows"),
+        ({"prompt": "good", "completion": None}, "'completion' has no value in 1 of 21 rows"),
     ],
 )
 def test_a_flaw_in_one_row(row: dict[str, Any], words: str, workload_of: WorkloadOf) -> None:

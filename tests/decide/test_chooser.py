@@ -288,9 +288,9 @@ def test_bytes_and_time_are_saved_by_different_plans() -> None:
 
 def test_a_goal_that_the_costs_do_not_know() -> None:
     counted = ParameterCost(np.full((1, 16), 10.0))
-    with pytest.raises(ConfigError, match="the time of a step is not known"):
+    with pytest.raises(ConfigError, match="requires a known step time"):
         chooser.PlanChooser(goal=Goal("time")).decide(seen())
-    with pytest.raises(ConfigError, match="goal='bytes' needs a budget of bytes, and this one counts parameters"):
+    with pytest.raises(ConfigError, match="goal='bytes' requires a budget in bytes; this one counts parameters"):
         chooser.PlanChooser(goal=Goal("bytes")).decide(seen(cost=counted))
     assert chosen(seen(cost=counted)).names[0] == PLAIN
 
@@ -298,11 +298,9 @@ def test_a_goal_that_the_costs_do_not_know() -> None:
 def test_only_the_chooser_takes_a_goal_of_cost() -> None:
     rule = find_rule("signal-mean")
     assert chooser.with_goal(rule, Goal()) is rule
-    with pytest.raises(
-        ConfigError, match="signal-mean expects nothing of plans, so goal='time' needs policy='default'"
-    ):
+    with pytest.raises(ConfigError, match="signal-mean predicts no losses, so goal='time' requires policy='default'"):
         chooser.with_goal(rule, Goal("time"))
-    with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'\. Or leave it out"):
+    with pytest.raises(ConfigError, match=r"so a frontier requires policy='default'\. Otherwise, leave it out"):
         chooser.check_expects(rule, "a frontier", "leave it out")
     chooser.check_expects(chooser.PlanChooser(), "a frontier", "leave it out")
     assert chooser.with_goal(chooser.PlanChooser(), Goal("bytes")) == chooser.PlanChooser(goal=Goal("bytes"))

@@ -88,7 +88,7 @@ def log(tmp_path: Path) -> DecisionLog:
 
 BYTES = make_problem().cost
 TIMED = {"taken": 2, "goal": Goal("time", 0.02), "seconds": np.arange(3) / 3, "caveats": ("it learns labels",)}
-OF_ANOTHER = "is missing, damaged or of another decision"
+OF_ANOTHER = "is missing, corrupt or of another decision"
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,11 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 6}, "is no decision of log schema 7: its schema is 6. Read it with the version"),
-        ({"step": "1"}, "is damaged: step is '1'"),
-        ({"step": 10**400}, "is damaged: step is a whole number of"),
-        ({"decision": True}, "is damaged: decision is True"),
-        ({"ranks": [1, 2, 4]}, r"is damaged: ranks is \[1, 2, 4\]"),
+        ({"schema": 6}, "is not a decision of log schema 7, but of 6. Read it with the version"),
+        ({"step": "1"}, "is corrupt: step is '1'"),
+        ({"step": 10**400}, "is corrupt: step is a whole number of"),
+        ({"decision": True}, "is corrupt: decision is True"),
+        ({"ranks": [1, 2, 4]}, r"is corrupt: ranks is \[1, 2, 4\]"),
     ],
 )
 def test_a_line_of_something_else_is_named(log: DecisionLog, changes: dict[str, Any], message: str) -> None:
@@ -316,7 +316,7 @@ def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes |
         ({}, {"taken": True}, "plan True of 3"),
         ({}, {"names": ["a", "b", 5]}, "names and caveats are no texts"),
         ({}, {"caveats": "many"}, "names and caveats are no texts"),
-        ({}, {"goal": {"kind": "speed", "tolerance": 0.01}}, "goal is one of"),
+        ({}, {"goal": {"kind": "speed", "tolerance": 0.01}}, "goal must be one of"),
     ],
 )
 def test_a_decision_that_contradicts_itself_is_refused(log, arrays, line, message):

@@ -74,15 +74,15 @@ def test_forms_that_a_person_may_write(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "cannot be read as YAML"),
-        ("", r"plan\.yaml is empty\. A plan has `modules`\."),
-        ("[1, 2]", "holds no mapping"),
-        ("modules:\n", "holds no ranks. Under `modules`, give each target module its rank"),
-        ("a: -1", "The rank of 'a' in .* is -1; it is a whole number from 0 on"),
-        ("a: 2.5", "is 2.5; it is a whole number"),
-        ("a: '8'", "is '8'"),
-        ("a:\n", "is None"),
-        ("a: &x {b: 1}\nc: *x\n", "references .* are not read"),
+        ("[", "as YAML"),
+        ("", r"plan\.yaml is empty\. A plan needs `modules`\."),
+        ("[1, 2]", "is not a mapping"),
+        ("modules:\n", "contains no ranks. Under `modules`, set the rank of each target module"),
+        ("a: -1", "The rank of 'a' in .* must be a whole number of at least 0; got -1"),
+        ("a: 2.5", "must be a whole number of at least 0; got 2.5"),
+        ("a: '8'", "got '8'"),
+        ("a:\n", "got None"),
+        ("a: &x {b: 1}\nc: *x\n", "references .* are not supported"),
     ],
 )
 def test_files_that_hold_no_plan(path: Path, content: str, message: str) -> None:

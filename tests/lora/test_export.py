@@ -278,18 +278,34 @@ def lose_a_tensor(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "no folder": (shutil.rmtree, RunFolderError, r"There is no .*plain.*save_pretrained"),
-    "no weights": (lambda f: corrupt(f, WEIGHTS, None), RunFolderError, r"There is no .*adapter_model\.safetensors"),
-    "no config": (lambda f: corrupt(f, CONFIG, None), RunFolderError, r"There is no .*adapter_config\.json"),
-    "pickle": (pickled, UnsupportedError, "is a pickle, which can run code.*safe_serialization=True"),
-    "torn weights": (lambda f: corrupt(f, WEIGHTS, b"\x10"), RunFolderError, "safetensors is corrupt or foreign"),
-    "torn config": (lambda f: corrupt(f, CONFIG, b'{"r": 4'), RunFolderError, "config.json is corrupt or foreign"),
-    "unknown type": (lambda f: edit_config(f, peft_type="OURS"), RunFolderError, "config.json is corrupt or foreign"),
+    "no folder": (shutil.rmtree, RunFolderError, r"plain.* does not exist.*save_pretrained"),
+    "no weights": (lambda f: corrupt(f, WEIGHTS, None), RunFolderError, r"adapter_model\.safetensors does not exist"),
+    "no config": (lambda f: corrupt(f, CONFIG, None), RunFolderError, r"adapter_config\.json does not exist"),
+    "pickle": (pickled, UnsupportedError, "is a pickle, which could run code.*safe_serialization=True"),
+    "torn weights": (
+        lambda f: corrupt(f, WEIGHTS, b"\x10"),
+        RunFolderError,
+        "safetensors is corrupt or not an adapter",
+    ),
+    "torn config": (
+        lambda f: corrupt(f, CONFIG, b'{"r": 4'),
+        RunFolderError,
+        "config.json is corrupt or not an adapter",
+    ),
+    "unknown type": (
+        lambda f: edit_config(f, peft_type="OURS"),
+        RunFolderError,
+        "config.json is corrupt or not an adapter",
+    ),
     "other type": (lambda f: IA3Config().save_pretrained(str(f)), UnsupportedError, "IA3Config. Only LoRA"),
-    "no pairs": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), UnsupportedError, "holds no LoRA pair"),
+    "no pairs": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), UnsupportedError, "contains no LoRA pair"),
     "half a pair": (lose_a_tensor, RunFolderError, "The pair of q .* is incomplete"),
-    "stale config": (lambda f: edit_config(f, r=6), ConfigError, "q has rank 4 in the weights .* and 6 in its config"),
-    "bad pattern": (lambda f: edit_config(f, rank_pattern={"(q": 4}), RunFolderError, "alphas in .* cannot be read"),
+    "stale config": (lambda f: edit_config(f, r=6), ConfigError, "q has rank 4 in the weights .* but 6 in its config"),
+    "bad pattern": (
+        lambda f: edit_config(f, rank_pattern={"(q": 4}),
+        RunFolderError,
+        "Cannot read the ranks and alphas in ",
+    ),
     "bad alpha": (lambda f: edit_config(f, lora_alpha="much"), RunFolderError, "lora_alpha is 'much'"),
     "parameters": (
         lambda f: edit_config(f, target_parameters=["w"]),
@@ -369,7 +385,7 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     plain = write_adapter(tmp_path / "plain", tensors, lora_dropout=0.1, modules_to_save=["head"], **patterns)
     lines = rank_pattern_yaml(plain).splitlines()
     assert "# Ranks by rankpilot. lora_rank_pattern and lora_alpha_pattern need axolotl of July 2026 or later" in lines
-    assert "# Axolotl takes whole alphas only: the relative error of a scaling is up to 2.3." in lines
+    assert "# Axolotl supports whole alphas only: the relative error of a scaling is up to 2.3." in lines
     assert yaml.safe_load("\n".join(lines)) == {
         **{"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lora_modules_to_save": ["head"]},
         "lora_target_modules": ["layers.0.q", "layers.1.q"],
