@@ -48,8 +48,8 @@ def test_the_last_words_hold_the_figures_of_the_runs() -> None:
         "26 MiB with all layers checkpointed (96%)",
     )
     assert all(figure in told for figure in figures)
-    assert "no plan fits" in demo.refusal_sentence("loading\nerror: The budget of 1 MiB is too small.\n")
-    with pytest.raises(DataError, match="is refused in one line"):
+    assert "fits no plan" in demo.refusal_sentence("loading\nerror: The budget of 1 MiB is too small.\n")
+    with pytest.raises(DataError, match="should be refused in one line"):
         demo.refusal_sentence("trained as if nothing were asked")
 
 
