@@ -24,6 +24,11 @@ ON_DEVICE = 2
 """Number of streamed layers on the device at once."""
 
 
+def spread(streamed: int, count: int) -> list[int]:
+    """Return the indices of the streamed layers among all, spread evenly: a copy then hides behind several layers."""
+    return [index * count // streamed for index in range(streamed)]
+
+
 @dataclass(frozen=True)
 class BaseLayers:
     """The frozen weights of a model's repeated layers.

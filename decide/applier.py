@@ -286,7 +286,7 @@ class PlanApplier(Generic[AdaptersT]):
         cost = unit_cost(self.problem().cost, ranks)
         if cost > 1.001 * self.limit:  # margins are rounded up, and a share of "100%" must fit
             raise BudgetError(
-                f"The ranks of the LoraConfig do not fit the budget, and they stay: they take "
+                f"The ranks of the LoraConfig do not fit the budget and may not change: they need "
                 f"{part_of(cost, self.limit, self.cost.unit)}. Lower r, raise the budget, or plan the ranks first with "
                 "`rankpilot.allocate`."
             )
@@ -310,7 +310,7 @@ class PlanApplier(Generic[AdaptersT]):
         problem = self.problem(now=not decides)
         if unit_cost(problem.cost, ranks) > self.limit:
             cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
-            raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
+            raise BudgetError(f"This plan does not fit the budget: it needs {cost}. Lower some ranks.")
         if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
             raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
         self._set(ranks, step, optimizer)
@@ -329,10 +329,9 @@ class PlanApplier(Generic[AdaptersT]):
         if fresh:
             self._warned.update(fresh)
             logger.warning(
-                "The adapter or optimizer state of %s holds NaN or infinity: %s no more changes of rank. Lower the "
-                "learning rate or clip gradients.",
+                "The adapter or optimizer state of %s contains NaN or infinity, so ranks no longer change there. Lower "
+                "the learning rate or clip gradients.",
                 ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more modules" if len(fresh) > 3 else ""),
-                "it gets" if len(fresh) == 1 else "they get",
             )
         self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
         return np.isin(self.names, broken)

@@ -19,7 +19,7 @@ from ..cost.part_seconds import SECOND_RUN
 from ..cost.record.calibration import PlanCosts
 from ..cost.record.measured_time import part_seconds_of
 from ..cost.savers.streamed_base import StreamedBase, streamable_layers, streaming_of, unstreamable
-from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers
+from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers, spread
 from .options import PilotOptions
 from .step.run import TrainingRun
 from .step.undisturbed import gradients_put_back
@@ -145,7 +145,7 @@ class RunStreaming:
     def _start(self, count: int) -> None:
         layers = [*streamable_layers(self._run.model).values()]
         self._checked(count, len(layers))
-        chosen = [layers[index * len(layers) // count] for index in range(count)]
+        chosen = [layers[index] for index in spread(count, len(layers))]
         before = [self._signature(), self._signature()]
         self._own = StreamedBase(self._run.model, chosen, self._run.device)
         if before[0] == before[1] != self._signature():  # some kernels never repeat a result

@@ -95,8 +95,8 @@ class LayerCheckpointing:
         self._layers = {name: layer for name, layer in found.items() if layer not in inner}
         if not self._layers:
             raise UnsupportedError(
-                f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "
-                "by one: gradient_checkpointing is True or False for it."
+                f"{type(base).__name__} checkpoints either all its layers or none, so a plan cannot choose among them: "
+                "set gradient_checkpointing to True or False."
             )
         self._before: ModelSettings | None = ModelSettings(model)
         training_step.switch_checkpointing(base, True)

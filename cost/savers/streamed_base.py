@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ...common.errors import ConfigError, UnsupportedError
 from ...common.text import format_bytes
 from ...lora.targets import scale_tensors
-from ..streaming import LEAST_BYTES, ON_DEVICE
+from ..streaming import LEAST_BYTES, ON_DEVICE, spread
 from ..training_step import inner_layers
 from .exact import is_compiled
 from .offload import Copies
@@ -43,18 +43,23 @@ class StreamedWeight:
         tensor: a parameter or the scales of a quantised one; it stays the same object.
         device: the device where it is used.
         copies: copies between the two.
+
+    Attributes:
+        tensor: as above.
+        bytes: its size.
+        found_here: True if it was on the device before.
     """
 
     def __init__(self, tensor: torch.Tensor, device: torch.device, copies: Copies) -> None:
         found = tensor.data  # unlike `detach`, with a version counter of its own: copying is no change to autograd
         self.tensor, self.bytes, self._copies = tensor, found.numel() * found.itemsize, copies
-        self._found_here = found.device == device
+        self.found_here: bool = found.device == device
         self._there = torch.empty(found.shape, dtype=found.dtype, pin_memory=device.type == "cuda")
         self._there.copy_(found)
-        if self._found_here and not found.untyped_storage().resizable():  # a mapped file
+        if self.found_here and not found.untyped_storage().resizable():  # a mapped file
             tensor.data = found = found.clone()
-        self._here = found if self._found_here else torch.empty(0, dtype=found.dtype, device=device)
-        if not self._found_here:
+        self._here = found if self.found_here else torch.empty(0, dtype=found.dtype, device=device)
+        if not self.found_here:
             self._here.untyped_storage().resize_(self.bytes)
             self._here.set_(self._here.untyped_storage(), 0, found.shape, self._there.stride())
         self._done: Any = None
@@ -82,11 +87,6 @@ class StreamedWeight:
         if self.tensor.data_ptr() not in (self._there.data_ptr(), self._here.data_ptr()):
             self._there.copy_(self.tensor.data)
 
-    @property
-    def found_here(self) -> bool:
-        """True if it was on the device before it was streamed."""
-        return self._found_here
-
 
 class StreamedLayer:
     """A layer with streamed weights.
@@ -94,10 +94,15 @@ class StreamedLayer:
     Args:
         module: the layer.
         weights: its weights.
+
+    Attributes:
+        bytes: size of its weights.
+        state: "away", in main memory; "coming"; or "here", on the device.
+        changes: undoes the changes to the module when closed.
     """
 
     def __init__(self, module: nn.Module, weights: Sequence[StreamedWeight]) -> None:
-        self.module, self.weights = module, tuple(weights)
+        self.module, self.weights, self.changes = module, tuple(weights), ExitStack()
         self.bytes = sum(weight.bytes for weight in weights)
         self.state: Literal["away", "coming", "here"] = "here"
 
@@ -152,7 +157,6 @@ class StreamedBase:
         inside = set(layers)
         around = [module for module in model.modules() if inside & set(module.modules()) and module not in inside]
         self._handles: list[Any] = [module.register_forward_hook(self._after_pass) for module in around]
-        self._applied: list[tuple[nn.Module, Any]] = []
         tensors = [_streamed_tensors(module, shared) for module in layers]
         _check_main_memory(sum(tensor.nbytes for tensor in chain.from_iterable(tensors)))
         try:
@@ -184,26 +188,24 @@ class StreamedBase:
 
     def keep(self, streamed: int) -> None:
         """Have all layers on the device from now on, but for this number of them, evenly spread."""
-        chosen = {index * len(self.layers) // streamed for index in range(streamed)}
+        chosen = [self.layers[index] for index in spread(streamed, len(self.layers))]
         with _disable_current_modes():
-            for index, layer in enumerate(self.layers):
-                if index not in chosen:
+            for layer in self.layers:
+                if layer not in chosen:
                     layer.arrive()
-        self.layers = [layer for index, layer in enumerate(self.layers) if index in chosen]
+                    layer.changes.close()
+        self.layers = chosen
 
     def put_back(self) -> None:
         """Stop streaming: weights are again where they were found. A second call has no effect."""
         _STREAMING.pop(self._model, None)
         for handle in self._handles:
             handle.remove()
-        for module, before in self._applied:
-            del module._apply
-            if before is not None:
-                vars(module)["_apply"] = before
         with _disable_current_modes():
             for layer in self.layers:
                 layer.arrive() if all(weight.found_here for weight in layer.weights) else layer.leave()
-        self._handles, self._applied, self.layers = [], [], []
+                layer.changes.close()
+        self._handles, self.layers = [], []
 
     def _follow(self, layer: StreamedLayer) -> None:
         """Call `visit` whenever a pass reaches a layer."""
@@ -228,13 +230,12 @@ class StreamedBase:
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     tensor.register_hook(backward)  # type: ignore[no-untyped-call]
 
-        self._handles.append(layer.module.register_forward_pre_hook(before, prepend=True))
-        self._handles.append(layer.module.register_forward_hook(after))
+        layer.changes.callback(layer.module.register_forward_pre_hook(before, prepend=True).remove)
+        layer.changes.callback(layer.module.register_forward_hook(after).remove)
         streamed = {id(weight.tensor) for weight in layer.weights}
         for module in layer.module.modules():
             if any(id(parameter) in streamed for parameter in module._parameters.values()):
-                self._applied.append((module, vars(module).get("_apply")))
-                vars(module)["_apply"] = _leaving_alone(module, streamed)
+                layer.changes.enter_context(_leaving_alone(module, streamed))
 
     def _after_pass(self, *_: Any) -> None:
         if not torch.is_grad_enabled():
@@ -271,8 +272,9 @@ def streaming_of(model: nn.Module) -> StreamedBase | None:
     return _STREAMING.get(model)
 
 
-def _leaving_alone(module: nn.Module, streamed: set[int]) -> Any:
-    """Return `_apply` of a module, as `to` and `cuda` call it, without its streamed parameters."""
+@contextmanager
+def _leaving_alone(module: nn.Module, streamed: set[int]) -> Iterator[None]:
+    """Have `_apply` of a module, as `to` and `cuda` call it, leave its streamed parameters alone."""
     original: Callable[..., nn.Module] = module._apply
 
     def apply(function: Any, *arguments: Any, **options: Any) -> nn.Module:
@@ -291,7 +293,13 @@ def _leaving_alone(module: nn.Module, streamed: set[int]) -> Any:
             module._parameters.clear()
             module._parameters.update({name: after[name] for name in every})
 
-    return apply
+    before = vars(module).get("_apply")
+    vars(module)["_apply"] = apply
+    yield
+    if before is None:
+        del module._apply
+    else:
+        vars(module)["_apply"] = before
 
 
 def streamable_layers(model: nn.Module) -> dict[str, nn.Module]:

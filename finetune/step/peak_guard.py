@@ -147,7 +147,7 @@ class PeakGuard(Participant):
                 raise
             return
         self.shortage.drop_step(error)
-        self.plan.run.warn("Step %d ran out of memory, and is taken again in smaller parts.", self.plan.step + 1)
+        self.plan.run.warn("Step %d ran out of memory and is retried in smaller parts.", self.plan.step + 1)
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Note that the forward and backward passes of a step did not run out of memory."""

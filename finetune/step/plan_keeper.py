@@ -307,7 +307,7 @@ class PlanKeeper:
             self.measure_again(longest, shape)
             cost = self.now.cost_of(shape)
         self.update(cost=cost)
-        text = f"A batch of {shape} came, larger than the memory was planned for."
+        text = f"A batch of {shape} is larger than any planned for."
         self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
 
     def count_gradients(self) -> None:
@@ -317,7 +317,7 @@ class PlanKeeper:
             self._reprice(recorded=replace(recorded, accumulates=True))
         else:
             self.measure_again(None, self.now.shape)
-        text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
+        text = "Gradients are kept during the next forward pass; optimizer.zero_grad() before it frees their memory."
         self._fit(text, "gradients stay")
 
     def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
@@ -347,9 +347,9 @@ class PlanKeeper:
         )
         text = f"{text}, {cause}" if cause else f"{text}."
         if self.step == applier.clock.total_steps:
-            self.run.warn("%s It was the last step: the plan stays.", text)
+            self.run.warn("%s It was the last step, so the plan is kept.", text)
         elif not self.fits_with_checkpointing(text):
-            self.check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
+            self.check_possible(f"{text} With the corrected prediction, no adapter fits.")
             self.run.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
             self.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
@@ -359,7 +359,7 @@ class PlanKeeper:
         Raises:
             BudgetError: no plan fits.
         """
-        applier, reason = self.applier, "The budget or the time was changed."
+        applier, reason = self.applier, "The budget or the time limit has changed."
         self.step = step
         self.update(limit=limit, reduction=self.now.reduction if limit == applier.limit else None)
         if not self.fits_with_checkpointing(reason) and not applier.fits():
@@ -422,7 +422,7 @@ class PlanKeeper:
             return False
         if before != self.checkpointed:
             self.measure_next()
-            self.run.warn("%s Now %s, and the plan stays.", reason, self.checkpointing)
+            self.run.warn("%s Now %s; the plan is kept.", reason, self.checkpointing)
         return True
 
     def correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:

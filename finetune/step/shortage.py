@@ -183,12 +183,12 @@ class Shortage:
         self.keep()
         if len(self._tried) < MOST_TRIES and self._try_again(number):
             return
-        tried = "No smaller plan of rankpilot would take noticeably less"
+        tried = "No smaller plan of rankpilot would need noticeably less"
         if self._tried:
-            tried = f"rankpilot has taken the step again under {' and '.join(self._tried)}, without success"
+            tried = f"rankpilot retried the step under {' and '.join(self._tried)}, without success"
         self.put_back()
         error.add_note(
-            f"{tried}. Ranks, adapters and optimizer are as they were before step {number}. Lower the batch size or "
+            f"{tried}. Ranks, adapters and optimizer are restored to before step {number}. Lower the batch size or "
             "the length, or turn on gradient_checkpointing=True."
         )
         raise error
@@ -217,8 +217,8 @@ class Shortage:
         """Prepare to repeat this step, counted from 1; False if no smaller plan would help."""
         plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
         if reduction and not self._tried:
-            plan.run.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
-            self._tried.append("the plan of the steps before")
+            plan.run.warn("Step %d ran out of memory and is retried: earlier steps passed under this plan.", number)
+            self._tried.append("the plan of the previous steps")
             plan.update(reduction=replace(reduction, step=plan.step))
             return True
         reduction = reduction or no_reduction_yet(plan)
@@ -228,10 +228,10 @@ class Shortage:
         share = f"{100 * limit / reduction.cost:.0f} %"
         self._tried.append(f"a plan of {share} of its cost")
         plan.update(limit=limit, reduction=replace(reduction, times=reduction.times + 1, step=plan.step))
-        if plan.fits_with_checkpointing(f"Step {number} ran out of memory, and is taken again."):
+        if plan.fits_with_checkpointing(f"Step {number} ran out of memory and is retried."):
             return True
         plan.run.warn(
-            "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
+            "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is retried.", number, share
         )
         try:
             plan.correct("shrunk: out of memory", applier.ranks)
@@ -267,7 +267,7 @@ class Shortage:
                 self._give_back(reduction, limit)
             else:
                 plan.update(limit=limit, reduction=replace(reduction, step=plan.step))
-                plan.fits_with_checkpointing("There is more memory.")
+                plan.fits_with_checkpointing("More memory is free.")
                 if len(plan.checkpointed) <= len(reduction.layers):
                     self._give_back(reduction, limit, whole=False)
 
@@ -328,7 +328,7 @@ class Shortage:
             plan.checkpoint_fewest()
             if whole:
                 plan.measure_next()
-                plan.journal.note(f"step {step}: there is memory again. {plan.checkpointing or 'The plan stays'}.")
+                plan.journal.note(f"step {step}: memory is free again. {plan.checkpointing or 'The plan is kept'}.")
             return
         ends = {target: target.rank for target in applier.targets}
         applier.set_plan(ranks, step, plan.run.optimizer, decides=False)
@@ -338,5 +338,5 @@ class Shortage:
         for cut in reversed(back):  # later ones were larger
             ends[cut.target] = cut.put_back(ends[cut.target])
         taken_back = Plan(ranks, applier.ranks, plan_cost(observation.problem.cost, applier.ranks))
-        what = f"given back{'' if whole else ' in part'}{', with what was cut' if back else ''}"
-        plan.changed(PlanChange.correction(step, f"{what}: there is memory again", ranks, observation, taken_back))
+        what = f"restored{'' if whole else ' in part'}{', with the cut directions' if back else ''}"
+        plan.changed(PlanChange.correction(step, f"{what}: memory is free again", ranks, observation, taken_back))

@@ -280,7 +280,7 @@ def test_more_layers_run_again_for_a_while_before_a_rank_falls(
     assert seen[0] == seen[-1] == 0 < seen[1] < LAYERS
     assert set(callback.applier.ranks) == {4}
     assert len(callback.predictions) == 2, "no correction of ranks was needed"
-    assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers use gradient checkpointing" in caplog.text
+    assert "Step 2 ran out of memory and is retried. Now 1 of 3 layers use gradient checkpointing" in caplog.text
 
 
 def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> 
     assert callback.pilot._piloted.guard.plan.checkpointed == ()
     assert [callback.limit] == limit
     assert [step for step, _ in callback.predictions] == [0]
-    assert "Ranks, adapters and optimizer are as they were before step 2." in caught.value.__notes__[0]
+    assert "Ranks, adapters and optimizer are restored to before step 2." in caught.value.__notes__[0]
 
 
 def test_a_layer_that_drops_numbers_itself_does_not_in_a_loop_in_evaluation_mode() -> None:

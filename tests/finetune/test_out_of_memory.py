@@ -171,7 +171,7 @@ def make(tmp_path: Path, llama_config: LlamaConfig) -> Launch:
 
 BUDGETS = ("80%", "6k params")
 FAILS_AT = 3
-STAYS = "Ranks, adapters and optimizer are as they were before step"
+STAYS = "Ranks, adapters and optimizer are restored to before step"
 
 
 def test_a_plan_that_rounding_puts_above_its_limit_is_tried(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_a_passing_error_took_comes_back(make: Launch, budget: str, caplog:
     assert sum(shrunk.ranks) >= (1 - 1.5 * PLAN_SHARE) * sum(before.ranks)
     assert shrunk.limit < before.limit
     assert (last.ranks, last.limit) == (before.ranks, before.limit)
-    assert run.notes == ["shrunk: out of memory", "given back: there is memory again"]
+    assert run.notes == ["shrunk: out of memory", "restored: memory is free again"]
     assert "Step 3 ran out of memory. The plan shrinks to" in caplog.text
     back = next(at for at, moment in enumerate(run.moments.seen) if at >= FAILS_AT and moment.ranks == before.ranks)
     assert back == FAILS_AT - 1 + GOOD_STEPS
@@ -317,7 +317,7 @@ def test_a_plan_comes_back_less_often_where_that_was_no_use(make: Launch) -> Non
     run.trainer.lacks = lacks
     run.train()
     assert len(run.trainer.asked) == steps + 2, "one error at first, and one when the plan came back"
-    assert run.notes == ["shrunk: out of memory", "given back: there is memory again"]
+    assert run.notes == ["shrunk: out of memory", "restored: memory is free again"]
 
 
 @pytest.mark.parametrize("fits", [False, True])

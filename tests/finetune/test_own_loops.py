@@ -45,7 +45,7 @@ def test_gradients_that_stay_are_counted(
         run.model.register_forward_pre_hook(lambda *_: clear())
     for _ in range(5):
         take_step(run.pilot, run.optimizer, next(run.batches), lambda batch: run.model(**batch).loss)
-    assert len(messages_of(caplog, "Gradients stay")) == stay
+    assert len(messages_of(caplog, "Gradients are kept")) == stay
     assert max(peak for step, peak in run.pilot.peaks if step > 2) <= run.pilot.limit
 
 
@@ -58,7 +58,7 @@ def test_a_larger_batch_after_a_restart_is_met_before_its_step(
     again = loop("60%", rows=16)
     rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
     again.steps(2)
-    assert messages_of(caplog, "A batch of 16 x 12 came, larger")
+    assert messages_of(caplog, "A batch of 16 x 12 is larger")
 
 
 def test_nothing_is_taken_after_the_last_step(
@@ -71,7 +71,7 @@ def test_nothing_is_taken_after_the_last_step(
     monkeypatch.setattr(run.pilot._piloted.guard.meter, "end", lambda step: 2**40)
     run.steps(1)
     assert ranks_of(run.model) == ranks
-    assert messages_of(caplog, "It was the last step: the plan stays")
+    assert messages_of(caplog, "It was the last step, so the plan is kept")
 
 
 def test_calls_after_the_end_are_told(loop: Callable[..., Loop]) -> None:

@@ -235,7 +235,7 @@ def test_a_part_that_runs_out_of_memory_is_taken_again_smaller(
 
     run.model.get_base_model().register_forward_pre_hook(fail, with_kwargs=True)
     run.train()
-    assert messages_of(caplog, "taken again in smaller parts")
+    assert messages_of(caplog, "retried in smaller parts")
     assert run.callback.predictions == undisturbed.callback.predictions, "the plan stays"
     assert run.recorder.losses == pytest.approx(undisturbed.recorder.losses, abs=2e-5)
     assert_close(run, undisturbed)

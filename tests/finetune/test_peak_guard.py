@@ -146,7 +146,7 @@ def test_the_cost_of_a_larger_batch_is_known_before_the_model_sees_it(
     assert run.highest <= run.pilot.limit, "not even in the step in which the length doubled"
     assert {step for step, _ in run.pilot.peaks} >= {LONG_AT, LONG_AT + 2}
     (message,) = messages_of(caplog)
-    assert "A batch of 4 x 24 came, larger than the memory was planned for. The plan is shrunk." in message
+    assert "A batch of 4 x 24 is larger than any planned for. The plan is shrunk." in message
     before, after = run.recorder.ranks[LONG_AT - 1], run.recorder.ranks[LONG_AT]
     assert sum(rank > 0 for rank in after.values()) < sum(rank > 0 for rank in before.values())
     last = run.log.iloc[2 * len(after) :]
@@ -185,7 +185,7 @@ def tokenised(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
 
 def test_who_has_rows_of_unknown_lengths_is_told_to_put_the_longest_first(launch: Launch) -> None:
     options = {"collate": tokenised, "remove_unused_columns": False}
-    with pytest.raises(BudgetError, match=r"4 x 24 came.* or without token ids.* put the longest first"):
+    with pytest.raises(BudgetError, match=r"4 x 24 is larger.* or without token ids.* put the longest first"):
         launch("25%", data=Texts(), **options)
 
 
