@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 from ..streaming import ON_DEVICE
 from .outlook import SURELY, Choice, Outlook, is_hopeless
@@ -39,7 +38,6 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
 
 
-@lru_cache(maxsize=1)
 def brought_by_streaming(outlook: Outlook) -> Outlook | None:
     """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
 
