@@ -427,7 +427,7 @@ def test_a_budget_of_another_unit_is_refused(ended: Launch, budget: str, other: 
     name = "run" if budget == "80%" else "other"
     if name == "other":
         ended(name, max_steps=4, budget=budget).train()
-    with pytest.raises(BudgetError, match=r"plan costs are counted in|The budget or the time was changed"):
+    with pytest.raises(BudgetError, match=r"plan costs are counted in|The budget or the time limit has changed"):
         ended(name, budget=other).train(resume=4)
 
 
@@ -436,7 +436,7 @@ def test_the_budget_may_become_auto(ended: Launch) -> None:
 
 
 def test_a_budget_that_fits_nothing_is_refused(ended: Launch) -> None:
-    with pytest.raises(BudgetError, match=r"The budget or the time was changed\. .*The smallest that works is"):
+    with pytest.raises(BudgetError, match=r"The budget or the time limit has changed\. .*The smallest that works is"):
         ended(budget="10KiB step").train(resume=4)
 
 

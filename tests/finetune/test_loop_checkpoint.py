@@ -79,7 +79,7 @@ def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, t
     rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
     assert sum(again.ranks.values()) < sum(whole.ranks.values())
     again = Loop(llama_config, tmp_path / "log", budget="1KiB step")
-    with pytest.raises(BudgetError, match="The budget or the time was changed"):
+    with pytest.raises(BudgetError, match="The budget or the time limit has changed"):
         rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
 
 
