@@ -30,8 +30,8 @@ for _index, _prefix in enumerate("kmgt", start=1):
 
 _FORMS = (
     "'24GiB', '350MB', a whole number of at least 1024 bytes (everything on the device, including "
-    "the frozen model), '6GiB step' (a step on top of the frozen model), '80%' (of the memory of "
-    "plain LoRA, rank 8 on all modules), '300k params' or 'auto'"
+    "the frozen model), '6GiB step' (a step on top of the frozen model), '80%' (of the memory that the "
+    "adapter takes as configured), '300k params' or 'auto'"
 )
 
 AUTO_SHARE = 0.9
@@ -70,8 +70,8 @@ class Budget:
 
     Attributes:
         kind: "total" bytes of the device, including the frozen model; "bytes" at the peak of a training step, excluding
-            it; "share" of the cost of plain LoRA (rank 8 on all modules); "parameters" in the adapter, for comparisons
-            with the literature; "auto": a share of the free memory on the model's device before training.
+            it; "share" of the cost of the adapter as configured; "parameters" in the adapter, for comparisons with the
+            literature; "auto": a share of the free memory on the model's device before training.
         value: above 0, in the unit of `kind`.
     """
 
@@ -84,8 +84,8 @@ class Budget:
 
         Args:
             given: "24GiB", "350MB" or a whole number from 1024 on (bytes of the device); "6GiB step"; "80%" or a number
-                with a decimal point up to 4 (share): 1.0, "1.0" and "100%" are the full cost of plain LoRA; "300k
-                params"; "auto". A smaller whole number, such as 1 or "80", is refused as implausible.
+                with a decimal point up to 4 (share): 1.0, "1.0" and "100%" are the full cost of the adapter as
+                configured; "300k params"; "auto". A smaller whole number, such as 1 or "80", is refused as implausible.
 
         Raises:
             BudgetError: it is unreadable, zero, negative, not finite, or a whole number below 1024.
@@ -142,20 +142,17 @@ class Budget:
         unit = {"parameters": "params", "bytes": "bytes step"}.get(self.kind, "bytes")
         return f"{self.value:.0f} {unit}"
 
-    def told(self, limit: Limit, *, kept: bool = False) -> str:
-        """Describe the resulting allowance in a sentence.
-
-        Args:
-            limit: the resolved limit.
-            kept: whether adapters are already trained, so a share may refer to their cost.
-        """
+    def told(self, limit: Limit) -> str:
+        """Describe the resulting allowance in a sentence; `limit` is the resolved one."""
         allowed = given_bytes(limit.value) if self.kind == "bytes" else cost_text(limit.value, limit.unit)
         if self.kind == "parameters":
             return f"The budget is {allowed} in the adapter."
         if self.kind == "share":
             whole = cost_text(limit.value / self.value, limit.unit)
-            what = "plain LoRA or the trained ranks" if kept else "plain LoRA (rank 8 on all modules)"
-            return f"The budget is {allowed} per step on top of the frozen model: {self} of the {whole} of {what}."
+            return (
+                f"The budget is {allowed} per step on top of the frozen model: {self} of the {whole} that the "
+                "adapter takes as configured."
+            )
         if self.kind == "total":
             rest = format_bytes(self.value - limit.value, up=True)
             return (
@@ -174,18 +171,16 @@ class Budget:
 
     @property
     def share(self) -> float | None:
-        """Share of the cost of plain LoRA; None for other kinds."""
+        """Share of the cost of the adapter as configured; None for other kinds."""
         return self.value if self.kind == "share" else None
 
-    def resolve(self, cost: Cost, max_ranks: IntArray, device: torch.device, kept: IntArray | None = None) -> Limit:
+    def resolve(self, cost: Cost, reference: IntArray, device: torch.device) -> Limit:
         """Resolve the budget to a limit, in the unit of the cost.
 
         Args:
             cost: cost of a plan.
-            max_ranks: the highest rank of each module, int64 (modules,).
+            reference: the ranks whose cost a share refers to, int64 (modules,): those of the adapter as it was passed.
             device: device of the model; "auto" takes a share of its free memory.
-            kept: ranks of trained adapters, int64 (modules,). A share refers to their cost if it exceeds that of plain
-                LoRA, so "100%" discards nothing already learned.
 
         Raises:
             BudgetError: the budget is in bytes and the cost in parameters, or the other way round.
@@ -197,9 +192,7 @@ class Budget:
                 f"The budget is {given}, but plan costs are counted in {cost.unit}. Pass a budget in {cost.unit} "
                 f"({form}) or a share ('80%'), or count costs in {self.unit}."
             )
-        whole = reference_cost(cost, max_ranks)
-        if kept is not None:
-            whole = max(whole, plan_cost(cost, kept))
+        whole = plan_cost(cost, reference)
         of = whole if self.kind == "share" else free_bytes(device) if self.kind == "auto" else 1
         return Limit(self.value * of, cost.unit, whole)
 
@@ -287,9 +280,7 @@ def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     return plan_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
 
 
-_TIME_FORMS = (
-    "'75%' (of a step of plain LoRA, rank 8 on all target modules, no checkpointing), '0.8s' or '800ms' per step"
-)
+_TIME_FORMS = "'75%' (of a step with the adapter as configured, without checkpointing), '0.8s' or '800ms' per step"
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
@@ -299,7 +290,7 @@ class TimeBudget:
     """A limit on step time as given by the user; `resolve` turns it into seconds.
 
     Attributes:
-        kind: "share" of the step time with rank 8 on all target modules and no checkpointing; "seconds".
+        kind: "share" of the step time with the adapter as configured and no checkpointing; "seconds".
         value: above 0.
     """
 
@@ -335,16 +326,11 @@ class TimeBudget:
         """Return the limit as text for `parse`."""
         return f"{100 * self.value:g}%" if self.kind == "share" else f"{self.value:g}s"
 
-    def resolve(self, time: StepTime, max_ranks: IntArray) -> float:
+    def resolve(self, time: StepTime, reference: IntArray) -> float:
         """Return the seconds allowed for a step.
 
         Args:
             time: step time under any plan.
-            max_ranks: the highest rank of each module, int64 (modules,).
+            reference: the ranks whose time, without checkpointing, a share refers to, int64 (modules,).
         """
-        return self.value * reference_seconds(time, max_ranks) if self.kind == "share" else self.value
-
-
-def reference_seconds(time: StepTime, max_ranks: IntArray) -> float:
-    """Return the seconds of plain LoRA: rank 8 on every module, capped at `max_ranks`, without checkpointing."""
-    return time.seconds(np.minimum(REFERENCE_RANK, max_ranks), ())
+        return self.value * time.seconds(reference, ()) if self.kind == "share" else self.value

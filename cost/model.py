@@ -25,7 +25,6 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..common.errors import UnsupportedError
-from ..lora.spec import REFERENCE_RANK
 from .cost import ByteCost, ModuleSet, moment_costs, plan_cost
 from .growth import Growth
 from .peak_candidates import PeakCandidate, PeakFinder, PeakStorages, keep_candidates, needed_candidates
@@ -514,7 +513,7 @@ def fewest_checkpointed(
 
 def checkpointed_cost(
     memory: MemoryModel,
-    max_ranks: IntArray,
+    reference: IntArray,
     limit: float,
     shape: BatchShape | None = None,
     kept: IntArray | None = None,
@@ -525,18 +524,18 @@ def checkpointed_cost(
 ) -> ByteCost:
     """Return the cost of plans with optional checkpointing: a budget buys less checkpointing before more rank.
 
-    If plain LoRA (rank 8 on all modules) and any ranks to keep fit without checkpointing, no layer is checkpointed.
-    Otherwise a plan must fit with all layers checkpointed, and may cost as much as plain LoRA without it; else plans
+    If the reference and any ranks to keep fit without checkpointing, no layer is checkpointed. Otherwise a plan must
+    fit with all layers checkpointed, and may cost as much as the reference without it; else plans
     would spend all checkpointing savings on ranks, and need every layer checkpointed. No layer is checkpointed if that
     saves nothing, as when logits dominate, or if plans only fit without it.
 
     Args:
         memory: the byte model of a step with every layer checkpointed.
-        max_ranks: the highest rank of each module, int64 (modules,).
+        reference: ranks of the adapter as configured, int64 (modules,).
         limit: bytes available to the step. Costs without checkpointing are scaled to this limit and rounded down, so
-            plain LoRA itself stays within it.
+            the reference itself stays within it.
         shape: shape of the batch; defaults to that of calibration.
-        kept: ranks to keep, int64 (modules,); they replace plain LoRA as the reference if they cost more.
+        kept: ranks to keep, int64 (modules,); they replace the reference if they cost more.
         least: returns the bytes of the cheapest possible plan under a cost.
         whole: checkpoint all layers regardless of the limit, unless plain LoRA takes less without.
         unpaid: bytes per rank in the memory model that these plans do not use, (modules,); excluded from the costs.
@@ -547,7 +546,7 @@ def checkpointed_cost(
         return replace(cost, per_rank=cost.per_rank - unpaid)
 
     none = priced(memory.with_checkpointed(()))
-    stay = [np.minimum(REFERENCE_RANK, max_ranks)] + ([] if kept is None else [kept])
+    stay = [reference] + ([] if kept is None else [kept])
     plain, ranks = max(((plan_cost(none, ranks), ranks) for ranks in stay), key=lambda pair: pair[0])
     if whole:
         return every if plan_cost(every := priced(memory), ranks) < plain else none

@@ -24,6 +24,7 @@ from ..common.text import part_of
 from ..cost.budget import reference_cost
 from ..cost.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
 from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
+from ..lora.spec import plain_ranks
 from ..lora.targets import TargetModule
 from .observation import ModuleShapes, Moves, Observation, RunState, observe
 from .plan.plan import Plan, TimeLimit, check_budget
@@ -34,6 +35,9 @@ from .settings import DecisionClock, DecisionSchedule
 
 MAX_GRAD_NORM = 1.0
 """Gradient clipping norm of probes."""
+
+STAY_ROOM = 1.001
+"""Cost of the configured ranks, as a share of the limit, up to which they stay."""
 
 FIRST_LOSSES = 5
 """Number of losses averaged for the first loss, from the probe's start, and for the last loss, up to its end."""
@@ -114,10 +118,14 @@ class PlanApplier(Generic[AdaptersT]):
         high: maximum rank of each module, int64 (modules,); unlimited by default.
         seed: seeds fresh rows on growth.
         time: limit on the time per step; None for no limit.
+        reference: ranks of the adapter as configured, int64 (modules,), to which shares of a budget refer; those of
+            plain LoRA by default.
+        keeps: True if these ranks are allowed even off the ladder, because the plan is to keep them.
         reads: True if the policy reads signals. Otherwise none are measured, and no plan pays for their buffers.
 
     Attributes:
         clock: the decisions taken and due.
+        reference: as above.
         notes: reason a module was left out of the latest plan, by name.
 
     Raises:
@@ -138,6 +146,8 @@ class PlanApplier(Generic[AdaptersT]):
         high: IntArray | None = None,
         seed: int = 0,
         time: TimeLimit | None = None,
+        reference: IntArray | None = None,
+        keeps: bool = False,
         reads: bool = True,
     ) -> None:
         self.adapters = adapters
@@ -146,6 +156,8 @@ class PlanApplier(Generic[AdaptersT]):
         self.time = time
         self.clock = DecisionClock(schedule, total_steps, reads)
         self.low, self.high = low, high
+        self.reference: IntArray = plain_ranks(self.targets) if reference is None else reference
+        self._configured = self.reference if keeps else None
         self.seed = seed
         adapters.meter.values = probe_result.signals.copy()
         self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
@@ -178,8 +190,9 @@ class PlanApplier(Generic[AdaptersT]):
         priced = self.time.added_to(cost, self.limit) if self.time else cost
         reach = self.clock.schedule.reach(self.clock.taken)
         return AllocationProblem.of(
-            self.targets, priced, self.limit, max_step=reach, low=self.low, high=self.high, ranks=self.ranks
-        )
+            self.targets, priced, self.limit, max_step=reach, low=self.low, high=self.high, ranks=self.ranks,
+            configured=self._configured,
+        )  # fmt: skip
 
     def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
         """Cost of plans until the next decision, without time.
@@ -276,22 +289,17 @@ class PlanApplier(Generic[AdaptersT]):
             problem = self.time.choose(problem, lambda other: decided_plan(other, decision).ranks)
         return decided_plan(problem, decision)
 
-    def stay(self) -> Plan:
-        """Use the current ranks for the next decision, including ranks off the ladder.
+    def can_stay(self) -> bool:
+        """True if the current ranks fit the limits at the next decision."""
+        cost = unit_cost(self.problem().cost, self.ranks)
+        # Margins are rounded up, and a share of "100%" must fit.
+        return cost <= STAY_ROOM * self.limit and (self.time is None or self.time.fits(self.ranks))
 
-        Raises:
-            BudgetError: they exceed the limit.
-        """
-        ranks = self.ranks
-        cost = unit_cost(self.problem().cost, ranks)
-        if cost > 1.001 * self.limit:  # margins are rounded up, and a share of "100%" must fit
-            raise BudgetError(
-                f"The ranks of the LoraConfig do not fit the budget and may not change: they need "
-                f"{part_of(cost, self.limit, self.cost.unit)}. Lower r, raise the budget, or plan the ranks first with "
-                "`rankpilot.allocate`."
-            )
+    def stay(self) -> Plan:
+        """Take the current ranks as the next decision, including ranks off the ladder; see `can_stay`."""
         self.clock.taken += 1
-        return Plan(ranks, ranks, cost)
+        self._limit_before = self.limit
+        return Plan(self.ranks, self.ranks, unit_cost(self.problem().cost, self.ranks))
 
     def set_plan(
         self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None, *, decides: bool = True
@@ -343,6 +351,7 @@ class PlanApplier(Generic[AdaptersT]):
                 name: getattr(self, name) for name in ("limit", "rows", "seed", "first_loss", "probe_fall", "predicted")
             },
             "cost": cost_state(self.cost),
+            "reference": self.reference.tolist(),
             "reference_cost": self._reference_cost,
             "time": self.time.state() if self.time else None,
             "total_steps": self.clock.total_steps,
@@ -362,6 +371,7 @@ class PlanApplier(Generic[AdaptersT]):
         *,
         low: IntArray | None = None,
         high: IntArray | None = None,
+        keeps: bool = False,
         reads: bool = True,
     ) -> PlanApplier[AdaptersT]:
         """Restore an applier from `state_dict`.
@@ -372,6 +382,7 @@ class PlanApplier(Generic[AdaptersT]):
             schedule: see the class; same for `low` and `high`.
             low: minimum rank of each module.
             high: maximum rank of each module.
+            keeps: see the class; same for `reads`.
             reads: see the class.
 
         Raises:
@@ -383,9 +394,13 @@ class PlanApplier(Generic[AdaptersT]):
             raise TypeError("time is beside the cost")
         seen = (state["first_loss"], state["probe_fall"], state["predicted"])
         probed = ProbeResult(adapters.meter.values, *map(finite, seen))
+        reference = np.array([counted(rank) for rank in state["reference"]], dtype=np.int64)
+        if len(reference) != len(adapters.targets):
+            raise ValueError(f"{len(reference)} ranks for {len(adapters.targets)} modules")
         applier = cls(
             adapters, cost, finite(state["limit"]), schedule, counted(state["total_steps"], 1), probed,
             rows=counted(state["rows"], 1), low=low, high=high, seed=counted(state["seed"]), reads=reads,
+            reference=reference, keeps=keeps,
             time=TimeLimit.from_state(state["time"]) if state["time"] else None,
         )  # fmt: skip
         applier._reference_cost = finite(state["reference_cost"])

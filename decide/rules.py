@@ -116,7 +116,7 @@ def given_ranks(observation: Observation, ranks: Mapping[str, int], name: str = 
 
 @dataclass(frozen=True)
 class AsConfigured:
-    """Keeps all ranks of the LoraConfig, including ranks off the ladder."""
+    """Keeps all ranks of the LoraConfig, including ranks off the ladder, as long as they fit."""
 
     reads_signals: ClassVar[bool] = False
     schedule: ClassVar[DecisionSchedule] = ONCE

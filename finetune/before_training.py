@@ -34,7 +34,7 @@ from ..decide.policy import Decision
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.resize import is_trained
-from ..lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
+from ..lora.spec import RankLadder, highest_ranks
 from ..lora.targets import TargetModule, unwrap
 from .options import PilotOptions
 from .step.batch_rows import BatchRows, Cuts
@@ -64,6 +64,7 @@ class StepTimer:
     Attributes:
         run: the run.
         targets: the target modules of its model.
+        reference: the ranks that a share of time refers to, int64 (modules,).
         memory: the byte model, if the budget counts bytes; of a step with all layers checkpointed if `checkpointing` is
             given.
         limit: the limit of bytes, if `memory` is given.
@@ -72,6 +73,7 @@ class StepTimer:
 
     run: TrainingRun
     targets: Sequence[TargetModule]
+    reference: IntArray
     memory: MemoryModel | None
     limit: float
     checkpointing: LayerCheckpointing | None
@@ -110,7 +112,7 @@ class StepTimer:
         """
         given = applier.time
         assert given is not None, "time is limited"
-        plain = np.minimum(REFERENCE_RANK, highest_ranks(self.targets))
+        plain = self.reference
 
         def plan(limit: TimeLimit) -> IntArray:
             applier.time = limit
@@ -136,10 +138,9 @@ class StepTimer:
         return self.checkpointing.take if self.checkpointing else None
 
     def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None) -> TimeLimit:
-        most = highest_ranks(self.targets)
-        plain = np.minimum(REFERENCE_RANK, most)  # including the layers checkpointed in the user's step
-        beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
-        return TimeLimit(time, budget.resolve(time, most), layers, beside)
+        # Including the layers checkpointed in the user's step.
+        beside = time.seconds(self.reference) if budget == TimeBudget.unlimited() else None
+        return TimeLimit(time, budget.resolve(time, self.reference), layers, beside)
 
     def _step_time(self) -> StepTime:
         """Measure the time of a step with the run's largest batch, for any plan."""
@@ -312,7 +313,7 @@ def run_costs(
     signals: bool,
     least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
-    kept: IntArray | None = None,
+    reference: IntArray,
     whole: bool = False,
     in_parts: bool = False,
 ) -> PlanCosts:
@@ -325,12 +326,12 @@ def run_costs(
         signals: True if the costs of plans include signal buffers.
         least: the cost of the cheapest possible plan, if layers may be checkpointed (see `plan_costs`).
         savers: the active exact savers.
-        kept: the ranks of already trained adapters, int64 (modules,) (see `Budget.resolve`).
+        reference: the ranks that a share refers to, int64 (modules,).
         whole: True if all layers are checkpointed (see `checkpointed_cost`).
         in_parts: True if steps run in parts.
     """
     budget = budget_for_all_processes(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, reference=reference, whole=whole)
     costs = partial(costs, in_parts=run.step_in_parts if in_parts else None)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
@@ -383,32 +384,35 @@ RECORDING = "Recording small training steps to price plans ..."
 TIMING = "Timing training steps ..."
 """Report lines before slow operations."""
 
-STAY = (
-    "Ranks and learning rate are not changed: in reinforcement learning, adapting ranks to gradients "
-    "lowers the reward. Plan them beforehand (`rankpilot.allocate`)."
-)
 ROLLOUTS = "It applies to training steps; rollouts between them are not counted."
 
 
-def budget_text(
-    run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit, *, stay: bool = False
-) -> str:
-    """Return a run's first report line: its budget, and the meaning of its LoraConfig's rank.
+def budget_text(run: TrainingRun, budget: Budget, limit: Limit) -> str:
+    """Return a run's first report line: its budget.
 
     Args:
         run: the run.
-        targets: the target modules; new adapters are at rank 1.
         budget: the user's budget.
         limit: the limit that the budget was resolved to.
-        stay: True if ranks and rate are fixed, because the run generates its data during training.
     """
-    if stay:
-        return f"{STAY} {budget.told(limit, kept=True)} {ROLLOUTS}"
-    kept, device = any(map(is_trained, targets)), targets[0].weight_a.device
-    rank = unwrap(run.model).peft_config[targets[0].adapter].r
-    ranks = f" LoraConfig's r={rank} is ignored; use `bounds` to limit ranks."
-    beyond = beyond_device(budget, device)
-    return budget.told(limit, kept=kept) + (beyond and f" {beyond}") + ("" if kept else ranks)
+    lines = budget.told(limit), beyond_device(budget, run.device), ROLLOUTS if run.generates else ""
+    return " ".join(filter(None, lines))
+
+
+def outcome_text(passed: IntArray, ranks: IntArray) -> str:
+    """Describe what became of the ranks of the LoraConfig, in a run that keeps them if it can.
+
+    Args:
+        passed: the ranks of the adapter as it was passed, int64 (modules,).
+        ranks: the ranks of the first plan, int64 (modules,).
+    """
+    if np.array_equal(passed, ranks):
+        least, most = passed.min(), passed.max()
+        return f"The LoRA stays as configured: rank {least if least == most else f'{least} to {most}'}."
+    return (
+        "The LoRA as configured does not fit this budget, and nothing that keeps the losses makes it fit: the mean "
+        f"rank shrinks from {passed.mean():.3g} to {ranks.mean():.3g}."
+    )
 
 
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
@@ -478,9 +482,9 @@ def keep_what_was_learned(
         logger.warning(told)
 
 
-def ranks_that_keep_all(targets: Sequence[TargetModule]) -> IntArray:
-    """Return the lowest ranks of the ladder at which no adapter must shrink, int64 (modules,)."""
-    ranks, ladder = np.array([target.rank for target in targets], dtype=np.int64), RankLadder()
+def on_ladder(ranks: IntArray, targets: Sequence[TargetModule]) -> IntArray:
+    """Return the lowest ranks of the ladder at which no adapter of these ranks must shrink, int64 (modules,)."""
+    ladder = RankLadder()
     return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
 
 

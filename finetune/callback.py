@@ -21,7 +21,6 @@ from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 from ..cost.batch_shape import Batch
 from ..cost.savers.exact import graphs_per_plan
 from ..decide.applier import PlanApplier
-from ..decide.chooser import DEFAULT
 from ..decide.log import DecisionLog
 from ..decide.policy import Policy
 from ..lora.adapters import PeftAdapters
@@ -134,7 +133,7 @@ EVALUATION_ROOM = 0.5
 
 _WITHOUT_TRAINER = (
     "A RankPilotCallback works only with the Trainer it was created for. Create the Trainer without "
-    'it, then call `rankpilot.attach(trainer, "default", budget="80%")` with the arguments of the '
+    'it, then call `rankpilot.attach(trainer, budget="80%")` with the arguments of the '
     "callback."
 )
 
@@ -142,20 +141,21 @@ WITH_LIGER = "Steps are measured with Liger's kernels; exact savers with no bene
 
 
 def attach(
-    trainer: Trainer, policy: str | Path | Policy = DEFAULT, options: GivenOptions = None, **changes: Any
+    trainer: Trainer, policy: str | Path | Policy | None = None, options: GivenOptions = None, **changes: Any
 ) -> RankPilotCallback:
-    """Let a policy decide the ranks of a Trainer's runs, inside a hard budget; call this before `train`.
+    """Keep a Trainer's runs inside a hard budget of memory; call this before `train`.
 
-    Before the first step it measures the cost of plans in the Trainer's own training step, on its data, and probes
-    which modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. Adapters
-    are physically resized, the optimizer keeps its state, and plain PEFT can load every checkpoint. Adapters that are
-    already trained are kept. Unless SIGTERM is already handled, it saves a checkpoint and ends the process with status
-    143. `train(resume_from_checkpoint=True)` picks the last complete checkpoint.
+    Before the first step it measures the cost of plans in the Trainer's own training step, on its data. By default the
+    LoRA stays as configured, and what loses nothing makes it fit: exact savers, batches in parts, checkpointed layers,
+    a streamed base; ranks shrink only where nothing else helps. A policy chooses the ranks instead, and again at later
+    steps if its schedule has any: adapters are physically resized, the optimizer keeps its state, and plain PEFT can
+    load every checkpoint. Adapters that are already trained are kept. Unless SIGTERM is already handled, it saves a
+    checkpoint and ends the process with status 143. `train(resume_from_checkpoint=True)` picks the last complete
+    checkpoint.
 
     Args:
         trainer: a transformers or TRL Trainer, with a PEFT model.
-        policy: "default", "agent" (trained, shipped with rankpilot), the folder of a trained policy, a rule's name
-            ("signal-mean", "top-down"), a plan edited by hand ("plan.yaml"), or a policy object.
+        policy: None, to keep the ranks of the LoraConfig, or what chooses others; see `RankPilot`.
         options: all options, or the budget alone.
         changes: single options by name; see `PilotOptions`.
 
@@ -170,7 +170,7 @@ def attach(
             the errors of `RankPilot.begin` and its other methods.
 
     Example:
-        >>> rankpilot.attach(trainer, "default", budget="80%", goal="time")  # doctest: +SKIP
+        >>> rankpilot.attach(trainer, budget="80%")  # doctest: +SKIP
     """
     if not isinstance(trainer, Trainer):
         kind = trainer.__name__ if isinstance(trainer, type) else f"a {type(trainer).__name__}"
@@ -207,7 +207,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         trainer: Trainer | None = None,
-        policy: str | Path | Policy = DEFAULT,
+        policy: str | Path | Policy | None = None,
         options: GivenOptions = None,
         **changes: Any,
     ) -> None:

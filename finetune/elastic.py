@@ -13,7 +13,6 @@ from ..cost.budget import Budget, GivenBudget, Limit, budget_now, free_bytes
 from ..cost.record.calibration import beside_model
 from ..decide.applier import PlanApplier
 from ..lora.adapters import PeftAdapters
-from ..lora.spec import highest_ranks
 from .step.peak_guard import PeakGuard
 from .step.run import Participant, TrainingRun
 
@@ -65,7 +64,7 @@ class ElasticBudget(Participant):
             BudgetError: its unit differs from the run's.
         """
         if not callable(budget):
-            Budget.parse(budget).resolve(applier.cost, highest_ranks(applier.targets), self._run.device)
+            Budget.parse(budget).resolve(applier.cost, applier.reference, self._run.device)
         self._given, self.given = budget, True
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
@@ -108,8 +107,8 @@ class ElasticBudget(Participant):
         """Return the same limit, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
         if self.budget != before:  # another unit is rejected
-            budget, highest = beside_model(self.budget, self._run.model), highest_ranks(applier.targets)
-            self.now = budget.resolve(applier.cost, highest, self._run.device).value
+            budget = beside_model(self.budget, self._run.model)
+            self.now = budget.resolve(applier.cost, applier.reference, self._run.device).value
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)

@@ -26,11 +26,11 @@ class PlanOptions:
 
     Attributes:
         budget: limit that no training step may exceed: "24GiB" for everything on the device, frozen model
-            included; "6GiB step" for a step on top of the frozen model; "80%" of the memory of plain LoRA (rank 8 on
-            all modules); "auto" for nine tenths of the free device memory; or "300k params", which counts only the
+            included; "6GiB step" for a step on top of the frozen model; "80%" of the memory of a step with the adapter
+            as it is passed; "auto" for nine tenths of the free device memory; or "300k params", which counts only the
             adapter's parameters.
-        time: limit on the time of a step, in addition to the budget: "75%" of the time of plain LoRA without gradient
-            checkpointing, or "0.8s". Measured before training.
+        time: limit on the time of a step, in addition to the budget: "75%" of the time with the adapter as it is
+            passed, without gradient checkpointing, or "0.8s". Measured before training.
         exact_savers: let adapters share copies of their inputs, and tile the loss of a language model: the same losses
             and gradients in fewer bytes, at no cost in time.
         gradient_checkpointing: "auto" checkpoints as few layers as the plan needs, and all of them under goal bytes:
@@ -41,8 +41,8 @@ class PlanOptions:
             over rows or tokens, such as the losses of transformers and TRL (docs/parts.md). "on" splits under any loss,
             and tests real batches during the run. Plans are then priced with one row, or with two under an unknown
             loss. "off" runs each batch whole, as does a budget in parameters.
-        goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
-            the tolerance of rank 8 on all modules.
+        goal: quality (the default of a policy that chooses), the lowest loss within the budget; time or bytes, the
+            cheapest plan whose loss is surely within the tolerance of rank 8 on all modules.
         tolerance: allowed increase of the log loss under goal time or bytes: 0.01, the default, is 1 %.
         keep_rate: train at the given learning rate. By default it is read as the rate of plain LoRA, and a plan with
             fewer adapted modules trains at a higher one (docs/learning-rate.md).
@@ -57,7 +57,7 @@ class PlanOptions:
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
     parts: Literal["auto", "on", "off"] = "auto"
-    goal: GoalKind = "quality"
+    goal: GoalKind | None = None
     tolerance: float | None = None
     keep_rate: bool = False
 
@@ -85,7 +85,7 @@ class PlanOptions:
     @property
     def aim(self) -> Goal:
         """The goal and its tolerance."""
-        return goal_of(self.goal, self.tolerance, budget_unit=self.budget_read.unit)
+        return goal_of(self.goal or "quality", self.tolerance, budget_unit=self.budget_read.unit)
 
     @property
     def chooses_layers(self) -> bool:
@@ -148,6 +148,12 @@ class PilotOptions(PlanOptions):
     def budget_read(self) -> Budget:
         """The parsed budget; if it is a function, its current value."""
         return budget_now(self.budget)
+
+    @property
+    def asks_for_ranks(self) -> bool:
+        """True if an option only makes sense where ranks are chosen: they are, even without a policy."""
+        chosen = (self.goal, self.tolerance, self.time, self.bounds, self.schedule)
+        return self.fresh or any(option is not None for option in chosen)
 
     def __post_init__(self) -> None:
         super().__post_init__()

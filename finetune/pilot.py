@@ -19,6 +19,7 @@ from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT, with_goal
 from ..decide.log import DecisionLog
 from ..decide.policy import Decision, Policy, steers_rate
+from ..decide.rules import AsConfigured
 from ..decide.settings import DecisionSchedule
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import resizable_targets
@@ -34,15 +35,18 @@ logger = logging.getLogger(__name__)
 
 
 class RankPilot:
-    """Moves LoRA rank between modules during one fine-tune, inside a hard budget.
+    """Plans one fine-tune, and keeps it inside a hard budget of memory.
 
     `begin` measures the cost of plans on the run's model and data, probes which modules matter if the policy uses that,
-    and applies the first plan. A loop then calls three methods per optimizer step: `before_step`,
-    `before_optimizer_step`, `after_step`. `attach` arranges these calls in a transformers Trainer.
+    and applies the first plan: by default the ranks of the LoraConfig, made to fit. A loop then calls three methods per
+    optimizer step: `before_step`, `before_optimizer_step`, `after_step`. `attach` arranges these calls in a
+    transformers Trainer.
 
     Args:
-        policy: "default", "agent" (trained, shipped with rankpilot), the folder of a trained policy, a rule's name
-            ("signal-mean", "top-down"), a plan edited by hand ("plan.yaml"), or a policy object.
+        policy: None keeps the ranks of the LoraConfig as long as a step with them can be made to fit, unless an
+            option asks for other ranks (`goal`, `tolerance`, `time`, `bounds`, `schedule`, `fresh`). "default" chooses
+            the best plan; "agent" is trained, and shipped with rankpilot; or the folder of a trained policy, a rule's
+            name ("signal-mean", "top-down"), a plan edited by hand ("plan.yaml"), or a policy object.
         options: all options, or the budget alone.
         tell: called with a line for each decision and correction; defaults to this module's logger.
         progress: shows the progress of the probe.
@@ -64,7 +68,7 @@ class RankPilot:
 
     def __init__(
         self,
-        policy: str | Path | Policy = DEFAULT,
+        policy: str | Path | Policy | None = None,
         options: GivenOptions = None,
         *,
         tell: Callable[[str], None] | None = None,
@@ -75,6 +79,8 @@ class RankPilot:
         options = self.options
         self.seed: int = options.seed or 0
         aim = options.aim
+        if policy is None:
+            policy = DEFAULT if options.asks_for_ranks else AsConfigured()
         self.policy: Policy = with_goal(load_policy(policy), aim)
         self.schedule: DecisionSchedule = options.schedule or policy_schedule(policy)
         self.budget: Budget = options.budget_read

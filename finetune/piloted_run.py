@@ -12,12 +12,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from ..common.arrays import IntArray
 from ..common.checks import counted, finite
 from ..common.devices import without_autocast
 from ..common.errors import ConfigError, UnsupportedError
 from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
+from ..cost.model import MemoryModel
 from ..cost.record.calibration import PlanCosts
 from ..cost.savers.checkpointed_layers import LayerCheckpointing, all_running_again, could_checkpoint
 from ..cost.savers.exact import SAVERS, ExactSavers, is_compiled
@@ -34,9 +36,8 @@ from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
-from ..lora.peft_config import absent_targets, finish_load, start_kept
+from ..lora.peft_config import absent_targets, finish_load, ranks_as_passed, start_kept
 from ..lora.resize import is_trained
-from ..lora.spec import REFERENCE_RANK, highest_ranks
 from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from . import before_training
 from .controlled_rate import ControlledRate
@@ -103,7 +104,7 @@ class PilotedRun:
     ) -> None:
         self.run, self.journal, self.options = run, journal, options
         self._targets, self._policy, self._schedule = targets, policy, schedule
-        self._stays = isinstance(policy, AsConfigured)  # ranks, as in the LoraConfig
+        self._stays = isinstance(policy, AsConfigured)  # as long as its ranks fit
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
         self._steers = steers_rate(policy)
         self._controls: bool = self._steers or (in_long_run if options.control is None else options.control)
@@ -158,6 +159,7 @@ class PilotedRun:
         """
         run, targets, options, journal = self.run, self._targets, self.options, self.journal
         stay, time, budget = self._stays, options.time_read, self.elastic.budget
+        passed = ranks_as_passed(run.model, targets)
         if budget.kind == "parameters":
             before_training.warn_of_other_adapters(run, targets)
         journal.open(name, [], writes=run.replicas.processes.first)
@@ -168,15 +170,15 @@ class PilotedRun:
             self._switch()
             probes = reads_signals(self._policy)
             looks = options.learning_rate == "auto" or not probes
-            journal.note("" if stay else before_training.LOOKING)
-            first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
-            self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
+            journal.note("" if run.generates else before_training.LOOKING)
+            first_rows = before_training.UNSEEN if run.generates else run.read_first_rows(seed) if looks else None
+            self._have_rate(initial_loss(run, first_rows) if first_rows and not run.generates else None)
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
             before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(self.streaming.told())
-            journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
+            journal.note(before_training.budget_text(run, budget, costs.limit))
             journal.note_saved(costs.saved)
             if tied := tied_pairs(unwrap(run.model), targets):
                 journal.note(f"{' and '.join(tied)} share one adapter, whose rank is fixed (ensure_weight_tying).")
@@ -188,11 +190,14 @@ class PilotedRun:
             self.elastic.first_limit(costs.limit)
             self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
-                timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
+                timer = self._timer(costs.memory, self.applier.limit)
                 timer.agree_with_steps(self.applier, self._ask)
             if self.applier.time and self.guard.parts.on:
                 journal.note(before_training.TIMES_OF_WHOLE_BATCHES)
             self.decide()
+            if stay:
+                told = before_training.outcome_text(passed, self.applier.ranks)
+                (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate is not None
             journal.note(self.rate.told())
             self._have_control(None)
@@ -214,6 +219,8 @@ class PilotedRun:
         checkpointing = self._checkpointing
         self.journal.note(before_training.RECORDING)
         low, high = rank_bounds(targets, options.bounds or {})
+        passed = ranks_as_passed(run.model, targets)
+        reference = passed if self._stays else before_training.on_ladder(passed, targets)
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
         before_training.clear_adapter_state(run, targets, keeps=keeps)
         costs_of_plans = partial(
@@ -224,18 +231,16 @@ class PilotedRun:
             signals=True,
             least=partial(least_cost, targets, low, high) if checkpointing else None,
             savers=self._savers,
-            kept=before_training.ranks_that_keep_all(targets) if keeps else None,
+            reference=reference,
             whole=checkpointing is not None and checkpointing.whole,
             in_parts=self.guard.parts.on,
         )
-        plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
-        costs = self.streaming.costs(costs_of_plans, budget, plain, checkpoints=checkpointing is not None)
+        costs = self.streaming.costs(costs_of_plans, budget, reference, checkpoints=checkpointing is not None)
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("this model's operations depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
-        timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing)
         self.journal.note(before_training.TIMING if time else "")
-        timed = timer.time_limit(time) if time else None
+        timed = self._timer(costs.memory, limit, reference).time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
         low = floor_of_experts(targets, costs.cost, limit, low, high)
         result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
@@ -251,6 +256,8 @@ class PilotedRun:
             high=high,
             seed=seed,
             time=timed,
+            reference=reference,
+            keeps=self._stays,
             reads=first_rows is None,
         )
         self.begun = True
@@ -306,8 +313,7 @@ class PilotedRun:
         if before.get("budget") != settings["budget"]:
             limit = self.elastic.limit(applier)
         if before.get("time") != settings["time"]:
-            timer = before_training.StepTimer(run, targets, memory, limit, checkpointing)
-            applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
+            applier.time = self._timer(memory, limit).limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
@@ -315,6 +321,13 @@ class PilotedRun:
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
         self._ranks_changed()
+
+    def _timer(
+        self, memory: MemoryModel | None, limit: float, reference: IntArray | None = None
+    ) -> before_training.StepTimer:
+        """Return what times the steps of the run; the reference is that of the applier by default."""
+        reference = self.applier.reference if reference is None else reference
+        return before_training.StepTimer(self.run, self._targets, reference, memory, limit, self._checkpointing)
 
     def _plan_in_words(self, at: int, cost: float) -> str:
         """Describe the plan of a step: its modules, and its cost."""
@@ -329,7 +342,7 @@ class PilotedRun:
         low, high = rank_bounds(self._targets, self.options.bounds or {})
         reads = reads_signals(self._policy)
         applier = PlanApplier.from_state_dict(
-            state["applier"], adapters, self._schedule, low=low, high=high, reads=reads
+            state["applier"], adapters, self._schedule, low=low, high=high, keeps=self._stays, reads=reads
         )
         applier.low = floor_of_experts(self._targets, applier.cost, applier.limit, low, high)
         return applier
@@ -342,9 +355,9 @@ class PilotedRun:
         if options.gradient_checkpointing is True:
             self._switches.callback(all_running_again(run.model))
         if options.exact_savers:
-            # With fixed ranks, answers are written with a cache, and read from logits. Without a cache, transformers
+            # Generated answers are written with a cache, and read from logits. Without a cache, transformers
             # mistakes positions for those of packed texts. A sharded head is whole only in its own passes.
-            left_out = {CACHE: self._stays or run.tells_positions, TILES: self._stays or run.replicas.sharded}
+            left_out = {CACHE: run.generates or run.tells_positions, TILES: run.generates or run.replicas.sharded}
             names = [name for name in savers if not left_out.get(name)]
             self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
             self._switches.callback(self._savers.put_back)
@@ -362,7 +375,8 @@ class PilotedRun:
 
     def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Make the learning rate follow the plan until the run ends."""
-        auto, keep, controlled = self.options.learning_rate == "auto", self.options.keep_rate, self._controls
+        auto, controlled = self.options.learning_rate == "auto", self._controls
+        keep = self.options.keep_rate or (self._stays and not auto)
         self.rate = PlanRate(
             self.run, self._targets, auto=auto, controlled=controlled, keep=keep, initial=initial, own=own
         )
@@ -450,7 +464,8 @@ class PilotedRun:
         applier, step, loss, keeper = self.applier, self.step, self._losses.mean(), self.guard.plan
         keeper.price_for_decision()
         by_hand = isinstance(self._policy, PlanFile)  # the author of a plan may shrink trained adapters
-        keeps = not by_hand and not self._stays and not applier.clock.taken
+        stays = self._stays and applier.can_stay()
+        keeps = not (by_hand or stays or self.run.generates or applier.clock.taken)
         with before_training.keep_what_was_learned(self.run, applier, self.journal.note) if keeps else nullcontext():
             share = self.control.read(step) if self.control and self._steers else 1.0
             steps = self.control.record if self.control and self._steers else None
@@ -458,11 +473,11 @@ class PilotedRun:
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
-            if keeper.checkpointing and not applier.clock.taken:
+            if keeper.checkpointing and not (stays or applier.clock.taken):
                 faster = before_training.faster_plan(keeper, applier, self._ask, decision)
             if self.control and self._steers:  # an undo restores adapters of the previous ranks
                 self.control.steer(decision.change, step)
-            plan = applier.stay() if self._stays else applier.apply(decision, step, self.run.optimizer)
+            plan = applier.stay() if stays else applier.apply(decision, step, self.run.optimizer)
         self._losses.restart()
         keeper.decided(observation.problem.ranks, step)
         self._record(PlanChange(step, observation, decision, plan), loss)

@@ -23,7 +23,6 @@ from transformers import Trainer
 from ..common.errors import UnsupportedError
 from ..cost.batch_shape import MASK, Batch
 from ..data.batches import MOST_EXAMPLES
-from ..decide.chooser import DEFAULT
 from ..decide.policy import Policy
 from ..decide.rules import AsConfigured
 from .options import PilotOptions
@@ -42,14 +41,16 @@ def makes_rollouts(trainer: Trainer) -> bool:
     return own and hasattr(trainer.args, "num_generations")  # excluding distillation, whose steps read a teacher
 
 
-def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOptions) -> tuple[Policy, PilotOptions]:
-    """Return the policy and the options of a run on rollouts: ranks and rate are fixed, and no row repeats.
+def left_alone(
+    trainer: Trainer, policy: str | Path | Policy | None, options: PilotOptions
+) -> tuple[Policy, PilotOptions]:
+    """Return the policy and the options of a run on rollouts: ranks and rate are those configured.
 
     Raises:
         UnsupportedError: an option would decide ranks or rate.
     """
     default = PilotOptions()
-    given = [] if policy == DEFAULT else ["policy"]
+    given = [] if policy is None or isinstance(policy, AsConfigured) else ["policy"]
     given += [name for name in _DECIDING if getattr(options, name) != getattr(default, name)]
     if given:
         raise UnsupportedError(

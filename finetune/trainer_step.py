@@ -177,6 +177,7 @@ class TrainerStep:
             folder=Path(args.output_dir),
             evaluations=_evaluations(args, state),
             in_parts=True,
+            generates=self.rollouts is not None,
             whole=self._whole,
             part_loss=self.loss,
             foreign=partial(self._foreign, STEP),

@@ -15,10 +15,12 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -26,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..common.arrays import IntArray
 from ..common.errors import ConfigError, UnknownNameError, shown
 from .resize import is_trained, resize
 from .spec import MOST_REPEATS, REFERENCE_RANK, Scaling, absent, is_pattern, is_slow_pattern
@@ -254,6 +257,29 @@ def reference_scaling(targets: Sequence[TargetModule]) -> Iterator[None]:
 
 
 _SETTINGS, _RESIZABLE = "_rankpilot_user_settings", "_rankpilot_resizable"
+
+
+@dataclass(frozen=True)
+class AsPassed:
+    """An adapter as its user passed it to rankpilot.
+
+    Attributes:
+        ranks: the rank of each target module, by name.
+        rank_pattern: the user's exceptions from `r`.
+        alpha_pattern: the user's exceptions from `lora_alpha`.
+    """
+
+    ranks: dict[str, int]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, int]
+
+
+def ranks_as_passed(model: nn.Module, targets: Sequence[TargetModule]) -> IntArray:
+    """Return the ranks that an adapter had when it became resizable, int64 (modules,); see `make_resizable`."""
+    passed: AsPassed = unwrap(model).__dict__[_RESIZABLE][targets[0].adapter][1]
+    return np.array([passed.ranks[target.name] for target in targets], dtype=np.int64)
+
+
 """Attributes of a PEFT model that hold, by adapter, its configuration with the user's settings, and module hooks."""
 
 MANY_MODULES = 256
@@ -279,10 +305,13 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     adapted = [target for target in targets if target.rank > 0 or target.experts > 1]
     tied = tied_pairs(peft_model, targets)
     ranks = {t.name: max(t.rank, 1) for t in adapted} | {name: layer.r[adapter] for name, layer in tied.items()}
-    config.rank_pattern = _patterns(ranks)
+    resizable, passed, _ = peft_model.__dict__.get(_RESIZABLE, {}).get(adapter, (None, None, ()))
+    unchanged = resizable is config and passed.ranks == adapter_ranks(targets)
+    config.rank_pattern = passed.rank_pattern if unchanged else _patterns(ranks)
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
     alphas |= {name: layer.lora_alpha[adapter] for name, layer in tied.items()}
-    config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
+    patterns = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
+    config.alpha_pattern = passed.alpha_pattern if unchanged else patterns
     dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
     # "lora_only" saves no bias of a module without a pair.
     config.bias = "all" if bias == "lora_only" and dropped else bias
@@ -355,14 +384,14 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     peft_model = unwrap(model)
     done, adapter = peft_model.__dict__.setdefault(_RESIZABLE, {}), targets[0].adapter
     own = _own_config(peft_model, adapter)
-    config, hooks = done.get(adapter, (None, ()))
+    config, _, hooks = done.get(adapter, (None, None, ()))
     if config is own:
         return
     for hook in hooks:  # of an earlier adapter of this name
         hook.remove()
     hooks = [target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target)) for target in targets]
     hooks.append(peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets)))
-    done[adapter] = own, hooks
+    done[adapter] = own, AsPassed(adapter_ranks(targets), own.rank_pattern, own.alpha_pattern), hooks
 
 
 def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:

@@ -139,8 +139,8 @@ def set_ranks(
 ) -> None:
     """Set new ranks of the named modules. Modules shrink before others grow, so memory stays within the larger plan's.
 
-    A rank above min(d_in, d_out) is lowered to it. A module with NaN or infinity in factors, gradients or optimizer
-    state keeps its rank, unless it is to be dropped. One warning lists all such cases.
+    A rank above min(d_in, d_out) is lowered to it, unless the module has it already. A module with NaN or infinity in
+    factors, gradients or optimizer state keeps its rank, unless it is to be dropped. One warning lists all such cases.
 
     Args:
         targets: all target modules of the adapter.
@@ -155,7 +155,8 @@ def set_ranks(
     check_ranks(targets, ranks)
     if optimizer is not None:
         check_optimizer(optimizer)
-    wanted = [(target, min(ranks[target.name], target.max_rank)) for target in targets if target.name in ranks]
+    highest = {target.name: max(target.max_rank, target.rank) for target in targets}  # a LoraConfig may ask for more
+    wanted = [(target, min(ranks[target.name], highest[target.name])) for target in targets if target.name in ranks]
     moving = [(target, rank) for target, rank in wanted if rank != target.rank]
     broken = set(non_finite([target for target, rank in moving if rank > 0], optimizer))
     moving = [(target, rank) for target, rank in moving if target.name not in broken]
@@ -177,7 +178,7 @@ def _note(target: TargetModule, wanted: int, broken: bool) -> str:
     if target.rank != wanted and broken:
         return f"{has} (not set to {wanted}: its factors, gradients or optimizer state contain NaN or infinity)"
     above = f"{has} (requested {wanted}, above min(d_in, d_out) = {target.max_rank})"
-    return above if wanted > target.max_rank else ""
+    return above if wanted > target.rank and wanted > target.max_rank else ""
 
 
 def non_finite(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None = None) -> list[str]:

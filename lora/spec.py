@@ -19,7 +19,7 @@ from ..common.errors import ConfigError
 DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 REFERENCE_RANK = 8
-"""The most common rank. Shares of bytes and time are relative to this rank on every target module."""
+"""The most common rank. On every target module it is plain LoRA, to which plans are compared."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class RankLadder:
     def top(self) -> int:
         """The highest rung, which is also the largest number of rungs between two ranks."""
         return len(self.ranks) - 1
+
+    def including(self, ranks: IntArray) -> RankLadder:
+        """Return a ladder that also has these ranks, int64 (modules,)."""
+        return RankLadder(tuple(sorted({*self.ranks, *ranks.tolist()})))
 
     @cached_property
     def array(self) -> IntArray:
@@ -147,6 +151,11 @@ def check_scaling(scaling: object) -> None:
 def highest_ranks(targets: Sequence[ModuleSpec]) -> IntArray:
     """Return the highest possible rank of each module, int64 (modules,)."""
     return np.array([target.max_rank for target in targets], dtype=np.int64)
+
+
+def plain_ranks(targets: Sequence[ModuleSpec]) -> IntArray:
+    """Return the ranks of plain LoRA: `REFERENCE_RANK` on every module that can have it, int64 (modules,)."""
+    return np.minimum(REFERENCE_RANK, highest_ranks(targets))
 
 
 def check_rank(rank: int, targets: Sequence[ModuleSpec]) -> None:

@@ -46,7 +46,7 @@ from ..finetune.step.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer
 from ..lora.resize import set_ranks
-from ..lora.spec import check_rank, highest_ranks
+from ..lora.spec import check_rank, highest_ranks, plain_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from .config import MemoryConfig
 
@@ -146,18 +146,18 @@ def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterato
 
 def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
     """Return the step with the exact savers of a run within the budget, and the budget's limit."""
-    config, targets = setup.config, setup.targets
+    config, targets, plain = setup.config, setup.targets, plain_ranks(setup.targets)
     checkpointed = ", with gradient checkpointing" if config.gradient_checkpointing is True else ""
     tell(f"measuring a few small steps, without and with each exact saver{checkpointed}")
     measured = partial(setup.measure_memory, lambda _: None)
     savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
-    priced = savers.price(measured, targets)
+    priced = savers.price(measured, plain)
     if config.budget is None:
         return priced, None
-    _, limit = limited_cost(beside_model(Budget.parse(config.budget), setup.model), targets, priced.plain)
+    _, limit = limited_cost(beside_model(Budget.parse(config.budget), setup.model), targets, priced.plain, plain)
     chooses = config.gradient_checkpointing == "auto" and could_checkpoint(setup.model)
     if config.exact_savers and chooses and limit.unit == "bytes":
-        priced = savers.within(limit.value, priced, measured, targets, partial(least_cost, targets, None, None))
+        priced = savers.within(limit.value, priced, measured, plain, partial(least_cost, targets, None, None))
     return priced, limit
 
 

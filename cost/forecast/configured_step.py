@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from ...common.errors import ConfigError, shown
-from ...lora.spec import ModuleSpec, highest_ranks
+from ...lora.spec import ModuleSpec, plain_ranks
 from ..model import MemoryModel
 from ..recording import BatchShape
 from ..savers.prices import ACTIVATIONS, Saved, price_savers
@@ -185,15 +185,15 @@ class StepSource(Protocol):
 
 def configured_step(source: StepSource, shape: BatchShape, savers: Sequence[str]) -> ConfiguredStep:
     """Return a step on a batch of this shape, with the requested exact savers that lower its peak."""
-    highest = highest_ranks(source.model.targets)
-    priced = price_savers(partial(source.memory, shape=shape), savers, highest)
+    plain = plain_ranks(source.model.targets)
+    priced = price_savers(partial(source.memory, shape=shape), savers, plain)
     work = source.work(priced.names, shape)
     found = ConfiguredStep(priced.memory, source.model, work, priced.saved if savers else (), loaded=source.loaded)
 
     def leaner() -> ConfiguredStep | None:
         names = (*priced.names, ACTIVATIONS)
         memory = source.memory(names, shape)
-        saved = Saved.of(ACTIVATIONS, memory, highest)
+        saved = Saved.of(ACTIVATIONS, memory, plain)
         if not saved.is_less(priced.saved[-1]):
             return None
         return replace(found, memory=memory, saved=(*priced.saved, saved), work=source.work(names, shape))

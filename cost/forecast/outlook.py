@@ -19,7 +19,7 @@ import numpy as np
 from ...common.arrays import IntArray
 from ...lora.spec import REFERENCE_RANK, highest_ranks
 from ..breakdown import Breakdown, break_down
-from ..budget import Limit, reference_seconds
+from ..budget import Limit
 from ..cards import USUAL_CARD, DeviceSpec, card_rates, device_table
 from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
@@ -356,7 +356,7 @@ class Outlook:
         """Seconds of a batch with plain LoRA (rank 8 on all modules), without gradient checkpointing."""
         time = self._time if self.step is self._free else self._timed(self._free)
         assert time is not None, "the step was made without its work"
-        return reference_seconds(time.resident, self._highest)
+        return time.resident.seconds(self._plain, ())
 
     def breakdown(self, choice: Choice) -> Breakdown:
         """Break down the peak of a choice's step by layer and kind of bytes."""

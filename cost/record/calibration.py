@@ -20,7 +20,6 @@ from ...common.errors import BudgetError, RankPilotError, UnsupportedError
 from ...common.text import branches_to, format_bytes
 from ...lora.adapters import signal_buffer_bytes
 from ...lora.resize import write_in_place
-from ...lora.spec import highest_ranks
 from ...lora.targets import TargetModule
 from ..batch_shape import Batch, reshaped, shape_of
 from ..budget import AUTO_SHARE, Budget, Limit
@@ -322,37 +321,36 @@ def plan_costs(
     signals: bool,
     least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
-    kept: IntArray | None = None,
+    reference: IntArray,
     whole: bool = False,
     in_parts: TrainingStep | None = None,
 ) -> PlanCosts:
     """Return the cost of plans for this step on its largest batch, and the limit set by a budget.
 
-    A share refers to *plain* LoRA, rank 8 on all modules, without signal buffers and without `savers`, the enabled
-    exact savers. With `least`, layers may be checkpointed, as all are in the configured step: `checkpointed_cost` sets
-    the cost of plans, and a share refers to plain LoRA without checkpointing. If plain LoRA does not fit, activations
-    are checkpointed first; see `ExactSavers.within`. A budget of parameters needs no measurement. See `Budget.resolve`
-    for `kept`, `checkpointed_cost` for `whole`, and `measure_memory` for the other arguments. With `in_parts`, the same
-    step run in parts, plans are priced for one example of the batch's length on top of the gradients of others, if the
-    byte model covers it.
+    A share refers to the `reference` ranks without signal buffers and without `savers`, the enabled exact savers. With
+    `least`, layers may be checkpointed, as all are in the configured step: `checkpointed_cost` sets the cost of plans,
+    and a share refers to a step without checkpointing. If the reference does not fit, activations are checkpointed
+    first; see `ExactSavers.within`. A budget of parameters needs no measurement. See `checkpointed_cost` for `whole`,
+    and `measure_memory` for the other arguments. With `in_parts`, the same step run in parts, plans are priced for one
+    example of the batch's length on top of the gradients of others, if the byte model covers it.
     """
     if budget.kind == "parameters":
-        return PlanCosts(*limited_cost(budget, targets, None, kept), None)
+        return PlanCosts(*limited_cost(budget, targets, None, reference), None)
 
     def measured() -> MemoryModel:
         return measure_memory(step, targets, batch, signals=False)
 
-    priced = savers.price(measured, targets, each=False) if savers else None
+    priced = savers.price(measured, reference, each=False) if savers else None
     plain = priced.plain if priced else measured()
     cost, limit = limited_cost(
-        beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, kept
+        beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, reference
     )
     alone = BatchShape(in_parts.rows_per_example, plain.shape.length) if in_parts else None
     alone = alone if alone and plain.predicts(alone) else None
     if priced and alone and not priced.memory.predicts(alone):
         alone = None
     if least and savers and priced:
-        priced = savers.within(limit.value, priced, measured, targets, least, alone)
+        priced = savers.within(limit.value, priced, measured, reference, least, alone)
     memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
@@ -360,8 +358,7 @@ def plan_costs(
         states = memory.states.with_buckets(in_parts.bucket_copies - step.bucket_copies)
         memory = replace(memory, accumulates=True, states=states)
     if least:
-        highest = highest_ranks(targets)
-        cost = checkpointed_cost(memory, highest, limit.value, alone, kept=kept, least=least, whole=whole)
+        cost = checkpointed_cost(memory, reference, limit.value, alone, least=least, whole=whole)
     elif signals or savers or alone:
         cost = memory.cost(alone)
     names = savers.names if savers else ()
@@ -369,16 +366,16 @@ def plan_costs(
 
 
 def limited_cost(
-    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None, kept: IntArray | None = None
+    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None, reference: IntArray
 ) -> tuple[UntimedCost, Limit]:
     """Return the cost a budget limits, and its limit.
 
     A "total" budget must already be reduced by `beside_model`. `memory` is the byte model without signal buffers; None
-    only under a budget of parameters. See `Budget.resolve` for `kept`.
+    only under a budget of parameters. See `Budget.resolve` for `reference`.
     """
     cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     # "auto" reads the free memory here, once libraries have allocated their own.
-    return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device, kept)
+    return cost, budget.resolve(cost, reference, targets[0].weight_a.device)
 
 
 MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES

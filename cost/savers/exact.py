@@ -15,19 +15,17 @@ as it needs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache
 from inspect import getclosurevars
 
-import numpy as np
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from ...common.arrays import IntArray
 from ...lora.routed_rows import route_rows
-from ...lora.spec import REFERENCE_RANK, highest_ranks
-from ...lora.targets import TargetModule
 from ..cost import ByteCost
 from ..model import MemoryModel
 from ..recording import BatchShape
@@ -129,17 +127,15 @@ class ExactSavers:
         self.names = tuple(name for name in _SWITCHES if name in names)
         self._undo = {name: _SWITCHES[name](self._model) for name in self.names}
 
-    def price(
-        self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule], *, each: bool = True
-    ) -> Priced:
+    def price(self, measure: Callable[[], MemoryModel], reference: IntArray, *, each: bool = True) -> Priced:
         """Measure the effect of the savers, and disable those that lower no peak on this model and batch.
 
         Args:
             measure: returns the byte model of the step in its current state.
-            targets: the target modules of the model.
+            reference: the ranks to price them with, int64 (modules,).
             each: price each saver separately; otherwise all together, in two measurements, if that lowers the peak.
         """
-        highest, names = highest_ranks(targets), self.names
+        names = self.names
 
         @cache
         def measured(taken: tuple[str, ...]) -> MemoryModel:
@@ -148,10 +144,10 @@ class ExactSavers:
 
         if not each:
             plain, together = measured(()), measured(names)
-            saved = Saved.of("plain LoRA", plain, highest), Saved.of(", ".join(names), together, highest)
+            saved = Saved.of("plain LoRA", plain, reference), Saved.of(", ".join(names), together, reference)
             if saved[1].is_less(saved[0]):
                 return Priced(together, plain, saved, names)
-        priced = price_savers(measured, names, highest)
+        priced = price_savers(measured, names, reference)
         self.take(priced.names)
         return priced
 
@@ -160,11 +156,11 @@ class ExactSavers:
         limit: float,
         priced: Priced,
         measure: Callable[[], MemoryModel],
-        targets: Sequence[TargetModule],
+        reference: IntArray,
         least: Callable[[ByteCost], float],
         shape: BatchShape | None = None,
     ) -> Priced:
-        """Enable activation checkpointing if plain LoRA exceeds a limit and gets smaller with it.
+        """Enable activation checkpointing if the reference exceeds a limit and gets smaller with it.
 
         Plans of few modules may get larger, so at least one plan must fit.
 
@@ -172,27 +168,26 @@ class ExactSavers:
             limit: bytes available to a step.
             priced: the step with the current savers.
             measure: see `price`.
-            targets: the target modules of the model.
+            reference: see `price`.
             least: returns the bytes of the cheapest possible plan under a cost.
             shape: shape of the batch; by default the measured one.
         """
-        plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
-        if priced.memory.with_checkpointed(()).peak(plain, shape) <= limit or self._compiled:
+        if priced.memory.with_checkpointed(()).peak(reference, shape) <= limit or self._compiled:
             return priced
-        names, found = self.names, self.with_activations(priced, measure, targets)
+        names, found = self.names, self.with_activations(priced, measure, reference)
         if found and min(least(found.memory.cost()), least(found.memory.with_checkpointed(()).cost())) <= limit:
             return found
         self.take(names)
         return priced
 
     def with_activations(
-        self, priced: Priced, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
+        self, priced: Priced, measure: Callable[[], MemoryModel], reference: IntArray
     ) -> Priced | None:
-        """Enable activation checkpointing; restore the previous savers and return None if plain LoRA saves nothing."""
+        """Enable activation checkpointing; restore the savers and return None if it saves nothing at the reference."""
         names = self.names
         self.take([*names, ACTIVATIONS])
         memory = measure()
-        found = Saved.of(ACTIVATIONS, memory, highest_ranks(targets))
+        found = Saved.of(ACTIVATIONS, memory, reference)
         if found.is_less(priced.saved[-1]):
             return replace(priced, memory=memory, saved=(*priced.saved, found), names=self.names)
         self.take(names)

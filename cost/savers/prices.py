@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ...common.arrays import IntArray
 from ...common.checks import finite
 from ...common.text import format_bytes
-from ...lora.spec import REFERENCE_RANK, ModuleSpec
+from ...lora.spec import ModuleSpec
 from ..model import MemoryModel
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
@@ -45,9 +43,8 @@ class Saved:
     again_bytes: float | None = None
 
     @classmethod
-    def of(cls, name: str, memory: MemoryModel, max_ranks: IntArray) -> Saved:
-        """Price a step by its byte model; `max_ranks` are the highest of each module, int64 (modules,)."""
-        ranks = np.minimum(REFERENCE_RANK, max_ranks)
+    def of(cls, name: str, memory: MemoryModel, ranks: IntArray) -> Saved:
+        """Price a step with these ranks, int64 (modules,), by its byte model."""
         again = memory.peak(ranks) if memory.segments else None
         return cls(name, memory.with_checkpointed(()).peak(ranks), again)
 
@@ -96,20 +93,20 @@ class Priced:
 
 
 def price_savers(
-    measure: Callable[[tuple[str, ...]], MemoryModel], names: Sequence[str], max_ranks: IntArray
+    measure: Callable[[tuple[str, ...]], MemoryModel], names: Sequence[str], reference: IntArray
 ) -> Priced:
     """Price exact savers by adding them one by one; those that lower no peak are dropped.
 
     Args:
         measure: returns the byte model of the step with exactly these savers.
         names: names of the requested savers.
-        max_ranks: the highest rank of each module, int64 (modules,).
+        reference: the ranks to price them with, int64 (modules,).
     """
     memory = plain = measure(())
-    saved, kept = [Saved.of("plain LoRA", plain, max_ranks)], tuple[str, ...]()
+    saved, kept = [Saved.of("plain LoRA", plain, reference)], tuple[str, ...]()
     for name in names:
         with_it = measure((*kept, name))
-        found = Saved.of(name, with_it, max_ranks)
+        found = Saved.of(name, with_it, reference)
         if found.is_less(saved[-1]):
             kept, memory = (*kept, name), with_it
             saved.append(found)

@@ -139,6 +139,7 @@ class AllocationProblem:
         low: IntArray | None = None,
         high: IntArray | None = None,
         ranks: IntArray | None = None,
+        configured: IntArray | None = None,
     ) -> AllocationProblem:
         """Build the problem for these modules; later decisions use `HYSTERESIS`.
 
@@ -150,13 +151,17 @@ class AllocationProblem:
             low: minimum rank of each module, (modules,).
             high: maximum rank of each module, (modules,).
             ranks: current ranks, int64 (modules,); by default no module is adapted.
+            configured: ranks that are allowed too, off the ladder or above the highest useful one, int64 (modules,).
         """
         if ranks is None:
             ranks = np.zeros(len(modules), dtype=np.int64)
         blocks, hysteresis = [module.block for module in modules], 0.0 if max_step is None else HYSTERESIS
+        highest, ladder = highest_ranks(modules), RankLadder()
+        if configured is not None:
+            highest, ladder = np.maximum(highest, configured), ladder.including(configured)
         return cls(
-            ranks=ranks, max_ranks=highest_ranks(modules), blocks=np.array(blocks, dtype=np.int64), cost=cost,
-            limit=limit, ladder=RankLadder(), max_step=max_step, low=low, high=high, hysteresis=hysteresis,
+            ranks=ranks, max_ranks=highest, blocks=np.array(blocks, dtype=np.int64), cost=cost,
+            limit=limit, ladder=ladder, max_step=max_step, low=low, high=high, hysteresis=hysteresis,
         )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -27,7 +27,6 @@ from ...data.batches import unknown_lengths
 from ...decide.applier import PlanApplier
 from ...decide.plan.plan import check_budget, least_cost
 from ...lora.adapters import signal_buffer_bytes
-from ...lora.spec import highest_ranks
 from .journal import Journal, PlanChange
 from .put_back import CutDirections
 from .run import TrainingRun
@@ -255,7 +254,7 @@ class PlanKeeper:
         unpaid = signal_buffer_bytes(targets) * (not applier.clock.will_measure)
         cost = checkpointed_cost(
             now.recorded,
-            highest_ranks(targets),
+            applier.reference,
             now.limit - now.underestimate,
             now.shape,
             applier.ranks,

@@ -114,6 +114,7 @@ class TrainingRun:
         folder: folder of the run's files; defaults to the one for temporary files.
         evaluations: number of evaluations, if known.
         in_parts: True if the loop runs its batches through `RankPilot.parts`, like a Trainer's.
+        generates: True if the loop generates its data during training, so there is none before the first step.
         whole: why batches nevertheless run whole, for people; empty if nothing prevents parts.
         part_loss: loss of a part of a batch, as it counts in that of the whole batch, the second argument; None for
             `loss` of the part.
@@ -141,6 +142,7 @@ class TrainingRun:
     folder: Path | None = None
     evaluations: int | None = None
     in_parts: bool = False
+    generates: bool = False
     whole: str = ""
     part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
     foreign: Callable[[], str] = str
