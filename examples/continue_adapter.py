@@ -25,7 +25,7 @@ trainer = Trainer(
     eval_dataset=data["validation"].select(range(200)),
     processing_class=tokenizer,
 )
-rankpilot.attach(trainer, "default", budget=options.budget)  # what the adapter has learned is kept
+rankpilot.attach(trainer, budget=options.budget)  # what the adapter has learned is kept
 print(f"held-out loss before {trainer.evaluate()['eval_loss']:.3f}")
 trainer.train()
 print(f"held-out loss after {trainer.evaluate()['eval_loss']:.3f}")

@@ -24,7 +24,7 @@ model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")).train()
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 run = TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps, in_parts=True)
-pilot, checkpoint = RankPilot("default", options.budget, tell=print), f"{options.output}/checkpoint"
+pilot, checkpoint = RankPilot(budget=options.budget, tell=print), f"{options.output}/checkpoint"
 done = load_checkpoint(pilot, run, checkpoint) if options.resume else 0
 if not options.resume:
     pilot.begin(run)

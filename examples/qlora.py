@@ -35,7 +35,7 @@ trainer = SFTTrainer(
     train_dataset=reviews.select_columns("text"),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 )
-pilot = rankpilot.attach(trainer, "default", budget=options.budget)
+pilot = rankpilot.attach(trainer, budget=options.budget)
 trainer.train()
 print(f"highest peak {max(peak for _, peak in pilot.peaks):,} bytes, of a budget of {pilot.limit:,.0f}")
 trainer.save_model(f"{options.output}/adapter")

@@ -25,7 +25,7 @@ model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all
 settings = {"max_steps": options.steps, "save_steps": options.save_steps, "learning_rate": 1e-3}
 args = TrainingArguments(options.output, per_device_train_batch_size=16, **settings)
 trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer)
-attach(trainer, "default", budget=options.budget)
+attach(trainer, budget=options.budget)
 last = last_checkpoint(options.output)  # passes over one that was cut off
 trainer.train(resume_from_checkpoint=last)
 print(f"went on from {last}" if last else "began", f"and trained {trainer.state.global_step} steps")

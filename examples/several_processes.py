@@ -27,7 +27,7 @@ settings = {"max_steps": options.steps, "save_steps": options.save_steps, "learn
 settings |= {"use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False}
 args = TrainingArguments(options.output, per_device_train_batch_size=8, **settings)
 trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer)
-callback = attach(trainer, "default", budget=options.budget)
+callback = attach(trainer, budget=options.budget)
 # With `torchrun --max-restarts 3` the run goes on from there after a process has died.
 trainer.train(resume_from_checkpoint=last_checkpoint(options.output))
 if trainer.is_world_process_zero():

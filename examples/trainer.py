@@ -27,7 +27,7 @@ trainer = Trainer(
     eval_dataset=data["validation"].select(range(200)),
     processing_class=tokenizer,
 )
-attach(trainer, "default", budget=options.budget)
+attach(trainer, budget=options.budget)
 trainer.train()
 print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}")
 model.save_pretrained(f"{options.output}/adapter")

@@ -37,7 +37,7 @@ trainer = DPOTrainer(
     train_dataset=reviews.map(pair, remove_columns=reviews.column_names),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 )
-pilot = rankpilot.attach(trainer, "default", budget=options.budget)
+pilot = rankpilot.attach(trainer, budget=options.budget)
 trainer.train()
 print(f"highest peak {max(peak for _, peak in pilot.peaks):,} bytes, of a budget of {pilot.limit:,.0f}")
 trainer.save_model(f"{options.output}/adapter")

@@ -63,7 +63,7 @@ trainer = Trainer(
     train_dataset=data["train"],
     processing_class=tokenizer,
 )
-pilot = rankpilot.attach(trainer, "default", budget="60%", learning_rate="auto")
+pilot = rankpilot.attach(trainer, budget="60%", learning_rate="auto")
 trainer.train()
 highest = max(peak for _, peak in pilot.peaks)
 print(f"Highest peak {highest / 2**20:.1f} MiB, of a budget of {pilot.limit / 2**20:.1f} MiB")

@@ -44,7 +44,7 @@ trainer = SFTTrainer(
     train_dataset=load_dataset(DATA, split="train[:2000]"),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 )
-pilot = rankpilot.attach(trainer, "default", budget="14GiB", learning_rate="auto")
+pilot = rankpilot.attach(trainer, budget="14GiB", learning_rate="auto")
 trainer.train()
 print(f"Highest peak of a step: {max(peak for _, peak in pilot.peaks) / 2**30:.2f} GiB")
 
