@@ -25,7 +25,7 @@ html_show_copyright = False
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
-exclude_patterns = ["notebooks", "outreach"]
+exclude_patterns = ["notebooks"]
 
 # Quotes and dashes of commands stay what they are, and only what says that it is Python is coloured as Python.
 smartquotes = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -15,7 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What a notebook prints."""
     monkeypatch.setenv("RANKPILOT_NOTEBOOK", str(folder))
-    runpy.run_path(str(FOLDER / name), run_name="__main__")
+    path = FOLDER / name
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        path = folder / "cells.py"
+        path.write_text(re.sub(r"^%", "# %", code, flags=re.M), encoding="utf-8")
+    runpy.run_path(str(path), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -56,16 +63,19 @@ def test_an_agent_is_trained(
 @pytest.mark.long
 @pytest.mark.assets
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
-def test_an_8b_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    told = run("fit_8b.py", tmp_path, monkeypatch, capsys)
+def test_what_is_predicted_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = run("fit_your_card.ipynb", tmp_path, monkeypatch, capsys)
     assert re.search(r"llama-3.1-8b on RTX 4090: 32 layers, \d+ of them checkpointed\n[\d.]+ GiB .* it fits", told)
     assert re.search(r" 1 rows of +512 tokens: 0\n", told)
     peak, limit = map(float, re.findall(r"Highest peak ([\d.]+) MiB, of a budget of ([\d.]+) MiB", told)[0])
     assert 0.5 * limit < peak <= limit
-    assert re.search(r"Ranks: \{'.+': \d+", told)
+    assert re.search(r"step 1: predicted [\d.]+ MiB, measured [\d.]+ MiB", told)
+    assert "r=16, lora_alpha=32, rank_pattern={}" in told
 
 
-@pytest.mark.parametrize("notebook", sorted(FOLDER.parent.glob("*/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_cells_are_markdown_or_code(notebook: Path) -> None:
     """What jupytext takes for Markdown is comments alone, so that nothing of it is lost."""
     cells = re.split(r"^# %%", notebook.read_text(encoding="utf-8"), flags=re.M)
