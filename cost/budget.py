@@ -151,7 +151,7 @@ class Budget:
             whole = cost_text(limit.value / self.value, limit.unit)
             return (
                 f"The budget is {allowed} per step on top of the frozen model: {self} of the {whole} that the "
-                "adapter takes as configured."
+                "LoRA takes as configured."
             )
         if self.kind == "total":
             rest = format_bytes(self.value - limit.value, up=True)

@@ -72,7 +72,7 @@ def plain_text(saved: Sequence[Saved]) -> str:
         for each in (saved[0], saved[-1])
     ]
     with_savers = f" With exact savers it takes {peaks[1]}, with the same losses." if len(saved) > 1 else ""
-    return f"A step of plain LoRA takes {peaks[0]}.{with_savers}"
+    return f"A step of this LoRA takes {peaks[0]}.{with_savers}"
 
 
 @dataclass(frozen=True, eq=False)

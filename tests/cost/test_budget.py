@@ -8,7 +8,7 @@ import torch
 from rankpilot.common.errors import BudgetError
 from rankpilot.common.text import format_bytes
 from rankpilot.cost import budget as budget_module
-from rankpilot.cost.budget import Budget, Limit, TimeBudget, beyond_device, reference_seconds
+from rankpilot.cost.budget import Budget, Limit, TimeBudget, beyond_device
 from rankpilot.cost.cost import ByteCost, ParameterCost
 from rankpilot.cost.step_time import StepTime
 
@@ -71,7 +71,7 @@ def test_so_few_bytes_are_refused_with_what_was_meant(given, meant):
     assert Budget.parse(meant).value > 0
 
 
-CPU, MAX_RANKS = torch.device("cpu"), np.array([16, 4])
+CPU, PLAIN = torch.device("cpu"), np.array([8, 4])
 PARAMETERS = ParameterCost(np.array([[100.0, 10.0]]))
 BYTES = ByteCost(
     ("loss",), np.array([1000.0]), np.array([[400.0, 40.0]]), np.zeros((1, 0)), np.zeros((0, 2), dtype=bool)
@@ -88,7 +88,7 @@ BYTES = ByteCost(
     ],
 )
 def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
-    assert Budget.parse(given).resolve(cost, MAX_RANKS, CPU) == limit
+    assert Budget.parse(given).resolve(cost, PLAIN, CPU) == limit
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
         (
             "80%",
             Limit(8 * 2**20, "bytes"),
-            "The budget is 8 MiB per step on top of the frozen model: 80% of the 10 MiB of plain LoRA",
+            "The budget is 8 MiB per step on top of the frozen model: 80% of the 10 MiB that the LoRA takes",
         ),
         (
             "24GiB",
@@ -126,18 +126,16 @@ def test_a_budget_of_more_than_the_device_has_is_told():
         assert said.startswith("The budget exceeds this machine's memory, ") is told
 
 
-def test_a_share_is_one_of_what_trained_adapters_take_if_that_is_more():
-    budget = Budget.parse("50%")
-    plain = budget.resolve(PARAMETERS, MAX_RANKS, CPU)
-    assert budget.resolve(PARAMETERS, MAX_RANKS, CPU, np.array([1, 1])) == plain
+def test_a_share_is_one_of_what_the_reference_takes():
     kept = np.array([32, 4])
-    assert budget.resolve(PARAMETERS, MAX_RANKS, CPU, kept).value == pytest.approx(0.5 * PARAMETERS.per_rank[0] @ kept)
-    assert Budget.parse("300 params").resolve(PARAMETERS, MAX_RANKS, CPU, kept).value == 300
+    half = Budget.parse("50%").resolve(PARAMETERS, kept, CPU)
+    assert half.value == pytest.approx(0.5 * PARAMETERS.per_rank[0] @ kept)
+    assert Budget.parse("300 params").resolve(PARAMETERS, kept, CPU).value == 300
 
 
 def test_auto_is_a_share_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(budget_module, "free_bytes", lambda device: {CPU: 5000}[device])
-    assert Budget.parse("auto").resolve(BYTES, MAX_RANKS, CPU) == Limit(4500.0, "bytes")
+    assert Budget.parse("auto").resolve(BYTES, PLAIN, CPU) == Limit(4500.0, "bytes")
 
 
 @pytest.mark.gpu
@@ -145,7 +143,7 @@ def test_auto_is_a_share_of_the_free_memory(monkeypatch):
 def test_auto_on_a_gpu_leaves_a_margin():
     device = torch.device("cuda", torch.cuda.current_device())
     free, _ = torch.cuda.mem_get_info(device)
-    limit = Budget.parse("auto").resolve(BYTES, MAX_RANKS, device)
+    limit = Budget.parse("auto").resolve(BYTES, PLAIN, device)
     assert 0 < limit.value <= 0.9 * (free + torch.cuda.memory_reserved(device))
 
 
@@ -159,7 +157,7 @@ def test_auto_on_a_gpu_leaves_a_margin():
 )
 def test_a_budget_in_the_wrong_unit_is_refused(given, cost, advice):
     with pytest.raises(BudgetError, match=advice):
-        Budget.parse(given).resolve(cost, MAX_RANKS, CPU)
+        Budget.parse(given).resolve(cost, PLAIN, CPU)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,6 @@ def test_a_share_is_one_of_plain_lora():
         again=np.zeros(2),
         again_per_rank=np.zeros(2),
     )
-    most = np.array([64, 4])
-    assert reference_seconds(time, most) == pytest.approx(1 + 0.5 + 8 * 0.01 + 4 * 0.1), "no layer runs again"
-    assert TimeBudget.parse("50%").resolve(time, most) == pytest.approx(0.99)
-    assert TimeBudget.parse("3s").resolve(time, most) == 3
+    assert time.seconds(PLAIN, ()) == pytest.approx(1 + 0.5 + 8 * 0.01 + 4 * 0.1), "no layer runs again"
+    assert TimeBudget.parse("50%").resolve(time, PLAIN) == pytest.approx(0.99)
+    assert TimeBudget.parse("3s").resolve(time, PLAIN) == 3

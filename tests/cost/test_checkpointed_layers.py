@@ -101,7 +101,7 @@ def test_a_budget_buys_less_checkpointing_before_more_rank(named_family, share):
     none = memory.with_checkpointed(())
     plain = none.peak(np.minimum(8, most))
     limit = share * plain
-    cost = checkpointed_cost(memory, most, limit, least=partial(least_cost, run.targets, None, None))
+    cost = checkpointed_cost(memory, np.minimum(8, most), limit, least=partial(least_cost, run.targets, None, None))
     for ranks in random_plans(run.targets, np.random.default_rng(0), 6):
         fits = memory.peak(ranks) <= limit and none.peak(ranks) <= max(limit, plain)
         assert (plan_cost(cost, ranks) <= limit * (1 + 2e-4)) == fits

@@ -27,6 +27,7 @@ from rankpilot.cost.savers.later_logits import LaterLogits
 from rankpilot.cost.savers.prices import ACTIVATIONS, CACHE, COPIES, TILES
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.lora.adapters import signal_buffer_bytes
+from rankpilot.lora.spec import plain_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from transformers import (
@@ -345,11 +346,11 @@ def test_activations_run_again_before_whole_layers() -> None:
     model, ids = wide_llama(), torch.arange(160).reshape(8, 20) % 64
     run = adamw_run(model, {"input_ids": ids, "labels": ids})
     savers, checkpointing, ranks = ExactSavers(model), LayerCheckpointing(model), np.full(len(run.targets), 4)
-    free = savers.price(run.calibrated, run.targets, each=False)
-    bytes_of = free.saved[-1].step_bytes
-    assert savers.within(bytes_of, free, run.calibrated, run.targets, nothing) is free
-    assert savers.within(bytes_of - 1, free, run.calibrated, run.targets, lambda cost: bytes_of) is free, "no plan fits"
-    found = savers.within(bytes_of - 1, free, run.calibrated, run.targets, nothing)
+    free = savers.price(run.calibrated, plain_ranks(run.targets), each=False)
+    bytes_of, plain = free.saved[-1].step_bytes, plain_ranks(run.targets)
+    assert savers.within(bytes_of, free, run.calibrated, plain, nothing) is free
+    assert savers.within(bytes_of - 1, free, run.calibrated, plain, lambda cost: bytes_of) is free, "no plan fits"
+    found = savers.within(bytes_of - 1, free, run.calibrated, plain, nothing)
     assert savers.names[-1] == found.saved[-1].name == ACTIVATIONS
     assert found.saved[-1].step_bytes < 0.8 * bytes_of
     names = checkpointing.layers
@@ -364,8 +365,8 @@ def test_activations_do_not_run_again_where_that_saves_nothing() -> None:
     """A rectifier holds its result alone, which the next adapter holds as well."""
     model, batch = adapted("t5"), batch_of("t5")
     run, savers = adamw_run(model, batch), ExactSavers(model, [COPIES])
-    free = savers.price(run.calibrated, run.targets)
-    assert savers.within(0.0, free, run.calibrated, run.targets, nothing) is free
+    free = savers.price(run.calibrated, plain_ranks(run.targets))
+    assert savers.within(0.0, free, run.calibrated, plain_ranks(run.targets), nothing) is free
     assert ACTIVATIONS not in savers.names
 
 
@@ -440,7 +441,7 @@ def test_a_run_has_them_while_it_lasts(wanted: bool) -> None:
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
     assert isinstance(model(input_ids=batch["input_ids"]).logits, LaterLogits) is wanted
     assert (
-        any(line.startswith("A step of plain LoRA takes ") and "With exact savers" in line for line in told) is wanted
+        any(line.startswith("A step of this LoRA takes ") and "With exact savers" in line for line in told) is wanted
     )
     pilot.finish()
     assert attributes(model) == before

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rankpilot
 from rankpilot.common.errors import BudgetError
-from rankpilot.cost.budget import Budget, reference_seconds
+from rankpilot.cost.budget import Budget
 from rankpilot.cost.record.calibration import resident_bytes
 from rankpilot.cost.record.measured_time import count_work
 from rankpilot.cost.step_time import Rates
@@ -95,8 +95,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
 def test_a_run_keeps_its_time(ended: Callable[[int], Run], share: int) -> None:
     run = ended(share)
     callback, applier = run.callback, run.callback.applier
-    most = np.array([target.max_rank for target in applier.targets])
-    whole = reference_seconds(applier.time.time, most)
+    whole = applier.time.time.seconds(applier.reference, ())
     taken = applier.time.of(applier.ranks) / whole
     assert 0.97 * share / 100 < taken <= share / 100
     assert run.rows_timed == [4], "the largest batch, since it fits"
@@ -255,4 +254,4 @@ def test_without_a_limit_plain_lora_runs_the_same_layers_again(tmp_path: Path) -
     trainer.train()
     time, most = callback.applier.time, np.array([target.max_rank for target in callback.applier.targets])
     assert time.beside == pytest.approx(time.of(np.minimum(8, most)))
-    assert time.beside > 1.1 * reference_seconds(time.time, most)
+    assert time.beside > 1.1 * time.time.seconds(callback.applier.reference, ())

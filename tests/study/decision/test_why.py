@@ -67,7 +67,7 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
         '(+0.6 %), "rank 1 on all modules" (+6.2 %).',
         "This is less reliable than usual: it learns labels.",
         "The plan was trained at a peak learning rate of 0.002, equivalent to 0.001 for plain LoRA.",
-        "A step of plain LoRA takes 8 MiB, or 3 MiB with all layers checkpointed. With exact savers it takes 6 MiB, or "
+        "A step of this LoRA takes 8 MiB, or 3 MiB with all layers checkpointed. With exact savers it takes 6 MiB, or "
         "2 MiB with all layers checkpointed, with the same losses.",
         "Every module got the rank requested by the policy.",
     ]
