@@ -398,12 +398,8 @@ function cardUse(model, step, card, settings) {
   return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
-// The recorded batch that tells of this one; see `StoredStep._shapes`. None where no recording does.
-function recordedStep(model, savers, rows, length) {
-  const known = (name) => model.steps.filter((step) => step.savers === name), those = known(savers);
-  const own = savers === "free" && !those.length ? known("none") : those; // no saver lowers its peak
-  const exact = own.find((step) => step.shape[1] === length && step.shape[0] === (rows > 1 ? 4 : 1));
-  if (model.byLength) return exact || null;
+// The length of the recording that tells of this one; see `StoredStep._shapes`.
+function usualLength(model, length) {
   const below = Math.max(0, ...model.windows.filter((window) => window <= length));
   const [rest, multiple] = below && !model.isEager && length % 16 ? [4, 512] : [32, 256];
   const ends = [...model.windows, ...(model.positions === null ? [] : [model.positions + 1])].filter((end) => end > length);
@@ -411,5 +407,14 @@ function recordedStep(model, savers, rows, length) {
   let usual = Math.max(2080, 2 * below);
   usual += modulo(rest - usual);
   if (usual > most) usual = most - modulo(most - rest);
-  return own.find((step) => step.shape[0] === 4 && step.shape[1] === (usual >= Math.max(2 * below, rest) ? usual : length)) || exact || null;
+  return usual >= Math.max(2 * below, rest) ? usual : length;
+}
+
+// The recorded batch that tells of this one; see `StoredStep._shapes`. None where no recording does.
+function recordedStep(model, savers, rows, length) {
+  const known = (name) => model.steps.filter((step) => step.savers === name), those = known(savers);
+  const own = savers === "free" && !those.length ? known("none") : those; // no saver lowers its peak
+  const exact = own.find((step) => step.shape[1] === length && step.shape[0] === (rows > 1 ? 4 : 1));
+  if (model.byLength) return exact || null;
+  return own.find((step) => step.shape[0] === 4 && step.shape[1] === usualLength(model, length)) || exact || null;
 }

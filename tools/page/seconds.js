@@ -6,7 +6,7 @@ const PARAMETER_BYTES = 44; // see PARAMETER_BYTES of cost/step_time.py
 // What a step of one of `SAVERS` computes; one without savers counts as one with those that take no time.
 function workOf(model, savers, rows, length) {
   const own = (name) => model.works.filter((work) => work.savers === name);
-  const ofBatch = (works) => works.find(({ shapes }) => shapes.length > 1 || (shapes[0][1] === length && shapes[0][0] === (rows > 1 ? 4 : 1))) ?? null;
+  const ofBatch = (works) => works.find(({ shapes: [[height, most], ...others] }) => (others.length ? most === usualLength(model, length) : most === length && height === (rows > 1 ? 4 : 1))) ?? null;
   return ofBatch(own(savers)) ?? (savers === "selective" ? null : ofBatch(own(savers === "none" ? "free" : "none")));
 }
 
