@@ -44,3 +44,10 @@ function stepSeconds(model, work, card, launch, { rank, rows, length }, checkpoi
   const [working, launching] = [rates, alone].map((each) => secondsAt(model, work, batch, each, () => work.rank, work.layers));
   return secondsAt(model, work, batch, working >= launching ? rates : alone, (highest) => Math.min(rank, highest), checkpointed);
 }
+
+// The seconds of a step by which copies of streamed layers exceed what hides them; see `BaseLayers.exposed_seconds`.
+function exposedSeconds(model, stream, forward, backward, bus) {
+  if (!stream) return 0;
+  const copy = layerBytes(model) / bus, rest = (stream - 1) * copy;
+  return copy + Math.max(rest - forward, 0) + Math.max(rest - backward, 0);
+}
