@@ -11,6 +11,7 @@ import json
 import struct
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
+from rankpilot.cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers
 from rankpilot.cost.work_growth import WorkGrowth
 from rankpilot.lora.spec import highest_ranks
 from rich.console import Console
@@ -106,6 +108,7 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
         held = asdict(source.states(optimizer))
         states[optimizer] = {key: _plain(value) for key, value in held.items()}
     steps, works, names = list[dict[str, Any]](), list[dict[str, Any]](), saver_names(source, settings)
+    layers = 0
     for part, found in file.parts.items():
         kind, _, rest = part.partition(" ")
         if kind not in ("memory", "work") or (savers := names.get(rest.split(" ", 3)[3])) is None:
@@ -117,14 +120,20 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
         memory = read_memory(*found, source.states("adamw"), shape)
         if np.isfinite(memory._growth.row_power).all():
             steps.append(_step(memory, savers, shape))
+            layers = len({segment.name for segment in memory.segments})
             arrays += _arrays(memory, len(steps) - 1)
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "works": works, "states": states, "parameters": model.parameters,
         "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows,
         "isEager": model.is_eager, "byLength": model.keeps_state or file.text["level"] > 0,
-        "products": model.products, "fused": model.fused,
+        "products": model.products, "fused": model.fused, "base": _base(BaseLayers.of(model.frozen, layers)),
     }  # fmt: skip
     return _deflated(text, arrays)
+
+
+def _base(base: BaseLayers) -> dict[str, Any]:
+    """The frozen weights of layers that can be streamed: each size, and how many of it a layer has."""
+    return {"count": base.count, "sizes": [*Counter(base.sizes).items()], "onDevice": ON_DEVICE}
 
 
 class _NotRecordedError(LookupError):
@@ -304,6 +313,7 @@ def page(models: dict[str, dict[str, str]]) -> str:
             "workspace": card.workspace_bytes,
             "flops": _rates(card).flops,
             "bytes": _rates(card).bytes,
+            "bus": BUS_SHARE * card.bus_bytes_per_s,
         }
         for name, card in {**device_table(), OTHER: find_device_spec("1TiB")}.items()
         if card.has_flash_attention

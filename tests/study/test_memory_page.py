@@ -270,7 +270,7 @@ class Visit:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "memory.html"
-    write_text(path, page(page_models(("smollm2-135m",))))
+    write_text(path, page(page_models(("smollm2-135m", "llama-3.1-8b", "gemma-3-12b", "llama-3.3-70b"))))
     return path
 
 
@@ -349,10 +349,7 @@ def test_the_command_that_is_pasted_says_what_the_page_says(
     here, plans = visit("#model=smollm2-135m"), set()
     for asked in settings_drawn(50)[10 * part : 10 * part + 10]:
         lines, verdict, total, spare, layers, savers, time = here.page.evaluate(PLANNED, asked)
-        words = [word for word in shlex.split(lines.replace("\\\n", " "), comments=True) if word.strip()]
-        run([*words[1:], "--json"])
-        told = json.loads(capsys.readouterr().out)
-        choices = [choice for choice in told["choices"] if choice["kind"] == "depth" and choice["layers"] == 30]
+        _, choices = told_by(lines, capsys)
         mine = next((choice for choice in choices if choice["checkpointed"] == layers), None)
         assert mine, (lines, layers, [choice["checkpointed"] for choice in choices])
         found = mine["verdict"], mine["total_bytes"], mine["spare_bytes"]
@@ -363,6 +360,64 @@ def test_the_command_that_is_pasted_says_what_the_page_says(
         assert verdict == "fits" or not fitting, lines
         plans.add((verdict, layers in (0, 30), savers))
     assert len(plans) > 2, "cases that tell little"
+
+
+STREAMED = """async (given) => {
+  const asked = { ...DEFAULTS, ...given }, model = await modelOf(asked), ways = await streamedWays(model, asked);
+  return ways.map(({ asked, way }) => {
+    const lines = programs(asked, way)["command line"][0].join("\\n"), there = asked.stream * layerBytes(model);
+    return [lines, [asked.stream, there], way.layers, [way.verdict, way.total, way.spare], timeOf(model, asked, way)];
+  });
+}"""
+EIGHT, SEVENTY = {"model": "llama-3.1-8b", "bits": "none"}, {"model": "llama-3.3-70b", "rows": 1}
+GEMMA = {"model": "gemma-3-12b", "bits": "none", "trainer": "trainer", "rows": 1, "length": 1024, "card": "RTX 4090"}
+TOO_LARGE: list[dict[str, Any]] = [
+    *({"memory": 12} | EIGHT, {"memory": 16} | SEVENTY, GEMMA, {"memory": 8} | EIGHT),
+    {"memory": 16, "trainer": "trainer", "rank": 8, "length": 1024} | EIGHT,
+    *({"memory": 12, "checkpointing": "all"} | EIGHT, {"memory": 12, "savers": False} | EIGHT),
+    {"card": "RTX 3090"} | SEVENTY,
+]
+
+
+@pytest.mark.parametrize("asked", first_cases(3, TOO_LARGE))
+def test_a_streamed_base_takes_what_the_command_says(
+    asked: dict[str, Any], visit: Callable[..., Visit], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers, bytes in main memory and on the card, and time; with a layer less it does not fit."""
+    ways = visit("#model=smollm2-135m").page.evaluate(STREAMED, {"card": "another card"} | asked)
+    for lines, streamed, layers, figures, time in ways:
+        told, choices = told_by(lines, capsys)
+        assert [told["streamed"], told["main_memory_bytes"]] == streamed, lines
+        mine = next(choice for choice in choices if choice["checkpointed"] == layers)
+        assert [mine["verdict"], mine["total_bytes"], mine["spare_bytes"]] == figures, lines
+        assert mine["time"] == pytest.approx(time, rel=1e-6), lines
+        assert layers == min(choice["checkpointed"] for choice in choices if choice["verdict"] == "fits"), lines
+    lines, (fewest, _), *_ = ways[0]
+    _, fewer = told_by(lines.replace(f"--stream {fewest}", f"--stream {fewest - 1}"), capsys)
+    assert not [choice for choice in fewer if choice["verdict"] == "fits"]
+
+
+def test_a_streamed_base_is_shown_where_nothing_else_fits(
+    visit: Callable[..., Visit], capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = "#model=llama-3.1-8b&bits=none&card=another+card"
+    here = visit(f"{large}&memory=12")
+    told = here.text("#streamed").replace("\xa0", " ")
+    assert "at least 20 of 32 layers in main memory (8.1 GiB): 11.3 GiB on the card, 1.47x" in told
+    whole, _ = told_by(here.text("#streamed code").replace(" --stream 20", ""), capsys)
+    assert "streamed from main memory" in whole["verdict"]
+    assert "streamed base: 20 of 32 layers, 31 checkpointed" in here.text("#ways")
+    for other in ("&memory=12&gpus=2", "&memory=1", "&memory=24", "&memory=24&checkpointing=none"):
+        assert visit(large + other).text("#streamed") == "", other
+
+
+def told_by(lines: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a pasted command says, and of that its choices with adapters on all layers."""
+    words = [word for word in shlex.split(lines.replace("\\\n", " "), comments=True) if word.strip()]
+    run([*words[1:], "--json"])
+    told = json.loads(capsys.readouterr().out)
+    every = ("depth", told["blocks"])
+    return told, [choice for choice in told["choices"] if (choice["kind"], choice["layers"]) == every]
 
 
 def test_lines_are_chosen_by_keyboard(visit: Callable[..., Visit]) -> None:

@@ -30,7 +30,7 @@ function element(tag, attributes = {}, ...children) {
 const mark = (verdict, small) => element("span", { class: `mark ${MARKS[verdict][1]}${small ? " small" : ""}` }, MARKS[verdict][0]);
 const slackOf = ({ bits }) => known.slack[bits]; // the share of a card within which predictions err
 const percent = (share) => `${Math.round(100 * share)} %`;
-const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(Math.abs(bytes) < 2 ** 30 ? 2 : 1)} GiB`;
+const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(Math.abs(bytes) < 2 ** 30 ? 2 : 1)}\u00a0GiB`;
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
 // The address holds what differs from the defaults, so that an answer can be linked.
@@ -77,8 +77,8 @@ async function modelOf(asked) {
 // What one way to train takes; null where no recording tells of it. Answers are kept for as long as the page is open.
 const uses = new Map();
 function use(model, asked, savers, checkpointed) {
-  const { rank, rows, length, optimizer, gpus, expandable } = asked;
-  const settings = { rank, rows, length, optimizer, gpus, expandable, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const { rank, rows, length, optimizer, gpus, expandable, stream } = asked;
+  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const card = cardOf(asked), key = JSON.stringify([idOf(asked), asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
@@ -122,7 +122,29 @@ function needsLean(model, asked) {
 function timeOf(model, asked, way) {
   const { rows, length } = asked, card = cardOf(asked), [work, usual] = [way.savers, saversOf(asked)].map((savers) => workOf(model, savers, rows, length));
   if (!work || !usual) return null;
-  return stepSeconds(model, work, card, known.launch, asked, way.layers) / stepSeconds(model, usual, card, known.launch, { ...asked, rank: 8 }, 0);
+  const seconds = (layers) => stepSeconds(model, work, card, known.launch, asked, layers), whole = seconds(way.layers), forward = seconds(work.layers) - seconds(0);
+  const copies = exposedSeconds(model, asked.stream, forward, whole - forward, card.bus);
+  return (whole + copies) / stepSeconds(model, usual, card, known.launch, { ...asked, rank: 8 }, 0);
+}
+
+// The least number of streamed layers with which it fits, and all layers where these take less time: what is asked, and
+// the way. Empty where the base cannot stream or that does not help; see `brought_by_streaming`.
+async function streamedWays(model, asked, isLatest = () => true) {
+  const { count, sizes, onDevice } = model.base, found = new Map();
+  if (asked.gpus > 1 || !sizes.length) return [];
+  const at = async (stream) => {
+    const there = { ...asked, stream };
+    if (!found.has(stream)) found.set(stream, { asked: there, way: await planned(model, there) });
+    return found.get(stream);
+  };
+  const fits = async (stream) => isLatest() && (await at(stream)).way.verdict === "fits";
+  if (!(await fits(count))) return [];
+  const every = await at(count), least = asked.checkpointing === "auto" ? use(model, every.asked, every.way.savers, ALL) : every.way;
+  let stream = Math.min(Math.max(count - Math.floor((least.spare - slackOf(asked) * cardOf(asked).memory) / layerBytes(model)), onDevice + 1), count);
+  while (stream < count && isLatest() && !(await fits(stream))) stream++;
+  while (stream > onDevice + 1 && (await fits(stream - 1))) stream--;
+  const fewest = await at(stream), time = (each) => timeOf(model, each.asked, each.way);
+  return time(every) < time(fewest) ? [fewest, every] : [fewest];
 }
 
 // The most tokens of a row for which there is a way, to multiples of 64; 0 if there is none.
@@ -183,13 +205,30 @@ function showAnswer(model, asked, way, counted) {
   );
 }
 
-function showWays(model, asked, best) {
+// Returns whether one of them fits.
+function showWays(model, asked, best, streamed = []) {
   const rows = [["plain LoRA, no checkpointing", "none", 0], [`plain LoRA, all layers checkpointed${asked.trainer === "trl" ? " (TRL's default)" : ""}`, "none", ALL], ["exact savers, no checkpointing", "free", 0], ["exact savers, all layers checkpointed", "free", ALL], ["exact and selective, all layers checkpointed", "selective", ALL]];
   const made = rows.map(([words, savers, layers]) => [words, use(model, asked, savers, layers), layers]).filter(([, way, layers]) => way && (way.of || !layers));
   if (!made.some(([, way]) => way === best)) made.push([planText(model, asked, best).split(";")[0], best]);
+  made.push(...streamed.map(({ asked: { stream }, way }) => [`streamed base: ${stream} of ${model.base.count} layers, ${way.layers || "none"} checkpointed`, way]));
   document.getElementById("ways").replaceChildren(
     ...made.sort(([, one], [, other]) => other.total - one.total).map(([words, way]) =>
       element("tr", way === best ? { class: "chosen" } : {}, element("td", {}, words), element("td", { class: "figure" }, gib(way.total)), element("td", {}, mark(way.verdict, true)))),
+  );
+  return made.some(([, way]) => way.verdict === "fits");
+}
+
+// What a streamed base brings where no other way fits.
+async function showStreamed(model, asked, best, isLatest) {
+  if (showWays(model, asked, best)) return;
+  const [fewest, every] = await streamedWays(model, asked, isLatest), layers = model.base.count;
+  if (!fewest || !isLatest()) return;
+  showWays(model, asked, best, every ? [fewest, every] : [fewest]);
+  const there = ({ asked }) => gib(asked.stream * layerBytes(model)), time = (each) => timeOf(model, each.asked, each.way), times = time(fewest) === null ? "" : `, ${time(fewest).toFixed(2)}x the step time of plain LoRA without checkpointing`;
+  document.getElementById("streamed").replaceChildren(
+    element("p", { class: "finding" }, `Streamed base: it fits with at least ${fewest.asked.stream} of ${layers} layers in main memory (${there(fewest)}): ${gib(fewest.way.total)} on the card${times}.`),
+    element("p", { class: "faint" }, `Their frozen weights are on the card only while the layer runs.${every ? ` All ${layers} layers (--stream all) take ${there(every)} there and less time, ${time(every).toFixed(2)}x, since fewer need checkpointing.` : ""} Call rankpilot.stream_base(model) before you make the Trainer. The same figures on the command line:`),
+    element("pre", {}, element("code", {}, programs(fewest.asked, fewest.way)["command line"][0].join("\n"))),
   );
 }
 
@@ -258,7 +297,7 @@ function programs(asked, way) {
   ];
   const more = [
     ...(asked.gpus > 1 ? [`--gpus ${asked.gpus} --sharding ${asked.sharding}`] : []), ...(trl ? ["--loss chunked"] : []), ...(trl && four ? ["--no-prepare-kbit"] : []), ...(asked.savers ? [] : ["--no-exact-savers"]),
-    ...(asked.checkpointing === "auto" ? [] : [`--gradient-checkpointing ${asked.checkpointing === "all" ? "True" : "False"}`]), ...(asked.expandable ? ["--expandable-segments"] : []), ...(asked.lengths ? ["--lengths lengths.txt"] : []),
+    ...(asked.checkpointing === "auto" ? [] : [`--gradient-checkpointing ${asked.checkpointing === "all" ? "True" : "False"}`]), ...(asked.expandable ? ["--expandable-segments"] : []), ...(asked.stream ? [`--stream ${asked.stream}`] : []), ...(asked.lengths ? ["--lengths lengths.txt"] : []),
   ];
   const command = [
     `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
@@ -285,7 +324,7 @@ function showLines(asked, way) {
     const copy = element("button", { type: "button", class: "copy" }, "Copy");
     copy.onclick = () => navigator.clipboard?.writeText(text.join("\n")).then(() => (copy.textContent = "Copied"));
     const how = told ? [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers. ${told}`)] : [];
-    if (!told && way.verdict === "does not fit") how.push(element("p", { class: "faint" }, "Nothing fits. These are the settings that take the least memory."));
+    if (!told && way.verdict === "does not fit") how.push(element("p", { class: "faint" }, "These settings take the least memory, but do not fit."));
     lines.replaceChildren(element("pre", {}, element("code", {}, text.join("\n"))), ...how, copy);
     lines.setAttribute("aria-label", name);
   };
@@ -321,8 +360,8 @@ async function show() {
   if (unfit) return complain(`${unfit.labels[0].firstChild.textContent.trim()}: ${unfit.validationMessage}`);
   writeAddress(asked);
   answer.setAttribute("aria-busy", "true");
-  const longest = document.getElementById("longest");
-  longest.textContent = "";
+  const [streamed, longest] = ["streamed", "longest"].map((id) => document.getElementById(id));
+  for (const place of [streamed, longest]) place.textContent = "";
   await pause();
   const model = await modelOf(asked).catch(() => null);
   if (!isLatest()) return;
@@ -336,15 +375,15 @@ async function show() {
   showAnswer(model, asked, way, counted);
   answer.setAttribute("aria-busy", "false");
   await pause();
-  showWays(model, there, way);
   showLines(asked, way);
+  await showStreamed(model, there, way, isLatest);
   await showRows(model, there, read.lengths, isLatest);
   if (!isLatest()) return;
   longest.textContent = "Searching for the longest row that fits ...";
   const most = await longestRow(model, there, isLatest);
   if (!isLatest()) return;
   const cap = Math.min(LONGEST, model.positions ?? LONGEST);
-  longest.textContent = most ? `Longest row that fits, ${count(asked.rows, "row")} at a time: ${most + 64 > cap ? `${count(cap, "token")}, ${cap === LONGEST ? "the limit of this page" : "the limit of the model"}` : count(most, "token")}${asked.checkpointing === "auto" ? ", with all layers checkpointed if need be" : ""}.` : `No row fits, ${count(asked.rows, "row")} at a time.`;
+  longest.textContent = most ? `Longest row that fits, ${count(asked.rows, "row")} at a time: ${most + 64 > cap ? `${count(cap, "token")}, ${cap === LONGEST ? "the limit of this page" : "the limit of the model"}` : count(most, "token")}${asked.checkpointing === "auto" ? ", with all layers checkpointed if need be" : ""}.` : `No row fits${streamed.firstChild ? " with the whole base on the card" : ""}, ${count(asked.rows, "row")} at a time.`;
   document.body.dataset.done = own;
 }
 

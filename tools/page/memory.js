@@ -337,12 +337,21 @@ function shardedStates(states, { gpus, sharding }) {
 }
 
 // Bytes of each storage of the frozen model on one GPU; see `Shards.loaded`.
-function loadedSizes(model, { gpus, sharding }) {
+function loadedSizes(model, { gpus, sharding, stream }) {
+  if (stream) return withoutStreamed(model, stream);
   const whole = model.frozen.reduce((sum, size) => sum + size, 0);
   if (sharding === "ddp" || gpus === 1) return [...model.frozen];
   const gathered = sharding === "zero3" ? Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1)) : model.outside + 2 * model.widest;
   return [...[...model.frozen].map((size) => Math.ceil(size / gpus)), Math.min(gathered, whole)];
 }
+
+// The same where the frozen weights of so many layers stream from main memory; see `BaseLayers.on_device`.
+function withoutStreamed({ frozen, base }, stream) {
+  const away = new Map(base.sizes.map(([size, times]) => [size, times * Math.max(stream - base.onDevice, 0)]));
+  return [...frozen].filter((size) => !(away.get(size) > 0 && away.set(size, away.get(size) - 1)));
+}
+
+const layerBytes = ({ base }) => base.sizes.reduce((sum, [size, times]) => sum + size * times, 0);
 
 // Bytes of modules, shared out among their factors as weights are.
 function ofFactors(step, parameters, ofModules, others) {
@@ -354,7 +363,7 @@ function ofFactors(step, parameters, ofModules, others) {
 }
 
 // Two steps and an evaluation through the allocator, and what the card must hold; see `replay` and `card_use`.
-// settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack}
+// settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack, stream}
 function cardUse(model, step, card, settings) {
   const states = shardedStates(model.states[settings.optimizer], settings), loaded = loadedSizes(model, settings);
   const ranks = [...model.highest].map((highest) => Math.min(settings.rank, highest));
@@ -398,12 +407,8 @@ function cardUse(model, step, card, settings) {
   return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
-// The recorded batch that tells of this one; see `StoredStep._shapes`. None where no recording does.
-function recordedStep(model, savers, rows, length) {
-  const known = (name) => model.steps.filter((step) => step.savers === name), those = known(savers);
-  const own = savers === "free" && !those.length ? known("none") : those; // no saver lowers its peak
-  const exact = own.find((step) => step.shape[1] === length && step.shape[0] === (rows > 1 ? 4 : 1));
-  if (model.byLength) return exact || null;
+// The length of the recording that tells of this one; see `StoredStep._shapes`.
+function usualLength(model, length) {
   const below = Math.max(0, ...model.windows.filter((window) => window <= length));
   const [rest, multiple] = below && !model.isEager && length % 16 ? [4, 512] : [32, 256];
   const ends = [...model.windows, ...(model.positions === null ? [] : [model.positions + 1])].filter((end) => end > length);
@@ -411,5 +416,14 @@ function recordedStep(model, savers, rows, length) {
   let usual = Math.max(2080, 2 * below);
   usual += modulo(rest - usual);
   if (usual > most) usual = most - modulo(most - rest);
-  return own.find((step) => step.shape[0] === 4 && step.shape[1] === (usual >= Math.max(2 * below, rest) ? usual : length)) || exact || null;
+  return usual >= Math.max(2 * below, rest) ? usual : length;
+}
+
+// The recorded batch that tells of this one; see `StoredStep._shapes`. None where no recording does.
+function recordedStep(model, savers, rows, length) {
+  const known = (name) => model.steps.filter((step) => step.savers === name), those = known(savers);
+  const own = savers === "free" && !those.length ? known("none") : those; // no saver lowers its peak
+  const exact = own.find((step) => step.shape[1] === length && step.shape[0] === (rows > 1 ? 4 : 1));
+  if (model.byLength) return exact || null;
+  return own.find((step) => step.shape[0] === 4 && step.shape[1] === usualLength(model, length)) || exact || null;
 }

@@ -6,7 +6,7 @@ const PARAMETER_BYTES = 44; // see PARAMETER_BYTES of cost/step_time.py
 // What a step of one of `SAVERS` computes; one without savers counts as one with those that take no time.
 function workOf(model, savers, rows, length) {
   const own = (name) => model.works.filter((work) => work.savers === name);
-  const ofBatch = (works) => works.find(({ shapes }) => shapes.length > 1 || (shapes[0][1] === length && shapes[0][0] === (rows > 1 ? 4 : 1))) ?? null;
+  const ofBatch = (works) => works.find(({ shapes: [[height, most], ...others] }) => (others.length ? most === usualLength(model, length) : most === length && height === (rows > 1 ? 4 : 1))) ?? null;
   return ofBatch(own(savers)) ?? (savers === "selective" ? null : ofBatch(own(savers === "none" ? "free" : "none")));
 }
 
@@ -43,4 +43,11 @@ function stepSeconds(model, work, card, launch, { rank, rows, length }, checkpoi
   const batch = { rows, length }, rates = { flops: card.flops, bytes: card.bytes, operator: 0 }, alone = { flops: Infinity, bytes: Infinity, operator: launch };
   const [working, launching] = [rates, alone].map((each) => secondsAt(model, work, batch, each, () => work.rank, work.layers));
   return secondsAt(model, work, batch, working >= launching ? rates : alone, (highest) => Math.min(rank, highest), checkpointed);
+}
+
+// The seconds of a step by which copies of streamed layers exceed what hides them; see `BaseLayers.exposed_seconds`.
+function exposedSeconds(model, stream, forward, backward, bus) {
+  if (!stream) return 0;
+  const copy = layerBytes(model) / bus, rest = (stream - 1) * copy;
+  return copy + Math.max(rest - forward, 0) + Math.max(rest - backward, 0);
 }
