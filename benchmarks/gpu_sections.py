@@ -317,6 +317,7 @@ def streamed_base(machine: Machine) -> list[Row]:
         peak = 0 if machine.dry else torch.cuda.max_memory_allocated()
         found[name] = losses, seconds, peak, streaming.away_bytes
         del model, streaming
+        gc.collect()
         if not machine.dry:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

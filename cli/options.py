@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -42,7 +42,8 @@ GROUPS = {
     ),
     "step": (
         "The batch, the adapter and how a step is computed.",
-        "batch_size accumulation max_length target_modules target_parameters optimizer quantization prepare_kbit bf16",
+        "batch_size accumulation max_length target_modules target_parameters optimizer quantization prepare_kbit bf16 "
+        "stream",
     ),
     "run": ("Length of the run and learning rate.", "steps epochs learning_rate control alpha scaling seed trainer"),
     "data": ("Rows and columns to read.", "task labels text_column label_column train_rows held_out_rows"),
@@ -100,12 +101,33 @@ _TEXTS = tyro.constructors.PrimitiveConstructorSpec[Any](
 )
 
 
+def _number_or(words: tuple[Any, ...], kind: type[int | float]) -> Any:
+    """A number or one of these words. Other text is passed on: the settings tell in one line what they accept."""
+
+    def read(given: list[str]) -> Any:
+        try:
+            return kind(given[0])
+        except ValueError:
+            return given[0]
+
+    return tyro.constructors.PrimitiveConstructorSpec[Any](
+        nargs=1,
+        metavar=f"{kind.__name__.upper()}|{{{','.join(words)}}}",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | float | str),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def _quick(hint: Any) -> Any:
     """Rewrite a type for tyro's own checks; for `X | Y` and `tuple[str, ...]` it would load typeguard, and asyncio."""
     if get_origin(hint) is Annotated:
         return Annotated[(_quick(hint.__origin__), *hint.__metadata__)]
+    kinds = get_args(hint)
+    if len(kinds) == 2 and kinds[0] in (int, float) and get_origin(kinds[1]) is Literal:
+        return Annotated[Any, _number_or(get_args(kinds[1]), kinds[0])]
     if isinstance(hint, UnionType):
-        return Union[get_args(hint)]  # noqa: UP007
+        return Union[kinds]  # noqa: UP007
     return Annotated[tuple, _TEXTS] if hint == tuple[str, ...] else hint
 
 
@@ -156,7 +178,12 @@ def _read(path: Path) -> Any:
         values = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    trainer = values.get("trainer") if isinstance(values, dict) else None
+    if not isinstance(values, dict):
+        return values
+    for name in ("parts", "stream"):
+        if isinstance(given := values.get(name), bool):  # YAML reads on and off as booleans
+            values[name] = "on" if given else "off"
+    trainer = values.get("trainer")
     if isinstance(trainer, dict):  # users write it there
         values["trainer"] = [
             f"{name}={value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)}"

@@ -62,6 +62,11 @@ class Processes:
         """True for the process that decides and writes."""
         return self.rank == 0
 
+    @property
+    def on_this_machine(self) -> int:
+        """Number of processes on this machine, which share its main memory."""
+        return 1 if self.count == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+
     def on_first(self, work: Callable[[], T]) -> T:
         """Call a function in the first process only, and return its result in all of them.
 
@@ -86,6 +91,25 @@ class Processes:
         if failure is not None:
             raise _error_of(*failure)
         return value
+
+    def on_each(self, work: Callable[[], T]) -> T:
+        """Call a function in each process, in which none waits for others, and return its result there.
+
+        Raises:
+            Exception: the function's error in this process, else that of another one as by `on_first`.
+        """
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        told = self.of_each(None if failure is None else (type(failure).__name__, str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, each in enumerate(told):
+            if each is not None:
+                raise _error_of(*each, f"Process {rank}")
+        return result
 
     def most(self, *numbers: float) -> list[float]:
         """Maximum of each number over all processes."""
@@ -123,10 +147,10 @@ _known: dict[str, tuple[Any, Processes]] = {}
 """Processes of the latest default group, so each run adds only one group."""
 
 
-def _error_of(name: str, text: str) -> Exception:
+def _error_of(name: str, text: str, who: str = "The first process") -> Exception:
     """Rebuild the error of another process."""
     kind = getattr(errors, name, None) or getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         with suppress(TypeError):  # its constructor takes more than a text
             return kind(text)
-    return errors.ProcessError(f"The first process failed with {name}: {text}")
+    return errors.ProcessError(f"{who} failed with {name}: {text}")

@@ -41,6 +41,10 @@ class PlanOptions:
             over rows or tokens, such as the losses of transformers and TRL (docs/parts.md). "on" splits under any loss,
             and tests real batches during the run. Plans are then priced with one row, or with two under an unknown
             loss. "off" runs each batch whole, as does a budget in parameters.
+        stream: frozen weights of layers in main memory, each on the device only while its layer runs: the same losses
+            for a base that is too large for the device. Under a budget for everything on the device ("12GiB") that does
+            not hold the LoRA with the whole base, "auto" streams as few layers as make room for it; a number streams
+            this many layers, "off" none (docs/savers.md). Not timed on a GPU yet.
         goal: quality (the default of a policy that chooses), the lowest loss within the budget; time or bytes, the
             cheapest plan whose loss is surely within the tolerance of rank 8 on all modules.
         tolerance: allowed increase of the log loss under goal time or bytes: 0.01, the default, is 1 %.
@@ -57,6 +61,7 @@ class PlanOptions:
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
     parts: Literal["auto", "on", "off"] = "auto"
+    stream: int | Literal["auto", "off"] = "auto"
     goal: GoalKind | None = None
     tolerance: float | None = None
     keep_rate: bool = False
@@ -70,6 +75,8 @@ class PlanOptions:
             )
         if self.parts not in ("auto", "on", "off"):
             raise ConfigError(f'parts must be "auto", "on" or "off"; got {shown(self.parts)}.')
+        if self.stream not in ("auto", "off") and not is_count(self.stream):
+            raise ConfigError(f'stream is "auto", "off" or a number of layers, at least 1; got {shown(self.stream)}.')
         _ = self.time_read, self.aim
 
     @property
@@ -122,10 +129,6 @@ class PilotOptions(PlanOptions):
         offload: keep the inputs of checkpointed layers in main memory until needed: the same losses, and fewer
             checkpointed layers within the same bytes. For CUDA, where its time has not been measured yet; a time limit
             measures it.
-        stream: frozen weights of layers in main memory, each on the device only while its layer runs: the same losses
-            for a base that is too large for the device. under a budget for everything on the device ("12GiB") that
-            does not hold plain LoRA with the whole base, "auto" streams as few layers as make room for it; a number
-            streams this many layers, "off" none (docs/savers.md). Not timed on a GPU yet.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -142,7 +145,6 @@ class PilotOptions(PlanOptions):
     learning_rate: Literal["auto"] | None = None
     control: bool | None = None
     offload: bool = False
-    stream: int | Literal["auto", "off"] = "auto"
 
     @property
     def budget_read(self) -> Budget:
@@ -173,8 +175,6 @@ class PilotOptions(PlanOptions):
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
         _check_switch("offload", self.offload)
-        if self.stream not in ("auto", "off") and not is_count(self.stream):
-            raise ConfigError(f'stream is "auto", "off" or a number of layers, at least 1; got {shown(self.stream)}.')
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):
@@ -262,6 +262,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
         control: correct the learning rate in the first half of the run, including your own (docs/control.md).
+        stream: layers whose frozen weights wait in main memory, for a base too large for the card: auto, as few as a
+            budget such as 12GiB requires; off; or a number.
 
     Raises:
         ConfigError: a value is out of range.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,22 +11,58 @@ import torch
 from torch import nn
 
 from ..common.arrays import IntArray
-from ..common.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
+from ..common.errors import BudgetError, ConfigError, ProcessError, UnknownNameError, UnsupportedError
+from ..common.processes import Processes
 from ..common.text import format_bytes
-from ..cost.budget import Budget
+from ..cost.budget import Budget, free_bytes
 from ..cost.cards import find_device_spec
 from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.part_seconds import SECOND_RUN
 from ..cost.record.calibration import PlanCosts
 from ..cost.record.measured_time import part_seconds_of
-from ..cost.savers.streamed_base import StreamedBase, streamable_layers, streaming_of, unstreamable
+from ..cost.record.model_states import frozen_bytes
+from ..cost.savers import streamed_base
+from ..cost.savers.streamed_base import (
+    StreamedBase,
+    check_main_memory,
+    stream_base,
+    streamable_layers,
+    streaming_of,
+    unstreamable,
+)
 from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers, spread
-from .options import PilotOptions
+from .options import PilotOptions, PlanOptions
 from .step.run import TrainingRun
 from .step.undisturbed import gradients_put_back
 
-DEVICES: frozenset[str] = frozenset({"cuda"})
-"""Types of devices with memory of their own; elsewhere streaming frees nothing, so "auto" leaves it off."""
+SAMPLE = 64
+"""Numbers of each streamed weight that processes compare."""
+
+
+def stream_what_is_too_large(model: nn.Module, device: torch.device, options: PlanOptions) -> None:
+    """Stream the base of a model in main memory that its device does not hold, or its budget: it cannot move there.
+
+    The run keeps as many layers on the device as its budget holds.
+
+    Raises:
+        UnsupportedError: main memory is short.
+    """
+    budget, there, processes = options.budget_read, next(model.parameters()).device.type, Processes.of_this_run()
+    if options.stream == "off" or device.type not in streamed_base.DEVICES or there != "cpu" or unstreamable(model):
+        return
+    free = float(free_bytes(device))
+    room = min(free, budget.value) if budget.kind == "total" else free
+    if any(processes.of_each(frozen_bytes(model) > room)):
+        layers = [*streamable_layers(model).values()]
+        _with_main_memory(processes, model, layers, lambda: stream_base(model, device))
+
+
+def _with_main_memory(
+    processes: Processes, model: nn.Module, layers: Sequence[nn.Module], work: Callable[[], StreamedBase]
+) -> StreamedBase:
+    """Stream layers in each process, or in none: all of a machine look for room before any takes some."""
+    processes.on_each(lambda: check_main_memory(model, layers, processes.on_this_machine))
+    return processes.on_each(work)
 
 
 class RunStreaming:
@@ -56,7 +93,9 @@ class RunStreaming:
         Raises:
             ConfigError: the model streams, and the options forbid it; or it has fewer layers than are to be streamed.
             UnsupportedError: it cannot be streamed.
+            ProcessError: weights that streamed before differ between processes.
         """
+        self._compare()
         asked = self._asked if count is None else count
         if self.now:
             if asked == "off":
@@ -81,7 +120,8 @@ class RunStreaming:
             BudgetError: the budget does not hold the base, which cannot be streamed.
         """
         auto = self._asked == "auto" and budget.kind == "total"
-        movable, reason = auto and self._run.device.type in DEVICES and not self.now, unstreamable(self._run.model)
+        movable = auto and self._run.device.type in streamed_base.DEVICES and not self.now
+        reason = unstreamable(self._run.model)
         try:
             found = measured()
             fits = found.memory is None or found.memory.peak(plain, found.alone) <= found.limit.value
@@ -123,18 +163,16 @@ class RunStreaming:
                 kept = other
         if count - kept <= ON_DEVICE:  # as many are on the device anyway
             kept = count
-        self.now.keep(count - kept)
+        self.now.keep(self._run.replicas.processes.on_first(lambda: count - kept))  # also on cards of several kinds
         return away - self.now.away_bytes
 
     def told(self) -> str:
         """Describe what streams, for people; empty if nothing does."""
         if not (streaming := self.now) or not streaming.layers:
             return ""
-        size = format_bytes(streaming.main_memory_bytes)
-        return (
-            f"The frozen weights of {self.count} layers stream from main memory ({size} there): the same losses, and "
-            f"{format_bytes(streaming.away_bytes)} fewer on the device."
-        )
+        size, freed = format_bytes(streaming.main_memory_bytes), streaming.freed_bytes
+        fewer = "nothing freed, as there is no GPU" if freed < 0 else f"{format_bytes(freed)} fewer on the device"
+        return f"The frozen weights of {self.count} layers stream from main memory ({size}): the same losses, {fewer}."
 
     def end(self) -> None:
         """End the streaming that the run began; one that it found goes on."""
@@ -147,12 +185,31 @@ class RunStreaming:
         self._checked(count, len(layers))
         chosen = [layers[index] for index in spread(count, len(layers))]
         before = [self._signature(), self._signature()]
-        self._own = StreamedBase(self._run.model, chosen, self._run.device)
+        _with_main_memory(self._run.replicas.processes, self._run.model, chosen, lambda: self._take(chosen))
         if before[0] == before[1] != self._signature():  # some kernels never repeat a result
             self.end()
             raise UnsupportedError(
                 "With its base streamed, the first rows have another loss or gradient: this model reads frozen weights "
                 'outside of the layers that hold them. Pass stream="off".'
+            )
+
+    def _take(self, layers: Sequence[nn.Module]) -> StreamedBase:
+        self._own = StreamedBase(self._run.model, layers, self._run.device)
+        return self._own
+
+    def _compare(self) -> None:
+        """Raise ProcessError if weights that streamed before differ between processes: DDP has not sent them."""
+        processes, digest = self._run.replicas.processes, hashlib.sha256()
+        if processes.count == 1:
+            return
+        for layer in self.now.layers if self.now else ():
+            for weight in layer.weights:
+                sample = weight.tensor.detach().reshape(-1)[:SAMPLE].cpu().contiguous()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+        if len({*processes.of_each((self.count, digest.digest()))}) > 1:
+            raise ProcessError(
+                "The frozen weights that stream differ between processes. Load the same base in each, and stream the "
+                "same layers, before DistributedDataParallel wraps the model."
             )
 
     def _signature(self) -> tuple[float, ...]:

@@ -49,6 +49,7 @@ from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
 from .options import FinetuneConfig
 from .plan_rate import rate_by_rule
+from .streaming import stream_what_is_too_large
 
 _PROCESSORS = Path("/proc/cpuinfo")
 
@@ -304,6 +305,7 @@ def new_trainer(
     arguments = new_arguments(config, workload.task, folder)
     if config.early_stopping is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(config.early_stopping)]
+    stream_what_is_too_large(model, arguments.device, config)
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,

@@ -389,7 +389,7 @@ def resident_bytes(model: nn.Module) -> int:
     and cuBLAS workspaces.
     """
     streaming, device = streaming_of(model), next(model.parameters()).device
-    frozen = frozen_bytes(model) - (streaming.away_bytes if streaming else 0)
+    frozen = frozen_bytes(model) - (streaming.freed_bytes if streaming else 0)
     if device.type != "cuda":
         return frozen
     free, total = torch.cuda.mem_get_info(device)

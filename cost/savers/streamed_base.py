@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -34,6 +34,12 @@ from .offload import Copies
 
 PLAIN = ("Tensor", "Parameter", "Buffer", "Params4bit")
 """Types of tensors that can be streamed; others keep data of their own."""
+
+DEVICES: frozenset[str] = frozenset({"cuda"})
+"""Types of devices with memory of their own; on others streaming frees nothing."""
+
+_DDP = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model in which DistributedDataParallel looks for names to leave alone."""
 
 
 class StreamedWeight:
@@ -148,18 +154,21 @@ class StreamedBase:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
-        if model in _STREAMING:
+        if streaming_of(model):
             raise UnsupportedError("This model streams its base already: call `put_back()` of that streaming first.")
-        copies, shared = Copies(), _shared(model, layers)
+        copies, tensors = Copies(), _streamed_tensors(model, layers)
         self._model, self.layers = model, list[StreamedLayer]()
         self.copied_bytes = 0
+        self._apart = device.type in DEVICES
         self._rests_later = False  # after the backward pass that runs
         inside = set(layers)
         around = [module for module in model.modules() if inside & set(module.modules()) and module not in inside]
-        self._handles: list[Any] = [module.register_forward_hook(self._after_pass) for module in around]
-        tensors = [_streamed_tensors(module, shared) for module in layers]
-        _check_main_memory(sum(tensor.nbytes for tensor in chain.from_iterable(tensors)))
+        check_main_memory(model, layers)
+        self._changes = ExitStack()
         try:
+            for module in around:
+                self._changes.callback(module.register_forward_hook(self._after_pass).remove)
+            self._changes.enter_context(_left_alone_by_ddp(model, {id(tensor) for own in tensors for tensor in own}))
             for module, own in zip(layers, tensors, strict=True):
                 layer = StreamedLayer(module, [StreamedWeight(tensor, device, copies) for tensor in own])
                 self.layers.append(layer)  # first, so that an error can put it back
@@ -169,7 +178,7 @@ class StreamedBase:
         except BaseException:
             self.put_back()
             raise
-        _STREAMING[model] = self
+        _STREAMING[model] = ref(self)  # its hooks keep it as long as the model
 
     @property
     def main_memory_bytes(self) -> int:
@@ -180,6 +189,11 @@ class StreamedBase:
     def away_bytes(self) -> int:
         """Bytes of streamed weights not on the device while two layers are."""
         return self.main_memory_bytes - sum(sorted(layer.bytes for layer in self.layers)[-ON_DEVICE:])
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that streaming frees on the device: on a CPU below 0, since both copies of two layers are there."""
+        return self.away_bytes - (0 if self._apart else self.main_memory_bytes)
 
     @property
     def device_bytes(self) -> int:
@@ -199,13 +213,12 @@ class StreamedBase:
     def put_back(self) -> None:
         """Stop streaming: weights are again where they were found. A second call has no effect."""
         _STREAMING.pop(self._model, None)
-        for handle in self._handles:
-            handle.remove()
+        self._changes.close()
         with _disable_current_modes():
             for layer in self.layers:
                 layer.arrive() if all(weight.found_here for weight in layer.weights) else layer.leave()
                 layer.changes.close()
-        self._handles, self.layers = [], []
+        self.layers = []
 
     def _follow(self, layer: StreamedLayer) -> None:
         """Call `visit` whenever a pass reaches a layer."""
@@ -264,12 +277,25 @@ class StreamedBase:
                 self.layers[index].arrive() if index == number else self.layers[index].come()
 
 
-_STREAMING: WeakKeyDictionary[nn.Module, StreamedBase] = WeakKeyDictionary()
+_STREAMING: WeakKeyDictionary[nn.Module, ref[StreamedBase]] = WeakKeyDictionary()
 
 
 def streaming_of(model: nn.Module) -> StreamedBase | None:
     """Return the streaming of a model; None if its whole base is on the device."""
-    return _STREAMING.get(model)
+    return found() if (found := _STREAMING.get(model)) else None
+
+
+@contextmanager
+def _left_alone_by_ddp(model: nn.Module, streamed: set[int]) -> Iterator[None]:
+    """Have a DistributedDataParallel that is made meanwhile neither reject parameters in main memory nor send them."""
+    before = vars(model).get(_DDP)
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in streamed]
+    vars(model)[_DDP] = [*(before or ()), *names]
+    yield
+    if before is None:
+        del vars(model)[_DDP]
+    else:
+        vars(model)[_DDP] = before
 
 
 @contextmanager
@@ -357,8 +383,13 @@ def _tensors_outside(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[
             yield from module.buffers(recurse=False)
 
 
-def _streamed_tensors(layer: nn.Module, shared: set[int]) -> list[torch.Tensor]:
-    """Return the tensors of a layer to stream: frozen, large, and alone in their storage."""
+def _streamed_tensors(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[torch.Tensor]]:
+    """Return the tensors of each layer to stream: frozen, large, and alone in their storage."""
+    shared = _shared(model, layers)
+    return [_large_tensors(layer, shared) for layer in layers]
+
+
+def _large_tensors(layer: nn.Module, shared: set[int]) -> list[torch.Tensor]:
     scales = chain.from_iterable(scale_tensors(module) for module in layer.modules())
     found: dict[int, torch.Tensor] = {}
     for tensor in chain((p for p in layer.parameters() if not p.requires_grad), scales):
@@ -404,12 +435,21 @@ def stream_base(model: nn.Module, device: str | torch.device | None = None) -> S
     return streamed
 
 
-def _check_main_memory(size: int) -> None:
-    """Raise UnsupportedError unless main memory has room for copies of this many bytes."""
+def check_main_memory(model: nn.Module, layers: Sequence[nn.Module], processes: int = 1) -> None:
+    """Raise UnsupportedError unless main memory has room for a copy of the layers' weights in each process.
+
+    Args:
+        model: the model.
+        layers: the layers to stream.
+        processes: number of processes that begin together on this machine.
+    """
     import psutil
 
-    if size > (free := psutil.virtual_memory().available):
+    free = psutil.virtual_memory().available
+    size = sum(tensor.nbytes for tensor in chain.from_iterable(_streamed_tensors(model, layers)))
+    if size * processes > free:
+        each = f" for each of {processes} processes" if processes > 1 else ""
         raise UnsupportedError(
-            f"Streaming keeps {format_bytes(size)} of weights in main memory, and {format_bytes(free)} are available. "
-            "Free main memory, stream fewer layers, or load the base in fewer bits."
+            f"Streaming keeps {format_bytes(size)} of weights in main memory{each}, and {format_bytes(free)} are "
+            "available. Free main memory, stream fewer layers, or load the base in fewer bits."
         )

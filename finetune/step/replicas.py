@@ -9,7 +9,6 @@ reducer is rebuilt after each change of ranks. Work done by the first process al
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -138,9 +137,8 @@ class Replicas:
     @property
     def on_this_device(self) -> int:
         """Number of processes that share this process's device: all of a host unless it is an accelerator."""
-        if self.wrapper is None or self.wrapper.device_type != "cpu":
-            return 1
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.count))
+        shared = self.wrapper is not None and self.wrapper.device_type == "cpu"
+        return self.processes.on_this_machine if shared else 1
 
     # Agreement of all processes ---------------------------------------------------------------------------------------
 

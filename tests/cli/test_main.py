@@ -95,6 +95,10 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[An
             (f"finetune m d --budget={bad}", f"Cannot read the budget '{bad}'")
             for bad in ("lots", "-3GiB", "0", "1.5e")
         ),
+        *(
+            (f"finetune m d --stream {bad}", f'stream is "auto", "off" or a number of layers, at least 1; got {shown}')
+            for bad, shown in (("-3", "-3"), ("0", "0"), ("some", "'some'"), ("2.5", "'2.5'"))
+        ),
         ("finetune m d --steps 0", "steps and eval_every must be between 1 and"),
         ("finetune m d --train-rows 0", "at least 1, or None for all rows; got 0"),
         ("finetune m d --held-out-rows -3", "None for all rows; got None and -3"),
@@ -264,6 +268,15 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     less = dataclasses.replace(config, budget="50%", train_rows=9)
     other = dataclasses.replace(config, model="other", compare_uniform=False)
     assert_same(FinetuneConfig, seen, config, less, other)
+
+
+def test_layers_that_stream(seen: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\nstream: off\nparts: off\n")  # booleans to YAML
+    for words in (["m", "d", "--stream", "20"], ["m", "d", "--stream", "off"], ["--config", str(path)]):
+        assert cli.run(["finetune", *words]) == 0
+    assert [each.pilot_options().stream for each in seen] == [20, "off", "off"]
+    assert seen[-1].parts == "off"
 
 
 def test_settings_have_the_names_of_the_trainer_too(seen: list[Any], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from rankpilot.common.errors import BudgetError
+from rankpilot.common.errors import BudgetError, ConfigError
 from rankpilot.common.processes import Processes
 
 from ..finetune.several import ProcessFailed, in_processes
@@ -76,6 +76,25 @@ def test_an_error_of_the_first_is_raised_in_all(error: Exception, kind: str, tex
         in_processes(2, raises, error, patience_s=QUICK_S)
     assert caught.value.kinds == {0: type(error).__name__, 1: kind}
     assert text in caught.value.texts[1]
+
+
+def second_fails() -> int:
+    def work() -> int:
+        if dist.get_rank() == 1:
+            raise ConfigError("a wrong setting")
+        return 7
+
+    processes = joined()
+    assert processes.on_each(dist.get_rank) == processes.rank
+    return processes.on_each(work)
+
+
+def test_an_error_of_any_is_raised_in_all() -> None:
+    assert Processes().on_each(lambda: 3) == 3
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, second_fails)
+    assert caught.value.kinds == {0: "ConfigError", 1: "ConfigError"}
+    assert set(caught.value.texts.values()) == {"a wrong setting"}
 
 
 def raises(error: Exception) -> None:

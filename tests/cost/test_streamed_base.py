@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -275,12 +277,26 @@ def test_what_cannot_be_streamed(llama: PeftModel, monkeypatch: pytest.MonkeyPat
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match='device="cpu"'):
             stream_base(llama)
+    llama.lm_head.weight.ds_id = 0
+    with pytest.raises(UnsupportedError, match=r"^The base cannot be streamed: ZeRO-3 already moves its weights\.$"):
+        stream_base(llama, "cpu")
+    del llama.lm_head.weight.ds_id
     stream_base(llama, "cpu")
     with pytest.raises(UnsupportedError, match="streams its base already"):
         stream_base(llama, "cpu")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": 10}))
     with pytest.raises(UnsupportedError, match="10 B are available"):
         stream_base(adapted(FAMILIES["gpt2"]), "cpu")
+
+
+def test_a_model_that_nobody_uses_any_more_is_freed() -> None:
+    model = adapted(FAMILIES["llama"])
+    streamed(model)
+    train(model, steps=1)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_layers_are_chosen_and_streamed_at_once(llama: PeftModel) -> None:

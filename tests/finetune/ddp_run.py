@@ -126,17 +126,26 @@ def budget_of(model: PeftModel) -> str:
     return f"{sum((t.d_in + t.d_out) * CYCLE[t.block % LAYERS] for t in targets)} params"
 
 
+def states_of(optimizer: Any) -> dict[int, dict[str, Any]]:
+    """The tensors that an optimizer keeps of each parameter, by its place."""
+    states = optimizer.state_dict()["state"]
+    return {at: {name: tensor.clone().numpy() for name, tensor in state.items()} for at, state in states.items()}
+
+
 class Watch(TrainerCallback):
     """Notes losses, adapters and ranks after each step."""
 
     def __init__(self, pilot: RankPilotCallback) -> None:
         self.pilot = pilot
         self.losses: dict[int, float] = {}
+        self.evaluations: dict[int, float] = {}
         self.digests: dict[int, str] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
             self.losses[state.global_step] = logs["loss"]
+        if "eval_loss" in logs:
+            self.evaluations[state.global_step] = logs["eval_loss"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.pilot.applier is not None
@@ -167,8 +176,10 @@ def train(setting: Setting) -> dict[str, Any]:
         setattr(trainer.accelerator.ddp_handler, name, value)
     trainer.train(resume_from_checkpoint=setting.resume)
     weights = {name: p.detach().cpu().clone().numpy() for name, p in model.named_parameters() if p.requires_grad}
+    weights |= {f"{at} {name}": x for at, each in states_of(trainer.optimizer).items() for name, x in each.items()}
     return {
         "losses": watch.losses,
+        "evaluations": watch.evaluations,
         "digests": watch.digests,
         "weights": weights,
         "ranks": [int(rank) for rank in pilot.applier.ranks],  # type: ignore[union-attr]

@@ -49,6 +49,7 @@ def test_a_chat_with_every_option(chats: tuple[str, str], tmp_path: Path, reload
         bounds=("q_proj=0:2", "layers.1.mlp.down_proj=4"),
         merge=True,
         gradient_checkpointing=True,
+        stream=1,
         trainer=("warmup_steps=2", "lr_scheduler_type=cosine", "logging_steps=1"),
     )
     summary = finetune(config, tmp_path / "run")

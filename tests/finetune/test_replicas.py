@@ -8,8 +8,11 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import rankpilot
 import torch
@@ -21,6 +24,7 @@ from rankpilot.common.errors import NonFiniteError, UnsupportedError
 from rankpilot.cost import budget as budget_module
 from rankpilot.cost.record.calibration import LOOP_BYTES
 from rankpilot.cost.record.live_storages import LivePeak
+from rankpilot.cost.savers import streamed_base
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune import before_training, probing
 from rankpilot.finetune.pilot import RankPilot
@@ -41,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..cases import first_cases
-from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, texts
+from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, states_of, texts
 from .several import ProcessFailed, in_processes, loaded_once
 from .tiny_runs import is_measured, take_step
 
@@ -116,6 +120,7 @@ def loop(
     pilot.finish()
     weights = [p.detach().clone().numpy() for p in model.parameters() if p.requires_grad]
     found = {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}
+    found |= {"states": states_of(optimizer)}
     found |= {"checks": pilot.checks, "passes": len(passes), "peaks": pilot.peaks, "limit": pilot.limit}
     return found | {"losses": losses, "ranks": [target.rank for target in find_target_modules(model)]}
 
@@ -236,6 +241,83 @@ def test_a_loop_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
         assert process["losses"] == before["losses"][CUT:]
         assert process["digests"] == whole[0]["digests"][CUT:]
     assert again[0]["losses"] != again[1]["losses"], "each process has a part of the data"
+
+
+# A streamed base ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_base, "LEAST_BYTES", 1)
+
+
+def streamed_before(model: PeftModel) -> nn.Module:
+    rankpilot.stream_base(model, "cpu")
+    return Ddp(model)
+
+
+def with_streamed_base() -> list[dict[str, Any]]:
+    """The same steps with the base on the device, with three layers that stream, and with all, before DDP wraps it."""
+    options: dict[str, Any] = {"policy": "signal-mean", "budget": "60%", "steps": 4, "exact_savers": False}
+    return [
+        loop(wrap, **options, stream=stream) for wrap, stream in ((ddp, "off"), (ddp, 3), (streamed_before, "auto"))
+    ]
+
+
+@pytest.mark.usefixtures("_small_weights")
+def test_a_streamed_base_trains_as_one_on_the_device() -> None:
+    for whole, *others in in_processes(2, with_streamed_base):
+        for streams in others:
+            for name in ("losses", "digests", "ranks", "checks", "peaks", "limit"):
+                assert streams[name] == whole[name]
+            np.testing.assert_equal(streams["weights"], whole["weights"])
+            np.testing.assert_equal(streams["states"], whole["states"])
+
+
+def wrapped_on_a_card() -> list[bool]:
+    """The meta device stands for a card: DDP refuses parameters of several kinds of devices."""
+    dist.init_process_group("gloo")
+    model = make_model(SETTING)
+    streaming = rankpilot.stream_base(model, "meta")
+    wrapped = Ddp(model, init_sync=False)
+    streaming.put_back()
+    return [wrapped.device_type == "meta", hasattr(model, "_ddp_params_and_buffers_to_ignore")]
+
+
+@pytest.mark.usefixtures("_small_weights")
+def test_ddp_wraps_a_model_whose_base_is_in_main_memory() -> None:
+    assert in_processes(1, wrapped_on_a_card) == [[True, False]]
+
+
+def other_base(model: PeftModel) -> nn.Module:
+    """The second process has another base: DDP would send it that of the first, but leaves streamed weights alone."""
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.add_(1.0)
+    return streamed_before(model)
+
+
+def short_memory(model: nn.Module) -> nn.Module:
+    free = 200_000 if dist.get_rank() == 0 else 150_000  # three layers are about 90 kB
+    psutil.virtual_memory = lambda: SimpleNamespace(available=free)
+    return Ddp(model)
+
+
+@pytest.mark.usefixtures("_small_weights")
+@pytest.mark.parametrize(
+    ("wrap", "stream", "kind", "reason"),
+    [
+        (other_base, "auto", "ProcessError", "frozen weights that stream differ between processes"),
+        (short_memory, 3, "UnsupportedError", r"in main memory for each of 2 processes, and .* available\. Free main"),
+        (ddp_of_parts, 3, "UnsupportedError", r"^The base cannot be streamed: its weights are sharded\.$"),
+    ],
+    ids=["other base", "short memory", "FSDP2"],
+)
+def test_bases_that_cannot_stream_end_all_processes(wrap: Wrap, stream: Any, kind: str, reason: str) -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        in_processes(2, partial(loop, wrap, steps=1, stream=stream), patience_s=30)
+    assert caught.value.kinds == {0: kind, 1: kind}
+    assert all(re.search(reason, text) for text in caught.value.texts.values())
 
 
 # Copies that differ ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.cost.savers import streamed_base
 from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.checkpoint import last_checkpoint
@@ -227,6 +228,28 @@ def test_the_best_model_at_the_end(tmp_path: Path) -> None:
     first, second = in_processes(2, train, Setting(tmp_path / "run", 10, arguments=arguments))
     assert first["ranks"] == second["ranks"]
     assert largest_difference(first, second) == 0
+
+
+def with_streamed_base(folder: Path) -> list[Outcome]:
+    """A run with its base on the device, one that streams, and its second half."""
+    arguments = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    streams = Setting(folder / "streams", 4, arguments=arguments, callback={"stream": 3})
+    whole = train(replace(streams, folder=folder / "whole", callback={"stream": "off"}))
+    return [whole, train(streams), train(replace(streams, resume=str(folder / "streams" / "checkpoint-2")))]
+
+
+def test_a_streamed_base_under_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_base, "LEAST_BYTES", 1)
+    both_found = in_processes(2, with_streamed_base, tmp_path)
+    for whole, streams, resumed in both_found:
+        assert largest_difference(streams, whole) == largest_difference(resumed, whole) == 0
+        assert any("exp_avg" in name for name in whole["weights"])
+        assert [streams[name] for name in streams if name != "weights"] == [
+            whole[name] for name in whole if name != "weights"
+        ]
+        assert streams["evaluations"].keys() == {2, 4}
+        assert resumed["digests"].items() <= whole["digests"].items()
+    assert both_found[0][1]["digests"] == both_found[1][1]["digests"]
 
 
 class Dies(TrainerCallback):  # type: ignore[misc]

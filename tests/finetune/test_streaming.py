@@ -15,6 +15,7 @@ from rankpilot.cost.record.model_states import frozen_bytes
 from rankpilot.cost.savers import streamed_base
 from rankpilot.cost.savers.streamed_base import streaming_of
 from rankpilot.finetune import streaming
+from rankpilot.finetune.options import PlanOptions
 from transformers import LlamaConfig, Trainer
 
 from .tiny_runs import PLAIN, Recorder, adapted, arguments, counting, messages_of, ranks_of
@@ -26,7 +27,7 @@ LAYERS = 6
 def _small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny layers count, and main memory stands for a card."""
     monkeypatch.setattr(streamed_base, "LEAST_BYTES", 1)
-    monkeypatch.setattr(streaming, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(streamed_base, "DEVICES", frozenset({"cpu"}))
 
 
 def new_model() -> PeftModel:
@@ -115,6 +116,40 @@ def test_a_model_that_streamed_before(tmp_path: Path) -> None:
         run(tmp_path / "off", model, stream="off", fresh=True)
     run(tmp_path / "four", model, stream=4, fresh=True)
     assert len(found.layers) == 4
+
+
+def test_on_a_cpu_nothing_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its memory holds all weights, and two layers twice: a budget for everything counts them."""
+    monkeypatch.setattr(streamed_base, "DEVICES", frozenset({"cuda"}))
+    model = new_model()
+    found = rankpilot.stream_base(model, "cpu")
+    twice = found.main_memory_bytes - found.away_bytes
+    assert resident_bytes(model) == frozen_bytes(model) + twice > frozen_bytes(model)
+    found.put_back()
+    run(tmp_path, model, stream=4, **PLAIN, arguments={"max_steps": 1, "eval_strategy": "no"})
+    assert "the same losses, nothing freed, as there is no GPU." in capsys.readouterr().out
+
+
+def test_a_base_too_large_for_the_device_never_moves_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, free = frozen_bytes(new_model()), 10**9
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: free)
+
+    def streams(budget: str, stream: Any = "auto") -> bool:
+        model = new_model()
+        streaming.stream_what_is_too_large(model, torch.device("cpu"), PlanOptions(budget=budget, stream=stream))
+        return streaming_of(model) is not None
+
+    assert streams(f"{base - 1}B")
+    assert streams(f"{base - 1}B", 3)
+    assert not streams(f"{base - 1}B", "off")
+    assert not streams(f"{base}B")
+    assert not streams("80%")
+    free = base - 1
+    assert streams("80%")
+    monkeypatch.setattr(streamed_base, "DEVICES", frozenset({"cuda"}))
+    assert not streams("80%")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
