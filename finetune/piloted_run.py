@@ -19,7 +19,6 @@ from ..common.errors import ConfigError, UnsupportedError
 from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
-from ..cost.model import MemoryModel
 from ..cost.record.calibration import PlanCosts
 from ..cost.savers.checkpointed_layers import LayerCheckpointing, all_running_again, could_checkpoint
 from ..cost.savers.exact import SAVERS, ExactSavers, is_compiled
@@ -190,7 +189,8 @@ class PilotedRun:
             self.elastic.first_limit(costs.limit)
             self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
-                timer = self._timer(costs.memory, self.applier.limit)
+                reference, limit = self.applier.reference, self.applier.limit
+                timer = before_training.StepTimer(run, targets, reference, costs.memory, limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
             if self.applier.time and self.guard.parts.on:
                 journal.note(before_training.TIMES_OF_WHOLE_BATCHES)
@@ -240,7 +240,8 @@ class PilotedRun:
             self.guard.parts.turn_off("this model's operations depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
         self.journal.note(before_training.TIMING if time else "")
-        timed = self._timer(costs.memory, limit, reference).time_limit(time) if time else None
+        timer = before_training.StepTimer(run, targets, reference, costs.memory, limit, checkpointing)
+        timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
         low = floor_of_experts(targets, costs.cost, limit, low, high)
         result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
@@ -313,7 +314,8 @@ class PilotedRun:
         if before.get("budget") != settings["budget"]:
             limit = self.elastic.limit(applier)
         if before.get("time") != settings["time"]:
-            applier.time = self._timer(memory, limit).limit_of_resumed_run(applier.time, self.options.time_read)
+            timer = before_training.StepTimer(run, targets, applier.reference, memory, limit, checkpointing)
+            applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
@@ -321,13 +323,6 @@ class PilotedRun:
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
         self._ranks_changed()
-
-    def _timer(
-        self, memory: MemoryModel | None, limit: float, reference: IntArray | None = None
-    ) -> before_training.StepTimer:
-        """Return what times the steps of the run; the reference is that of the applier by default."""
-        reference = self.applier.reference if reference is None else reference
-        return before_training.StepTimer(self.run, self._targets, reference, memory, limit, self._checkpointing)
 
     def _plan_in_words(self, at: int, cost: float) -> str:
         """Describe the plan of a step: its modules, and its cost."""

@@ -440,9 +440,7 @@ def test_a_run_has_them_while_it_lasts(wanted: bool) -> None:
     pilot = rankpilot.RankPilot("top-down", "100%", exact_savers=wanted, tell=told.append)
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
     assert isinstance(model(input_ids=batch["input_ids"]).logits, LaterLogits) is wanted
-    assert (
-        any(line.startswith("A step of this LoRA takes ") and "With exact savers" in line for line in told) is wanted
-    )
+    assert any(line.startswith("A step of this LoRA takes ") and "With exact savers" in line for line in told) is wanted
     pilot.finish()
     assert attributes(model) == before
 
