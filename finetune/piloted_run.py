@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from ..common.arrays import IntArray
 from ..common.checks import counted, finite
 from ..common.devices import without_autocast
 from ..common.errors import ConfigError, UnsupportedError
