@@ -174,13 +174,15 @@ class Budget:
         """Share of the cost of the adapter as configured; None for other kinds."""
         return self.value if self.kind == "share" else None
 
-    def resolve(self, cost: Cost, reference: IntArray, device: torch.device) -> Limit:
+    def resolve(self, cost: Cost, reference: IntArray, device: torch.device, kept: IntArray | None = None) -> Limit:
         """Resolve the budget to a limit, in the unit of the cost.
 
         Args:
             cost: cost of a plan.
             reference: the ranks whose cost a share refers to, int64 (modules,): those of the adapter as it was passed.
             device: device of the model; "auto" takes a share of its free memory.
+            kept: ranks of trained adapters, int64 (modules,). A share refers to their cost if it is higher, so "100%"
+                discards nothing already learned.
 
         Raises:
             BudgetError: the budget is in bytes and the cost in parameters, or the other way round.
@@ -192,7 +194,7 @@ class Budget:
                 f"The budget is {given}, but plan costs are counted in {cost.unit}. Pass a budget in {cost.unit} "
                 f"({form}) or a share ('80%'), or count costs in {self.unit}."
             )
-        whole = plan_cost(cost, reference)
+        whole = max(plan_cost(cost, ranks) for ranks in (reference, kept) if ranks is not None)
         of = whole if self.kind == "share" else free_bytes(device) if self.kind == "auto" else 1
         return Limit(self.value * of, cost.unit, whole)
 

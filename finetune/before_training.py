@@ -314,6 +314,7 @@ def run_costs(
     least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     reference: IntArray,
+    kept: IntArray | None = None,
     whole: bool = False,
     in_parts: bool = False,
 ) -> PlanCosts:
@@ -327,12 +328,13 @@ def run_costs(
         least: the cost of the cheapest possible plan, if layers may be checkpointed (see `plan_costs`).
         savers: the active exact savers.
         reference: the ranks that a share refers to, int64 (modules,).
+        kept: the ranks of trained adapters, int64 (modules,) (see `Budget.resolve`).
         whole: True if all layers are checkpointed (see `checkpointed_cost`).
         in_parts: True if steps run in parts.
     """
     budget = budget_for_all_processes(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, reference=reference, whole=whole)
-    costs = partial(costs, in_parts=run.step_in_parts if in_parts else None)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, whole=whole)
+    costs = partial(costs, reference=reference, kept=kept, in_parts=run.step_in_parts if in_parts else None)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process, as found by the first

@@ -221,6 +221,7 @@ class PilotedRun:
         passed = ranks_as_passed(run.model, targets)
         reference = passed if self._stays else before_training.on_ladder(passed, targets)
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
+        now = np.array([target.rank for target in targets], dtype=np.int64)
         before_training.clear_adapter_state(run, targets, keeps=keeps)
         costs_of_plans = partial(
             before_training.run_costs,
@@ -231,6 +232,7 @@ class PilotedRun:
             least=partial(least_cost, targets, low, high) if checkpointing else None,
             savers=self._savers,
             reference=reference,
+            kept=before_training.on_ladder(now, targets) if keeps and not self._stays else None,
             whole=checkpointing is not None and checkpointing.whole,
             in_parts=self.guard.parts.on,
         )
@@ -475,7 +477,8 @@ class PilotedRun:
         self._losses.restart()
         keeper.decided(observation.problem.ranks, step)
         self._record(PlanChange(step, observation, decision, plan), loss)
-        if decision.exact and (others := int(np.count_nonzero(plan.ranks != decision.ranks))):
+        others = int(np.count_nonzero(plan.ranks != decision.ranks))
+        if decision.exact and others and not self._stays:
             self.journal.note(
                 f"step {step}: {plural(others, 'module')} could not get exactly the decided rank within the "
                 "budget, the bounds and the largest rank change; the nearest plan is used."

@@ -322,6 +322,7 @@ def plan_costs(
     least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     reference: IntArray,
+    kept: IntArray | None = None,
     whole: bool = False,
     in_parts: TrainingStep | None = None,
 ) -> PlanCosts:
@@ -330,12 +331,13 @@ def plan_costs(
     A share refers to the `reference` ranks without signal buffers and without `savers`, the enabled exact savers. With
     `least`, layers may be checkpointed, as all are in the configured step: `checkpointed_cost` sets the cost of plans,
     and a share refers to a step without checkpointing. If the reference does not fit, activations are checkpointed
-    first; see `ExactSavers.within`. A budget of parameters needs no measurement. See `checkpointed_cost` for `whole`,
-    and `measure_memory` for the other arguments. With `in_parts`, the same step run in parts, plans are priced for one
-    example of the batch's length on top of the gradients of others, if the byte model covers it.
+    first; see `ExactSavers.within`. A budget of parameters needs no measurement. See `Budget.resolve` for `kept`,
+    `checkpointed_cost` for `whole`, and `measure_memory` for the other arguments. With `in_parts`, the same step run in
+    parts, plans are priced for one example of the batch's length on top of the gradients of others, if the byte model
+    covers it.
     """
     if budget.kind == "parameters":
-        return PlanCosts(*limited_cost(budget, targets, None, reference), None)
+        return PlanCosts(*limited_cost(budget, targets, None, reference, kept), None)
 
     def measured() -> MemoryModel:
         return measure_memory(step, targets, batch, signals=False)
@@ -343,7 +345,7 @@ def plan_costs(
     priced = savers.price(measured, reference, each=False) if savers else None
     plain = priced.plain if priced else measured()
     cost, limit = limited_cost(
-        beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, reference
+        beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, reference, kept
     )
     alone = BatchShape(in_parts.rows_per_example, plain.shape.length) if in_parts else None
     alone = alone if alone and plain.predicts(alone) else None
@@ -358,7 +360,7 @@ def plan_costs(
         states = memory.states.with_buckets(in_parts.bucket_copies - step.bucket_copies)
         memory = replace(memory, accumulates=True, states=states)
     if least:
-        cost = checkpointed_cost(memory, reference, limit.value, alone, least=least, whole=whole)
+        cost = checkpointed_cost(memory, reference, limit.value, alone, kept, least=least, whole=whole)
     elif signals or savers or alone:
         cost = memory.cost(alone)
     names = savers.names if savers else ()
@@ -366,16 +368,20 @@ def plan_costs(
 
 
 def limited_cost(
-    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None, reference: IntArray
+    budget: Budget,
+    targets: Sequence[TargetModule],
+    memory: MemoryModel | None,
+    reference: IntArray,
+    kept: IntArray | None = None,
 ) -> tuple[UntimedCost, Limit]:
     """Return the cost a budget limits, and its limit.
 
     A "total" budget must already be reduced by `beside_model`. `memory` is the byte model without signal buffers; None
-    only under a budget of parameters. See `Budget.resolve` for `reference`.
+    only under a budget of parameters. See `Budget.resolve` for `reference` and `kept`.
     """
     cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     # "auto" reads the free memory here, once libraries have allocated their own.
-    return cost, budget.resolve(cost, reference, targets[0].weight_a.device)
+    return cost, budget.resolve(cost, reference, targets[0].weight_a.device, kept)
 
 
 MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES

@@ -460,7 +460,7 @@ def test_two_callbacks_for_one_trainer(make: Launch) -> None:
 
 
 def test_a_callback_without_its_trainer_is_refused(make: Launch, tmp_path: Path) -> None:
-    shown = re.escape('call `rankpilot.attach(trainer, "default", budget="80%")`')
+    shown = re.escape('call `rankpilot.attach(trainer, budget="80%")`')
     for given in ((), ("signal-mean",), ("signal-mean", "80%")):
         with pytest.raises(ConfigError, match=shown):
             RankPilotCallback(*given)

@@ -297,7 +297,7 @@ def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": None}, "policy must be 'default', a policy folder.*got None"),
+        ({"policy": 3}, "policy must be 'default', a policy folder.*got 3"),
         ({"policy": 3}, "got 3"),
         ({"schedule": "early"}, "schedule must be a rankpilot.DecisionSchedule or None; got 'early'"),
         ({"measure_every": 0}, "measure_every must be a number of steps.* at least 1; got 0"),
