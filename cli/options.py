@@ -91,13 +91,18 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
     return flat(tyro.cli(whole, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)))
 
 
-_TEXTS = tyro.constructors.PrimitiveConstructorSpec[Any](
-    nargs="*",
-    metavar="[STR [STR ...]]",
-    instance_from_str=tuple,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=list,
-)
+def _texts() -> Any:
+    """Type of `tuple[str, ...]` for tyro; the plain one for versions below 0.9, which LLaMA-Factory requires."""
+    if not hasattr(tyro, "constructors"):
+        return tuple[str, ...]
+    spec = tyro.constructors.PrimitiveConstructorSpec[Any](
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=tuple,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    )
+    return Annotated[tuple, spec]
 
 
 def _quick(hint: Any) -> Any:
@@ -106,7 +111,7 @@ def _quick(hint: Any) -> Any:
         return Annotated[(_quick(hint.__origin__), *hint.__metadata__)]
     if isinstance(hint, UnionType):
         return Union[get_args(hint)]  # noqa: UP007
-    return Annotated[tuple, _TEXTS] if hint == tuple[str, ...] else hint
+    return _texts() if hint == tuple[str, ...] else hint
 
 
 def _attributes(kind: type) -> str:
