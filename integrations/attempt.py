@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from datetime import timedelta
@@ -52,13 +53,14 @@ class Attempt:
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Train as attach arranges it, or as the Trainer alone does once that has failed."""
-        self._entered = False
+        self._entered, put_back = False, random_states()
         try:
             return self._attached_run(*arguments, **options)
         except Exception as error:
             if self._entered or not self.attached:  # an error of the program, or of the run under way
                 raise
             self._react(error)
+        put_back()
         return self._run(*arguments, **options)
 
     @property
@@ -89,7 +91,7 @@ class Attempt:
 
     def _guarded(self, work: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Do some work before the first step; after an error, react to it in all processes."""
-        put_back = random_states()
+        put_back, configs = random_states(), self._configs()
         try:
             work(*arguments, **options)
         except Exception as error:
@@ -98,6 +100,9 @@ class Attempt:
             self._react(None)
         if not self.attached:
             put_back()
+            for config, settings in configs:  # as an ended run saves its ranks there
+                vars(config).clear()
+                vars(config).update(settings)
 
     def _react(self, error: Exception | None) -> None:
         """Let go of the Trainer if there is an error in any process.
@@ -124,6 +129,11 @@ class Attempt:
             callback.break_off(begins_again=True)
             handler = self._trainer.callback_handler  # an event is just going through its list
             handler.callbacks = [each for each in handler.callbacks if each is not callback]
+
+    def _configs(self) -> list[tuple[Any, dict[str, Any]]]:
+        """PEFT's configurations, and what is in each now."""
+        found = getattr(unwrap(self._trainer.model), "peft_config", {}) if self._trainer.model is not None else {}
+        return [(config, copy.deepcopy(vars(config))) for config in found.values()]
 
     @property
     def _keeps_bytes(self) -> bool:
