@@ -6,7 +6,7 @@ from .common.quiet import silence_libraries
 
 
 def main() -> None:
-    """Entry point of the `rankpilot` script; libraries are quieted before anything loads them, but those of a program."""
+    """Entry point of the `rankpilot` script; libraries are silenced before anything loads them, save those of `run`."""
     if sys.argv[1:2] != ["run"]:
         silence_libraries()
     from .cli.main import run

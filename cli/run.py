@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-
 from ..common.errors import ConfigError
 from ..finetune.options import PilotOptions
 from ..integrations.flags import attach_options
@@ -46,7 +45,7 @@ class Run(PilotOptions):
             "6GiB step" for a step on top of the frozen model; "80%" of the memory of plain LoRA (rank 8 on all
             modules); "auto" for nine tenths of the free device memory; or "300k params" of the adapter.
         bounds: ranks of single modules, or their minimum and maximum rank: q_proj=8 down_proj=0:4.
-        schedule: when to decide, as shares of the run, the first at 0: 0 0.25 0.5. By default as the policy was trained.
+        schedule: when to decide, as shares of the run from 0 on: 0 0.25 0.5. By default as the policy was trained.
         log: folder of the decision log. Defaults to `decisions` in the Trainer's output folder.
         dry: end the command before it trains, and say what would be attached.
     """

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..common.errors import BudgetError, RankPilotError
+from ..common.errors import BudgetError, RankPilotError, UnsupportedError
+from ..common.processes import Processes
 from ..cost.budget import Budget
 from ..finetune.callback import RankPilotCallback, attach
+from ..finetune.step.replicas import Replicas, rebuild_reducer
 from ..lora.targets import find_target_modules, unwrap
 from .flags import attach_options
 from .hook import tell
@@ -23,14 +27,16 @@ from .order import Order
 PATIENCE = timedelta(minutes=2)
 """Time for all processes to report whether they failed. Beyond it one of them waits for another elsewhere."""
 
+LATER_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_train_end")
+
 FINE, LEAVES, ENDS = range(3)
 
 
 class Attempt:
-    """Attaches to a Trainer. If that fails, or the beginning of the run under it, the run goes on as it is.
+    """Attaches to a Trainer. If that fails, or the run under it, the run goes on as it is.
 
-    Everything is then as it was: adapters, optimizer and random numbers, so losses equal those of the run alone. If a
-    budget in bytes cannot be kept, the process ends instead.
+    Before the first step everything is then as it was: adapters, optimizer and random numbers, so losses equal those of
+    the run alone. Later the ranks stay. If a budget in bytes cannot be kept, the process ends instead.
 
     Args:
         trainer: about to train.
@@ -38,7 +44,7 @@ class Attempt:
         order: the options of `attach`.
 
     Attributes:
-        attached: False once attaching, or the beginning of a run, has failed.
+        attached: False once it has failed.
 
     Raises:
         SystemExit: a budget in bytes cannot be kept.
@@ -72,7 +78,7 @@ class Attempt:
         return f"{type(model.get_base_model()).__name__}, {len(find_target_modules(model))} modules with LoRA"
 
     def _attach(self) -> None:
-        """Call `attach`, which wraps the Trainer's `train`: here that of the base class, since a subclass's has begun."""
+        """Call `attach`, which wraps the Trainer's `train`: here the base class's; a subclass's is running."""
         attributes = vars(self._trainer)
         before = {name: attributes[name] for name in ("train",) if name in attributes}
         attributes["train"] = self._enter
@@ -82,8 +88,9 @@ class Attempt:
         finally:
             del attributes["train"]
             attributes.update(before)
-        begin = self._callback.on_train_begin
-        vars(self._callback)["on_train_begin"] = lambda *event, **objects: self._guarded(begin, *event, **objects)
+        replaced = {"on_train_begin": partial(self._guarded, self._callback.on_train_begin)}
+        replaced |= {name: partial(self._watched, getattr(self._callback, name)) for name in LATER_EVENTS}
+        self._callback.__dict__.update(replaced)
 
     def _enter(self, *arguments: Any, **options: Any) -> Any:
         self._entered = True
@@ -104,8 +111,19 @@ class Attempt:
                 vars(config).clear()
                 vars(config).update(settings)
 
-    def _react(self, error: Exception | None) -> None:
+    def _watched(self, work: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Do some work during the run; after an error, which all processes share, react to it."""
+        try:
+            work(*arguments, **options)
+        except Exception as error:
+            self._react(error, as_found=False)
+
+    def _react(self, error: Exception | None, *, as_found: bool = True) -> None:
         """Let go of the Trainer if there is an error in any process.
+
+        Args:
+            error: that of this process.
+            as_found: also undo the first plan, since no step has passed.
 
         Raises:
             SystemExit: a budget in bytes cannot be kept.
@@ -119,16 +137,20 @@ class Attempt:
         if result == ENDS:
             tell(f"error: {reason}")
             raise SystemExit(1)
-        self._let_go()
+        self._let_go(as_found)
         self._order.mark("failed", trainer=type(self._trainer).__name__, reason=reason)
-        tell(f"{type(self._trainer).__name__} trains as it is, without rankpilot: {reason}")
+        on = "trains as it is" if as_found else f"goes on from step {self._trainer.state.global_step}"
+        tell(f"{type(self._trainer).__name__} {on}, without rankpilot: {reason}")
 
-    def _let_go(self) -> None:
+    def _let_go(self, as_found: bool) -> None:
         self.attached = False
         if callback := self._callback:
-            callback.break_off(begins_again=True)
+            callback.break_off(begins_again=as_found)
             handler = self._trainer.callback_handler  # an event is just going through its list
             handler.callbacks = [each for each in handler.callbacks if each is not callback]
+            with suppress(UnsupportedError):  # wrappers under which ranks have not changed
+                if wrapper := Replicas.of(self._trainer.model_wrapped).wrapper:
+                    rebuild_reducer(wrapper)  # or gradients of adapters that had another rank are not averaged
 
     def _configs(self) -> list[tuple[Any, dict[str, Any]]]:
         """PEFT's configurations, and what is in each now."""
@@ -162,7 +184,7 @@ def most_of_all(number: int, error: Exception | None) -> int:
     Raises:
         Exception: the error passed in, if another process does not answer.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if Processes.of_this_run().count == 1:
         return number
     most = torch.tensor([number])
     try:

@@ -48,7 +48,7 @@ def launch(command: Sequence[str], options: Mapping[str, Any], *, dry: bool = Fa
         order = Order(folder, dict(options), dry)
         try:
             status = _ended(command, _environment(order))
-        except (FileNotFoundError, PermissionError) as error:
+        except OSError as error:
             return _not_started(command[0], error)
         if status == 0 and not (seen := order.events()) - {"made"}:
             tell(UNTRAINED if seen else ESCAPED)
@@ -118,8 +118,8 @@ def _not_started(name: str, error: OSError) -> int:
     if shutil.which(name) is None and Path(name).suffix == ".py" and Path(name).is_file():
         tell(f"error: {name} is not executable. For a script, put python before it: -- python {name}")
         return NOT_EXECUTABLE
-    if isinstance(error, PermissionError):
-        tell(f"error: Cannot run {name}: {error.strerror}.")
-        return NOT_EXECUTABLE
-    tell(f"error: Command not found: {name}")
-    return NOT_FOUND
+    if isinstance(error, FileNotFoundError):
+        tell(f"error: Command not found: {name}")
+        return NOT_FOUND
+    tell(f"error: Cannot run {name}: {error.strerror}.")
+    return NOT_EXECUTABLE

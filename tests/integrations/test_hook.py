@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from rankpilot.common.errors import ConfigError
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune.allocate import allocate
 from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, attach
+from rankpilot.finetune.step.peak_guard import PeakGuard
 from rankpilot.integrations import attempt
 from rankpilot.integrations.hook import PREPARED, patch, why_not
 from rankpilot.integrations.order import VARIABLE, Order
@@ -208,6 +210,22 @@ def test_a_failure_leaves_the_run_as_it_is(
     assert same(trainer, alone)
 
 
+def test_a_failure_during_the_run_does_not_end_it(
+    under_run: Start,
+    llama_config: LlamaConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    under_run(budget="60%", policy="signal-mean", parts="off")
+    trainer = made(tmp_path, adapted(llama_config))
+    monkeypatch.setattr(PeakGuard, "after_step", lambda self, step: _raise() if step == 2 else None)
+    assert trainer.train().global_step == 4
+    assert lines(capsys)[-1].endswith("Trainer goes on from step 2, without rankpilot: RuntimeError: it broke")
+    assert not callbacks(trainer)
+    assert all(map(math.isfinite, outcome(trainer)[0]))
+
+
 @pytest.mark.parametrize(("options", "words"), [({"budget": "1%"}, "budget"), ({"control": True}, "control")])
 def test_an_impossible_wish_leaves_the_run_as_it_is(
     under_run: Start,
@@ -272,4 +290,5 @@ def test_adapters_that_are_lora(llama_config: LlamaConfig, tmp_path: Path) -> No
 def test_options_are_those_of_attach() -> None:
     with pytest.raises(ConfigError, match="fractions must ascend"):
         attempt.attach_options({"schedule": [0.5]})
-    assert attempt.attach_options({"bounds": ["q_proj=0:4"], "time": "75%"}) == {"bounds": {"q_proj": (0, 4)}, "time": "75%"}
+    found = attempt.attach_options({"bounds": ["q_proj=0:4"], "time": "75%"})
+    assert found == {"bounds": {"q_proj": (0, 4)}, "time": "75%"}

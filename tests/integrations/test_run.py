@@ -71,7 +71,11 @@ def lines(error: str) -> list[str]:
         ("print('no training')", 3, launch.ESCAPED),
         ("exit(5)", 5, ""),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, ""),
-        ("import subprocess, sys; subprocess.run([sys.executable, '-c', %r])" % TRAIN, 0, "Trainer trains as it is"),
+        (
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', " + repr(TRAIN) + "])",
+            0,
+            "Trainer trains as it is",
+        ),
     ],
 )
 @pytest.mark.usefixtures("library")
@@ -102,9 +106,10 @@ def test_a_dry_run_does_not_train(capfd: pytest.CaptureFixture[str], library: Pa
 def test_commands_that_do_not_start(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.touch()
+    python = f"python {script}"
     for words, status, told in (
         (["no-such-command"], 127, "error: Command not found: no-such-command"),
-        ([str(script)], 126, f"error: {script} is not executable. For a script, put python before it: -- python {script}"),
+        ([str(script)], 126, f"error: {script} is not executable. For a script, put python before it: -- {python}"),
         ([str(tmp_path)], 126, f"error: Cannot run {tmp_path}: Permission denied."),
     ):
         assert run(["run", "--", *words]) == status
@@ -199,16 +204,36 @@ trainer.train()
 print("done", trainer.state.global_step)
 """
 
+FAILURE = """
+from rankpilot.finetune.piloted_run import PilotedRun
+from rankpilot.integrations.hook import PREPARED
 
-def trained(command: list[str], folder: Path, *options: str) -> tuple[str, str]:
+def outcome(as_it_is):
+    set_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=None, eos_token_id=None))
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear"))
+    trainer = Trainer(model, TrainingArguments(sys.argv[1], **settings, learning_rate=0.01), train_dataset=rows)
+    if as_it_is:
+        vars(trainer)[PREPARED] = None
+    trainer.train()
+    return [parameter.double().sum().item() for parameter in model.parameters()]
+
+def fail(*_, **__):
+    raise RuntimeError("it broke")
+
+PilotedRun._switch = fail  # the adapters have rank 1 by now
+print("same", outcome(True) == outcome(False))
+"""
+"""Continues the script: trains alone, then after a failure that DistributedDataParallel may have noticed."""
+
+
+def trained(command: list[str], folder: Path, *options: str) -> list[str]:
     """The output and the lines of a command that trains under a budget."""
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = [sys.executable, "-m", "rankpilot", "run", "--budget", "60%", *options, "--", *command]
     done = subprocess.run(words, cwd=folder, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (told,) = lines(done.stderr)
-    assert "attach" in told
-    return done.stdout, told
+    return [done.stdout, *lines(done.stderr)]
 
 
 def program(name: str) -> str:
@@ -221,11 +246,12 @@ def program(name: str) -> str:
 
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(SCRIPT + FAILURE)
     command = [program("torchrun"), "--standalone", "--nproc-per-node", "2", "train.py", "out"]
-    out, told = trained(command, tmp_path)
-    assert out.count("done 3") == 2
-    assert "attached to Trainer" in told
+    out, *told = trained(command, tmp_path)
+    assert out.count("done 3") == out.count("same True") == 2
+    assert ["attached to Trainer" in line for line in told] == [True, True, False]
+    assert told[2].endswith("RuntimeError: it broke")
     assert len(re.findall("60% of the", out)) == 1
 
 
