@@ -149,7 +149,7 @@ class Attempt:
             handler = self._trainer.callback_handler  # an event is just going through its list
             handler.callbacks = [each for each in handler.callbacks if each is not callback]
             with suppress(UnsupportedError):  # wrappers under which ranks have not changed
-                if wrapper := Replicas.of(self._trainer.model_wrapped).wrapper:
+                if as_found and (wrapper := Replicas.of(self._trainer.model_wrapped).wrapper):
                     rebuild_reducer(wrapper)  # or gradients of adapters that had another rank are not averaged
 
     def _configs(self) -> list[tuple[Any, dict[str, Any]]]:
@@ -166,7 +166,7 @@ class Attempt:
 def random_states() -> Callable[[], None]:
     """Return a function that restores the present states of all random number generators."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
     def put_back() -> None:
         random.setstate(python)
