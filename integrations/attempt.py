@@ -45,6 +45,7 @@ class Attempt:
 
     Attributes:
         attached: False once it has failed.
+        subject: the model and its target modules, in words.
 
     Raises:
         SystemExit: a budget in bytes cannot be kept.
@@ -54,7 +55,7 @@ class Attempt:
         self._trainer, self._run, self._order = trainer, run, order
         self._callback: RankPilotCallback | None = None
         self._attached_run, self._entered = run, False
-        self.attached = True
+        self.attached, self.subject = True, "the models of a search"
         self._guarded(self._attach)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
@@ -69,25 +70,21 @@ class Attempt:
         put_back()
         return self._run(*arguments, **options)
 
-    @property
-    def subject(self) -> str:
-        """The model and its target modules, in words."""
-        if self._trainer.model is None:
-            return "each model of a search"
-        model = unwrap(self._trainer.model)
-        return f"{type(model.get_base_model()).__name__}, {len(find_target_modules(model))} modules with LoRA"
-
     def _attach(self) -> None:
         """Call `attach`, which wraps the Trainer's `train`: here the base class's; a subclass's is running."""
+        if self._trainer.model is not None:  # a search makes it later
+            model = unwrap(self._trainer.model)
+            name, count = type(model.get_base_model()).__name__, len(find_target_modules(model))
+            self.subject = f"{name}, {count} modules with LoRA"
         attributes = vars(self._trainer)
-        before = {name: attributes[name] for name in ("train",) if name in attributes}
-        attributes["train"] = self._enter
+        before, attributes["train"] = attributes.get("train"), self._enter
         try:
             self._callback = attach(self._trainer, **attach_options(self._order.options))
             self._attached_run = attributes["train"]
         finally:
             del attributes["train"]
-            attributes.update(before)
+            if before is not None:
+                attributes["train"] = before
         replaced = {"on_train_begin": partial(self._guarded, self._callback.on_train_begin)}
         replaced |= {name: partial(self._watched, getattr(self._callback, name)) for name in LATER_EVENTS}
         self._callback.__dict__.update(replaced)

@@ -35,7 +35,12 @@ def patch(trainer_class: type[Any]) -> None:
         if _is_planning(self):
             return run(*arguments, **options)
         if PREPARED not in vars(self):
-            vars(self)[PREPARED] = prepared(self, run, order)
+            try:
+                vars(self)[PREPARED] = prepared(self, run, order)
+            except Exception as error:  # libraries of other versions
+                order.mark("failed", reason=repr(error))
+                tell(f"{type(self).__name__} trains as it is, without rankpilot: {type(error).__name__}: {error}")
+                vars(self)[PREPARED] = None
         return (vars(self)[PREPARED] or run)(*arguments, **options)
 
     setattr(trained, PREPARED, True)

@@ -64,7 +64,7 @@ def tell(text: str) -> None:
 
 def _environment(order: Order) -> dict[str, str]:
     """Return the environment of the command: every Python that it starts runs `site/sitecustomize.py`."""
-    folders = [str(Path(__file__).parent / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [str(Path(__file__).resolve().parent / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, VARIABLE: order.text(), "PYTHONPATH": os.pathsep.join(folders)}
 
 

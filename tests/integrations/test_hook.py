@@ -22,6 +22,7 @@ from rankpilot.integrations.order import VARIABLE, Order
 from transformers import LlamaConfig, Trainer, set_seed
 
 from ..finetune.tiny_runs import adapted, arguments, counting, llama_config, new_base
+from ..finetune.trainer_kinds import dpo, rollouts
 
 __all__ = ["llama_config"]
 
@@ -121,6 +122,24 @@ def test_a_subclass_trains_twice_and_resumes(
     again = made(tmp_path, adapted(llama_config), max_steps=6)
     assert again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 6
     assert len(callbacks(again)) == 1
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_trainers_of_trl(
+    under_run: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)  # the vocabulary is as small
+    under_run(budget="85%")
+    whole = {"gradient_checkpointing": False}
+    trainer = dpo(tmp_path, **whole) if kind == "dpo" else rollouts("GRPO", tmp_path, **whole)
+    before = {name: value.shape for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    (callback,) = callbacks(trainer)
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+    (told,) = lines(capsys)
+    assert f"attached to {kind.upper()}Trainer" in told
+    if kind == "grpo":  # ranks are not changed where answers are generated
+        assert before == {name: value.shape for name, value in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["full", "ia3"])
