@@ -6,8 +6,9 @@ from .common.quiet import silence_libraries
 
 
 def main() -> None:
-    """Entry point of the `rankpilot` script; libraries are quieted before anything loads them."""
-    silence_libraries()
+    """Entry point of the `rankpilot` script; libraries are silenced before anything loads them, save those of `run`."""
+    if sys.argv[1:2] != ["run"]:
+        silence_libraries()
     from .cli.main import run
 
     sys.exit(run(sys.argv[1:]))

@@ -31,7 +31,7 @@ class Evaluate:
         oracle: also show the oracle, a plan computed from the planted changes; planted tasks only.
     """
 
-    policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")] = ()
     output: Path = Path("runs/evaluation")
     tasks: int = 16
     split: Literal["train", "test"] = "test"

@@ -18,6 +18,7 @@ from ..common.termination import STATUS, Terminated, on_sigterm
 from .progress import console
 
 COMMANDS = {
+    "run": "run a program that trains, with its LoRA runs within a budget",
     "finetune": "fine-tune a model within a budget",
     "plan": "plan ranks before training, for PEFT, axolotl and others",
     "memory": "show where the memory of a training step goes, and what fits a card",

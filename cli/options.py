@@ -92,13 +92,22 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
     return flat(tyro.cli(whole, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)))
 
 
-_TEXTS = tyro.constructors.PrimitiveConstructorSpec[Any](
-    nargs="*",
-    metavar="[STR [STR ...]]",
-    instance_from_str=tuple,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=list,
-)
+NEW_TYRO = hasattr(tyro, "constructors")
+"""False for versions below 0.9, which LLaMA-Factory requires: they parse by their own rules."""
+
+
+def _texts() -> Any:
+    """Return the type of `tuple[str, ...]` for tyro."""
+    if not NEW_TYRO:
+        return tuple[str, ...]
+    spec = tyro.constructors.PrimitiveConstructorSpec[Any](
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=tuple,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    )
+    return Annotated[tuple, spec]
 
 
 def _number_or(words: tuple[Any, ...], kind: type[int | float]) -> Any:
@@ -124,11 +133,11 @@ def _quick(hint: Any) -> Any:
     if get_origin(hint) is Annotated:
         return Annotated[(_quick(hint.__origin__), *hint.__metadata__)]
     kinds = get_args(hint)
-    if len(kinds) == 2 and kinds[0] in (int, float) and get_origin(kinds[1]) is Literal:
+    if NEW_TYRO and len(kinds) == 2 and kinds[0] in (int, float) and get_origin(kinds[1]) is Literal:
         return Annotated[Any, _number_or(get_args(kinds[1]), kinds[0])]
     if isinstance(hint, UnionType):
         return Union[kinds]  # noqa: UP007
-    return Annotated[tuple, _TEXTS] if hint == tuple[str, ...] else hint
+    return _texts() if hint == tuple[str, ...] else hint
 
 
 def _attributes(kind: type) -> str:

@@ -47,7 +47,7 @@ class StudyOptions:
         policy: the folder of the run's policy, if neither the decision log nor rankpilot has a copy.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")] = ()
     output: Path | None = None
     json: bool = False
     open: bool = False

@@ -6,7 +6,11 @@ import shlex
 from collections.abc import Sequence
 
 import pytest
+import tyro
 from rankpilot.cli.main import run
+
+OLD_TYRO = not hasattr(tyro, "constructors")
+"""True below tyro 0.9: option groups have no title, and rankpilot itself reports values out of range, with status 1."""
 
 
 def words_of(command: str | Sequence[str]) -> list[str]:
@@ -27,9 +31,11 @@ def failure(command: str | Sequence[str], capsys: pytest.CaptureFixture[str]) ->
 
 def usage_error(command: str | Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What is printed about an option that cannot be read, as one line."""
-    with pytest.raises(SystemExit) as caught:
-        run(words_of(command))
-    assert caught.value.code == 2
+    try:
+        status: object = run(words_of(command))
+    except SystemExit as end:
+        status = end.code
+    assert status in ((1, 2) if OLD_TYRO else (2,))
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return " ".join(error.replace("│", " ").split())

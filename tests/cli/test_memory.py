@@ -127,7 +127,7 @@ def test_data_makes_the_batch(memory: Memory, tmp_path: Path) -> None:
     # Shorter rows are padded: with a mask the model runs other operations than without.
     lines = [f"{'good ' * (5 if number % 20 else 7)},{number % 3}" for number in range(40)]
     (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
-    printed, figures, _ = memory(f"{{models}}/bert --no-exact-savers {tmp_path / 'reviews.csv'}")
+    printed, figures, _ = memory(f"{{models}}/bert {tmp_path / 'reviews.csv'} --no-exact-savers")
     assert (figures["rows"], figures["length"]) == (4, 7)
     assert "classification" in printed
     assert "4 x 7 tokens" in printed

@@ -19,7 +19,7 @@ from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
 from rankpilot.finetune.options import FinetuneConfig
 
-from .mistakes import usage_error
+from .mistakes import OLD_TYRO, usage_error
 
 RANKS = {"model.layers.0.q_proj": 0, "model.layers.0.v_proj": 4, "model.layers.1.q_proj": 8}
 
@@ -48,7 +48,8 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 
 
 def test_options_of_a_training_are_not_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "Unrecognized options: --merge" in usage_error(["plan", "m", "d", "--merge"], capsys)
+    if not OLD_TYRO:
+        assert "Unrecognized options: --merge" in usage_error(["plan", "m", "d", "--merge"], capsys)
     (tmp_path / "config.json").write_text('{"merge": true, "budget": "50%"}')
     module.main(["a/m", "d", "--config", str(tmp_path / "config.json")])
     out, err = capsys.readouterr()

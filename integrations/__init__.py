@@ -1,0 +1,1 @@
+"""rankpilot in programs of others: `rankpilot run` attaches to their Trainers."""
