@@ -33,6 +33,7 @@ from ..decide.plan.problem import AllocationProblem
 from ..decide.policy import Decision
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
+from ..lora.peft_config import ranks_as_passed
 from ..lora.resize import is_trained
 from ..lora.spec import RankLadder, highest_ranks
 from ..lora.targets import TargetModule, unwrap
@@ -484,10 +485,28 @@ def keep_what_was_learned(
         logger.warning(told)
 
 
-def on_ladder(ranks: IntArray, targets: Sequence[TargetModule]) -> IntArray:
-    """Return the lowest ranks of the ladder at which no adapter of these ranks must shrink, int64 (modules,)."""
-    ladder = RankLadder()
-    return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
+def ranks_to_compare(
+    run: TrainingRun, targets: Sequence[TargetModule], *, stays: bool, keeps: bool
+) -> tuple[IntArray, IntArray | None]:
+    """Return the ranks that a share of a budget refers to, and those it must keep if they cost more; see `run_costs`.
+
+    Under a policy they are rounded up onto the ladder, at whose ranks no adapter has to shrink.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        stays: True if the run keeps the ranks of its LoraConfig, on the ladder or not.
+        keeps: True if the adapters are already trained and kept.
+    """
+    passed, ladder = ranks_as_passed(run.model, targets), RankLadder()
+    if stays:
+        return passed, None
+    now = np.array([target.rank for target in targets], dtype=np.int64)
+    reference, kept = (
+        np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
+        for ranks in (passed, now)
+    )
+    return reference, kept if keeps else None
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:

@@ -295,12 +295,12 @@ class RankPilot:
     @property
     def rate_factor(self) -> float:
         """Factor applied to the optimizer's learning rate in each step; see `PlanRate`."""
-        return self._piloted.rate.factor if self._piloted and self._piloted.rate else 1.0
+        return self._piloted.rate.of_plan.factor if self._piloted and self._piloted.rate.of_plan else 1.0
 
     @property
     def rates(self) -> tuple[float, float] | None:
         """Peak learning rate for plain LoRA, and under the plan; None before `begin`."""
-        return self._piloted.rate.rates if self._piloted and self._piloted.rate else None
+        return self._piloted.rate.of_plan.rates if self._piloted and self._piloted.rate.of_plan else None
 
     def aside(self) -> AbstractContextManager[None]:
         """Exclude code in the block from the step, for instance where the model generates its own training data."""
@@ -334,8 +334,8 @@ class RankPilot:
             if applier.time.beside is None:
                 figures["budget_seconds"] = applier.time.seconds
         figures |= piloted.guard.parts.figures()
-        if piloted.rate and piloted.rate.last is not None:
-            figures["learning_rate"] = float(piloted.rate.last)
+        if piloted.rate.of_plan and piloted.rate.of_plan.last is not None:
+            figures["learning_rate"] = float(piloted.rate.of_plan.last)
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from threading import Lock, Thread, current_thread
 from typing import Any
@@ -15,21 +15,16 @@ import torch
 from ..common.checks import counted, finite
 from ..common.devices import without_autocast
 from ..common.errors import ConfigError, UnsupportedError
-from ..common.text import part_of, plural
+from ..common.text import plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
 from ..cost.record.calibration import PlanCosts
-from ..cost.savers.checkpointed_layers import LayerCheckpointing, all_running_again, could_checkpoint
-from ..cost.savers.exact import SAVERS, ExactSavers, is_compiled
-from ..cost.savers.offload import can_offload, offload_inputs
-from ..cost.savers.prices import CACHE, TILES
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
 from ..decide.plan.plan import least_cost
 from ..decide.plan.problem import floor_of_experts, rank_bounds
 from ..decide.plan.rate import InitialLoss
-from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate
-from ..decide.rate_control import SHORTEST, AlignmentRule, RateControl, decision_steps
+from ..decide.policy import Decision, Policy, asked, reads_signals, rounding
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
 from ..lora.adapters import PeftAdapters
@@ -38,22 +33,18 @@ from ..lora.peft_config import absent_targets, finish_load, ranks_as_passed, sta
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from . import before_training
-from .controlled_rate import ControlledRate
 from .elastic import ElasticBudget
 from .options import PilotOptions
-from .plan_rate import PlanRate, initial_loss
+from .plan_rate import initial_loss
 from .probing import Progress, first_signals
+from .run_rate import RunRate
+from .run_savers import RunSavers
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .step.journal import Journal, PlanChange
 from .step.peak_guard import PeakGuard
 from .step.put_back import AdapterSnapshot, adapters_put_back
 from .step.run import FirstRows, Participant, TrainingRun
-from .streaming import RunStreaming
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
-
-CONTROL: RateControl = AlignmentRule()
-"""Controls the learning rate."""
-
 
 _UNDER_WAY: WeakKeyDictionary[PilotedRun, Thread] = WeakKeyDictionary()
 """Active runs, and the threads that started them."""
@@ -82,8 +73,7 @@ class PilotedRun:
         elastic: tracks the current limit on the cost of a plan.
         guard: measures steps, and keeps their peak within the budget.
         finite: detects losses, gradients and weights that are NaN or infinite.
-        rate: multiplies the learning rate by the factor of the plan; None before `begin`.
-        control: corrects the learning rate; None without control.
+        rate: the learning rate.
 
     Raises:
         UnsupportedError: a run is active in another thread.
@@ -103,24 +93,18 @@ class PilotedRun:
         self.run, self.journal, self.options = run, journal, options
         self._targets, self._policy, self._schedule = targets, policy, schedule
         self._stays = isinstance(policy, AsConfigured)  # as long as its ranks fit
-        in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
-        self._steers = steers_rate(policy)
-        self._controls: bool = self._steers or (in_long_run if options.control is None else options.control)
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
         self.guard = PeakGuard(options.measure_every, journal.note, fewest=options.goal == "bytes")
         self.guard.parts.asked = options.parts == "on"
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
-        self.rate: PlanRate | None = None
-        self.control: ControlledRate | None = None
+        self.rate: RunRate = RunRate(run, targets, policy, schedule, options)
         self._losses = LossMeter(run.replicas.processes)
         self._watches = LoopCalls(run, self.break_off), GradientWatch(targets, self.guard.meter)
-        self._savers: ExactSavers | None = None
-        self._checkpointing: LayerCheckpointing | None = None
+        self._savers = RunSavers(run, options, journal)
         self._found: AdapterSnapshot | None = None  # until a step has passed
-        self.streaming: RunStreaming = RunStreaming(run, options)
-        self._switches, self._heard = ExitStack(), b""
+        self._heard = b""
         with _RUNS:
             if any(thread is not current_thread() and thread.is_alive() for thread in _UNDER_WAY.values()):
                 raise UnsupportedError(
@@ -140,7 +124,7 @@ class PilotedRun:
         after the peak is compared.
         """
         calls, gradients = self._watches
-        before = calls, self.elastic, self.rate, self.control, self.guard.parts
+        before = calls, self.elastic, self.rate.of_plan, self.rate.control, self.guard.parts
         every = *before, self.guard, gradients, self._losses, self.finite
         return [part for part in every if part is not None]
 
@@ -165,17 +149,17 @@ class PilotedRun:
             part.begin(None)
         kept = nullcontext() if stay else start_kept(run.model, targets, options.fresh, journal.note)
         with adapters_put_back(run.model, targets, run.optimizer, after_errors=True) as found, kept:
-            self._switch()
+            self._savers.begin(counts_bytes=budget.kind != "parameters")
             probes = reads_signals(self._policy)
             looks = options.learning_rate == "auto" or not probes
             journal.note("" if run.generates else before_training.LOOKING)
             first_rows = before_training.UNSEEN if run.generates else run.read_first_rows(seed) if looks else None
-            self._have_rate(initial_loss(run, first_rows) if first_rows and not run.generates else None)
+            self.rate.begin(initial_loss(run, first_rows) if first_rows and not run.generates else None)
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
             before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
-            timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
+            timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._savers.checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
-            journal.note(self.streaming.told())
+            journal.note(self._savers.streaming.told())
             journal.note(before_training.budget_text(run, budget, costs.limit))
             journal.note_saved(costs.saved)
             if tied := tied_pairs(unwrap(run.model), targets):
@@ -186,7 +170,7 @@ class PilotedRun:
                 name = type(unwrap_optimizer(run.optimizer)).__name__
                 journal.note(f"The optimizer {name} has unknown state, which is reset wherever a rank changes.")
             self.elastic.first_limit(costs.limit)
-            self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
+            self.guard.attach(run, self.applier, costs.memory, journal, self._record, checkpointing)
             if time:
                 reference, limit = self.applier.reference, self.applier.limit
                 timer = before_training.StepTimer(run, targets, reference, costs.memory, limit, checkpointing)
@@ -197,9 +181,9 @@ class PilotedRun:
             if stay:
                 told = before_training.outcome_text(passed, self.applier.ranks)
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
-            assert self.rate is not None
-            journal.note(self.rate.told())
-            self._have_control(None)
+            assert self.rate.of_plan is not None
+            journal.note(self.rate.of_plan.told())
+            self._control(None)
         self._found = found
 
     def _prepare(
@@ -215,13 +199,11 @@ class PilotedRun:
         """
         run, targets, options, budget = self.run, self._targets, self.options, self.elastic.budget
         check_trains(targets)
-        checkpointing = self._checkpointing
+        checkpointing = self._savers.checkpointing
         self.journal.note(before_training.RECORDING)
         low, high = rank_bounds(targets, options.bounds or {})
-        passed = ranks_as_passed(run.model, targets)
-        reference = passed if self._stays else before_training.on_ladder(passed, targets)
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
-        now = np.array([target.rank for target in targets], dtype=np.int64)
+        reference, kept = before_training.ranks_to_compare(run, targets, stays=self._stays, keeps=keeps)
         before_training.clear_adapter_state(run, targets, keeps=keeps)
         costs_of_plans = partial(
             before_training.run_costs,
@@ -230,13 +212,13 @@ class PilotedRun:
             budget,
             signals=True,
             least=partial(least_cost, targets, low, high) if checkpointing else None,
-            savers=self._savers,
+            savers=self._savers.exact,
             reference=reference,
-            kept=before_training.on_ladder(now, targets) if keeps and not self._stays else None,
+            kept=kept,
             whole=checkpointing is not None and checkpointing.whole,
             in_parts=self.guard.parts.on,
         )
-        costs = self.streaming.costs(costs_of_plans, budget, reference, checkpoints=checkpointing is not None)
+        costs = self._savers.streaming.costs(costs_of_plans, budget, reference, checkpoints=checkpointing is not None)
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("this model's operations depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
@@ -282,7 +264,7 @@ class PilotedRun:
             self.applier = self._applier_of(state)
             known, layers, names = predictions_of(state), frozenset(state["checkpointed"]), frozenset(state["savers"])
             streamed = counted(state["streamed"])
-            plan = self._plan_in_words(*known[-1])
+            at, cost = known[-1]
             initial, own = (
                 InitialLoss(*map(finite, state["initial"])) if state["initial"] else None,
                 finite(state["own_rate"]),
@@ -298,12 +280,13 @@ class PilotedRun:
         self.begun = True
         finish_load(run.model, targets)
         journal.open(name, known, writes=run.replicas.processes.first)
-        journal.note(f"Resuming after step {step} {plan}.")
+        journal.note(f"Resuming after step {step} with the plan of step {at}: {self.applier.in_words(cost)}.")
         journal.forget_control(step)
-        self._switch(names, streamed)
-        journal.note(self.streaming.told())
-        checkpointing = self._checkpointing
-        self._have_rate(initial, own)
+        counts_bytes = self.elastic.budget.kind != "parameters"
+        self._savers.begin(counts_bytes=counts_bytes, names=names, streamed=streamed)
+        journal.note(self._savers.streaming.told())
+        checkpointing = self._savers.checkpointing
+        self.rate.begin(initial, own)
         parts = self.guard.parts.on
         if parts:
             self.guard.parts.begin_to_keep(run)
@@ -317,19 +300,13 @@ class PilotedRun:
         if before.get("time") != settings["time"]:
             timer = before_training.StepTimer(run, targets, applier.reference, memory, limit, checkpointing)
             applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
-        self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
+        self.guard.attach(run, applier, memory, journal, self._record, checkpointing)
         run.replicas.changed(targets, step)
-        self._have_control(state)
+        self._control(state)
         if changed := changes(settings, before):
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
         self._ranks_changed()
-
-    def _plan_in_words(self, at: int, cost: float) -> str:
-        """Describe the plan of a step: its modules, and its cost."""
-        ranks, taken = self.applier.ranks, part_of(cost, self.applier.limit, self.applier.cost.unit)
-        adapted = f"{np.count_nonzero(ranks)} of {len(ranks)} modules adapted"
-        return f"with the plan of step {at}: {adapted}, {taken}, mean rank {ranks.mean():.1f}"
 
     def _applier_of(self, state: Mapping[str, Any]) -> PlanApplier[PeftAdapters]:
         """Return the applier of a resumed run."""
@@ -343,60 +320,16 @@ class PilotedRun:
         applier.low = floor_of_experts(self._targets, applier.cost, applier.limit, low, high)
         return applier
 
-    def _switch(self, savers: Collection[str] = tuple(SAVERS), streamed: int | None = None) -> None:
-        """Make steps run as the options say until the run ends."""
-        run, options = self.run, self.options
-        self._switches.callback(self.streaming.end)
-        self.streaming.begin(streamed)
-        if options.gradient_checkpointing is True:
-            self._switches.callback(all_running_again(run.model))
-        if options.exact_savers:
-            # Generated answers are written with a cache, and read from logits. Without a cache, transformers
-            # mistakes positions for those of packed texts. A sharded head is whole only in its own passes.
-            left_out = {CACHE: run.generates or run.tells_positions, TILES: run.generates or run.replicas.sharded}
-            names = [name for name in savers if not left_out.get(name)]
-            self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
-            self._switches.callback(self._savers.put_back)
-        if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_checkpoint(run.model):
-            self._checkpointing = LayerCheckpointing(run.model, whole=options.goal == "bytes")
-            self._switches.callback(self._checkpointing.put_back)
-        if options.offload and can_offload(run.wrapped):
-            self._switches.callback(offload_inputs(run.model))
-            run.offload_inputs()
-            self.journal.note(
-                "Inputs of checkpointed layers are kept in main memory, except the nearest (offload=True)."
-            )
-        elif options.offload:
-            self.journal.note("offload=True has no effect: the model is already in main memory, or it is compiled.")
-
-    def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
-        """Make the learning rate follow the plan until the run ends."""
-        auto, controlled = self.options.learning_rate == "auto", self._controls
-        keep = self.options.keep_rate or (self._stays and not auto)
-        self.rate = PlanRate(
-            self.run, self._targets, auto=auto, controlled=controlled, keep=keep, initial=initial, own=own
-        )
-
-    def _have_control(self, state: Mapping[str, Any] | None) -> None:
-        """Start correcting the learning rate during the run, if requested."""
-        if self._controls:
-            assert self.rate is not None
-            control, total = None if self._steers else CONTROL, self.run.total_steps
-            labels = self.rate.of_labels and not self._steers
-            steps = () if labels else self._schedule.steps(total) if self._steers else decision_steps(total)
-            if not steps:
-                shows = "steps on labels give" if labels else f"{total} steps give"
-                self.journal.note(f"The learning rate is not controlled: {shows} too little evidence.")
-            self.control = ControlledRate(self.run, self._targets, self.rate, control, steps, self.journal)
-            self.finite.control = self.control
-            with readable_state():
-                self.control.begin(state)
+    def _control(self, state: Mapping[str, Any] | None) -> None:
+        """Start correcting the learning rate, if requested."""
+        self.rate.begin_control(state, self.journal)
+        self.finite.control = self.rate.control
 
     def stop(self) -> None:
         """End all participants, last first, and restore the original step."""
         for part in reversed(self.participants):
             part.end()
-        self._switches.close()
+        self._savers.end()
         self._found = None
         with _RUNS:
             _UNDER_WAY.pop(self, None)
@@ -463,16 +396,16 @@ class PilotedRun:
         stays = self._stays and applier.can_stay()
         keeps = not (by_hand or stays or self.run.generates or applier.clock.taken)
         with before_training.keep_what_was_learned(self.run, applier, self.journal.note) if keeps else nullcontext():
-            share = self.control.read(step) if self.control and self._steers else 1.0
-            steps = self.control.record if self.control and self._steers else None
+            control = self.rate.control if self.rate.steers else None
+            share, steps = (control.read(step), control.record) if control else (1.0, None)
             observation = applier.observe(step, loss, steps, share)
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
             if keeper.checkpointing and not (stays or applier.clock.taken):
                 faster = before_training.faster_plan(keeper, applier, self._ask, decision)
-            if self.control and self._steers:  # an undo restores adapters of the previous ranks
-                self.control.steer(decision.change, step)
+            if control:  # an undo restores adapters of the previous ranks
+                control.steer(decision.change, step)
             plan = applier.stay() if stays else applier.apply(decision, step, self.run.optimizer)
         self._losses.restart()
         keeper.decided(observation.problem.ranks, step)
@@ -501,13 +434,10 @@ class PilotedRun:
         self.guard.plan.decided(observation.problem.ranks, step, by_hand=True)
         self._record(PlanChange(step, observation, decision, plan, corrects=True), loss)
 
-    def _corrected(self, change: PlanChange) -> None:
-        """Record a change of ranks by the guard like a decision."""
-        self._record(change, self._losses.mean())
-
-    def _record(self, change: PlanChange, loss: float | None) -> None:
-        """Announce new ranks, and record their reason."""
+    def _record(self, change: PlanChange, loss: float | None = None) -> None:
+        """Announce new ranks, and record their reason; corrections of the guard leave the mean loss as it is."""
         self._ranks_changed()
+        loss = self._losses.mean() if loss is None else loss
         history, time, checkpointing = self.guard.meter.history, self.applier.time, self.guard.plan.checkpointing
         alone = "priced for the longest row alone" if self.guard.parts.on else ""
         remarks = str(checkpointing or ""), alone, time.text(self.applier.ranks) if time else ""
@@ -516,7 +446,7 @@ class PilotedRun:
             change,
             loss=loss,
             peak=history[-1][1] if history else None,
-            rates=self.rate.rates if self.rate else None,
+            rates=self.rate.of_plan.rates if self.rate.of_plan else None,
             remark=", ".join(filter(None, remarks)),
         )
         self.run.replicas.changed(self._targets, change.step)
@@ -539,8 +469,7 @@ class PilotedRun:
             "signals": self.applier.adapters.meter.state_dict(),
             "predictions": self.journal.predictions,
             "peaks_shown": self.shown,
-            "savers": list(self._savers.names) if self._savers else [],
-            "streamed": self.streaming.count,
+            **self._savers.state(),
             "settings": run_settings(self.options, self.elastic.budget, self._policy, self._schedule),
         }
         for part in self.participants:

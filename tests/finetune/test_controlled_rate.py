@@ -20,7 +20,7 @@ from rankpilot.common.files import read_json_lines
 from rankpilot.decide.log import CONTROL
 from rankpilot.decide.plan.rate import TYPICAL
 from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, UNDO, decision_steps
-from rankpilot.finetune import piloted_run
+from rankpilot.finetune import run_rate
 from rankpilot.finetune.controlled_rate import alignment
 from rankpilot.finetune.plan_rate import learns_labels
 from rankpilot.finetune.step.run import TrainingRun
@@ -85,7 +85,7 @@ class Loop:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *actions: int) -> Scripted:
     script = Scripted(list(actions))
-    monkeypatch.setattr(piloted_run, "CONTROL", script)
+    monkeypatch.setattr(run_rate, "CONTROL", script)
     return script
 
 

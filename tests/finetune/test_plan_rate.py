@@ -119,8 +119,8 @@ def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> Non
     told: list[str] = []
     loop = Loop(llama_config)
     pilot = loop.train(Gives(), learning_rate="auto", tell=told.append)
-    assert pilot._piloted.rate is not None
-    initial = pilot._piloted.rate.initial
+    assert pilot._piloted.rate.of_plan is not None
+    initial = pilot._piloted.rate.of_plan.initial
     assert initial is not None
     assert initial.loss == pytest.approx(math.log(llama_config.vocab_size), rel=0.05), "nothing is learned yet"
     assert initial.tokens == 4 * 12
@@ -142,13 +142,13 @@ def test_a_rate_by_rule_begins_low_and_is_controlled(
     loop, told = Loop(llama_config), list[str]()
     pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append, **options)
     pilot.begin(TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=SHORTEST))
-    assert pilot._piloted.rate is not None
-    rule = pilot._piloted.rate.rule
+    assert pilot._piloted.rate.of_plan is not None
+    rule = pilot._piloted.rate.of_plan.rule
     assert rule is not None
     begins = RateRange.around(rule).low if controls else rule
     assert begins <= rule
     assert pilot.rates == pytest.approx((begins, begins))
-    assert (pilot._piloted.control is not None) is controls
+    assert (pilot._piloted.rate.control is not None) is controls
     assert any("control will raise it" in line for line in told) is controls
     pilot.finish()
 

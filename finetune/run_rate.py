@@ -1,0 +1,89 @@
+"""The learning rate of one run: it follows the plan, and is corrected during the run if requested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..decide.plan.rate import InitialLoss
+from ..decide.policy import Policy, steers_rate
+from ..decide.rate_control import SHORTEST, AlignmentRule, RateControl, decision_steps
+from ..decide.rules import AsConfigured
+from ..decide.settings import DecisionSchedule
+from ..lora.targets import TargetModule
+from .controlled_rate import ControlledRate
+from .options import PilotOptions
+from .plan_rate import PlanRate
+from .run_settings import readable_state
+from .step.journal import Journal
+from .step.run import TrainingRun
+
+CONTROL: RateControl = AlignmentRule()
+"""Controls the learning rate."""
+
+
+class RunRate:
+    """The learning rate of one run.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        policy: decides the ranks, and may steer the rate.
+        schedule: optimizer steps before which the policy decides.
+        options: options of the run.
+
+    Attributes:
+        steers: True if the policy's decisions change the rate.
+        of_plan: multiplies the rate by the factor of the plan; None before `begin`.
+        control: corrects the rate; None without control.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        targets: Sequence[TargetModule],
+        policy: Policy,
+        schedule: DecisionSchedule,
+        options: PilotOptions,
+    ) -> None:
+        self._run, self._targets, self._schedule = run, targets, schedule
+        self.steers: bool = steers_rate(policy)
+        in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
+        self._controls: bool = self.steers or (in_long_run if options.control is None else options.control)
+        self._auto = options.learning_rate == "auto"
+        self._keep = options.keep_rate or (isinstance(policy, AsConfigured) and not self._auto)
+        self.of_plan: PlanRate | None = None
+        self.control: ControlledRate | None = None
+
+    def begin(self, initial: InitialLoss | None, own: float | None = None) -> None:
+        """Make the rate follow the plan until the run ends; see `PlanRate` for the arguments."""
+        self.of_plan = PlanRate(
+            self._run,
+            self._targets,
+            auto=self._auto,
+            controlled=self._controls,
+            keep=self._keep,
+            initial=initial,
+            own=own,
+        )
+
+    def begin_control(self, state: Mapping[str, Any] | None, journal: Journal) -> None:
+        """Start correcting the rate during the run, if requested.
+
+        Args:
+            state: the state of a resumed run; None for a new one.
+            journal: gets a line if the run gives too little evidence.
+        """
+        if not self._controls:
+            return
+        assert self.of_plan is not None, "begin comes first"
+        total = self._run.total_steps
+        labels = self.of_plan.of_labels and not self.steers
+        steps = () if labels else self._schedule.steps(total) if self.steers else decision_steps(total)
+        if not steps:
+            shows = "steps on labels give" if labels else f"{total} steps give"
+            journal.note(f"The learning rate is not controlled: {shows} too little evidence.")
+        control = None if self.steers else CONTROL
+        self.control = ControlledRate(self._run, self._targets, self.of_plan, control, steps, journal)
+        with readable_state():
+            self.control.begin(state)
