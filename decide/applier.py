@@ -203,11 +203,6 @@ class PlanApplier(Generic[AdaptersT]):
         cost = cost or self.cost
         return cost if self.clock.measures else self._without_buffers(cost)
 
-    def in_words(self, cost: float) -> str:
-        """Describe the current plan, whose cost is known, for people."""
-        adapted = f"{np.count_nonzero(self.ranks)} of {len(self.ranks)} modules adapted"
-        return f"{adapted}, {part_of(cost, self.limit, self.cost.unit)}, mean rank {self.ranks.mean():.1f}"
-
     def fits(self, ranks: IntArray | None = None) -> bool:
         """True if a plan is within the limits until the next decision; default: the current ranks."""
         ranks = self.ranks if ranks is None else ranks

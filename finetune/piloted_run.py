@@ -264,7 +264,6 @@ class PilotedRun:
             self.applier = self._applier_of(state)
             known, layers, names = predictions_of(state), frozenset(state["checkpointed"]), frozenset(state["savers"])
             streamed = counted(state["streamed"])
-            at, cost = known[-1]
             initial, own = (
                 InitialLoss(*map(finite, state["initial"])) if state["initial"] else None,
                 finite(state["own_rate"]),
@@ -280,7 +279,7 @@ class PilotedRun:
         self.begun = True
         finish_load(run.model, targets)
         journal.open(name, known, writes=run.replicas.processes.first)
-        journal.note(f"Resuming after step {step} with the plan of step {at}: {self.applier.in_words(cost)}.")
+        journal.resumed(step, self.applier)
         journal.forget_control(step)
         counts_bytes = self.elastic.budget.kind != "parameters"
         self._savers.begin(counts_bytes=counts_bytes, names=names, streamed=streamed)

@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .hook import tell
 from .order import VARIABLE, Order
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -54,12 +54,6 @@ def launch(command: Sequence[str], options: Mapping[str, Any], *, dry: bool = Fa
             tell(UNTRAINED if seen else ESCAPED)
             return 0 if seen else NOTHING_ATTACHED
     return status
-
-
-def tell(text: str) -> None:
-    """Write a line to standard error."""
-    sys.stderr.write(f"rankpilot run: {text}\n")
-    sys.stderr.flush()
 
 
 def _environment(order: Order) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ...agents.policy_file import CARD, WEIGHTS
 from ...common.arrays import IntArray
 from ...common.errors import BudgetError
 from ...common.files import append_json_line, read_json_lines, write_json_lines
+from ...common.text import part_of
 from ...cost.cost import TimedCost, plan_cost
 from ...cost.savers.checkpointed_layers import could_checkpoint
 from ...cost.savers.prices import ACTIVATIONS, Saved, plain_text
@@ -107,6 +108,13 @@ class Journal:
                 (self.log.folder / POLICY).mkdir(exist_ok=True)
                 for name in (CARD, WEIGHTS):
                     shutil.copyfile(folder / name, self.log.folder / POLICY / name)
+
+    def resumed(self, step: int, applier: PlanApplier[Any]) -> None:
+        """Report that a run resumes after a step, and its plan."""
+        (at, cost), ranks = self.predictions[-1], applier.ranks
+        adapted, taken = np.count_nonzero(ranks), part_of(cost, applier.limit, applier.cost.unit)
+        plan = f"{adapted} of {len(ranks)} modules adapted, {taken}, mean rank {ranks.mean():.1f}"
+        self.note(f"Resuming after step {step} with the plan of step {at}: {plan}.")
 
     def forget(self, keep: int) -> None:
         """Keep only the first `keep` decisions and corrections, since the later ones were undone."""

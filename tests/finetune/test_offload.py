@@ -119,7 +119,7 @@ def test_a_run_offloads_and_puts_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = made(), list[str]()
     rows = [{name: value[0] for name, value in BATCH.items()}] * 8
     loader = DataLoader(rows, 2, collate_fn=default_data_collator)  # type: ignore[arg-type]
-    monkeypatch.setattr("rankpilot.finetune.piloted_run.can_offload", lambda _: True)
+    monkeypatch.setattr("rankpilot.finetune.run_savers.can_offload", lambda _: True)
     run = TrainingRun.of_loader(model, torch.optim.AdamW(model.parameters()), loader, total_steps=4)
     pilot = RankPilot("uniform", budget="100%", offload=True, tell=told.append)
     layers = [module for module in model.modules() if training_step.CHECKPOINT in vars(module)]
