@@ -10,6 +10,8 @@ depends on the rank (docs/learning-rate.md). Rank changes therefore keep alpha, 
 / r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
 """
 
+from __future__ import annotations
+
 import copy
 import logging
 import re
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -265,13 +268,23 @@ class AsPassed:
 
     Attributes:
         ranks: the rank of each target module, by name.
-        rank_pattern: the user's exceptions from `r`.
-        alpha_pattern: the user's exceptions from `lora_alpha`.
+        patterns: the user's `rank_pattern` and `alpha_pattern`; None if they do not lead to these ranks.
     """
 
     ranks: dict[str, int]
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, int]
+    patterns: tuple[dict[str, int], dict[str, int]] | None
+
+    @classmethod
+    def of(cls, targets: Sequence[TargetModule], config: LoraConfig) -> AsPassed:
+        """Return the adapter of these modules, with its configuration."""
+
+        def told(patterns: dict[str, int], name: str, default: int) -> int:
+            return patterns.get(get_pattern_key(patterns, name), default)
+
+        ranks, alphas = config.rank_pattern, config.alpha_pattern
+        true = all(told(ranks, t.name, config.r) == t.rank for t in targets)
+        true = true and all(told(alphas, t.name, config.lora_alpha) == t.alpha for t in targets)
+        return cls(adapter_ranks(targets), (ranks, alphas) if true else None)
 
 
 def ranks_as_passed(model: nn.Module, targets: Sequence[TargetModule]) -> IntArray:
@@ -306,12 +319,11 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     tied = tied_pairs(peft_model, targets)
     ranks = {t.name: max(t.rank, 1) for t in adapted} | {name: layer.r[adapter] for name, layer in tied.items()}
     resizable, passed, _ = peft_model.__dict__.get(_RESIZABLE, {}).get(adapter, (None, None, ()))
-    unchanged = resizable is config and passed.ranks == adapter_ranks(targets)
-    config.rank_pattern = passed.rank_pattern if unchanged else _patterns(ranks)
+    as_passed = passed.patterns if resizable is config and passed.ranks == adapter_ranks(targets) else None
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
     alphas |= {name: layer.lora_alpha[adapter] for name, layer in tied.items()}
-    patterns = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
-    config.alpha_pattern = passed.alpha_pattern if unchanged else patterns
+    exceptions = {} if set(alphas.values()) <= {config.lora_alpha} else alphas
+    config.rank_pattern, config.alpha_pattern = as_passed or (_patterns(ranks), _patterns(exceptions))
     dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
     # "lora_only" saves no bias of a module without a pair.
     config.bias = "all" if bias == "lora_only" and dropped else bias
@@ -391,7 +403,7 @@ def make_resizable(model: nn.Module, targets: Sequence[TargetModule]) -> None:
         hook.remove()
     hooks = [target.layer.register_state_dict_post_hook(partial(_omit_rank_0, target)) for target in targets]
     hooks.append(peft_model.register_load_state_dict_pre_hook(_LoadHook(peft_model, targets)))
-    done[adapter] = own, AsPassed(adapter_ranks(targets), own.rank_pattern, own.alpha_pattern), hooks
+    done[adapter] = own, AsPassed.of(targets, own), hooks
 
 
 def resizable_targets(model: nn.Module, scaling: Scaling) -> list[TargetModule]:

@@ -60,6 +60,8 @@ def test_with_room_nothing_of_the_users_changes(name: str, llama_config: LlamaCo
     for (_, there), (key, here) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert torch.equal(here, there), key
     kept = [json.loads((tmp_path / run / "adapter/adapter_config.json").read_text()) for run in ("alone", "under")]
+    modules = [{*each.pop("target_modules")} for each in kept]
+    assert modules[0] == modules[1]
     assert kept[0] == kept[1]
 
 

@@ -14,7 +14,7 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from rankpilot.common.errors import BudgetError, NoGradientError, UnsupportedError
+from rankpilot.common.errors import NoGradientError, UnsupportedError
 from rankpilot.cost.batch_shape import in_texts, map_tensors, padded, reshaped
 from rankpilot.cost.record.calibration import LOOP_BYTES
 from rankpilot.cost.recording import BatchShape
@@ -112,7 +112,7 @@ def test_rollouts_leave_ranks_and_adapters_as_they_are(
     assert max(map(abs, errors)) <= 0.01
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rankpilot: ")]
     assert any(line.startswith("rankpilot: Steps run whole, not in parts: ") for line in told)
-    assert any(line.startswith("rankpilot: Ranks and learning rate are not changed") for line in told)
+    assert any(line.startswith("rankpilot: The LoRA stays as configured") for line in told)
     assert bool(pilot.pilot.figures().get("checkpointed_layers")) == (budget != "100%")
 
 
@@ -135,10 +135,8 @@ def test_what_would_move_ranks_under_rollouts_is_refused(tmp_path: Path) -> None
     with pytest.raises(UnsupportedError, match=r"generates its data during training, so no plan.*allocate"):
         rankpilot.allocate(trainer, budget="80%")
     pilot = rankpilot.attach(trainer, budget="3k params")
-    with pytest.raises(BudgetError, match=r"LoraConfig do not fit.*8,192 of 3,000 parameters.*Lower r"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    assert pilot.peaks == []
+    trainer.train()
+    assert pilot.predictions[-1][1] <= pilot.limit == 3000, "ranks shrink where nothing else fits"
 
 
 @pytest.mark.filterwarnings("ignore")
