@@ -160,6 +160,10 @@ class Recording:
         freed[list(self.added_at)] = list(self.added_at.values())
         return replace(self, freed=freed, gradients={})
 
+    def rank_of_each(self, ranks: IntArray) -> IntArray:
+        """Return the rank of each storage's target module under a plan, or 1 if it has none, (storages,)."""
+        return np.where(self.target_index >= 0, np.asarray(ranks)[self.target_index], 1)
+
     def saved_under(self, ranks: IntArray) -> BoolArray:
         """Return the storages autograd holds at the end of the forward pass under a plan, bool (storages,).
 
