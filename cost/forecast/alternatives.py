@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..streaming import ON_DEVICE
-from .outlook import SURELY, Choice, Outlook, is_hopeless
+from .card_use import SURELY
+from .outlook import Choice, Outlook
 
 
 def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
     """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
-    assert outlook.card is not None, "there is no card"
-    beside, found = outlook.card.memory_bytes - outlook.room, list[tuple[int, int]]()
+    assert outlook.room is not None, "there is no card"
+    beside, found = outlook.room.taken, list[tuple[int, int]]()
     for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
         if found and beside + SURELY * choice.step_bytes > min(found)[0]:
             break
@@ -27,15 +28,16 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
     seconds are an upper bound at the bus rate of the card.
     """
-    if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
+    room = outlook.room
+    if not room or outlook.step.loaded.offload or not outlook.checkpointable:
         return None
     ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
-    if (best and best.layers == outlook.blocks) or is_hopeless(outlook, least := lighter.peak(ranks), outlook.slack):
+    if (best and best.layers == outlook.blocks) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
         return None
-    use, moved = outlook.use_of(lighter, ranks), outlook.memory.peak(ranks) - least
+    use, moved = room.use(lighter, ranks), outlook.memory.peak(ranks) - least
     if use.verdict != "fits":
         return None
-    return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
+    return use.spare_bytes, 2 * moved / room.card.bus_bytes_per_s
 
 
 def brought_by_streaming(outlook: Outlook) -> Outlook | None:
