@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,6 +164,75 @@ def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
     containers[id(value)] = value, value.copy()
     for item in value.values() if isinstance(value, dict) else value:
         _note(item, containers)
+
+
+_ABSENT: Any = object()
+
+
+@contextmanager
+def standing(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a function of an object."""
+    attributes = vars(thing)
+    before, attributes[name] = attributes.get(name, _ABSENT), function
+    try:
+        yield
+    finally:
+        _put_back(attributes, name, before)
+
+
+def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:
+    """Restore an attribute of an object, or remove it if it was absent."""
+    if before is _ABSENT:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = before
+
+
+class ReplacedMethods:
+    """Methods of an object that are replaced until `release`.
+
+    Args:
+        owner: the object.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._ours: dict[str, Callable[..., Any]] = {}
+        self._before: dict[str, Any] = {}
+
+    def replace(self, name: str, function: Callable[..., Any]) -> None:
+        """Replace a method by a function that gets the original as its first argument."""
+        attributes, run = vars(self._owner), getattr(self._owner, name)
+        self._before.setdefault(name, attributes.get(name, _ABSENT))
+
+        def ours(*arguments: Any, **options: Any) -> Any:
+            function_now = partial(function, run) if self._ours.get(name) is ours else run
+            return function_now(*arguments, **options)
+
+        self._ours[name] = attributes[name] = ours
+
+    def before(self) -> dict[str, Any]:
+        """Return the functions set on the object before those that still replace them; None for a usual method."""
+        names = [name for name, own in self._ours.items() if vars(self._owner).get(name) is own]
+        return {name: None if self._before[name] is _ABSENT else self._before[name] for name in names}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reduce our functions to calls of the originals: a measured step is not part of the run."""
+        ours, self._ours = self._ours, {}
+        try:
+            yield
+        finally:
+            self._ours = ours
+
+    def release(self) -> None:
+        """Put the methods back."""
+        attributes = vars(self._owner)
+        for name, before in self._before.items():
+            if attributes.get(name) is self._ours[name]:  # else it was replaced since, and may still call ours
+                _put_back(attributes, name, before)
+        self._ours.clear()
+        self._before.clear()
 
 
 @contextmanager
