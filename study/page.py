@@ -20,14 +20,13 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import NO_ADAPTER, RUNGS, finite_points, rank_colors
 from ..common.errors import BudgetError, DataError
 from ..common.files import read_object, read_shapes, write_text
-from ..common.text import format_bytes, short_names
+from ..common.text import format_bytes, module_kinds, short_names
 from ..cost.budget import TimeBudget
 from ..data.task import KINDS
 from ..decide.log import DecisionRecord
 from ..decide.observation import MODULE_FEATURES
 from ..finetune.options import PILOT
 from ..report.memory import saver_rows
-from .pictures import module_kinds
 from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
 from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict
 

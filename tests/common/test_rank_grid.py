@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from rankpilot.common.drawing import ABSENT, NO_ADAPTER, RUNGS, rank_colors
+from rankpilot.common.drawing import NO_ADAPTER, RUNGS, rank_colors
 from rankpilot.lora.spec import DEFAULT_RANKS
 
 
@@ -19,7 +19,5 @@ def test_higher_ranks_are_darker_and_rungs_stay_apart() -> None:
     np.testing.assert_array_equal(rank_colors(np.array([[2 * RUNGS[-1]]])), colors[-1:, None])
 
 
-def test_no_adapter_is_grey_and_no_module_is_white() -> None:
-    grey, white = rank_colors(np.array([0, ABSENT]))
-    assert tuple(grey) == pytest.approx(to_rgb(NO_ADAPTER))
-    assert white.tolist() == [1, 1, 1]
+def test_no_adapter_is_grey() -> None:
+    assert tuple(rank_colors(np.array([0]))[0]) == pytest.approx(to_rgb(NO_ADAPTER))
