@@ -21,8 +21,8 @@ from ..cost.record.measured_time import part_seconds_of
 from ..cost.savers.streamed_base import StreamedBase, streamable_layers, streaming_of, unstreamable
 from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers, spread
 from .options import PilotOptions
+from .step.put_back import gradients_put_back
 from .step.run import TrainingRun
-from .step.undisturbed import gradients_put_back
 
 DEVICES: frozenset[str] = frozenset({"cuda"})
 """Types of devices with memory of their own; elsewhere streaming frees nothing, so "auto" leaves it off."""

@@ -42,8 +42,7 @@ from ..recording import BatchShape
 from ..savers.exact import ExactSavers
 from ..savers.prices import free_savers
 from ..step_config import OptimizerName, StepConfig, check_length
-from ..step_time import StepWork
-from ..work_growth import MASK_ALIGNMENT
+from ..step_time import MASK_ALIGNMENT, StepWork
 from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
 from .published import (
     check_experts,

@@ -14,11 +14,10 @@ from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.cards import card_rates, find_device_spec
 from rankpilot.cost.forecast.allocator import replay
-from rankpilot.cost.forecast.alternatives import brought_by_offloading, smallest_use
 from rankpilot.cost.forecast.card_use import SLACK
 from rankpilot.cost.forecast.configured_step import Shards
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.cost.forecast.outlook import Outlook, brought_by_offloading, smallest_use
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.report.memory import configuration_text, verdict_text
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
