@@ -1,8 +1,7 @@
-"""Shared parts of all pictures: size, colors, titles, file output, and the colors of ranks.
+"""Shared parts of all pictures: size, colors, titles and file output.
 
 All pictures use the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
-README, and titles state the result. The color scale of ranks is fixed, so a color means the same rank everywhere, with
-equal steps between neighboring rungs; rank 0 is gray. Colors suit color-blind readers (Okabe and Ito 2008; viridis).
+README, colors (Okabe and Ito 2008) suit color-blind readers, and titles state the result.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import FloatArray, IntArray
+from .arrays import FloatArray
 from .errors import naming_extras
 from .files import atomic_path
 
@@ -83,19 +82,3 @@ def finite_points(points: Points) -> FloatArray:
     """Points as (n, 2) without NaN or infinity."""
     table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     return table[np.isfinite(table).all(axis=1)]
-
-
-RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Ranks with equally spaced colors: the default ladder. Higher ranks use the last color."""
-NO_ADAPTER = "#e9e9e9"
-_GREY = int(NO_ADAPTER[1:3], 16) / 255
-_VIRIDIS = "e5e419 addc30 75d054 46c06f 27ad81 1f998a 25848e 2d718e 375b8d 414287 482979 460b5e"
-"""Color of each rung: matplotlib's viridis at 12 evenly spaced points from light to dark, without its ends."""
-_CHANNELS = np.array([list(bytes.fromhex(color)) for color in _VIRIDIS.split()]).T / 255
-
-
-def rank_colors(ranks: IntArray | FloatArray) -> FloatArray:
-    """RGB of ranks in an array, (..., 3): gray for 0, else from light to dark."""
-    colors = np.stack([np.interp(ranks, RUNGS, channel) for channel in _CHANNELS], axis=-1)
-    colors[ranks == 0] = _GREY
-    return colors

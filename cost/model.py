@@ -137,7 +137,7 @@ class MemoryModel:
             UnsupportedError: see `sizes`.
         """
         base, slope = self.sizes(shape or self.shape)
-        cost, _ = self._full_cost(self._finder.candidates(base + RANK * slope), base, slope)
+        cost = self._full_cost(self._finder.candidates(base + RANK * slope), base, slope)
         return self._with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))))
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
@@ -148,16 +148,13 @@ class MemoryModel:
         """
         base, slope = self.sizes(shape or self.shape)
         _, candidate = self._highest(ranks, shape or self.shape)
-        cost, groups = self._full_cost([candidate] if candidate else [], base, slope)
+        cost = self._full_cost([candidate] if candidate else [], base, slope)
         total = float(moment_costs(self._with_margin(cost), ranks)[0])
         peak = PeakStorages(cost.moments[0], total, candidate, np.zeros(len(base)), self.recording)
         if candidate is None:  # the optimizer step
             return peak
-        live, group = groups.at(candidate)
-        needed = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
-        copies = 1 + candidate.copied
-        growing = slope * self.recording.rank_of_each(ranks)
-        sizes = np.where(live & needed, copies * base, 0) + np.where(live, growing, 0)
+        live, counted = _Needs.of(self._reasons, ranks > 0).at(candidate)
+        sizes = counted * (1 + candidate.copied) * base + live * slope * self.recording.rank_of_each(ranks)
         there, _ = self._gradients.at(candidate)
         sizes[there] += self._gradients.sizes(base, slope, ranks)[there]
         return replace(peak, sizes=sizes)
@@ -179,9 +176,7 @@ class MemoryModel:
         """Cache of earlier results, by their arguments."""
         return {}
 
-    def _full_cost(
-        self, candidates: Sequence[PeakCandidate], base: FloatArray, slope: FloatArray
-    ) -> tuple[ByteCost, _Groups]:
+    def _full_cost(self, candidates: Sequence[PeakCandidate], base: FloatArray, slope: FloatArray) -> ByteCost:
         """Return the cost of plans at these candidates and the optimizer step (last), without margin."""
         states = self.states
         groups = _Groups(self._reasons, len(states.weights))
@@ -192,14 +187,13 @@ class MemoryModel:
         for row, (_, grouped, _) in zip(by_group, rows, strict=True):
             row[list(grouped)] = list(grouped.values())
         fixed = np.tile(states.fixed, (len(rows), 1))
-        cost = ByteCost(
+        return ByteCost(
             moments=(*(candidate.label for candidate in candidates), "optimizer step"),
             constant=np.array([constant for constant, _, _ in rows]),
             per_rank=np.stack([per_rank for _, _, per_rank in rows]),
             group_bytes=np.concatenate([by_group, fixed], axis=1),
             needs=np.concatenate([groups.needs(), np.eye(len(states.weights), dtype=np.bool_)]),
         )
-        return cost, groups
 
     def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
         """Return the bytes of each recorded storage under a plan, wherever it is live, (storages,); see `sizes`.

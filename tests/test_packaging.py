@@ -82,6 +82,7 @@ SHIPPED = (
     "decide/plan/worth.json",
     "env/weights/llama-4x32/model.safetensors",
     "cost/devices.json",
+    "data/assets.json",
     "cost/forecast/published_models.json",
     "study/assets/page.html",
     "study/assets/uplot/LICENSE",

@@ -10,6 +10,8 @@ from matplotlib.image import imread
 from rankpilot.agents.training import learning_curve, learning_sentence
 from rankpilot.common.drawing import save_figure
 from rankpilot.common.text import module_kinds, short_names
+from rankpilot.lora.spec import DEFAULT_RANKS
+from rankpilot.study.page import RANK_COLORS
 from rankpilot.study.verdict import ranks_sentence
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +39,13 @@ def test_experts_of_one_kind_are_one_kind() -> None:
     kinds = ("self_attn.q_proj", *(f"mlp.experts.{number}.up_proj" for number in range(8)))
     modules = [f"model.layers.{layer}.{kind}" for layer in range(2) for kind in kinds]
     assert set(module_kinds(short_names([*modules, "lm_head"]))) == {"q_proj", "up_proj", "lm_head"}
+
+
+def test_higher_ranks_are_darker_and_rungs_stay_apart() -> None:
+    colors = np.array([list(bytes.fromhex(color)) for color in RANK_COLORS.split()])
+    assert len(colors) == len(DEFAULT_RANKS[1:])
+    brightness = colors @ (0.299, 0.587, 0.114)
+    assert (np.diff(brightness) < -0.5 * np.ptp(brightness) / len(colors)).all(), "half of an even share at least"
 
 
 def test_short_names() -> None:
