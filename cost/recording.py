@@ -106,6 +106,11 @@ class Recording:
     segments: tuple[Segment, ...]
     inputs_on_device: int = 0
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the checkpointed layers, in forward order; a layer may have several segments."""
+        return tuple(dict.fromkeys(segment.name for segment in self.segments))
+
     @cached_property
     def needed_in_phases(self) -> tuple[dict[int, ModuleSet], ...]:
         """`needed`, and its successive replacements at the times of `needed_later`."""

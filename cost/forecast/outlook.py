@@ -193,8 +193,8 @@ class Outlook:
         self.room: CardRoom | None = CardRoom(card, frozen, expandable, self.slack) if card else None
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
         asked_for = settings.gradient_checkpointing if card else "auto"
-        segments = self._free.memory.segments if asked_for else ()
-        self._set = None if asked_for == "auto" else tuple(dict.fromkeys(segment.name for segment in segments))
+        layers = self._free.memory.recording.layers if asked_for else ()
+        self._set = None if asked_for == "auto" else layers
 
     @cached_property
     def step(self) -> ConfiguredStep:
@@ -255,7 +255,7 @@ class Outlook:
     @cached_property
     def checkpointable(self) -> tuple[str, ...]:
         """Names of the checkpointable layers; empty if the model class does not support checkpointing."""
-        return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
+        return self.memory.recording.layers
 
     def plan(self, layers: int, rank: int) -> IntArray:
         """Return the plan with adapters on the top `layers` layers, int64 (modules,)."""
@@ -281,8 +281,7 @@ class Outlook:
             ranks: its plan, int64 (modules,).
         """
         layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
-        checkpointed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
-        self._others.append(self._priced(kind, layers, rank, checkpointed, memory, ranks, shape, label))
+        self._others.append(self._priced(kind, layers, rank, memory.recording.layers, memory, ranks, shape, label))
 
     def _priced(
         self,

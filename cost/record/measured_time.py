@@ -31,9 +31,9 @@ from ..model import RANK
 from ..part_seconds import PartSeconds, published_rates
 from ..step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from ..training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
-from .autograd_graph import flow_from
 from .calibration import all_training, prepare
 from .live_storages import run_on_meta, tensors_in
+from .recorder import flow_from
 
 ROUNDS, SHORT_ROUNDS = 3, 5
 """Timed repetitions per plan after one warm-up round, and repetitions if all steps are short; the median counts."""
