@@ -42,7 +42,6 @@ class Tally:
         rectangle: tokens of the batches, padding included.
         real: tokens without padding.
         in_parts: tokens of all parts, padding included.
-        layers: checkpointed layers of all parts, weighted by their tokens.
         too_large: batches too large to run whole, even with all layers checkpointed.
     """
 
@@ -51,7 +50,6 @@ class Tally:
     rectangle: int = 0
     real: int = 0
     in_parts: int = 0
-    layers: int = 0
     too_large: int = 0
 
     def add(self, rows: BatchRows, parts: Sequence[Part], *, fits: bool) -> None:
@@ -62,7 +60,6 @@ class Tally:
         self.rectangle += rows.tokens
         self.real += int(rows.lengths.sum())
         self.in_parts += sum(part.tokens for part in parts)
-        self.layers += sum(part.tokens * part.layers for part in parts)
 
     @property
     def padding_saved(self) -> float:
