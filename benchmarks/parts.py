@@ -33,8 +33,7 @@ from rankpilot.cost.savers.exact import SAVERS, ExactSavers
 from rankpilot.data.corpora import standard_library
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.data.packaged_data import read_reviews
-from rankpilot.decide.plan.part_bytes import PlanBytes
-from rankpilot.decide.plan.parts import Part, plan_parts
+from rankpilot.decide.plan.parts import Part, PlanBytes, plan_parts
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.step.batch_rows import BatchRows, Cuts

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from ..common.errors import ConfigError, RunFolderError, UnsupportedError
+from ..common.errors import ConfigError, RunFolderError
 from ..common.files import write_json
 from .progress import console, tell
 
@@ -33,8 +33,8 @@ class StudyOptions:
     It starts with the results, then shows ranks, losses, memory and time over the steps, every decision with its
     reasons, and how to load the adapter; several runs are shown side by side. RUN is the folder of rankpilot finetune,
     the output folder of a Trainer with rankpilot.attach, or the folder of a decision log (decisions). Runs still in
-    progress are supported: missing data is left out. For a single run, a picture of its ranks, ranks.png, is written
-    next to the page. docs/study.md explains how to read it.
+    progress are supported: missing data is left out. docs/study.md explains
+    how to read the page.
 
     Attributes:
         runs: the folders of the runs.
@@ -79,24 +79,17 @@ def write_study(
 
     Args:
         folders: folders of the runs, at least one.
-        output: the file of the page. By default, the page and a picture of the ranks are written to the run's folder.
+        output: the file of the page, study.html in the run's folder by default.
         explain: see `StudyOptions`.
         policy: see `StudyOptions`.
     """
     from ..report.memory import saver_table
     from ..study.page import write_page
-    from ..study.pictures import write_rank_picture
     from ..study.verdict import summary_table
 
     runs, data = _read(folders, explain, policy)
     path = output or folders[0] / PAGE
     write_page(data, path)
-    try:
-        picture = write_rank_picture(runs[0]) if output is None else None
-        alike = data["runs"][0]["sentences"].get("ranks", "") if output is None else ""
-        drawn = [f"Picture of the ranks: {picture}" if picture else alike and f"No picture of the ranks: {alike}."]
-    except UnsupportedError as error:
-        drawn = [str(error)]
     if finished := [run for run in runs if run.results]:
         console.print(summary_table(*finished))
     for run, shown in zip(runs, data["runs"], strict=True):
@@ -108,7 +101,7 @@ def write_study(
         tell(*shown["results"], *(f"Not shown on the page: {part}." for part in shown["left_out"]))
         if run.adapter:
             tell(f"Adapter (the page shows how to load, merge and export it): {run.adapter}")
-    tell(f"Page: {path}", *filter(None, drawn))
+    tell(f"Page: {path}")
     return path
 
 

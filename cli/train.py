@@ -18,9 +18,9 @@ def main(arguments: Sequence[str]) -> None:
 def train_command(options: Train) -> None:
     """Train an agent, and draw its learning curve."""
     from ..agents.policy_file import load_policy
+    from ..agents.training import learning_curve, learning_sentence
     from ..common.drawing import save_figure
     from ..common.files import read_json_lines
-    from ..study.pictures import learning_curve, learning_sentence
     from ..train_agent import PROGRESS, train
 
     folder = train(options, tell=tell)

@@ -1,7 +1,7 @@
-"""Shared parts of all pictures: size, colors, titles, file output, and the heat map of ranks.
+"""Shared parts of all pictures: size, colors, titles and file output.
 
-The color scale of the heat map is fixed, so a color means the same rank in every picture, with equal steps between
-neighboring rungs. Rank 0 is gray, and hatched if there is room. Colors suit color-blind readers (viridis).
+All pictures use the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
+README, colors (Okabe and Ito 2008) suit color-blind readers, and titles state the result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import FloatArray, IntArray
+from .arrays import FloatArray
 from .errors import naming_extras
 from .files import atomic_path
 
@@ -82,67 +82,3 @@ def finite_points(points: Points) -> FloatArray:
     """Points as (n, 2) without NaN or infinity."""
     table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     return table[np.isfinite(table).all(axis=1)]
-
-
-ABSENT = -1
-"""Placeholder rank for a missing module."""
-RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Ranks with equally spaced colors: the default ladder. Higher ranks use the last color."""
-NO_ADAPTER = "#e9e9e9"
-_GREY = int(NO_ADAPTER[1:3], 16) / 255
-_VIRIDIS = "e5e419 addc30 75d054 46c06f 27ad81 1f998a 25848e 2d718e 375b8d 414287 482979 460b5e"
-"""Color of each rung: matplotlib's viridis at 12 evenly spaced points from light to dark, without its ends."""
-_CHANNELS = np.array([list(bytes.fromhex(color)) for color in _VIRIDIS.split()]).T / 255
-
-
-def rank_colors(ranks: IntArray | FloatArray) -> FloatArray:
-    """RGB of ranks in an array, (..., 3): gray for 0, white for a missing module, else from light to dark."""
-    colors = np.stack([np.interp(ranks, RUNGS, channel) for channel in _CHANNELS], axis=-1)
-    colors[ranks == 0] = _GREY
-    colors[ranks == ABSENT] = 1.0
-    return colors
-
-
-def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float], *, gap: float, hatched: bool) -> None:
-    """Draw a cell for each rank, and white lines between the rows.
-
-    Args:
-        axes: their limits are set to the grid, without spines and tick marks.
-        ranks: ranks or mean ranks, (rows, columns), the first row at the bottom; `ABSENT` leaves a cell white.
-        edges: start of each column, and end of the last one, (columns + 1,).
-        gap: width of the lines, points; 0 for none.
-        hatched: hatch the cells of rank 0.
-    """
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    rows = len(ranks)
-    axes.pcolormesh(edges, np.arange(rows + 1), rank_colors(ranks), zorder=1)
-    if hatched:
-        cells = np.argwhere(ranks == 0).tolist()
-        patches = [Rectangle((edges[column], row), edges[column + 1] - edges[column], 1) for row, column in cells]
-        style: dict[str, Any] = {"facecolor": NO_ADAPTER, "edgecolor": "#d2d2d2", "hatch": "///", "linewidth": 0}
-        axes.add_collection(PatchCollection(patches, **style, zorder=1.5), autolim=False)
-    if gap:
-        axes.hlines(range(1, rows), edges[0], edges[-1], color="white", linewidth=gap, zorder=2)
-    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, rows))
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
-
-
-def write_rank(axes: Axes, rank: int, place: tuple[float, float]) -> None:
-    """Write a rank into its cell in a readable color, right of a place in data coordinates."""
-    brightness = float(rank_colors(np.array([rank]))[0] @ (0.299, 0.587, 0.114))
-    color = FAINT if rank == 0 else "white" if brightness < 0.5 else INK
-    style: dict[str, Any] = {"ha": "left", "va": "center_baseline", "fontsize": 8, "color": color, "zorder": 4}
-    axes.annotate(str(rank), place, xytext=(5, 0), textcoords="offset points", **style)
-
-
-def draw_key(axes: Axes, rungs: Sequence[int]) -> None:
-    """Draw the key: a swatch for each rank, the lowest at the bottom."""
-    ranks = np.array(rungs, dtype=np.int64)[:, None]
-    draw_cells(axes, ranks, (0, 1), gap=1.5, hatched=True)
-    axes.yaxis.tick_right()
-    axes.set_yticks(np.arange(len(rungs)) + 0.5, [str(rank) for rank in rungs])
-    axes.set_xticks([])
-    axes.set_title("rank", fontsize=9, color=FAINT, loc="left", y=1, pad=7)

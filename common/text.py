@@ -81,6 +81,15 @@ def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
     return [name if counts[layer, end] > 1 else end for name, layer, end in zip(modules, layers, ends, strict=True)]
 
 
+def module_kinds(names: Sequence[ShortName]) -> list[str]:
+    """Return the kind of each module, equal across layers and experts: such as "mlp.up_proj"."""
+    # Without the number of an expert: "experts.3.up_proj" -> "experts.up_proj".
+    full = [re.sub(r"(^|\.)\d+(?=\.|$)", "", name.kind).lstrip(".") or name.kind for name in names]
+    different = list(dict.fromkeys(full))
+    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
+    return [ends[kind] for kind in full]
+
+
 def layer_titles(layers: Sequence[str]) -> list[str]:
     """Display names of layers: "layer 3", or the last part; in full to avoid duplicates."""
     numbers = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]

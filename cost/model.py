@@ -136,7 +136,7 @@ class MemoryModel:
             UnsupportedError: see `sizes`.
         """
         base, slope = self.sizes(shape or self.shape)
-        cost, _ = self._full_cost(self._finder.candidates(base + RANK * slope), base, slope)
+        cost = self._full_cost(self._finder.candidates(base + RANK * slope), base, slope)
         return self._with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))))
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
@@ -147,29 +147,20 @@ class MemoryModel:
         """
         base, slope = self.sizes(shape or self.shape)
         _, candidate = self._highest(ranks, shape or self.shape)
-        cost, groups = self._full_cost([candidate] if candidate else [], base, slope)
+        cost = self._full_cost([candidate] if candidate else [], base, slope)
         total = float(moment_costs(self._with_margin(cost), ranks)[0])
         peak = PeakStorages(cost.moments[0], total, candidate, np.zeros(len(base)), self.recording)
         if candidate is None:  # the optimizer step
             return peak
-        live, group = groups.at(candidate)
-        needed = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
-        copies = 1 + candidate.copied
-        sizes = np.where(live & needed, copies * base, 0) + np.where(live, slope * self._rank_of_each(ranks), 0)
-        serials, modules = self._gradients(candidate)
-        sizes[serials] += np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
+        live, counted = _Needs.of(self._reasons, ranks > 0).at(candidate)
+        sizes = counted * (1 + candidate.copied) * base + live * slope * self.recording.rank_of_each(ranks)
+        there, _ = self._gradients.at(candidate)
+        sizes[there] += self._gradients.sizes(base, slope, ranks)[there]
         return replace(peak, sizes=sizes)
 
     @cached_property
-    def _all_gradients(self) -> IntArray:
-        """Serial numbers and target modules (-1 for none) of the gradients of all parameters, (2, gradients)."""
-        return np.array([*self.recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
-
-    def _gradients(self, candidate: PeakCandidate) -> tuple[IntArray, IntArray]:
-        """Return the serial numbers and target modules (-1 for none) of the live parameter gradients."""
-        serials, modules = self._all_gradients
-        live = self.accumulates | (self.recording.created[serials] <= candidate.time)
-        return serials[live], modules[live]
+    def _gradients(self) -> _Gradients:
+        return _Gradients(self.recording, stay=self.accumulates)
 
     @cached_property
     def _finder(self) -> PeakFinder:
@@ -184,9 +175,7 @@ class MemoryModel:
         """Cache of earlier results, by their arguments."""
         return {}
 
-    def _full_cost(
-        self, candidates: Sequence[PeakCandidate], base: FloatArray, slope: FloatArray
-    ) -> tuple[ByteCost, _Groups]:
+    def _full_cost(self, candidates: Sequence[PeakCandidate], base: FloatArray, slope: FloatArray) -> ByteCost:
         """Return the cost of plans at these candidates and the optimizer step (last), without margin."""
         states = self.states
         groups = _Groups(self._reasons, len(states.weights))
@@ -197,14 +186,13 @@ class MemoryModel:
         for row, (_, grouped, _) in zip(by_group, rows, strict=True):
             row[list(grouped)] = list(grouped.values())
         fixed = np.tile(states.fixed, (len(rows), 1))
-        cost = ByteCost(
+        return ByteCost(
             moments=(*(candidate.label for candidate in candidates), "optimizer step"),
             constant=np.array([constant for constant, _, _ in rows]),
             per_rank=np.stack([per_rank for _, _, per_rank in rows]),
             group_bytes=np.concatenate([by_group, fixed], axis=1),
             needs=np.concatenate([groups.needs(), np.eye(len(states.weights), dtype=np.bool_)]),
         )
-        return cost, groups
 
     def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
         """Return the bytes of each recorded storage under a plan, wherever it is live, (storages,); see `sizes`.
@@ -212,8 +200,8 @@ class MemoryModel:
         A parameter's gradient has the size of its weights, or 0 if the module is not adapted.
         """
         base, slope = self.sizes(shape or self.shape)
-        sizes = base + slope * self._rank_of_each(ranks)
-        serials, modules = self._all_gradients
+        sizes = base + slope * self.recording.rank_of_each(ranks)
+        serials, modules = self._gradients.serials, self._gradients.modules
         rank = np.where(modules >= 0, np.asarray(ranks)[modules], 1)
         sizes[serials] = np.where(rank > 0, base[serials] + slope[serials] * rank, 0)
         return sizes
@@ -252,8 +240,8 @@ class MemoryModel:
             shapes: shapes at which to look for candidates of the peak: at least the corners of the range to evaluate.
         """
         states, growth = self.states, self._growth.kinds
-        needs, factor = _Needs.of(self._reasons, ranks > 0), self._rank_of_each(ranks)
-        serials, modules = self._all_gradients
+        needs, factor = _Needs.of(self._reasons, ranks > 0), self.recording.rank_of_each(ranks)
+        gradients = self._gradients.sizes(self._base, self._slope, ranks)
         always = states.other_gradients + float((states.weights + states.scratch) @ ranks)
         amounts: list[FloatArray] = [np.zeros(len(growth[0].row_power))]
         fixed = [always]
@@ -263,9 +251,8 @@ class MemoryModel:
                 continue
             live, counted = needs.at(candidate)
             held = self._base * (counted * (1.0 + candidate.copied)) + self._slope * factor * live
-            there = np.isin(serials, self._gradients(candidate)[0])
-            added = np.where(modules < 0, self._base[serials], self._slope[serials] * ranks[modules])
-            held += np.bincount(serials[there], added[there], minlength=len(held))
+            there, _ = self._gradients.at(candidate)
+            held[there] += gradients[there]
             amounts.append(np.bincount(growth[1], held, minlength=len(amounts[0])).astype(np.float64))
             found = growth[0].factors(np.array([shape.rows]), np.array([shape.length]))[0] @ amounts[-1]
             fixed.append(max(highest - float(found), 0.0))  # blocks of the allocator
@@ -277,12 +264,10 @@ class MemoryModel:
         """Return the peak bytes of a plan above those between steps, and its candidate; None is the optimizer step."""
         base, slope = self.sizes(shape)
         states, finder, needs = self.states, self._finder, _Needs.of(self._reasons, ranks > 0)
-        growing = slope * self._rank_of_each(ranks)
+        growing = slope * self.recording.rank_of_each(ranks)
         highest, found = states.other_gradients + (states.weights + states.scratch) @ ranks, None
         first = len(finder.parts)  # the part of the current peak; the first of equal ones wins
-        serials, modules = self._all_gradients
-        gradients = np.zeros(len(base))
-        gradients[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
+        gradients = self._gradients.sizes(base, slope, ranks)
         added = np.zeros(len(base)) if self.accumulates else gradients
         bounds = finder.bounds(base, growing, (needs.met | ~needs.known)[[0, -2, -1]], added)
         bounds += self.accumulates * gradients.sum()
@@ -291,7 +276,7 @@ class MemoryModel:
                 break
             for candidate in finder.parts[part].candidates(base + RANK * slope):
                 live, counted = needs.at(candidate)
-                there = gradients[self._gradients(candidate)[0]].sum()
+                there = gradients[self._gradients.at(candidate)[0]].sum()
                 held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum() + there
                 if held > highest or (held == highest and part < first):
                     highest, found, first = held, candidate, part
@@ -317,11 +302,6 @@ class MemoryModel:
         """Return the bytes autograd saves for backward outside checkpointed segments; `ranks` has shape (modules,)."""
         return float(self.sizes_under(ranks, shape)[self.recording.saved_under(ranks)].sum())
 
-    def _rank_of_each(self, ranks: IntArray) -> IntArray:
-        """Return the rank of each storage's target module, or 1 if it has none, (storages,)."""
-        targets = self.recording.target_index
-        return np.where(targets >= 0, np.asarray(ranks)[targets], 1)
-
     def _bytes_at(
         self, candidate: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
     ) -> tuple[float, dict[int, float], FloatArray]:
@@ -334,12 +314,41 @@ class MemoryModel:
         always = live & (group < 0)
         copies = 1 + candidate.copied
         constant = float((copies * base)[always].sum() + slope[live & ~of_target].sum()) + states.others
-        serials, modules = self._gradients(candidate)
+        serials, modules = self._gradients.at(candidate)
         constant += float(base[serials[modules < 0]].sum())
         of_module = modules >= 0
         per_rank += np.bincount(modules[of_module], slope[serials[of_module]], minlength=len(per_rank))
         sums = np.bincount(group[live & ~always], (copies * base)[live & ~always])
         return constant, dict(enumerate(sums.tolist())), per_rank
+
+
+class _Gradients:
+    """The gradients of all parameters.
+
+    Args:
+        recording: the recorded step.
+        stay: True if all of them live throughout the step.
+
+    Attributes:
+        serials: their serial numbers, int64 (gradients,).
+        modules: their target modules, -1 for none, int64 (gradients,).
+    """
+
+    def __init__(self, recording: Recording, *, stay: bool) -> None:
+        pairs = np.array([*recording.gradients.items()], dtype=np.int64).reshape(-1, 2)
+        self.serials, self.modules = pairs.T
+        self._created, self._stay = recording.created[self.serials], stay
+
+    def at(self, candidate: PeakCandidate) -> tuple[IntArray, IntArray]:
+        """Return the serial numbers and target modules of those live at a candidate."""
+        live = self._stay | (self._created <= candidate.time)
+        return self.serials[live], self.modules[live]
+
+    def sizes(self, base: FloatArray, slope: FloatArray, ranks: IntArray) -> FloatArray:
+        """Return their bytes under a plan, 0 for other storages, (storages,); see `MemoryModel.sizes`."""
+        sizes, serials, modules = np.zeros(len(base)), self.serials, self.modules
+        sizes[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
+        return sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,6 +106,11 @@ class Recording:
     segments: tuple[Segment, ...]
     inputs_on_device: int = 0
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the checkpointed layers, in forward order; a layer may have several segments."""
+        return tuple(dict.fromkeys(segment.name for segment in self.segments))
+
     @cached_property
     def needed_in_phases(self) -> tuple[dict[int, ModuleSet], ...]:
         """`needed`, and its successive replacements at the times of `needed_later`."""
@@ -159,6 +164,10 @@ class Recording:
         freed = self.freed.copy()
         freed[list(self.added_at)] = list(self.added_at.values())
         return replace(self, freed=freed, gradients={})
+
+    def rank_of_each(self, ranks: IntArray) -> IntArray:
+        """Return the rank of each storage's target module under a plan, or 1 if it has none, (storages,)."""
+        return np.where(self.target_index >= 0, np.asarray(ranks)[self.target_index], 1)
 
     def saved_under(self, ranks: IntArray) -> BoolArray:
         """Return the storages autograd holds at the end of the forward pass under a plan, bool (storages,).

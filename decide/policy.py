@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -129,15 +128,12 @@ def is_first(observation: Observation) -> bool:
     return observation.problem.max_step is None
 
 
-def decision_from_scores(
-    observation: Observation, scores: FloatArray, placement: Sequence[float] | FloatArray = (0.0, 0.0)
-) -> Decision:
-    """Return the decision for a policy's scores and placement.
+def decision_from_scores(observation: Observation, scores: FloatArray) -> Decision:
+    """Return the decision for a policy's scores.
 
     Args:
         observation: observation at the decision.
         scores: log of each module's rank relative to the others, (modules,).
-        placement: log2 of a factor on the rank floor, and an offset to the depth bias.
 
     Raises:
         ConfigError: the scores are not finite numbers, one per module.
@@ -148,7 +144,6 @@ def decision_from_scores(
         raise ConfigError(f"Scores must be finite numbers, one for each of {count} modules; got {shown(given)}.")
     scores = scores.astype(np.float64)
     rank_floor, depth_bias = base_placement(problem)
-    rank_floor, depth_bias = float(rank_floor * 2.0 ** placement[0]), float(depth_bias + placement[1])
     return Decision(pack(problem, scores, rank_floor, depth_bias), scores, rank_floor, depth_bias)
 
 

@@ -271,7 +271,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(_WITHOUT_TRAINER)
         check_arguments(args)
         step, pilot = self._step, self.pilot
-        step.release()
+        step.methods.release()
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
         pilot.seed = args.seed if self._options.seed is None else self._options.seed
@@ -289,10 +289,11 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.journal.note(WITH_LIGER)
         step.follow(self)
         if not step.rollouts:
-            step.follow_evaluations(self._evaluations.run)
+            step.methods.replace("evaluate", self._evaluations.run)
         self._between_steps, self._save_later = True, False
         if state.global_step >= state.max_steps:
-            step.take_no_more()
+            # On resuming a finished run, the Trainer would train one more batch.
+            step.methods.replace("get_batch_samples", lambda *_, **__: ([], None))
             control.should_training_stop = True
         if self._stop:  # from an earlier attempt with another batch size
             self._stop.release()
@@ -352,7 +353,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
         if self._stop and self._stop.came_late():
             self.trainer._save_checkpoint(self.trainer.model, None)
-        self._step.release()
+        self._step.methods.release()
         self._evaluations.put_back()
         self.pilot.finish()
 
@@ -372,7 +373,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         try:
             self.pilot.break_off(as_found=begins_again)
         finally:
-            self._step.release()
+            self._step.methods.release()
             self._evaluations.put_back()
             if self._stop:
                 self._stop.release()
@@ -440,14 +441,14 @@ class Evaluations:
         self._trainer, self._pilot = trainer, pilot
         self._measured, self._own = 0, 0  # batch sizes; 0 for none
 
-    def run(self, evaluate: Callable[[], Any]) -> Any:
+    def run(self, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Run an evaluation, measuring the first one of each batch size."""
         rows = self._trainer.args.per_device_eval_batch_size
         if rows == self._measured:
-            return evaluate()
+            return evaluate(*arguments, **options)
         self._measured = rows
         with self._pilot.guard.evaluation():
-            result = evaluate()
+            result = evaluate(*arguments, **options)
         share = self._pilot.guard.evaluation_share
         if share > 1 and self._pilot.guard.evaluated.on:
             self._measured = 0

@@ -32,8 +32,8 @@ from ..cost.savers.streamed_base import (
 )
 from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers, spread
 from .options import PilotOptions, PlanOptions
+from .step.put_back import gradients_put_back
 from .step.run import TrainingRun
-from .step.undisturbed import gradients_put_back
 
 SAMPLE = 64
 """Numbers of each streamed weight that processes compare."""

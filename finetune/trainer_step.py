@@ -26,7 +26,7 @@ from .pilot import RankPilot
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
 from .step.evaluated_parts import Result
 from .step.known_losses import EVALUATION, STEP, unknown_trainer
-from .step.put_back import put_back
+from .step.put_back import ReplacedMethods, put_back, standing
 from .step.run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
@@ -34,8 +34,6 @@ RESUME = "resume_from_checkpoint"
 
 COUNTED_BY_CALL = ("_metrics", "_stored_metrics")
 """Attributes in which TRL's trainers record figures of each batch."""
-
-_ABSENT: Any = object()
 
 
 class StepListener(Protocol):
@@ -62,15 +60,15 @@ class TrainerStep:
     Args:
         trainer: the Trainer. Functions set on it by the user, such as another `training_step`, still run, and are
             restored afterwards.
+
+    Attributes:
+        methods: the Trainer's replaced methods.
+        rollouts: creates the batches of a Trainer that makes them in its steps; None for others.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self._ours: dict[str, Callable[..., Any]] = {}
-        self._before: dict[str, Any] = {}
+        self.trainer, self.methods = trainer, ReplacedMethods(trainer)
         self.rollouts: Rollouts | None = None
-        self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step
-        self._listener: StepListener
         self._counts: tuple[bool, ...] = ()
 
     def loss(self, batch: Batch, whole: Batch | None = None) -> torch.Tensor:
@@ -139,9 +137,9 @@ class TrainerStep:
 
         with (
             put_back(trainer),
-            self._unfollowed(),
-            _standing(trainer.accelerator, "backward", backward),
-            _standing(trainer.model, "generate", partial(refuse_answers, trainer)),
+            self.methods.paused(),
+            standing(trainer.accelerator, "backward", backward),
+            standing(trainer.model, "generate", partial(refuse_answers, trainer)),
         ):
             trainer.current_gradient_accumulation_steps = 1
             trainer.log = lambda *_, **__: None  # such a log is no step of the run
@@ -180,20 +178,17 @@ class TrainerStep:
             generates=self.rollouts is not None,
             whole=self._whole,
             part_loss=self.loss,
-            foreign=partial(self._foreign, STEP),
+            foreign=partial(self.foreign, STEP),
             stepping=self.aside,
             wrapped=self.trainer.model_wrapped,
             scheduler=objects["lr_scheduler"],
         )
 
-    def _foreign(self, methods: Sequence[str]) -> str:
+    def foreign(self, methods: Sequence[str]) -> str:
         """Return why the loss of this Trainer is not known; see `unknown_trainer`."""
         if self._counts != self._counts_now():
             return "the loss has changed since before training"
-        ours = {name: self._before[name] for name, own in self._ours.items() if vars(self.trainer).get(name) is own}
-        return unknown_trainer(
-            self.trainer, methods, {name: None if before is _ABSENT else before for name, before in ours.items()}
-        )
+        return unknown_trainer(self.trainer, methods, self.methods.before())
 
     def _counts_now(self) -> tuple[bool, ...]:
         """Return the settings that decide how the losses of parts add up."""
@@ -242,85 +237,7 @@ class TrainerStep:
             listener: gets the run's steps. Its pilot's figures go into each log entry with a training loss, and so to
                 all trackers.
         """
-        self._listener = listener
-        self._replace("get_batch_samples", self._get_batch_samples)
-        self._replace("training_step", self._training_step)
-        self._replace("log", self._log)
-        if self.rollouts:
-            self._replace("_prepare_inputs", self._prepare_inputs)
-        elif listener.pilot.guard.parts.on:
-            self._replace("prediction_step", self._prediction_step)
-        self._replace("_save_checkpoint", self._save_checkpoint)
-
-    def _get_batch_samples(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        result = run(*arguments, **options)
-        self._done.clear()
-        if self.rollouts is None:
-            self._listener.take_batches(result[0])
-        return result
-
-    def _prepare_inputs(self, run: Callable[..., Any], inputs: Any) -> Any:
-        with self._listener.pilot.aside():
-            result = run(inputs)
-        if self.rollouts and self.trainer.model.training and len(self._done) == 1:
-            self._listener.take_batches(self.rollouts.of_this_step())
-        return result
-
-    def _training_step(
-        self, run: Callable[..., Any], model: Any, inputs: Any, *rest: Any, **options: Any
-    ) -> torch.Tensor:
-        """Run a batch. After an out-of-memory error, repeat all batches of the step so far.
-
-        The Trainer's own search for a batch size takes precedence.
-        """
-        self._done.append((model, inputs, *rest))
-        begins_again, again = self.trainer.args.auto_find_batch_size, self._listener.pilot.out_of_memory
-        loss: torch.Tensor
-        try:
-            if begins_again or self.rollouts:  # answers are not generated twice
-                loss = run(model, inputs, *rest, **options)
-            else:
-                loss = _retried(lambda step: self._in_parts(run, step, options), self._done, again)
-        except BaseException as error:
-            self._listener.break_off(begins_again and should_reduce_batch_size(error))
-            raise
-        self._listener.take_loss(loss)
-        return loss
-
-    def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
-        """Return the loss of a batch run in parts, whose losses and gradients add up to those of the batch."""
-        model, inputs, *rest = step
-        accelerator, losses, pilot = self.trainer.accelerator, list[torch.Tensor](), self._listener.pilot
-        backward = accelerator.backward
-        for part, share in pilot.parts(inputs):
-            copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
-            scaled = partial(_scaled, backward, pilot.hear_loss, share)
-            with _standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
-                losses.append(run(model, copied, *rest, **options))
-            if share != 1:
-                losses[-1] = losses[-1] * share
-            del part, copied  # before the next one exists
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-    def _prediction_step(
-        self, run: Callable[..., Result], model: Any, inputs: Any, *rest: Any, **options: Any
-    ) -> Result:
-        """Evaluate a batch in parts."""
-        by_call, guard = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL), self._listener.pilot.guard
-        whole = f"{type(self.trainer).__name__} reports averages over them" if by_call else ""
-        whole = "the model is sharded" if guard.plan.run.replicas.sharded else whole
-        unknown = self._foreign(EVALUATION)
-        return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole, unknown)
-
-    def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
-        """Log with the figures of the ranks and the actual learning rate of steps."""
-        run({**logs, **(self._listener.pilot.figures() if "loss" in logs else {})}, *rest, **options)
-
-    def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
-        folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
-        if self._listener.save_state(folder):
-            with writing(folder):
-                run(model, trial)
+        _Followed(self, listener).begin()
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
         """Apply a function to each new model of `model_init`, before a checkpoint is loaded into it."""
@@ -333,42 +250,100 @@ class TrainerStep:
 
         self.trainer.call_model_init = made
 
-    def take_no_more(self) -> None:
-        """Give the Trainer no more batches: on resuming a finished run, it would train one more."""
-        self._replace("get_batch_samples", lambda *_, **__: ([], None))
 
-    def follow_evaluations(self, evaluate: Callable[[Callable[[], Any]], Any]) -> None:
-        """Let a function run the Trainer's evaluations, passed to it as a function without arguments."""
-        self._replace("evaluate", lambda run, *arguments, **options: evaluate(partial(run, *arguments, **options)))
+class _Followed:
+    """The real steps of a Trainer.
 
-    def release(self) -> None:
-        """Stop following."""
-        attributes = vars(self.trainer)
-        for name, before in self._before.items():
-            if attributes.get(name) is self._ours[name]:  # else it was replaced since, and may still call ours
-                _put_back(attributes, name, before)
-        self._ours.clear()
-        self._before.clear()
+    Args:
+        step: the step of the Trainer.
+        listener: gets the steps.
+    """
 
-    @contextmanager
-    def _unfollowed(self) -> Iterator[None]:
-        """Reduce our functions to calls of the Trainer's: a measured step is not part of the run."""
-        ours, self._ours = self._ours, {}
+    def __init__(self, step: TrainerStep, listener: StepListener) -> None:
+        self._step, self._trainer, self._rollouts, self._listener = step, step.trainer, step.rollouts, listener
+        self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step
+
+    def begin(self) -> None:
+        """Replace the methods that a step calls."""
+        replace = self._step.methods.replace
+        replace("get_batch_samples", self._get_batch_samples)
+        replace("training_step", self._training_step)
+        replace("log", self._log)
+        if self._rollouts:
+            replace("_prepare_inputs", self._prepare_inputs)
+        elif self._listener.pilot.guard.parts.on:
+            replace("prediction_step", self._prediction_step)
+        replace("_save_checkpoint", self._save_checkpoint)
+
+    def _get_batch_samples(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = run(*arguments, **options)
+        self._done.clear()
+        if self._rollouts is None:
+            self._listener.take_batches(result[0])
+        return result
+
+    def _prepare_inputs(self, run: Callable[..., Any], inputs: Any) -> Any:
+        with self._listener.pilot.aside():
+            result = run(inputs)
+        if self._rollouts and self._trainer.model.training and len(self._done) == 1:
+            self._listener.take_batches(self._rollouts.of_this_step())
+        return result
+
+    def _training_step(
+        self, run: Callable[..., Any], model: Any, inputs: Any, *rest: Any, **options: Any
+    ) -> torch.Tensor:
+        """Run a batch. After an out-of-memory error, repeat all batches of the step so far.
+
+        The Trainer's own search for a batch size takes precedence.
+        """
+        self._done.append((model, inputs, *rest))
+        begins_again, again = self._trainer.args.auto_find_batch_size, self._listener.pilot.out_of_memory
+        loss: torch.Tensor
         try:
-            yield
-        finally:
-            self._ours = ours
+            if begins_again or self._rollouts:  # answers are not generated twice
+                loss = run(model, inputs, *rest, **options)
+            else:
+                loss = _retried(lambda step: self._in_parts(run, step, options), self._done, again)
+        except BaseException as error:
+            self._listener.break_off(begins_again and should_reduce_batch_size(error))
+            raise
+        self._listener.take_loss(loss)
+        return loss
 
-    def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        """Replace a method until `release` by a function that gets the original as its first argument."""
-        attributes, run = vars(self.trainer), getattr(self.trainer, name)
-        self._before.setdefault(name, attributes.get(name, _ABSENT))
+    def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
+        """Return the loss of a batch run in parts, whose losses and gradients add up to those of the batch."""
+        model, inputs, *rest = step
+        accelerator, losses, pilot = self._trainer.accelerator, list[torch.Tensor](), self._listener.pilot
+        backward = accelerator.backward
+        for part, share in pilot.parts(inputs):
+            copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
+            scaled = partial(_scaled, backward, pilot.hear_loss, share)
+            with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
+                losses.append(run(model, copied, *rest, **options))
+            if share != 1:
+                losses[-1] = losses[-1] * share
+            del part, copied  # before the next one exists
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-        def ours(*arguments: Any, **options: Any) -> Any:
-            function_now = partial(function, run) if self._ours.get(name) is ours else run
-            return function_now(*arguments, **options)
+    def _prediction_step(
+        self, run: Callable[..., Result], model: Any, inputs: Any, *rest: Any, **options: Any
+    ) -> Result:
+        """Evaluate a batch in parts."""
+        by_call, guard = any(vars(self._trainer).get(name) for name in COUNTED_BY_CALL), self._listener.pilot.guard
+        whole = f"{type(self._trainer).__name__} reports averages over them" if by_call else ""
+        whole = "the model is sharded" if guard.plan.run.replicas.sharded else whole
+        unknown = self._step.foreign(EVALUATION)
+        return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole, unknown)
 
-        self._ours[name] = attributes[name] = ours
+    def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
+        """Log with the figures of the ranks and the actual learning rate of steps."""
+        run({**logs, **(self._listener.pilot.figures() if "loss" in logs else {})}, *rest, **options)
+
+    def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
+        folder = Path(self._trainer._get_output_dir(trial=trial)) / f"checkpoint-{self._trainer.state.global_step}"
+        if self._listener.save_state(folder):
+            with writing(folder):
+                run(model, trial)
 
 
 def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
@@ -376,25 +351,6 @@ def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
     every = {"steps": state.eval_steps, "epoch": state.max_steps / max(state.num_train_epochs, 1)}
     each = every.get(str(getattr(args.eval_strategy, "value", args.eval_strategy)))
     return int(state.max_steps / each) if each else 0
-
-
-@contextmanager
-def _standing(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Replace a function of an object."""
-    attributes = vars(thing)
-    before, attributes[name] = attributes.get(name, _ABSENT), function
-    try:
-        yield
-    finally:
-        _put_back(attributes, name, before)
-
-
-def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:
-    """Restore an attribute of an object, or remove it if it was absent."""
-    if before is _ABSENT:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = before
 
 
 def _scaled(

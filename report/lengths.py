@@ -21,8 +21,7 @@ from ..cost.forecast.outlook import Outlook, room_for_tensors
 from ..cost.model import fewest_checkpointed
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
-from ..decide.plan.part_bytes import PlanBytes
-from ..decide.plan.parts import longest_that_fits, plan_parts
+from ..decide.plan.parts import PlanBytes, longest_that_fits, plan_parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

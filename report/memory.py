@@ -20,8 +20,7 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table, plural
 from ..cost.breakdown import KINDS
 from ..cost.cards import USUAL_CARD
-from ..cost.forecast.alternatives import brought_by_offloading, brought_by_streaming, smallest_use
-from ..cost.forecast.outlook import Choice, GridCell, Outlook
+from ..cost.forecast.outlook import Choice, GridCell, Outlook, brought_by_offloading, brought_by_streaming, smallest_use
 from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig

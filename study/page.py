@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
-from ..common.drawing import NO_ADAPTER, RUNGS, finite_points, rank_colors
+from ..common.drawing import finite_points
 from ..common.errors import BudgetError, DataError
 from ..common.files import read_object, read_shapes, write_text
-from ..common.text import format_bytes, short_names
+from ..common.text import format_bytes, module_kinds, short_names
 from ..cost.budget import TimeBudget
 from ..data.task import KINDS
 from ..decide.log import DecisionRecord
 from ..decide.observation import MODULE_FEATURES
 from ..finetune.options import PILOT
+from ..lora.spec import DEFAULT_RANKS
 from ..report.memory import saver_rows
-from .pictures import module_kinds
 from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
 from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict
 
@@ -54,6 +54,12 @@ NOT_MEASURED = 'not measured: no energy counter is available (on NVIDIA: pip ins
 LOADERS = {kind.peft_type: kind.auto_class.replace("Auto", "AutoPeft") for kind in KINDS.values()}
 """PEFT's classes that load an adapter with its base model, by the adapter's task."""
 
+NO_ADAPTER = "#e9e9e9"
+RANK_COLORS = "e5e419 addc30 75d054 46c06f 27ad81 1f998a 25848e 2d718e 375b8d 414287 482979 460b5e"
+"""Color of each rank of the default ladder: matplotlib's viridis at 12 evenly spaced points from light to dark, without
+its ends. It suits color-blind readers.
+"""
+
 _KEPT = ("verdict", "sentences", "policy", "first", "goal", "parts", "what_ifs")
 
 
@@ -67,9 +73,9 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
     """
     rows = sum(len(record.modules) for run in runs for record in run.decisions)
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
-    colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
     named = zip(runs, explanations, run_names(runs), strict=True)
-    palette = {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER}
+    colors = [list(bytes.fromhex(color)) for color in RANK_COLORS.split()]
+    palette = {"ranks": list(DEFAULT_RANKS[1:]), "colors": colors, "none": NO_ADAPTER}
     shown = [_run(run, explained or (), name, by_type) for run, explained, name in named]
     return {"by_type": by_type, "palette": palette, "runs": shown}
 

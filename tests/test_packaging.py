@@ -83,6 +83,7 @@ SHIPPED = (
     "decide/plan/worth.json",
     "env/weights/llama-4x32/model.safetensors",
     "cost/devices.json",
+    "data/assets.json",
     "cost/forecast/published_models.json",
     "integrations/site/sitecustomize.py",
     "study/assets/page.html",

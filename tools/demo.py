@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rankpilot.agents.training import learning_sentence
 from rankpilot.common.errors import DataError
 from rankpilot.common.files import read_json_lines, read_object, read_text
 from rankpilot.common.text import format_bytes
@@ -15,7 +16,6 @@ from rankpilot.cost.savers.prices import Saved
 from rankpilot.decide.log import DecisionRecord
 from rankpilot.decide.rate_control import KEEP
 from rankpilot.finetune.options import ALL_LINEAR, PILOT
-from rankpilot.study.pictures import learning_sentence
 from rankpilot.study.run_data import read_run
 from rich.console import Console
 

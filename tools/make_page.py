@@ -33,9 +33,8 @@ from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
+from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates, WorkGrowth
 from rankpilot.cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers
-from rankpilot.cost.work_growth import WorkGrowth
 from rankpilot.lora.spec import highest_ranks
 from rich.console import Console
 from rich.progress import track

@@ -20,7 +20,7 @@ from rankpilot.cost.forecast.memory_of import AskedStep, shipped
 from rankpilot.cost.forecast.step_file import packed, unpacked
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep, versions
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.work_growth import MASK_ALIGNMENT
+from rankpilot.cost.step_time import MASK_ALIGNMENT
 from rich.console import Console
 
 FIRST = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ...common.arrays import IntArray
@@ -27,6 +27,9 @@ SLACK, QUANTISED_SLACK = 0.03, 0.08
 are right if usage differs from the card's memory by more than the first share, and 73 % otherwise. Under nf4, the
 allocator reserved up to 7.3 % more than predicted in 27 runs (docs/known-models.md).
 """
+
+SURELY = 0.98
+"""Lower bound on the actual peak as a share of the predicted one, with ample room for margin and rounding."""
 
 
 def slack_of(quantization: Quantization) -> float:
@@ -139,3 +142,61 @@ def card_use(
         margin_bytes=int(memory.margin * step),
         slack=slack,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class CardRoom:
+    """The room on a card beside a frozen model, the context and workspaces.
+
+    Attributes:
+        card: the card.
+        loaded: bytes of each storage of the frozen model.
+        expandable: whether the allocator uses `expandable_segments`.
+        slack: share of the card left free by a plan that fits.
+    """
+
+    card: DeviceSpec
+    loaded: tuple[int, ...]
+    expandable: bool
+    slack: float
+    _uses: dict[tuple[int, BatchShape, tuple[int, ...]], tuple[MemoryModel, CardUse]] = field(default_factory=dict)
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the frozen model, the context and workspaces."""
+        return sum(self.loaded) + self.card.context_bytes + self.card.workspace_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes available to a step."""
+        return self.card.memory_bytes - self.taken
+
+    def beside(self, reserve: float) -> float:
+        """Return the tensor bytes that fit with slack, if the allocator reserves this share of all tensors on top."""
+        return self.bytes - self.card.memory_bytes * (1 - (1 - self.slack) / (1 + reserve))
+
+    def is_hopeless(self, step_bytes: float, slack: float = 0.0) -> bool:
+        """True if tensors alone exceed the card less `slack`, so the allocator need not be replayed."""
+        return SURELY * step_bytes > self.bytes - slack * self.card.memory_bytes
+
+    def use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
+        """Return the card's memory use by a plan, int64 (modules,), on a batch; that of calibration by default."""
+        shape = shape or memory.shape
+        key = id(memory), shape, tuple(ranks.tolist())
+        if key not in self._uses:
+            use = card_use(
+                memory,
+                ranks,
+                self.loaded,
+                self.card,
+                shape=shape,
+                evaluation=shape,
+                expandable=self.expandable,
+                slack=self.slack,
+            )
+            self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
+        return self._uses[key][1]
+
+    def fits(self, memory: MemoryModel, ranks: IntArray) -> bool:
+        """Check whether a plan fits with slack."""
+        return not self.is_hopeless(memory.peak(ranks), self.slack) and self.use(memory, ranks).verdict == "fits"

@@ -265,8 +265,7 @@ class Shards:
 
 def base_of(step: ConfiguredStep) -> BaseLayers:
     """Return the frozen weights of a step's checkpointable layers."""
-    layers = {segment.name for segment in step.memory.segments}
-    return BaseLayers.of(step.model.frozen, len(layers))
+    return BaseLayers.of(step.model.frozen, len(step.memory.recording.layers))
 
 
 def streamed_layers(base: BaseLayers, asked: int | Literal["all"], shards: Shards) -> int:

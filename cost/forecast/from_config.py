@@ -42,8 +42,7 @@ from ..recording import BatchShape
 from ..savers.exact import ExactSavers
 from ..savers.prices import free_savers
 from ..step_config import OptimizerName, StepConfig, check_length
-from ..step_time import StepWork
-from ..work_growth import MASK_ALIGNMENT
+from ..step_time import MASK_ALIGNMENT, StepWork
 from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
 from .published import (
     check_experts,
@@ -64,7 +63,6 @@ def from_config(
     loaded: LoadedAs | None = None,
     *,
     counted: bool = False,
-    checkpointing_optional: bool = False,
 ) -> ConfiguredStep:
     """Predict the memory of a training step from a model's configuration.
 
@@ -74,7 +72,6 @@ def from_config(
         step: batch, length, target modules, optimizer, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA in its saved precision.
         counted: also count the step's computation per operator, and price each exact saver.
-        checkpointing_optional: omit gradient checkpointing if the model class does not support it.
 
     Returns:
         The byte model, and the bytes of the frozen base.
@@ -86,7 +83,7 @@ def from_config(
         UnsupportedError: the computation depends on tensor contents, so it cannot be predicted; or bitsandbytes or
             gradient checkpointing is missing.
     """
-    recorder = StepRecorder(config, step, loaded, checkpointing_optional=checkpointing_optional)
+    recorder = StepRecorder(config, step, loaded)
     shape = BatchShape(step.batch_size, step.max_length)
     model = recorder.model
     if not recorder.loaded.packed:
@@ -102,8 +99,8 @@ class StepRecorder:
     """A model on the meta device, ready to record its training step and count its computation.
 
     Args:
-        config, step, loaded, checkpointing_optional: see `from_config`, also for errors. The batch of `step` is
-            ignored.
+        config, step, loaded: see `from_config`, also for errors. The batch of `step` is ignored.
+        checkpointing_optional: omit gradient checkpointing if the model class does not support it.
 
     Attributes:
         loaded: how the model is loaded.

@@ -4,7 +4,8 @@ All choices derive from one recording with every layer checkpointed. It yields t
 checkpointed layers and batch. If plain LoRA does not fit the card, the recording uses selective checkpointing too, as a
 run does (`cost/savers/exact.py`). A model known from its configuration is recorded on the meta device
 (`cost/forecast/memory_of.py`), a loaded one on its own device (`report/here.py`). `cost/forecast/card_use.py` decides
-if a plan fits a card.
+if a plan fits a card. Last come the answers to what else would fit: the choice that uses least of the card, offloaded
+inputs, and a streamed base.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
 from ..recording import BatchShape
 from ..step_config import StepConfig
-from ..streaming import BaseLayers, StreamedTime
-from .card_use import CardUse, Verdict, card_use, slack_of
+from ..streaming import ON_DEVICE, BaseLayers, StreamedTime
+from .card_use import SURELY, CardRoom, CardUse, Verdict, slack_of
 from .configured_step import ConfiguredStep, Shards, base_of, streamed_layers
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
@@ -34,9 +35,6 @@ ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, counted from the top, to show in addition to all layers."""
-
-SURELY = 0.98
-"""Lower bound on the actual peak as a share of the predicted one, with ample room for margin and rounding."""
 
 RESERVE = 0.025
 """Initial guess of the allocator's reserve, as a share of all tensors."""
@@ -153,7 +151,9 @@ class Outlook:
         base: the frozen weights of the model's layers.
         streamed: number of layers whose frozen weights stream from main memory.
         blocks: number of layers with target modules.
+        room: the room on the card; None without a card.
         slack: share of the card left free by a choice that fits.
+        limit_bytes: bytes of the card, or of the step's budget; None without either.
         notes: what could not be shown, and why.
     """
 
@@ -171,6 +171,9 @@ class Outlook:
         facts: Mapping[str, str] | None = None,
         shards: Shards | None = None,
     ) -> None:
+        self.limit_bytes: float | None = limit.value if limit and limit.unit == "bytes" else None
+        if card:
+            self.limit_bytes = card.memory_bytes
         self.rank, self.settings, self.card, self.dtype, self.given = rank, settings, card, dtype, step
         self.shards: Shards = shards or Shards()
         self.base: BaseLayers = base_of(step)
@@ -181,22 +184,26 @@ class Outlook:
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._by_depth: dict[int, tuple[Choice, ...]] = {}
         self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
-        self._uses: dict[tuple[int, BatchShape, tuple[int, ...]], tuple[MemoryModel, CardUse]] = {}
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
-        self._loaded = self.shards.loaded(step.model) if card else ()
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
+        frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
+        self.room: CardRoom | None = CardRoom(card, frozen, expandable, self.slack) if card else None
+        # The layers checkpointed by every choice on a card, by request; None if each choice decides.
+        asked_for = settings.gradient_checkpointing if card else "auto"
+        layers = self._free.memory.recording.layers if asked_for else ()
+        self._set = None if asked_for == "auto" else layers
 
     @cached_property
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, with activation checkpointing if plain LoRA does not fit without it."""
-        plain = self._free.memory.with_checkpointed(())
-        if self.card is None or _fits(self, plain) or self._lean is None:
+        plain, room = self._free.memory.with_checkpointed(()), self.room
+        if room is None or room.fits(plain, self._plain) or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
-        fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= self.room  # see `ExactSavers.within`
+        fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= room.bytes  # see `ExactSavers.within`
         return self._lean if fits else self._free
 
     @cached_property
@@ -206,29 +213,25 @@ class Outlook:
         return lean and self.shards.of(lean)
 
     @cached_property
-    def _time(self) -> StreamedTime | None:
-        return self._timed(self.step)
+    def _times(self) -> tuple[StreamedTime, StreamedTime] | None:
+        """The time of any plan in `step`, and without selective checkpointing; None if work was not counted.
 
-    def _timed(self, step: ConfiguredStep) -> StreamedTime | None:
-        """Return the time of any plan by the published rates of the card, or of a usual one."""
-        if step.work is None or self.card is None:
+        By the published rates of the card, or of a usual one.
+        """
+        if self.card is None or self.step.work is None or self._free.work is None:
             return None
-        rates = self.card.rates or device_table()[USUAL_CARD].rates
-        assert rates is not None, "cards of the table have rates"
-        time, layers = step.work.time(card_rates(rates, self.dtype)), self.checkpointable
-        return StreamedTime(time, layers, self.base, self.streamed, self.card.bus_bytes_per_s)
+        published = self.card.rates or device_table()[USUAL_CARD].rates
+        assert published is not None, "cards of the table have rates"
+        rates = card_rates(published, self.dtype)
+        works = [self.step.work] if self.step is self._free else [self.step.work, self._free.work]
+        streams = self.checkpointable, self.base, self.streamed, self.card.bus_bytes_per_s
+        times = [StreamedTime(work.time(rates), *streams) for work in works]
+        return times[0], times[-1]
 
     @property
     def memory(self) -> MemoryModel:
         """The byte model of the step with all supported layers checkpointed."""
         return self.step.memory
-
-    @property
-    def limit_bytes(self) -> float | None:
-        """Bytes of the card, or of the step's budget; None without either."""
-        if self.card:
-            return self.card.memory_bytes
-        return self._limit.value if self._limit and self._limit.unit == "bytes" else None
 
     @cached_property
     def reference_bytes(self) -> float:
@@ -249,24 +252,10 @@ class Outlook:
         again = self.step.saved[0].again_bytes if self.step.saved else None
         return again or (self.memory.peak(self._plain) if self.memory.segments else None)
 
-    @property
-    def room(self) -> float:
-        """Bytes available to a step on the card after the frozen model, context and workspaces."""
-        assert self.card is not None, "there is no card"
-        taken = self._free.model.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
-        return float(self.card.memory_bytes - taken)
-
     @cached_property
     def checkpointable(self) -> tuple[str, ...]:
         """Names of the checkpointable layers; empty if the model class does not support checkpointing."""
-        return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
-
-    @property
-    def _set(self) -> tuple[str, ...] | None:
-        """The layers checkpointed by every choice on a card, by request; None if each choice decides."""
-        wanted = self.settings.gradient_checkpointing if self.card else "auto"
-        segments = self._free.memory.segments if wanted else ()
-        return None if wanted == "auto" else tuple(dict.fromkeys(segment.name for segment in segments))
+        return self.memory.recording.layers
 
     def plan(self, layers: int, rank: int) -> IntArray:
         """Return the plan with adapters on the top `layers` layers, int64 (modules,)."""
@@ -292,8 +281,7 @@ class Outlook:
             ranks: its plan, int64 (modules,).
         """
         layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
-        checkpointed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
-        self._others.append(self._priced(kind, layers, rank, checkpointed, memory, ranks, shape, label))
+        self._others.append(self._priced(kind, layers, rank, memory.recording.layers, memory, ranks, shape, label))
 
     def _priced(
         self,
@@ -308,12 +296,12 @@ class Outlook:
     ) -> Choice:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
-        within = None
+        time = self._times[0].seconds(ranks, checkpointed) / self.plain_seconds if self._times else None
+        within, room = None, self.room
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
             within = cost <= self._limit.value
-        elif self.card and is_hopeless(self, step_bytes):
+        elif room and room.is_hopeless(step_bytes):
             within = False
         return Choice(
             kind,
@@ -326,37 +314,16 @@ class Outlook:
             shape,
             label,
             _memory=memory,
-            _use=cache(lambda: self.use_of(memory, ranks, shape) if self.card else None),
+            _use=cache(lambda: room.use(memory, ranks, shape) if room else None),
             _within=within,
-            _has_slack=not self.card or not is_hopeless(self, step_bytes, self.slack),
+            _has_slack=not room or not room.is_hopeless(step_bytes, self.slack),
         )
-
-    def use_of(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
-        """Return the card's memory use by a plan, int64 (modules,), on a batch; the requested one by default."""
-        assert self.card is not None, "there is no card"
-        shape = shape or memory.shape
-        key = id(memory), shape, tuple(ranks.tolist())
-        if key not in self._uses:
-            expandable = self._free.loaded.expandable_segments
-            use = card_use(
-                memory,
-                ranks,
-                self._loaded,
-                self.card,
-                shape=shape,
-                evaluation=shape,
-                expandable=expandable,
-                slack=self.slack,
-            )
-            self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
-        return self._uses[key][1]
 
     @cached_property
     def plain_seconds(self) -> float:
         """Seconds of a batch with plain LoRA (rank 8 on all modules), without gradient checkpointing."""
-        time = self._time if self.step is self._free else self._timed(self._free)
-        assert time is not None, "the step was made without its work"
-        return time.resident.seconds(self._plain, ())
+        assert self._times is not None, "the step was made without its work"
+        return self._times[1].resident.seconds(self._plain, ())
 
     def breakdown(self, choice: Choice) -> Breakdown:
         """Break down the peak of a choice's step by layer and kind of bytes."""
@@ -366,14 +333,15 @@ class Outlook:
         """Return the choice with the fewest checkpointed layers that fit, with the allocator's reserve if possible."""
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
-        ranks = self.plan(layers, rank)
+        assert self.room is not None, "there is no card"
+        ranks, room = self.plan(layers, rank), self.room
         holding = holding_layers(self.memory, ranks)
 
         def checkpointing(count: int) -> Choice:
             return self.choice(layers, rank, holding[:count], kind)
 
         def guess(reserve: float) -> int:
-            return len(fewest_checkpointed(self.memory, ranks, _room_beside(self, reserve)))
+            return len(fewest_checkpointed(self.memory, ranks, room.beside(reserve)))
 
         count = guess(RESERVE)
         if checkpointing(count)._has_slack and (use := checkpointing(count).use):
@@ -429,13 +397,8 @@ class Outlook:
 
 def room_for_tensors(outlook: Outlook) -> float:
     """Return the tensor bytes available to any batch, assuming the reserve share of the requested one."""
-    return _room_beside(outlook, _reserve_share(outlook))
-
-
-def _room_beside(outlook: Outlook, reserve: float) -> float:
-    """Return the tensor bytes that fit with slack, if the allocator reserves this share of all tensors on top."""
-    assert outlook.card is not None, "there is no card"
-    return outlook.room - outlook.card.memory_bytes * (1 - (1 - outlook.slack) / (1 + reserve))
+    assert outlook.room is not None, "there is no card"
+    return outlook.room.beside(_reserve_share(outlook))
 
 
 def _reserve_share(outlook: Outlook) -> float:
@@ -443,19 +406,6 @@ def _reserve_share(outlook: Outlook) -> float:
     use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
     assert use is not None, "there is no card"
     return use.reserve_share
-
-
-def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
-    """Check whether plain LoRA fits the card."""
-    if is_hopeless(outlook, plain.peak(outlook._plain), outlook.slack):
-        return False
-    return outlook.use_of(plain, outlook._plain).verdict == "fits"
-
-
-def is_hopeless(outlook: Outlook, step_bytes: float, slack: float = 0.0) -> bool:
-    """True if tensors alone exceed the card less `slack`, so the allocator need not be replayed."""
-    assert outlook.card is not None, "there is no card"
-    return SURELY * step_bytes > outlook.room - slack * outlook.card.memory_bytes
 
 
 def _depths(outlook: Outlook) -> list[int]:
@@ -505,9 +455,8 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
 
 
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
-    assert outlook.card is not None, "there is no card"
+    assert outlook.room is not None, "there is no card"
     ranks, room = outlook.plan(outlook.blocks, outlook.rank), room_for_tensors(outlook)
-    taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
     asked = shape == outlook.memory.shape  # reuse the price above, including this choice's own reserve
@@ -517,5 +466,66 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
         else fewest_checkpointed(step.memory, ranks, room, shape)
     )
     peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
-    total = (peak + taken) * (1 + _reserve_share(outlook))
+    total = (peak + outlook.room.taken) * (1 + _reserve_share(outlook))
     return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
+
+
+def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
+    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
+    assert outlook.room is not None, "there is no card"
+    beside, found = outlook.room.taken, list[tuple[int, int]]()
+    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
+        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
+            break
+        if use := choice.use:
+            found.append((use.total_bytes, index))
+    total, index = min(found)
+    return outlook.choices[index], total
+
+
+def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
+    """Return spare bytes with checkpointed inputs offloaded to main memory, and the seconds per step for the copies.
+
+    None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
+    seconds are an upper bound at the bus rate of the card.
+    """
+    room = outlook.room
+    if not room or outlook.step.loaded.offload or not outlook.checkpointable:
+        return None
+    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
+    if (best and best.layers == outlook.blocks) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
+        return None
+    use, moved = room.use(lighter, ranks), outlook.memory.peak(ranks) - least
+    if use.verdict != "fits":
+        return None
+    return use.spare_bytes, 2 * moved / room.card.bus_bytes_per_s
+
+
+def brought_by_streaming(outlook: Outlook) -> Outlook | None:
+    """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
+
+    All layers stream, with the fewest checkpointed ones that fit; or all are checkpointed, and as few stream as fit.
+    None if streaming is needless or does not help.
+    """
+    best, count = outlook.best, outlook.base.count
+    if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
+        return None
+    if best and best.layers == outlook.blocks:
+        return None
+    every = with_streamed(outlook, count)
+    found = every.fitting(outlook.blocks, outlook.rank)
+    if not found.fits:
+        return None
+    use = every.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
+    assert use is not None, "there is a card"
+    spare = (use.spare_bytes - outlook.slack * outlook.card.memory_bytes) / (1 + use.reserve_share)
+    fewer = with_streamed(outlook, max(count - int(spare / outlook.base.layer_bytes), ON_DEVICE + 1))
+    other = fewer.fitting(outlook.blocks, outlook.rank)
+    quicker = other.fits and (other.time or 0.0) <= (found.time or 0.0)
+    return fewer if quicker else every
+
+
+def with_streamed(outlook: Outlook, layers: int) -> Outlook:
+    """Return the outlook of the same step with this number of streamed layers."""
+    step = replace(outlook.given, loaded=replace(outlook.given.loaded, stream=layers))
+    return Outlook(step, outlook.rank, outlook.settings, card=outlook.card, dtype=outlook.dtype, shards=outlook.shards)

@@ -26,9 +26,8 @@ from ..cost import ModuleSet
 from ..growth import OF_STORAGES, Growth
 from ..model import RANK, MemoryModel, ModelStates
 from ..recording import NEVER, BatchShape, Recording, Segment
-from ..step_time import StepWork
+from ..step_time import StepWork, WorkGrowth
 from ..tile_size import TileSize, TileTokens
-from ..work_growth import WorkGrowth
 
 MOST_BYTES = 2**28
 """Maximum size of an unpacked file in bytes."""

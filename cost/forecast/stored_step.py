@@ -30,8 +30,7 @@ from ..model import MemoryModel, ModelStates
 from ..recording import BatchShape
 from ..savers.prices import COPIES, ROUTED, free_savers
 from ..step_config import MOST_TOKENS, OptimizerName, StepConfig
-from ..step_time import StepWork
-from ..work_growth import MASK_ALIGNMENT, WorkGrowth, counted_shapes
+from ..step_time import MASK_ALIGNMENT, StepWork, WorkGrowth, counted_shapes
 from .configured_step import ConfiguredStep, LoadedAs, LoadedModel, StepSource, configured_step
 from .of_targets import OfTargets
 from .step_file import (

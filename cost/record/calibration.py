@@ -30,9 +30,9 @@ from ..model import RANK, MemoryModel, ModelStates, checkpointed_cost
 from ..recording import BatchShape, Recording
 from ..savers.exact import ExactSavers
 from ..savers.later_logits import expecting_one
-from ..savers.loss_tiles import scaled
 from ..savers.prices import Saved
 from ..savers.streamed_base import streaming_of
+from ..savers.tiled_loss import scaled
 from ..tile_size import LossTiles
 from ..training_step import LossFunction, TrainingStep
 from .live_storages import device_kind

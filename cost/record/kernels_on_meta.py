@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ...common.devices import autocast_dtype
-from ..savers.loss_tiles import tile_tokens
+from ..savers.tiled_loss import tile_tokens
 from ..tile_size import TileSize
 
 FLASH = "rankpilot_flash"

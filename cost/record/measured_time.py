@@ -31,10 +31,9 @@ from ..model import RANK
 from ..part_seconds import PartSeconds, published_rates
 from ..step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from ..training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
-from . import meta_results
-from .autograd_graph import flow_from
 from .calibration import all_training, prepare
-from .live_storages import tensors_in
+from .live_storages import run_on_meta, tensors_in
+from .recorder import flow_from
 
 ROUNDS, SHORT_ROUNDS = 3, 5
 """Timed repetitions per plan after one warm-up round, and repetitions if all steps are short; the median counts."""
@@ -380,7 +379,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and report its work."""
         options = options or {}
-        result = meta_results.run(operator, arguments, options)
+        result = run_on_meta(operator, arguments, options)
         if not _is_view(operator):
             moved = sum(_bytes(tensor) for values in (arguments, options, result) for tensor in tensors_in(values))
             self._note(_flops(operator, arguments, options, result), float(moved))

@@ -4,7 +4,7 @@
 * Copies of inputs: adapters with the same input share its cast copy (`cost/savers/input_copies.py`).
 * Routed rows: adapters of fused experts run on each expert's rows (`lora/routed_rows.py`).
 * Tiled loss: neither the full logits (`cost/savers/later_logits.py`) nor large tiles of TRL's loss
-  (`cost/savers/loss_tiles.py`) are materialised.
+  (`cost/savers/tiled_loss.py`) are materialised.
 * Selective checkpointing: consumers of activations recompute them from their inputs (`cost/savers/input_copies.py`).
 
 The first four cost no time. The last one costs a few per cent, so it is reserved for budgets that do not fit otherwise.
@@ -31,8 +31,8 @@ from ..model import MemoryModel
 from ..recording import BatchShape
 from .input_copies import run_activations_again, share_input_copies
 from .later_logits import defer_logits, use_tiled_loss
-from .loss_tiles import use_own_tiles
 from .prices import ACTIVATIONS, CACHE, COPIES, ROUTED, TILES, Priced, Saved, price_savers
+from .tiled_loss import use_own_tiles
 
 
 def _compiled(model: nn.Module) -> list[nn.Module]:

@@ -262,11 +262,11 @@ def top_down(problem: AllocationProblem) -> IntArray:
 
 
 DEPTH_BIAS = 4.0
-"""Depth bias under a budget of bytes, before a policy changes it."""
+"""Depth bias under a budget of bytes."""
 
 
 def base_placement(problem: AllocationProblem) -> tuple[float, float]:
-    """Rank floor and depth bias before a policy changes them; 1 and 0 under a budget of parameters: depth is free."""
+    """Rank floor and depth bias of a plan from scores; 1 and 0 under a budget of parameters: depth is free."""
     return (1.0, 0.0) if isinstance(problem.cost, ParameterCost) else (RANK_FLOOR, DEPTH_BIAS)
 
 

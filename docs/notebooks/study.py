@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from rankpilot.agents.policy_file import load_policy
-from rankpilot.common.drawing import save_figure
 from rankpilot.common.statistics import estimate
 from rankpilot.decide.choice import percent
 from rankpilot.decide.log import DecisionLog
@@ -26,7 +25,6 @@ from rankpilot.env.evaluate import beside, compare
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.tasks import draw_task
 from rankpilot.study.page import page_data, write_page
-from rankpilot.study.pictures import rank_heatmap
 from rankpilot.study.replay import Question, redecide, replay, what_if
 from rankpilot.study.run_data import read_run
 from rankpilot.study.why import best_first, explain, explanations
@@ -134,18 +132,12 @@ for each in other.agreements:
     print(f"step {each.logged.step}: {each.same} of {len(each.other)} ranks as {other.policy} would have them")
 
 # %% [markdown]
-# ### As a picture and as a page
+# ### As a page
 #
 # The page is one HTML file with all of this for every decision; `rankpilot study RUN` writes it on the command line.
 
 # %%
-logged = [log.logged(number) for number in range(len(log))]
-ranks = np.stack([each.rank_after for each in logged])
-steps = [each.step for each in logged]
-picture = rank_heatmap(steps, ranks, first.observation.names, first.problem.blocks, total_steps=60)
-save_figure(picture, folder / "ranks.png")
 write_page(page_data([read_run(log.folder)], [explanations(log, policy)]), folder / "run.html")
-print("Picture:", folder / "ranks.png")
 print("Page of the run:", folder / "run.html")
 
 # %% [markdown]

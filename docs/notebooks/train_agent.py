@@ -20,13 +20,13 @@ import numpy as np
 from rankpilot import StackVecEnv
 from rankpilot.agents.policy_file import LearnedPolicy, load_policy, save_policy
 from rankpilot.agents.sb3_policy import GroupPolicy, clone
+from rankpilot.agents.training import learning_curve
 from rankpilot.common.drawing import save_figure
 from rankpilot.common.statistics import estimate
 from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.groups import STEERING
 from rankpilot.env.evaluate import beside, compare, table
 from rankpilot.env.tasks import FineTuneTask
-from rankpilot.study.pictures import learning_curve
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 

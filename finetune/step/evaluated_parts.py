@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...common.errors import first_line
-from ...cost.batch_shape import Batch
+from ...cost.batch_shape import Batch, tensors_of
 from ...cost.record.calibration import CUT_FAILS
 from ...data.batches import IGNORED
 from .batch_rows import SHARES, BatchRows
@@ -96,9 +96,9 @@ class EvaluatedParts:
         except torch.OutOfMemoryError:
             return found
         loss = (whole[0], found[0])
-        rounding = max((rounding_of(tensor.dtype) for tensor in _tensors(whole)), default=0.0)
+        rounding = max((rounding_of(tensor.dtype) for tensor in tensors_of(whole)), default=0.0)
         same = loss[0] is None or loss[1] is None or abs(float(loss[1] - loss[0])) <= rounding * abs(float(loss[0]))
-        if same and all(map(partial(_close, rounding=rounding), _tensors(found[1:]), _tensors(whole[1:]))):
+        if same and all(map(partial(_close, rounding=rounding), tensors_of(found[1:]), tensors_of(whole[1:]))):
             return found
         self._stop("a later batch gave other results in parts")
         return whole
@@ -142,7 +142,7 @@ class EvaluatedParts:
             whole = None
         if whole is None:
             return self._tested(evaluate, rows, 2)
-        rounding = max(rounding_of(tensor.dtype) for tensor in _tensors(whole)) if _tensors(whole) else 0.0
+        rounding = max(rounding_of(tensor.dtype) for tensor in tensors_of(whole)) if tensors_of(whole) else 0.0
         if whole[0] is not None:
             losses = {kind: _loss(some, parts, kind, each) for kind in SHARES}
             size = max(abs(float(whole[0])), 1e-12)
@@ -151,9 +151,9 @@ class EvaluatedParts:
             if not differences[self._kind] <= rounding:
                 return f"in parts the loss differs by {min(differences.values()):.2g}"
         found = self._joined(some, parts, each)
-        outputs = sum(tensor.nbytes for tensor in _tensors(whole[1:]))
+        outputs = sum(tensor.nbytes for tensor in tensors_of(whole[1:]))
         self._token_bytes = 2.0 * outputs / (some.examples * some.shape.length)
-        pairs = zip(_tensors(found[1:]), _tensors(whole[1:]), strict=True)
+        pairs = zip(tensors_of(found[1:]), tensors_of(whole[1:]), strict=True)
         same = all(_close(one, other, rounding) for one, other in pairs)
         return "" if same else "predictions differ in parts"
 
@@ -201,13 +201,6 @@ def _placed(
         else:
             found[places] = value
     return found
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        return [values]
-    inside = values.values() if isinstance(values, Mapping) else values if isinstance(values, list | tuple) else ()
-    return [tensor for value in inside for tensor in _tensors(value)]
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:

@@ -13,8 +13,7 @@ from ...cost.model import MemoryModel
 from ...cost.part_seconds import PartSeconds
 from ...cost.record.measured_time import part_seconds_of
 from ...cost.recording import BatchShape
-from ...decide.plan.part_bytes import PlanBytes
-from ...decide.plan.parts import Part, ShapeCost, longest_that_fits, plan_parts
+from ...decide.plan.parts import Part, PlanBytes, ShapeCost, longest_that_fits, plan_parts
 from .batch_rows import BatchRows
 from .plan_keeper import PlanKeeper
 

@@ -42,7 +42,6 @@ class Tally:
         rectangle: tokens of the batches, padding included.
         real: tokens without padding.
         in_parts: tokens of all parts, padding included.
-        layers: checkpointed layers of all parts, weighted by their tokens.
         too_large: batches too large to run whole, even with all layers checkpointed.
     """
 
@@ -51,7 +50,6 @@ class Tally:
     rectangle: int = 0
     real: int = 0
     in_parts: int = 0
-    layers: int = 0
     too_large: int = 0
 
     def add(self, rows: BatchRows, parts: Sequence[Part], *, fits: bool) -> None:
@@ -62,13 +60,67 @@ class Tally:
         self.rectangle += rows.tokens
         self.real += int(rows.lengths.sum())
         self.in_parts += sum(part.tokens for part in parts)
-        self.layers += sum(part.tokens * part.layers for part in parts)
 
     @property
     def padding_saved(self) -> float:
         """Share of the padding that was skipped; 0 without padding."""
         padding = self.rectangle - self.real
         return (self.rectangle - self.in_parts) / padding if padding else 0.0
+
+
+class RanParts:
+    """The parts of the current step that ran so far: their peak, and the limit of parts once one is out of memory.
+
+    Args:
+        plans: chooses parts; gets the limit.
+
+    Attributes:
+        accumulates: True if the gradients of earlier batches lie next to the first part.
+        since: the step whose error set the limit.
+        wait: good steps before the limit is lifted; doubled each time.
+    """
+
+    def __init__(self, plans: PartPlans) -> None:
+        self._plans, self._pairs, self._step = plans, list[tuple[Part, float]](), 0
+        self.accumulates, self.since, self.wait = False, 0, GOOD_STEPS
+
+    def begin(self, step: int) -> None:
+        """Begin a step; lift limits from an earlier error after enough good steps."""
+        self._step, self._pairs = step, []
+        if self._plans.most is not None and step - self.since >= self.wait:
+            self._plans.most, self.wait = None, 2 * self.wait
+
+    def add(self, part: Part, given: float) -> None:
+        """Add the part about to run, with the bytes of its inputs."""
+        self._pairs.append((part, given))
+
+    def predicted(self) -> float:
+        """Return the peak bytes of the last step, predicted from its parts; 0 if it ran whole."""
+        cost = self._plans.bytes
+        if not self._pairs or cost is None:
+            return 0.0
+        (first, given), *others = self._pairs
+        alone = cost.exact(first, first=not self.accumulates) + given
+        return max([alone, *(cost.exact(part) + given for part, given in others)])
+
+    def shrink(self) -> bool:
+        """Lower the limit of parts after an out-of-memory error; False for a lone row with all layers checkpointed."""
+        cost = self._plans.bytes
+        if not self._pairs or cost is None:
+            return False
+        part, _ = self._pairs[-1]
+        if len(part.rows) <= self._plans.least and part.layers == cost.levels[-1]:
+            return False
+        self._plans.most, self.since = SMALLER * cost.exact(part), self._step
+        self._pairs = []
+        return True
+
+    def alone(self) -> str:
+        """Describe the single row that ran out of memory, for an error; empty if several did, or none is known."""
+        if not self._pairs or len((part := self._pairs[-1][0]).rows) != 1:
+            return ""
+        layers = f"{part.layers} layers checkpointed"
+        return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran on its own with {layers}."
 
 
 class StepParts(Participant):
@@ -83,14 +135,14 @@ class StepParts(Participant):
     Attributes:
         asked: True if the user asks for parts under any loss.
         tally: totals of the run so far.
+        plans: chooses the parts.
+        ran: the parts of the current step that ran so far.
     """
 
     def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None], *, fewest: bool = False) -> None:
         self._keeper, self._tell, self.tally, self.plans = keeper, tell, Tally(), PartPlans(keeper, fewest=fewest)
-        self._kind, self._packed = "", False
-        self._since, self._wait, self._step = 0, GOOD_STEPS, 0
-        self._ran: list[tuple[Part, float]] = []  # in the step so far, with the bytes of its inputs
-        self._told_whole = self._accumulates = False
+        self.ran, self._step = RanParts(self.plans), 0
+        self._kind, self._packed, self._told_whole = "", False, False
         self._watch: Known | Watch | None = None
         self._seed: int | None = None
         self.asked = False
@@ -126,7 +178,7 @@ class StepParts(Participant):
 
     def begin_to_keep(self, run: TrainingRun) -> None:
         """Keep the gradients of one part alongside the next; from now on the run's step is measured this way."""
-        self._accumulates, self.plans.compiled = run.accumulation > 1, is_compiled(run.wrapped)
+        self.ran.accumulates, self.plans.compiled = run.accumulation > 1, is_compiled(run.wrapped)
         run.keep_gradients()
 
     def turn_off(self, reason: str) -> None:
@@ -143,13 +195,13 @@ class StepParts(Participant):
         self._kind, self._packed = str(own["kind"]), bool(own["packed"])
         self._take(counted(own["each"], 1), None if own["seed"] is None else counted(own["seed"]))
         self.plans.most = None if own["most"] is None else finite(own["most"])
-        self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
+        self.ran.since, self.ran.wait = counted(own["since"]), counted(own["wait"], 1)
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
         """Return the state for `begin`, as JSON values."""
-        own = {name: getattr(self, f"_{name}") for name in ("kind", "packed", "seed", "since", "wait")}
-        own |= {"each": self.plans.each, "most": self.plans.most}
+        own = {name: getattr(self, f"_{name}") for name in ("kind", "packed", "seed")}
+        own |= {"since": self.ran.since, "wait": self.ran.wait, "each": self.plans.each, "most": self.plans.most}
         return {"parts": {**own, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
@@ -165,10 +217,9 @@ class StepParts(Participant):
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Begin a step, after a test if due; lift limits from an earlier error after enough good steps."""
-        self._step, self._ran = step, []
-        if self.plans.most is not None and step - self._since >= self._wait:
-            self.plans.most, self._wait = None, 2 * self._wait
+        """Begin a step, after a test if due."""
+        self._step = step
+        self.ran.begin(step)
         if self.on and (reason := self._watching().reason(step, batches)):
             self.turn_off(f"from step {step + 1} on. {reason[:1].upper()}{reason[1:]}")
 
@@ -227,7 +278,7 @@ class StepParts(Participant):
         try:
             for number, (part, share) in enumerate(pairs):
                 own = part.tokens < rows.tokens
-                self._ran.append((part, own * rows.token_bytes * part.tokens))
+                self.ran.add(part, own * rows.token_bytes * part.tokens)
                 if checkpointing and self.plans.bytes:
                     checkpointing.take(self.plans.bytes.layers[: part.layers])
                     checkpointing.before_step()
@@ -260,34 +311,6 @@ class StepParts(Participant):
         self.tally.add(rows, parts, fits=self.plans.bytes.of(whole) <= room)
         layers = together(*(part.layers for part, _ in pairs))
         return [(replace(part, layers=int(own)), share) for (part, share), own in zip(pairs, layers, strict=True)]
-
-    # Memory of a step -------------------------------------------------------------------------------------------------
-
-    def predicted(self) -> float:
-        """Return the peak bytes of the last step, predicted from its parts; 0 if it ran whole."""
-        if not self._ran or self.plans.bytes is None:
-            return 0.0
-        (first, given), *others = self._ran
-        alone = self.plans.bytes.exact(first, first=not self._accumulates) + given
-        return max([alone, *(self.plans.bytes.exact(part) + given for part, given in others)])
-
-    def shrink(self) -> bool:
-        """Lower the limit of parts after an out-of-memory error; False for a lone row with all layers checkpointed."""
-        if not self._ran or self.plans.bytes is None:
-            return False
-        part, _ = self._ran[-1]
-        if len(part.rows) <= self.plans.least and part.layers == self.plans.bytes.levels[-1]:
-            return False
-        self.plans.most, self._since = SMALLER * self.plans.bytes.exact(part), self._step
-        self._ran = []
-        return True
-
-    def alone(self) -> str:
-        """Describe the single row that ran out of memory, for an error; empty if several did, or none is known."""
-        if not self._ran or len((part := self._ran[-1][0]).rows) != 1:
-            return ""
-        layers = f"{part.layers} layers checkpointed"
-        return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran on its own with {layers}."
 
     def longest_row(self, batches: Sequence[Batch]) -> str:
         """Describe the longest row of some batches and the longest that fits alone, for an error."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...common.checks import counted, finite
 from ...common.errors import BudgetError, UnsupportedError
 from ...common.text import format_bytes
-from ...cost.batch_shape import Batch
-from ...cost.cost import plan_cost
+from ...cost.batch_shape import Batch, reshaped, shape_of
+from ...cost.cost import ByteCost, plan_cost
 from ...cost.model import MemoryModel
+from ...cost.record.calibration import measure_memory
 from ...cost.record.model_states import excess_of_state
 from ...cost.record.peak_meter import PeakMeter, StepBatches, likely_cause
 from ...cost.recording import BatchShape
 from ...cost.savers.checkpointed_layers import LayerCheckpointing, settings_put_back
 from ...cost.savers.exact import is_compiled
+from ...data.batches import unknown_lengths
 from ...decide.applier import PlanApplier
 from .evaluated_parts import EvaluatedParts
 from .journal import Journal, PlanChange
@@ -26,6 +30,121 @@ from .parts import StepParts
 from .plan_keeper import PlanKeeper, PlanState
 from .run import Participant, TrainingRun
 from .shortage import Shortage
+
+
+class RisenCosts:
+    """Makes the plan fit again after its costs rose.
+
+    Args:
+        plan: keeps the plan.
+    """
+
+    def __init__(self, plan: PlanKeeper) -> None:
+        self._plan = plan
+
+    def larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
+        """Predict costs for batches larger than all earlier ones, and shrink the plan if it no longer fits.
+
+        Args:
+            batches: the batches of the next step; the model has not seen them.
+            shape: the largest number of rows and the largest length of any batch so far, including these.
+        """
+        plan = self._plan
+        plan.update(shape=shape)
+        if not plan.now.limits_bytes:
+            return
+        plan.measure_next()
+        try:
+            cost = plan.now.cost_of(shape)
+        except UnsupportedError:  # the byte model predicts only the shape of its calibration
+            longest = max(batches, key=lambda batch: shape_of(batch).length, default=None)
+            self.measure_again(longest, shape)
+            cost = plan.now.cost_of(shape)
+        plan.update(cost=cost)
+        text = f"A batch of {shape} is larger than any planned for."
+        self._fit(text, f"batch of {shape}", unknown_lengths(plan.run.dataset))
+
+    def count_gradients(self) -> None:
+        """Add the bytes of gradients to every moment of a step, because the loop keeps them between steps."""
+        plan = self._plan
+        plan.run.keep_gradients()
+        if recorded := plan.now.recorded:
+            plan.reprice(recorded=replace(recorded, accumulates=True))
+        else:
+            self.measure_again(None, plan.now.shape)
+        text = "Gradients are kept during the next forward pass; optimizer.zero_grad() before it frees their memory."
+        self._fit(text, "gradients stay")
+
+    def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
+        """Correct the prediction after a measured peak above the limit, and make the plan fit again.
+
+        The ranks return to those before the last decision, reduced if necessary to fit the corrected prediction.
+        Without an earlier decision, they shrink.
+
+        Args:
+            peak: the measured peak of the step, in bytes.
+            cause: why the peak exceeds the prediction, for people; empty if unknown.
+            predicted: the predicted peak of the step, in bytes; defaults to the cost of the plan.
+
+        Raises:
+            BudgetError: no plan with an adapter fits the corrected prediction.
+        """
+        plan, applier, now = self._plan, self._plan.applier, self._plan.now
+        ranks, cost = applier.ranks, applier.cost
+        error = max(peak - (plan_cost(applier.cost_now(), ranks) if predicted is None else predicted), 0.0)
+        assert isinstance(cost, ByteCost)
+        plan.update(underestimate=now.underestimate + error, cost=replace(cost, constant=cost.constant + error))
+        before = ranks if now.before is None else now.before
+        back = not np.array_equal(before, ranks)
+        text = (
+            f"The peak of step {plan.step} was {format_bytes(peak, up=True)}, above the budget of "
+            f"{format_bytes(applier.limit)}"
+        )
+        text = f"{text}, {cause}" if cause else f"{text}."
+        if plan.step == applier.clock.total_steps:
+            plan.run.warn("%s It was the last step, so the plan is kept.", text)
+        elif not plan.fits_with_checkpointing(text):
+            plan.check_possible(f"{text} With the corrected prediction, no adapter fits.")
+            plan.run.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
+            plan.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
+
+    def _fit(self, text: str, cause: str, hint: str = "") -> None:
+        """Make the plan fit after costs rose, and report it.
+
+        Args:
+            text: what happened; the beginning of the reported line.
+            cause: why costs rose, for the decision log.
+            hint: further text if no plan fits.
+        """
+        plan = self._plan
+        if plan.applier.fits():
+            plan.run.warn("%s The plan still fits.", text)
+        elif not plan.fits_with_checkpointing(text):
+            plan.check_possible(text + hint)
+            plan.run.warn("%s The plan is shrunk.", text)
+            plan.correct(f"shrunk: {cause}", plan.applier.ranks)
+
+    def measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
+        """Measure the byte model again, with a step of a given shape.
+
+        Args:
+            batch: the batch to measure with, extended to the shape; None for the run's largest batch.
+            shape: the shape of the measured step.
+        """
+        plan, run, targets = self._plan, self._plan.run, self._plan.applier.targets
+        if plan.checkpointing:
+            plan.checkpointing.all()
+
+        def measure() -> MemoryModel:
+            # The largest rows and length so far may come from two batches, or from another process.
+            largest = run.largest_batch() if batch is None else run.on_device(batch)
+            whole = reshaped(largest, shape, run.step.rows_per_example)
+            return measure_memory(run.step, targets, whole, signals=True)
+
+        plan.update(recorded=run.measured(measure))
+        run.replicas.changed(targets, plan.step)
+        if plan.checkpointing:
+            plan.checkpoint_fewest()
 
 
 class PeakGuard(Participant):
@@ -43,6 +162,7 @@ class PeakGuard(Participant):
     Attributes:
         meter: measures the steps.
         plan: keeps the plan inside the budget.
+        costs: makes the plan fit after its costs rose.
         shortage: shrinks the plan while memory is short, and restores it.
         parts: runs steps in parts.
         evaluated: runs evaluations in parts.
@@ -53,6 +173,7 @@ class PeakGuard(Participant):
     def __init__(self, every_steps: int, tell: Callable[[str], None], *, fewest: bool = False) -> None:
         self.meter: PeakMeter = PeakMeter(every_steps)
         self.plan: PlanKeeper = PlanKeeper(self.meter)
+        self.costs: RisenCosts = RisenCosts(self.plan)
         self.shortage: Shortage = Shortage(self.plan)
         self.parts: StepParts = StepParts(self.plan, tell, fewest=fewest)
         self.evaluated: EvaluatedParts = EvaluatedParts(self.parts, tell)
@@ -124,7 +245,7 @@ class PeakGuard(Participant):
     def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
         """Make the plan fit a larger shape."""
         try:
-            self.plan.larger_batch(batches, shape)
+            self.costs.larger_batch(batches, shape)
         except BudgetError as error:
             if not self.parts.on:
                 raise
@@ -137,8 +258,8 @@ class PeakGuard(Participant):
         Raises:
             torch.OutOfMemoryError, BudgetError: see `Shortage.out_of_memory`.
         """
-        if not self.parts.shrink():
-            alone = self.parts.alone()
+        if not self.parts.ran.shrink():
+            alone = self.parts.ran.alone()
             try:
                 self.shortage.out_of_memory(error)
             except torch.OutOfMemoryError as last:
@@ -166,13 +287,13 @@ class PeakGuard(Participant):
         plan.step = step
         if self._keeps_gradients and not self.plan.run.step.accumulates:
             self.meter.end(step)
-            plan.count_gradients()
+            self.costs.count_gradients()
         peak = self.meter.end(step)
         if peak is not None and plan.now.limits_bytes:
             predicted = self._predicted()
             cause = self._check(step, peak, predicted) if plan.now.unchecked else ""
             if peak > plan.applier.limit:
-                plan.above(peak, cause, predicted if self.parts.on else None)
+                self.costs.above(peak, cause, predicted if self.parts.on else None)
             elif cause:
                 plan.run.warn("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
         self.shortage.give_back_if_room()
@@ -180,7 +301,7 @@ class PeakGuard(Participant):
     def _predicted(self) -> float | None:
         """Return the predicted peak bytes of the step; None if its shape is unknown."""
         plan, applier = self.plan, self.plan.applier
-        (of_parts,) = plan.run.replicas.processes.most(self.parts.predicted()) if self.parts.on else (0.0,)
+        (of_parts,) = plan.run.replicas.processes.most(self.parts.ran.predicted()) if self.parts.on else (0.0,)
         if of_parts:  # from the process whose parts take the most, as for the peak
             return of_parts + plan.now.underestimate - plan.unpaid(applier.ranks)
         cost = applier.cost

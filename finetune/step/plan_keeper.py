@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,23 +14,17 @@ import torch
 from ...common.arrays import IntArray
 from ...common.checks import counted, finite
 from ...common.errors import BudgetError, UnsupportedError
-from ...common.text import format_bytes
-from ...cost.batch_shape import Batch, reshaped, shape_of
-from ...cost.cost import ByteCost, UntimedCost, plan_cost
+from ...cost.cost import ByteCost, UntimedCost
 from ...cost.model import MemoryModel, checkpointed_cost, fewest_checkpointed
-from ...cost.record.calibration import measure_memory
 from ...cost.record.peak_meter import PeakMeter
 from ...cost.recording import BatchShape
 from ...cost.savers.checkpointed_layers import LayerCheckpointing
-from ...data.batches import unknown_lengths
 from ...decide.applier import PlanApplier
 from ...decide.plan.plan import check_budget, least_cost
 from ...lora.adapters import signal_buffer_bytes
 from .journal import Journal, PlanChange
 from .put_back import CutDirections
 from .run import TrainingRun
-
-logger = logging.getLogger(__name__)
 
 GOOD_STEPS = 20
 """Steps without an error before a shrunken plan grows back; the wait doubles with each further failure."""
@@ -285,73 +278,6 @@ class PlanKeeper:
         if self.now.limits_bytes:
             self.measure_next()
 
-    # What makes plans cost more ---------------------------------------------------------------------------------------
-
-    def larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
-        """Predict costs for batches larger than all earlier ones, and shrink the plan if it no longer fits.
-
-        Args:
-            batches: the batches of the next step; the model has not seen them.
-            shape: the largest number of rows and the largest length of any batch so far, including these.
-        """
-        self.update(shape=shape)
-        if not self.now.limits_bytes:
-            return
-        self.measure_next()
-        try:
-            cost = self.now.cost_of(shape)
-        except UnsupportedError:  # the byte model predicts only the shape of its calibration
-            logger.debug("Calibrating again for %s.", shape)
-            longest = max(batches, key=lambda batch: shape_of(batch).length, default=None)
-            self.measure_again(longest, shape)
-            cost = self.now.cost_of(shape)
-        self.update(cost=cost)
-        text = f"A batch of {shape} is larger than any planned for."
-        self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
-
-    def count_gradients(self) -> None:
-        """Add the bytes of gradients to every moment of a step, because the loop keeps them between steps."""
-        self.run.keep_gradients()
-        if recorded := self.now.recorded:
-            self._reprice(recorded=replace(recorded, accumulates=True))
-        else:
-            self.measure_again(None, self.now.shape)
-        text = "Gradients are kept during the next forward pass; optimizer.zero_grad() before it frees their memory."
-        self._fit(text, "gradients stay")
-
-    def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
-        """Correct the prediction after a measured peak above the limit, and make the plan fit again.
-
-        The ranks return to those before the last decision, reduced if necessary to fit the corrected prediction.
-        Without an earlier decision, they shrink.
-
-        Args:
-            peak: the measured peak of the step, in bytes.
-            cause: why the peak exceeds the prediction, for people; empty if unknown.
-            predicted: the predicted peak of the step, in bytes; defaults to the cost of the plan.
-
-        Raises:
-            BudgetError: no plan with an adapter fits the corrected prediction.
-        """
-        applier, now = self.applier, self.now
-        ranks, cost = applier.ranks, applier.cost
-        error = max(peak - (plan_cost(applier.cost_now(), ranks) if predicted is None else predicted), 0.0)
-        assert isinstance(cost, ByteCost)
-        self.update(underestimate=now.underestimate + error, cost=replace(cost, constant=cost.constant + error))
-        before = ranks if now.before is None else now.before
-        back = not np.array_equal(before, ranks)
-        text = (
-            f"The peak of step {self.step} was {format_bytes(peak, up=True)}, above the budget of "
-            f"{format_bytes(applier.limit)}"
-        )
-        text = f"{text}, {cause}" if cause else f"{text}."
-        if self.step == applier.clock.total_steps:
-            self.run.warn("%s It was the last step, so the plan is kept.", text)
-        elif not self.fits_with_checkpointing(text):
-            self.check_possible(f"{text} With the corrected prediction, no adapter fits.")
-            self.run.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
-            self.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
-
     def new_limit(self, limit: float, step: int) -> None:
         """Change the limit of a resumed run, and shrink the plan if it no longer fits.
 
@@ -367,32 +293,10 @@ class PlanKeeper:
 
     # Making a plan fit ------------------------------------------------------------------------------------------------
 
-    def _reprice(self, **changes: Any) -> None:
+    def reprice(self, **changes: Any) -> None:
         """Replace some fields of the state, and the cost of plans with them."""
         now = replace(self.now, **changes)
         self.put(replace(now, cost=now.cost_of(now.shape)))
-
-    def measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
-        """Measure the byte model again, with a step of a given shape.
-
-        Args:
-            batch: the batch to measure with, extended to the shape; None for the run's largest batch.
-            shape: the shape of the measured step.
-        """
-        run, targets, checkpointing = self.run, self.applier.targets, self.checkpointing
-        if checkpointing:
-            checkpointing.all()
-
-        def measure() -> MemoryModel:
-            # The largest rows and length so far may come from two batches, or from another process.
-            largest = run.largest_batch() if batch is None else run.on_device(batch)
-            whole = reshaped(largest, shape, run.step.rows_per_example)
-            return measure_memory(run.step, targets, whole, signals=True)
-
-        self.update(recorded=run.measured(measure))
-        run.replicas.changed(targets, self.step)
-        if checkpointing:
-            self.checkpoint_fewest()
 
     def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
         """Return the names of the layers to checkpoint for a plan of these ranks, int64 (modules,), to fit."""
@@ -440,21 +344,6 @@ class PlanKeeper:
         self.update(cuts=self.now.cuts + cuts)
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 
-    def _fit(self, text: str, cause: str, hint: str = "") -> None:
-        """Make the plan fit after costs rose, and report it.
-
-        Args:
-            text: what happened; the beginning of the reported line.
-            cause: why costs rose, for the decision log.
-            hint: further text if no plan fits.
-        """
-        if self.applier.fits():
-            self.run.warn("%s The plan still fits.", text)
-        elif not self.fits_with_checkpointing(text):
-            self.check_possible(text + hint)
-            self.run.warn("%s The plan is shrunk.", text)
-            self.correct(f"shrunk: {cause}", self.applier.ranks)
-
     def check_possible(self, context: str) -> None:
         """Raise BudgetError, with its context, if no plan with an adapter fits."""
         try:
@@ -482,4 +371,4 @@ class PlanKeeper:
     def checkpoint(self, layers: Sequence[str]) -> None:
         """Checkpoint these layers, if layers may be chosen, and update the costs of plans."""
         if self.checkpointing:
-            self._reprice(layers=self.checkpointing.ordered(layers))
+            self.reprice(layers=self.checkpointing.ordered(layers))

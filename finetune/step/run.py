@@ -26,8 +26,8 @@ from ...lora.optimizer_state import check_optimizer
 from ...lora.targets import TargetModule, check_trains, check_unmerged, unwrap
 from .batch_rows import Cuts
 from .known_losses import cuts_left, unknown_model
+from .put_back import gradients_put_back, training_mode, undisturbed
 from .replicas import Replicas, check_one_device
-from .undisturbed import gradients_put_back, training_mode, undisturbed
 
 logger = logging.getLogger(__name__)
 

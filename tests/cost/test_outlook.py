@@ -14,11 +14,10 @@ from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.cards import card_rates, find_device_spec
 from rankpilot.cost.forecast.allocator import replay
-from rankpilot.cost.forecast.alternatives import brought_by_offloading, smallest_use
 from rankpilot.cost.forecast.card_use import SLACK
 from rankpilot.cost.forecast.configured_step import Shards
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.cost.forecast.outlook import Outlook, brought_by_offloading, smallest_use
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.report.memory import configuration_text, verdict_text
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -47,7 +46,7 @@ def llama(card: str) -> Outlook:
 def card_with(room: float) -> str:
     """A card that leaves a step so many MiB beside the frozen model, the context and workspaces."""
     wide = llama("24GiB")
-    return f"{(wide.card.memory_bytes - wide.room) / 2**20 + room:.0f}MiB"
+    return f"{wide.room.taken / 2**20 + room:.0f}MiB"
 
 
 def test_a_wide_card_takes_all_layers_without_checkpointing() -> None:
@@ -55,7 +54,7 @@ def test_a_wide_card_takes_all_layers_without_checkpointing() -> None:
     best = outlook.best
     assert best is not None
     assert (best.layers, best.checkpointed, best.use.verdict) == (LAYERS, (), "fits")
-    assert best.use.spare_bytes > 0.9 * outlook.room
+    assert best.use.spare_bytes > 0.9 * outlook.room.bytes
     assert outlook.breakdown(best).total == pytest.approx(best.step_bytes, rel=2e-4)
     assert {choice.rank for choice in outlook.choices} == {1, 8, 16, 64}
     assert all(cell.checkpointed == 0 for cell in outlook.grid if cell.shape.rows * cell.shape.length <= 8192)

@@ -65,7 +65,7 @@ def test_the_peak_of_a_plan_is_the_highest_of_all_candidates(share: float, token
     memory = replace(memory.with_checkpointed(layers[: round(share * len(layers))]), accumulates=accumulates)
     for shape in (memory.shape, BatchShape(3, 64)):
         base, slope = memory.sizes(shape)
-        every, _ = memory._full_cost(memory._finder.candidates(base + 2 * slope), base, slope)
+        every = memory._full_cost(memory._finder.candidates(base + 2 * slope), base, slope)
         for ranks in random_plans(run.targets, np.random.default_rng(1), 8):
             buffers = memory.states.signals @ ranks
             highest = (moment_costs(every, ranks).max() - buffers) * (1 + memory.margin) + buffers

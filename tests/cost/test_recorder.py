@@ -7,9 +7,8 @@ import pytest
 import torch
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.record.autograd_graph import flow_from
 from rankpilot.cost.record.live_storages import LiveStorages
-from rankpilot.cost.record.recorder import GradientHolders, Recorder
+from rankpilot.cost.record.recorder import GradientHolders, Recorder, flow_from
 from rankpilot.cost.recording import NEVER
 from rankpilot.cost.training_step import release_inputs
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.cost.record.autograd_graph import _SAVED_FOR, flow_from, saved_by
+from rankpilot.cost.record.recorder import _SAVED_FOR, flow_from, saved_by
 from torch.nn.functional import conv1d
 
 

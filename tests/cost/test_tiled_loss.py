@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import reshaped
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers import loss_tiles
+from rankpilot.cost.savers import tiled_loss
 from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.savers.exact import ExactSavers
 from rankpilot.cost.savers.later_logits import tiled_causal_lm_loss, use_tiled_loss
@@ -153,9 +153,9 @@ def test_a_loss_of_the_users_own_stays() -> None:
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """TRL's loss, with tiles of so many tokens; it has 4,096 of itself."""
     module = pytest.importorskip("trl.kernels.chunked_logprob")
-    loss_tiles._HEADS.clear()  # models of earlier tests may not be freed yet
-    while loss_tiles._UNWRAP:
-        loss_tiles._UNWRAP.pop()()
+    tiled_loss._HEADS.clear()  # models of earlier tests may not be freed yet
+    while tiled_loss._UNWRAP:
+        tiled_loss._UNWRAP.pop()()
     size = getattr(request, "param", 64)
     monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", size)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 4096)
@@ -236,9 +236,9 @@ def test_other_losses_have_no_tiles(tmp_path: Path, fused: SimpleNamespace) -> N
 def test_tiles_of_a_model_that_is_freed_are_those_of_trl(fused: SimpleNamespace) -> None:
     """As where a configuration is priced again and again: nothing is held, and nothing stays wrapped."""
     model = large_base()
-    loss_tiles.use_own_tiles(model)
+    tiled_loss.use_own_tiles(model)
     assert (fused.module.ChunkedLogProbFunction.forward, fused.module.ChunkedLogProbFunction.backward) != fused.kept
     del model
     gc.collect()
     assert (fused.module.ChunkedLogProbFunction.forward, fused.module.ChunkedLogProbFunction.backward) == fused.kept
-    assert not loss_tiles._HEADS
+    assert not tiled_loss._HEADS

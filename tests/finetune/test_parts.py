@@ -256,7 +256,7 @@ def test_a_row_that_fails_alone_is_named_with_the_error(launch: Callable[..., La
 
 def test_what_an_error_took_from_parts_comes_back(launch: Callable[..., Launched]) -> None:
     parts: StepParts = launch(budget="60%").train().guard.parts
-    assert parts.shrink()
+    assert parts.ran.shrink()
     assert parts.state()["parts"]["most"] is not None
     parts.before_step(STEPS + 25, [])
     assert parts.state()["parts"]["most"] is None

@@ -215,12 +215,13 @@ def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: 
 
 def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Launch) -> None:
     run = launch(max_steps=2)
-    keeper = run.pilot.pilot._piloted.guard.plan
+    guard = run.pilot.pilot._piloted.guard
+    keeper = guard.plan
     few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
-    keeper.measure_again(few, BatchShape(ROWS, LONG))
+    guard.costs.measure_again(few, BatchShape(ROWS, LONG))
     cost = keeper.now.cost_of(BatchShape(ROWS, LONG))
     many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
-    keeper.measure_again(many, BatchShape(ROWS, LONG))
+    guard.costs.measure_again(many, BatchShape(ROWS, LONG))
     expected = keeper.now.cost_of(BatchShape(ROWS, LONG))
     ranks = np.full(len(run.pilot.applier.targets), 4)
     assert plan_cost(cost, ranks) == plan_cost(expected, ranks)

@@ -2,124 +2,50 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from rankpilot.agents.training import learning_curve, learning_sentence
 from rankpilot.common.drawing import save_figure
-from rankpilot.common.text import short_names
-from rankpilot.study.pictures import learning_curve, learning_sentence, rank_heatmap
+from rankpilot.common.text import module_kinds, short_names
+from rankpilot.lora.spec import DEFAULT_RANKS
+from rankpilot.study.page import RANK_COLORS
+from rankpilot.study.verdict import ranks_sentence
 
 ROOT = Path(__file__).parents[2]
-KINDS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
-LLAMA = [f"model.layers.{layer}.{kind}" for layer in range(143) for kind in KINDS]
 SMALL = ["encoder.layer.0.query", "encoder.layer.0.key", "encoder.layer.1.query", "encoder.layer.1.key"]
-
-
-def small_heatmap(ranks: list[list[int]]) -> Figure:
-    return rank_heatmap([0, 50], np.array(ranks), SMALL, np.array([0, 0, 1, 1]), 100)
-
-
-def pixel(figure: Figure, step: float, row: float) -> tuple[int, int, int]:
-    """Colour at a place of the heat-map."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=100, format="png")
-    stream.seek(0)
-    picture = imread(stream)
-    x, y = figure.axes[0].transData.transform((step, row))
-    red, green, blue = (picture[picture.shape[0] - 1 - int(y), int(x), :3] * 255).round().astype(int)
-    return int(red), int(green), int(blue)
 
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.texts]
 
 
-def test_heatmap_colours_follow_rank_step_and_layer() -> None:
-    figure = small_heatmap([[1, 1, 32, 1], [32, 1, 32, 1]])
-    low, high = pixel(figure, 75, 1.25), pixel(figure, 75, 2.25)
-    assert sum(high) < sum(low) - 150  # higher is darker
-    assert pixel(figure, 25, 2.25) == high  # layer 1 is above layer 0
-    assert pixel(figure, 25, 0.25) == low  # drawn to scale: the change comes at step 50 of 100
-    assert pixel(figure, 48, 0.25) == low
-    assert pixel(figure, 52, 0.25) == high
+def test_ranks_in_words_tell_how_concentrated_they_are() -> None:
+    def told(*ranks: list[int]) -> str:
+        return ranks_sentence(np.array(ranks), SMALL)
 
-
-def test_heatmap_shows_rank_zero_grey() -> None:
-    figure = small_heatmap([[0, 1, 1, 1], [0, 1, 1, 1]])
-    red, green, blue = pixel(figure, 75, 0.25)
-    assert red == green == blue
-    assert 180 < red < 240
-
-
-def test_heatmap_numbers_only_new_ranks_and_marks_decisions() -> None:
-    figure = small_heatmap([[1, 2, 4, 8], [1, 2, 4, 12]])
-    axes = figure.axes[0]
-    assert sorted(text.get_text() for text in axes.texts) == sorted(["1", "2", "4", "8", "12"])
-    decisions = axes.child_axes[-1]
-    assert [label.get_text() for label in decisions.get_xticklabels()] == ["0", "50"]
-    key = figure.axes[1]
-    assert [label.get_text() for label in key.get_yticklabels()] == ["0", "1", "2", "4", "8", "12"]
-
-
-def test_heatmap_title_tells_how_concentrated_the_ranks_are() -> None:
-    moved = texts(small_heatmap([[1, 1, 1, 1], [8, 0, 1, 1]]))[0]
+    moved = told([1, 1, 1, 1], [8, 0, 1, 1])
     assert "layer 0 query went from rank 1 to 8" in moved
     assert "of 2 changes" in moved
     assert moved.endswith("1 of 4 modules ends with 80% of the total rank; 1 ends without an adapter")
-    assert texts(small_heatmap([[8, 0, 1, 1]] * 2))[0].startswith("1 of 4 modules"), "none moved"
-    assert texts(small_heatmap([[1] * 4, [4] * 4]))[0] == "All 4 modules end at rank 4"
-    assert texts(small_heatmap([[1] * 4, [0] * 4]))[0] == "No module ends with an adapter"
+    assert told([8, 0, 1, 1], [8, 0, 1, 1]).startswith("1 of 4 modules"), "none moved"
+    assert told([1] * 4, [4] * 4) == "All 4 modules end at rank 4"
+    assert told([1] * 4, [0] * 4) == "No module ends with an adapter"
 
 
-def test_heatmap_names_modules_only_while_there_is_room() -> None:
-    few = small_heatmap([[1] * 4, [1] * 4]).axes[0]
-    assert [label.get_text() for label in few.get_yticklabels()] == ["query", "key", "query", "key"]
-    blocks = np.repeat(np.arange(32), 7)
-    many = rank_heatmap([0], np.ones((1, 224), dtype=int), LLAMA[:224], blocks, 10)
-    assert [axes.get_title() for axes in many.axes] == [*(kind.rpartition(".")[2] for kind in KINDS), ""]
-    assert [label.get_text() for label in many.axes[0].get_yticklabels()] == [f"layer {i}" for i in range(32)]
-    assert not many.axes[0].texts
-
-
-def test_panels_show_the_rank_of_each_kind_and_layer() -> None:
-    ranks = np.ones((2, 224), dtype=int)
-    ranks[1, 7 * 31 + 1] = 32  # k_proj of the top layer
-    figure = rank_heatmap([0, 50], ranks, LLAMA[:224], np.repeat(np.arange(32), 7), 100)
-    cells = [axes.collections[0].get_array().reshape(32, 2, -1) for axes in figure.axes[:7]]
-    low = cells[0][0, 0]
-    changed = [np.argwhere(~np.isclose(values, low).all(axis=2)).tolist() for values in cells]
-    assert changed == [[], [[31, 1]], *[[]] * 5]
-
-
-def test_panels_of_experts_show_their_mean() -> None:
+def test_experts_of_one_kind_are_one_kind() -> None:
     kinds = ("self_attn.q_proj", *(f"mlp.experts.{number}.up_proj" for number in range(8)))
-    modules = [f"model.layers.{layer}.{kind}" for layer in range(10) for kind in kinds]
-    modules += ["lm_head", "embed"]
-    ranks = np.full((1, 92), 4)
-    blocks = np.array([*np.repeat(np.arange(10), 9), 10, 11])
-    figure = rank_heatmap([0], ranks, modules, blocks, 10)
-    assert [axes.get_title() for axes in figure.axes] == ["q_proj", "up_proj", "other", ""]
-    assert "Cells with several modules show their mean." in texts(figure)[1]
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == [*(f"layer {number}" for number in range(10)), "lm_head", "embed"]
+    modules = [f"model.layers.{layer}.{kind}" for layer in range(2) for kind in kinds]
+    assert set(module_kinds(short_names([*modules, "lm_head"]))) == {"q_proj", "up_proj", "lm_head"}
 
 
-@pytest.mark.parametrize("layers", [4, 143])
-def test_nothing_is_clipped(layers: int) -> None:
-    count = layers * 7
-    ranks = np.arange(2 * count).reshape(2, count) % 33
-    figure = rank_heatmap([0, 36], ranks, LLAMA[:count], np.repeat(np.arange(layers), 7), 200)
-    figure.savefig(io.BytesIO(), format="png")
-    box = figure.get_tightbbox()
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0
-    assert box.y0 >= 0
-    assert box.x1 <= width
-    assert box.y1 <= height
+def test_higher_ranks_are_darker_and_rungs_stay_apart() -> None:
+    colors = np.array([list(bytes.fromhex(color)) for color in RANK_COLORS.split()])
+    assert len(colors) == len(DEFAULT_RANKS[1:])
+    brightness = colors @ (0.299, 0.587, 0.114)
+    assert (np.diff(brightness) < -0.5 * np.ptp(brightness) / len(colors)).all(), "half of an even share at least"
 
 
 def test_short_names() -> None:
@@ -167,7 +93,7 @@ def test_learning_curve_of_an_agent_that_got_worse_or_was_not_validated() -> Non
 def test_saved_figures_are_reproducible_and_leave_nothing_else(tmp_path: Path) -> None:
     paths = [tmp_path / "figures" / f"{name}.png" for name in "ab"]
     for path in paths:
-        assert save_figure(small_heatmap([[1, 2, 4, 8], [8, 4, 2, 1]]), path) == path
+        assert save_figure(learning_curve(progress(5)), path) == path
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(paths[0].parent.iterdir()) == paths
     assert imread(paths[0]).shape[1] == 1350

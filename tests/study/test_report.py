@@ -117,7 +117,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         settings=MemoryConfig("some/model"),
         facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
         card=CARD if card else None,
-        room=CARD.memory_bytes - CARD.context_bytes - 90 * MIB,
+        room=SimpleNamespace(taken=CARD.context_bytes + 90 * MIB),
         plain_seconds=0.5,
         rank=8,
         dtype="bf16",

@@ -18,7 +18,6 @@ from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.finetune.callback import attach
 from rankpilot.study.page import page_data
-from rankpilot.study.pictures import write_rank_picture
 from rankpilot.study.run_data import read_run, standing_out
 from rankpilot.study.verdict import summary_table
 from rich.console import Console
@@ -76,19 +75,6 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     assert page["results"] == page["caveats"] == []
 
 
-def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:
-    picture = run_folder / "ranks.png"
-    assert write_rank_picture(read_run(run_folder)) == picture
-    first = picture.read_bytes()
-    assert first.startswith(b"\x89PNG")
-    run = read_run(run_folder)
-    write_rank_picture(run)
-    assert picture.read_bytes() == first
-    eight = np.full_like(run.decisions[0].rank_after, 8)
-    same = [replace(each, rank_after=eight) for each in run.decisions if each.number == 0]
-    assert write_rank_picture(replace(run, decisions=same)) is None, "a sheet of one colour"
-
-
 def test_a_run_in_parts_tells_what_its_predictions_are_of(run_folder: Path) -> None:
     """A part has as many rows as the budget holds, so measured steps take more than the plan does with one row."""
     edit_summary(run_folder, lambda summary: summary["runs"]["rankpilot"].update(parts=2.5, padding_saved=0.1))
@@ -134,14 +120,12 @@ def test_missing_parts_are_left_out(run_folder: Path) -> None:
     assert any("no decision log" in line for line in page["left_out"])
     for part in ("decisions", "modules", "losses", "peaks", "settings", "sentences", "subject", "adapter", "results"):
         assert not page[part], part
-    assert write_rank_picture(read_run(run_folder)) is None
 
 
 def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
     lines = run_folder / "decisions" / "decisions.jsonl"
     lines.write_text("".join(lines.read_text().splitlines(keepends=True)[1:]))
     assert [decision["number"] for decision in page_of(run_folder)["decisions"]] == [1, 2, 3]
-    assert write_rank_picture(read_run(run_folder))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": {"uniform": {}}}'])
@@ -178,7 +162,6 @@ def test_a_log_that_cannot_be_read_is_named_and_left_out(run_folder: Path) -> No
     assert "\n" not in line
     assert page["losses"]
     assert not page["decisions"]
-    assert write_rank_picture(read_run(run_folder)) is None
 
 
 def test_a_decision_log_alone(run_folder: Path) -> None:
@@ -189,7 +172,6 @@ def test_a_decision_log_alone(run_folder: Path) -> None:
     assert page["peaks"], "the log has the peaks before its decisions"
     assert not page["losses"]
     assert page["settings"] == {"policy": "pilot", "seed": "3"}
-    assert write_rank_picture(read_run(folder)) == folder / "ranks.png"
 
 
 @pytest.fixture
@@ -299,7 +281,6 @@ def test_page_of_a_trainer_with_the_callback(make_llama: Callable[..., Any], tmp
     assert {limit for _, limit in run.limits} == {callback.limit}
     assert run.peaks()["rankpilot"]
     assert run.steps == 8
-    assert write_rank_picture(run) == tmp_path / "out" / "ranks.png"
     (page,) = page_data([run], [None])["runs"]
     assert page["adapter"]["folder"] == str(tmp_path / "out" / "checkpoint-8")
     assert len(page["decisions"]) == len(callback.predictions)
