@@ -27,7 +27,8 @@ with `rankpilot.attach` on its Trainer. Nothing in the program is edited.
   rankpilot run --budget 80% -- swift sft --model ...
   rankpilot run --dry -- python train.py        what would be attached, without training
 
-It never changes the program's data, loss, optimizer, output, exit status or signals. What trains no LoRA trains as it
+It never changes the program's data, LoRA, rate, loss, optimizer, output, exit status or signals: what makes a step
+smaller loses nothing, and ranks shrink only if nothing else fits. What trains no LoRA trains as it
 is, as does a script that attaches by itself. If rankpilot cannot attach, or cannot begin, the run goes on without it;
 only a budget in bytes that cannot be kept ends it, with status 1. Each of these is one line on standard error. If a
 command succeeds without a Trainer, the status is 3. The status is 127 if the command is not found.
@@ -39,11 +40,11 @@ class Run(PilotOptions):
     """Options of `rankpilot.attach`; docs/options.md has more.
 
     Attributes:
-        policy: what decides the ranks: "default", "agent", the folder of a trained policy, a rule, or a plan edited by
-            you (plan.yaml).
+        policy: what chooses other ranks than those of the LoraConfig: "default", "agent", the folder of a trained
+            policy, a rule, or a plan edited by you (plan.yaml). By default they stay.
         budget: limit that no training step may exceed: "24GiB" for everything on the device, frozen model included;
-            "6GiB step" for a step on top of the frozen model; "80%" of the memory of plain LoRA (rank 8 on all
-            modules); "auto" for nine tenths of the free device memory; or "300k params" of the adapter.
+            "6GiB step" for a step on top of the frozen model; "80%" of the memory of a step with the LoRA as
+            configured; "auto" for nine tenths of the free device memory; or "300k params" of the adapter.
         bounds: ranks of single modules, or their minimum and maximum rank: q_proj=8 down_proj=0:4.
         schedule: when to decide, as shares of the run from 0 on: 0 0.25 0.5. By default as the policy was trained.
         log: folder of the decision log. Defaults to `decisions` in the Trainer's output folder.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from rankpilot.common.errors import ConfigError
-from rankpilot.decide.rules import AsConfigured
 from rankpilot.finetune.allocate import allocate
 from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, attach
 from rankpilot.finetune.step.peak_guard import PeakGuard
@@ -92,13 +90,10 @@ def callbacks(trainer: Trainer) -> list[RankPilotCallback]:
     return [each for each in trainer.callback_handler.callbacks if isinstance(each, RankPilotCallback)]
 
 
-def test_an_ample_budget_changes_no_loss(
-    under_run: Start, llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ample_budget_changes_no_loss(under_run: Start, llama_config: LlamaConfig, tmp_path: Path) -> None:
     alone = made(tmp_path / "alone", with_dropout(llama_config))
     alone.train()
-    order = under_run(parts="off", budget="400%", keep_rate=True)
-    monkeypatch.setattr(attempt, "attach", partial(attach, policy=AsConfigured()))
+    order = under_run(parts="off", budget="400%")
     trainer = made(tmp_path / "run", with_dropout(llama_config), OwnTrain)
     trainer.train()
     assert same(trainer, alone)
