@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,14 +155,6 @@ class RankPilot:
         """
         return self.guard.parts.of(batch)
 
-    def hear_loss(self, loss: torch.Tensor) -> None:
-        """Take the loss of a part, with its graph, before its backward pass; called in a Trainer's steps.
-
-        If the loss is computed in a way new to this run, the next step first tests that parts still give the gradient
-        of the batch. Without this call, a loop is tested before its second step and every hundredth.
-        """
-        self.guard.parts.hear(loss)
-
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are now complete; call before they are cleared.
 
@@ -301,10 +293,6 @@ class RankPilot:
     def rates(self) -> tuple[float, float] | None:
         """Peak learning rate for plain LoRA, and under the plan; None before `begin`."""
         return self._piloted.rate.of_plan.rates if self._piloted and self._piloted.rate.of_plan else None
-
-    def aside(self) -> AbstractContextManager[None]:
-        """Exclude code in the block from the step, for instance where the model generates its own training data."""
-        return self.guard.aside()
 
     @property
     def guard(self) -> PeakGuard:

@@ -183,7 +183,7 @@ class PilotedRun:
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate.of_plan is not None
             journal.note(self.rate.of_plan.told())
-            self._control(None)
+            self.finite.control = self.rate.begin_control(None, journal)
         self._found = found
 
     def _prepare(
@@ -301,7 +301,7 @@ class PilotedRun:
             applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._record, checkpointing)
         run.replicas.changed(targets, step)
-        self._control(state)
+        self.finite.control = self.rate.begin_control(state, journal)
         if changed := changes(settings, before):
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
@@ -318,11 +318,6 @@ class PilotedRun:
         )
         applier.low = floor_of_experts(self._targets, applier.cost, applier.limit, low, high)
         return applier
-
-    def _control(self, state: Mapping[str, Any] | None) -> None:
-        """Start correcting the learning rate, if requested."""
-        self.rate.begin_control(state, self.journal)
-        self.finite.control = self.rate.control
 
     def stop(self) -> None:
         """End all participants, last first, and restore the original step."""

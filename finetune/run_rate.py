@@ -67,15 +67,15 @@ class RunRate:
             own=own,
         )
 
-    def begin_control(self, state: Mapping[str, Any] | None, journal: Journal) -> None:
-        """Start correcting the rate during the run, if requested.
+    def begin_control(self, state: Mapping[str, Any] | None, journal: Journal) -> ControlledRate | None:
+        """Start correcting the rate during the run, if requested, and return what does so.
 
         Args:
             state: the state of a resumed run; None for a new one.
             journal: gets a line if the run gives too little evidence.
         """
         if not self._controls:
-            return
+            return None
         assert self.of_plan is not None, "begin comes first"
         total = self._run.total_steps
         labels = self.of_plan.of_labels and not self.steers
@@ -87,3 +87,4 @@ class RunRate:
         self.control = ControlledRate(self._run, self._targets, self.of_plan, control, steps, journal)
         with readable_state():
             self.control.begin(state)
+        return self.control

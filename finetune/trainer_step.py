@@ -283,7 +283,7 @@ class _Followed:
         return result
 
     def _prepare_inputs(self, run: Callable[..., Any], inputs: Any) -> Any:
-        with self._listener.pilot.aside():
+        with self._listener.pilot.guard.aside():
             result = run(inputs)
         if self._rollouts and self._trainer.model.training and len(self._done) == 1:
             self._listener.take_batches(self._rollouts.of_this_step())
@@ -317,7 +317,7 @@ class _Followed:
         backward = accelerator.backward
         for part, share in pilot.parts(inputs):
             copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
-            scaled = partial(_scaled, backward, pilot.hear_loss, share)
+            scaled = partial(_scaled, backward, pilot.guard.parts.hear, share)
             with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
                 losses.append(run(model, copied, *rest, **options))
             if share != 1:

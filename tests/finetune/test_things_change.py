@@ -156,7 +156,7 @@ def run_in_parts(family: str, change: Change) -> tuple[Outcome, int]:
         total = torch.zeros(())
         for number, (part, share) in enumerate(pilot.parts(batch), 1):
             loss = change.loss(model, part, step) / change.micro
-            pilot.hear_loss(loss)
+            pilot.guard.parts.hear(loss)
             (share * loss).backward()
             total, most = total + share * loss.detach(), max(most, number)
         return total
