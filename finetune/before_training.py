@@ -34,7 +34,6 @@ from ..decide.policy import Decision
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.resize import is_trained
-from ..lora.spec import RankLadder, highest_ranks
 from ..lora.targets import TargetModule, unwrap
 from .options import PilotOptions
 from .step.batch_rows import BatchRows, Cuts
@@ -399,22 +398,6 @@ def budget_text(run: TrainingRun, budget: Budget, limit: Limit) -> str:
     return " ".join(filter(None, lines))
 
 
-def outcome_text(passed: IntArray, ranks: IntArray) -> str:
-    """Describe what became of the ranks of the LoraConfig, in a run that keeps them if it can.
-
-    Args:
-        passed: the ranks of the adapter as it was passed, int64 (modules,).
-        ranks: the ranks of the first plan, int64 (modules,).
-    """
-    if np.array_equal(passed, ranks):
-        least, most = passed.min(), passed.max()
-        return f"The LoRA stays as configured: rank {least if least == most else f'{least} to {most}'}."
-    return (
-        "The LoRA as configured does not fit this budget, and nothing that keeps the losses makes it fit: the mean "
-        f"rank shrinks from {passed.mean():.3g} to {ranks.mean():.3g}."
-    )
-
-
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     """Warn of other trained adapters of the model, not counted by a budget of parameters."""
     adapter = targets[0].adapter
@@ -480,12 +463,6 @@ def keep_what_was_learned(
         note(told)
     elif run.replicas.processes.first:
         logger.warning(told)
-
-
-def on_ladder(ranks: IntArray, targets: Sequence[TargetModule]) -> IntArray:
-    """Return the lowest ranks of the ladder at which no adapter of these ranks must shrink, int64 (modules,)."""
-    ladder = RankLadder()
-    return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:

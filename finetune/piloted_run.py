@@ -27,7 +27,7 @@ from ..cost.savers.offload import can_offload, offload_inputs
 from ..cost.savers.prices import CACHE, TILES
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
-from ..decide.plan.plan import least_cost
+from ..decide.plan.plan import least_cost, outcome_text
 from ..decide.plan.problem import floor_of_experts, rank_bounds
 from ..decide.plan.rate import InitialLoss
 from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate
@@ -38,6 +38,7 @@ from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
 from ..lora.peft_config import absent_targets, finish_load, ranks_as_passed, start_kept
 from ..lora.resize import is_trained
+from ..lora.spec import on_ladder
 from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from . import before_training
 from .controlled_rate import ControlledRate
@@ -196,7 +197,7 @@ class PilotedRun:
                 journal.note(before_training.TIMES_OF_WHOLE_BATCHES)
             self.decide()
             if stay:
-                told = before_training.outcome_text(passed, self.applier.ranks)
+                told = outcome_text(passed, self.applier.ranks)
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate is not None
             journal.note(self.rate.told())
@@ -220,7 +221,7 @@ class PilotedRun:
         self.journal.note(before_training.RECORDING)
         low, high = rank_bounds(targets, options.bounds or {})
         passed = ranks_as_passed(run.model, targets)
-        reference = passed if self._stays else before_training.on_ladder(passed, targets)
+        reference = passed if self._stays else on_ladder(passed, targets)
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
         before_training.clear_adapter_state(run, targets, keeps=keeps)
         costs_of_plans = partial(
