@@ -110,9 +110,8 @@ def main(arguments: Sequence[str]) -> int:
     if told:  # the requested answer first, then parts that take seconds more
         opening = report.headline(outlook) + report.subject(outlook, options)
         console.print(f"[bold]{escape(opening)}[/]", highlight=False)
-        verdict = f"{'Without rankpilot: ' if run else ''}{report.verdict_text(outlook)}"
-        lines = filter(None, (run and run.text(), verdict, doubts_text(outlook)))
-        console.print("\n".join(lines), markup=False, highlight=False)
+        verdict = filter(None, (_verdict(outlook, run), doubts_text(outlook)))
+        console.print("\n".join(verdict), markup=False, highlight=False)
         if options.details or options.budget:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
@@ -139,8 +138,14 @@ def main(arguments: Sequence[str]) -> int:
     written = report.write_memory_report(outlook, options, options.output, found, run) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
-    fits = run.fits if run else outlook.best or not options.card
-    return 0 if fits else NOTHING_FITS
+    return 0 if (run.fits if run else outlook.best or not options.card) else NOTHING_FITS
+
+
+def _verdict(outlook: Outlook, run: RunPlan | None) -> str:
+    """Return the result, after that of a run under rankpilot if there is one."""
+    from ..report.memory import verdict_text
+
+    return f"{run.text()}\nWithout rankpilot: {verdict_text(outlook)}" if run else verdict_text(outlook)
 
 
 def _run(outlook: Outlook, file: TrainerFile | None) -> RunPlan | None:

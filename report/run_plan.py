@@ -40,6 +40,7 @@ class RunPlan:
     Attributes:
         asked: the options of the run.
         budget: its budget.
+        names: names of the target modules.
         passed: ranks of the LoRA as configured, int64 (modules,).
         limit: limit of a step's bytes or of the adapter's parameters; None if the budget does not hold the model.
         ranks: ranks of the plan, int64 (modules,); None if a policy chooses them when the run begins, or none fit.
@@ -55,6 +56,7 @@ class RunPlan:
 
     asked: OptionsInFile
     budget: Budget
+    names: tuple[str, ...]
     passed: IntArray
     limit: Limit | None = None
     ranks: IntArray | None = None
@@ -112,7 +114,7 @@ class RunPlan:
             "reference": whole,
             "limit": self.limit.value if self.limit else None,
             "keeps_ranks": self.keeps_ranks,
-            "ranks": None if self.ranks is None else self.ranks.tolist(),
+            "ranks": None if self.ranks is None else dict(zip(self.names, self.ranks.tolist(), strict=True)),
             "savers": list(self.savers),
             "checkpointed": self.checkpointed,
             "layers": self.layers,
@@ -134,7 +136,7 @@ def plan_of_run(outlook: Outlook, asked: OptionsInFile, *, sums: bool) -> RunPla
         sums: True if the trainer's loss is known to be a sum over rows or tokens, so that batches may run in parts.
     """
     budget, passed = asked.options.budget_read, np.full(len(outlook.step.targets), outlook.rank)
-    empty = RunPlan(asked, budget, passed)
+    empty = RunPlan(asked, budget, tuple(target.name for target in outlook.step.targets), passed)
     try:
         priced = _Priced.of(outlook, asked, budget, passed, sums=sums)
         if not asked.keeps_ranks:
@@ -245,8 +247,8 @@ class _Priced:
         elif self.chooses:
             least = partial(least_cost, targets, low, high)
             cost = checkpointed_cost(self.memory, passed, limit, self.alone, passed, least=least)
-        names = [target.name for target in targets]
-        check_budget(AllocationProblem.of(targets, cost, limit, low=low, high=high), names, empty.budget.share)
+        possible = AllocationProblem.of(targets, cost, limit, low=low, high=high)
+        check_budget(possible, list(empty.names), empty.budget.share)
         ranks = passed
         if plan_cost(cost, passed) > STAY_ROOM * limit:
             low = floor_of_experts(targets, cost, limit, low, high)
