@@ -21,6 +21,7 @@ from .progress import console
 
 if TYPE_CHECKING:
     from ..cost.forecast.outlook import Outlook
+    from ..report.run_plan import RunPlan
     from ..report.trainer_file import TrainerFile
 
 SPILLS = (
@@ -56,8 +57,9 @@ class Memory(MemoryConfig):
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and the memory breakdown.
         json: print all figures as JSON, and nothing else.
-        config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified. Options on the command line, and MODEL,
-            override it.
+        config: a YAML file of axolotl, TRL, LLaMA-Factory or ms-swift, unmodified, or with a key `rankpilot` for the
+            options of `rankpilot.attach`, whose plan is then told too. Options on the command line, and MODEL, override
+            it.
         python: print the LoraConfig and the training arguments of the best choice; for a card.
     """
 
@@ -103,11 +105,12 @@ def main(arguments: Sequence[str]) -> int:
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
     outlook = _of_card(options, options.card, file) if options.card else _here(options)
     found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
+    run = _run(outlook, file)
     told = not (options.json or (options.python and outlook.best))
     if told:  # the requested answer first, then parts that take seconds more
         opening = report.headline(outlook) + report.subject(outlook, options)
         console.print(f"[bold]{escape(opening)}[/]", highlight=False)
-        verdict = filter(None, (report.verdict_text(outlook), doubts_text(outlook)))
+        verdict = filter(None, (_verdict(outlook, run), doubts_text(outlook)))
         console.print("\n".join(verdict), markup=False, highlight=False)
         if options.details or options.budget:
             console.print(report.choice_table(outlook))
@@ -121,6 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
         figures |= {"unread": list(file.unread), "unpriced": list(file.unpriced)} if file else {}
+        figures |= {"run": run.figures()} if run else {}
         console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:
@@ -131,10 +135,26 @@ def main(arguments: Sequence[str]) -> int:
         notes += [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]
         for note in notes:
             console.print(note, markup=False, highlight=False)
-    written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
+    written = report.write_memory_report(outlook, options, options.output, found, run) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
-    return NOTHING_FITS if options.card and not outlook.best else 0
+    return 0 if (run.fits if run else outlook.best or not options.card) else NOTHING_FITS
+
+
+def _verdict(outlook: Outlook, run: RunPlan | None) -> str:
+    """Return the result, after that of a run under rankpilot if there is one."""
+    from ..report.memory import verdict_text
+
+    return f"{run.text()}\nWithout rankpilot: {verdict_text(outlook)}" if run else verdict_text(outlook)
+
+
+def _run(outlook: Outlook, file: TrainerFile | None) -> RunPlan | None:
+    """Return the first plan of a run with the options in a file; None without them."""
+    if not (file and file.run):
+        return None
+    from ..report.run_plan import plan_of_run
+
+    return plan_of_run(outlook, file.run, sums=file.sums)
 
 
 def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
@@ -148,7 +168,7 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
     file = read_trainer_file(path)
     if "max_length" not in file.settings and not peek(arguments, "--max-length"):
         advice = "Pass --max-length with the length of the longest row."
-        raise ConfigError(f"{path} does not truncate rows (max_length: null). {advice}")
+        raise ConfigError(f"{path} does not truncate rows (it has no max_length). {advice}")
     if "sharding" in file.settings and not peek(arguments, "--gpus"):
         told = f"{file.settings.pop('sharding')} (priced for one GPU: pass --gpus)"
         return replace(file, unpriced=(*file.unpriced, told))

@@ -174,13 +174,34 @@ class Budget:
         """Share of the cost of the adapter as configured; None for other kinds."""
         return self.value if self.kind == "share" else None
 
-    def resolve(self, cost: Cost, reference: IntArray, device: torch.device, kept: IntArray | None = None) -> Limit:
+    def beside(self, resident: float, *, cuda: bool) -> Budget:
+        """Return what a total budget leaves for a step, on CUDA without the allocator's overhead (`AUTO_SHARE`).
+
+        Args:
+            resident: bytes of the frozen model and whatever else no plan changes.
+            cuda: True for a CUDA device.
+
+        Raises:
+            BudgetError: they already exhaust the budget.
+        """
+        if resident >= self.value:
+            raise BudgetError(
+                f"The total budget of {format_bytes(self.value)} is less than the frozen model and the device's "
+                f"context take, {format_bytes(resident, up=True)}. Raise it, or load the model in lower precision "
+                "(bf16, or quantised). For a step only, on top of the frozen model, write "
+                f"'{format_bytes(self.value)} step'."
+            )
+        return Budget("bytes", (AUTO_SHARE if cuda else 1.0) * (self.value - resident))
+
+    def resolve(
+        self, cost: Cost, reference: IntArray, device: torch.device | None = None, kept: IntArray | None = None
+    ) -> Limit:
         """Resolve the budget to a limit, in the unit of the cost.
 
         Args:
             cost: cost of a plan.
             reference: the ranks whose cost a share refers to, int64 (modules,): those of the adapter as it was passed.
-            device: device of the model; "auto" takes a share of its free memory.
+            device: device of the model, if it is loaded; "auto" takes a share of its free memory.
             kept: ranks of trained adapters, int64 (modules,). A share refers to their cost if it is higher, so "100%"
                 discards nothing already learned.
 
@@ -195,7 +216,10 @@ class Budget:
                 f"({form}) or a share ('80%'), or count costs in {self.unit}."
             )
         whole = max(plan_cost(cost, ranks) for ranks in (reference, kept) if ranks is not None)
-        of = whole if self.kind == "share" else free_bytes(device) if self.kind == "auto" else 1
+        of = whole if self.kind == "share" else 1
+        if self.kind == "auto":
+            assert device is not None, "there is a device"
+            of = free_bytes(device)
         return Limit(self.value * of, cost.unit, whole)
 
 

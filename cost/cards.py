@@ -43,6 +43,9 @@ WORKSPACE_BYTES = 8_519_680
 HOPPER_WORKSPACE_BYTES = 32 * _MIB
 """The same on data centre cards from Hopper on, compute capability 9 and 10."""
 
+MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
+"""Maximum bytes of cuBLAS workspaces in torch's allocator: one per thread of two (Hopper; less on older cards)."""
+
 
 _BRANDS = {"nvidia", "geforce", "tesla", "gpu"}
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..common.arrays import IntArray
+from .part_seconds import SECOND_RUN
 from .step_time import StepTime
 
 BUS_SHARE = 0.75
@@ -89,6 +90,32 @@ class BaseLayers:
         copy = self.layer_bytes / bus_bytes_per_s
         rest = (streamed - 1) * copy  # nothing hides the first one, and the backward pass begins with the last one
         return copy + max(rest - forward, 0.0) + max(rest - backward, 0.0)
+
+
+def kept_layers(
+    base: BaseLayers, spare: tuple[float, float], again: int, seconds: float, bus_bytes_per_s: float
+) -> int:
+    """Return the number of layers to keep on the device, where all could stream.
+
+    Either the fewest layers are checkpointed, or, if estimated to take no longer, the fewest are streamed.
+
+    Args:
+        base: the frozen weights of the layers.
+        spare: bytes left while all layers stream, with none checkpointed and with all; equal where none may be.
+        again: fewest layers to checkpoint while all stream.
+        seconds: estimated time of a step without checkpointing.
+        bus_bytes_per_s: the rate that copies to the device reach.
+    """
+    count = base.count
+
+    def time(kept: int, layers: int) -> float:
+        forward, step = SECOND_RUN * seconds, seconds * (1 + SECOND_RUN * layers / count)
+        return step + base.exposed_seconds(count - kept, forward, step - forward, bus_bytes_per_s)
+
+    kept, other = (min(max(int(room // base.layer_bytes), 0), count) for room in spare)
+    if time(other, count) <= time(kept, again):
+        kept = other
+    return count if count - kept <= ON_DEVICE else kept  # as many are on the device anyway
 
 
 @dataclass(frozen=True)

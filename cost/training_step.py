@@ -195,7 +195,9 @@ def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> It
 
     Args:
         modules: the modules with such a function.
-        run: called with the function's reentrancy, followed by its call arguments.
+        run: called with the function's reentrancy, the layer that owns it (None if it is another module's), and its
+            call arguments. Some versions of transformers call it before the layer's hooks, others inside of them, so
+            the module that runs does not tell the layer.
     """
     functions = [vars(module)[CHECKPOINT] for module in modules]
     kinds, marked = {type(module) for module in modules}, _Marked(modules, run)
@@ -220,7 +222,10 @@ class _Marked:
         if module is None or CHECKPOINT not in vars(module):
             raise AttributeError(f"{kind.__name__} has no attribute {CHECKPOINT!r}")
         function = vars(module)[CHECKPOINT]
-        return partial(self._run, is_reentrant(function)) if id(module) in self._modules else function
+        if id(module) not in self._modules:
+            return function
+        layer = module if isinstance(module, GradientCheckpointingLayer) else None
+        return partial(self._run, is_reentrant(function), layer)
 
     def __set__(self, module: nn.Module, function: Any) -> None:
         vars(module)[CHECKPOINT] = function

@@ -27,7 +27,7 @@ from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
 from ..lora.spec import plain_ranks
 from ..lora.targets import TargetModule
 from .observation import ModuleShapes, Moves, Observation, RunState, observe
-from .plan.plan import Plan, TimeLimit, check_budget
+from .plan.plan import STAY_ROOM, Plan, TimeLimit, check_budget
 from .plan.problem import AllocationProblem
 from .policy import Decision, decided_plan, decision_from_plan
 from .rate_control import RunRecord
@@ -35,9 +35,6 @@ from .settings import DecisionClock, DecisionSchedule
 
 MAX_GRAD_NORM = 1.0
 """Gradient clipping norm of probes."""
-
-STAY_ROOM = 1.001
-"""Cost of the configured ranks, as a share of the limit, up to which they stay."""
 
 FIRST_LOSSES = 5
 """Number of losses averaged for the first loss, from the probe's start, and for the last loss, up to its end."""

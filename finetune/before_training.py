@@ -35,7 +35,7 @@ from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.peft_config import ranks_as_passed
 from ..lora.resize import is_trained
-from ..lora.spec import RankLadder, highest_ranks
+from ..lora.spec import on_ladder
 from ..lora.targets import TargetModule, unwrap
 from .options import PilotOptions
 from .step.batch_rows import BatchRows, Cuts
@@ -402,22 +402,6 @@ def budget_text(run: TrainingRun, budget: Budget, limit: Limit) -> str:
     return " ".join(filter(None, lines))
 
 
-def outcome_text(passed: IntArray, ranks: IntArray) -> str:
-    """Describe what became of the ranks of the LoraConfig, in a run that keeps them if it can.
-
-    Args:
-        passed: the ranks of the adapter as it was passed, int64 (modules,).
-        ranks: the ranks of the first plan, int64 (modules,).
-    """
-    if np.array_equal(passed, ranks):
-        least, most = passed.min(), passed.max()
-        return f"The LoRA stays as configured: rank {least if least == most else f'{least} to {most}'}."
-    return (
-        "The LoRA as configured does not fit this budget, and nothing that keeps the losses makes it fit: the mean "
-        f"rank shrinks from {passed.mean():.3g} to {ranks.mean():.3g}."
-    )
-
-
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     """Warn of other trained adapters of the model, not counted by a budget of parameters."""
     adapter = targets[0].adapter
@@ -498,15 +482,11 @@ def ranks_to_compare(
         stays: True if the run keeps the ranks of its LoraConfig, on the ladder or not.
         keeps: True if the adapters are already trained and kept.
     """
-    passed, ladder = ranks_as_passed(run.model, targets), RankLadder()
+    passed = ranks_as_passed(run.model, targets)
     if stays:
         return passed, None
     now = np.array([target.rank for target in targets], dtype=np.int64)
-    reference, kept = (
-        np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
-        for ranks in (passed, now)
-    )
-    return reference, kept if keeps else None
+    return on_ladder(passed, targets), on_ladder(now, targets) if keeps else None
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:

@@ -21,7 +21,7 @@ from ..cost.budget import TimeBudget
 from ..cost.record.calibration import PlanCosts
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
-from ..decide.plan.plan import least_cost
+from ..decide.plan.plan import least_cost, outcome_text
 from ..decide.plan.problem import floor_of_experts, rank_bounds
 from ..decide.plan.rate import InitialLoss
 from ..decide.policy import Decision, Policy, asked, reads_signals, rounding
@@ -179,7 +179,7 @@ class PilotedRun:
                 journal.note(before_training.TIMES_OF_WHOLE_BATCHES)
             self.decide()
             if stay:
-                told = before_training.outcome_text(passed, self.applier.ranks)
+                told = outcome_text(passed, self.applier.ranks)
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate.of_plan is not None
             journal.note(self.rate.of_plan.told())

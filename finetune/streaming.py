@@ -17,7 +17,6 @@ from ..common.text import format_bytes
 from ..cost.budget import Budget, free_bytes
 from ..cost.cards import find_device_spec
 from ..cost.model import MemoryModel, fewest_checkpointed
-from ..cost.part_seconds import SECOND_RUN
 from ..cost.record.calibration import PlanCosts
 from ..cost.record.measured_time import part_seconds_of
 from ..cost.record.model_states import frozen_bytes
@@ -30,7 +29,7 @@ from ..cost.savers.streamed_base import (
     streaming_of,
     unstreamable,
 )
-from ..cost.streaming import BUS_SHARE, ON_DEVICE, BaseLayers, spread
+from ..cost.streaming import BUS_SHARE, BaseLayers, kept_layers, spread
 from .options import PilotOptions, PlanOptions
 from .step.put_back import gradients_put_back
 from .step.run import TrainingRun
@@ -140,29 +139,15 @@ class RunStreaming:
         return found
 
     def _keep(self, costs: PlanCosts, memory: MemoryModel, plain: IntArray, *, checkpoints: bool) -> int:
-        """Keep layers on the device as the planner would (`brought_by_streaming`); return their bytes.
-
-        Either the fewest layers are checkpointed, or, if estimated to take no longer, the fewest are streamed.
-        """
+        """Keep layers on the device, in the least time (`kept_layers`); return their bytes."""
         assert self.now is not None, "the base streams"
         away, size, count = self.now.away_bytes, max(layer.bytes for layer in self.now.layers), self.count
         limit, shape = costs.limit.value, costs.alone or memory.shape
-        whole, base = _seconds(self._run.model, memory), BaseLayers(count, (size,))
-
-        def kept_with(step: MemoryModel) -> int:
-            return min(max(int((limit - step.peak(plain, shape)) // size), 0), count)
-
-        def seconds(kept: int, layers: int) -> float:
-            forward, step = SECOND_RUN * whole, whole * (1 + SECOND_RUN * layers / count)
-            return step + base.exposed_seconds(count - kept, forward, step - forward, _bus_rate(self._run.device))
-
-        kept = kept_with(memory.with_checkpointed(()) if checkpoints else memory)
-        if checkpoints:
-            again = len(fewest_checkpointed(memory, plain, limit, shape))
-            if seconds(other := kept_with(memory), count) <= seconds(kept, again):
-                kept = other
-        if count - kept <= ON_DEVICE:  # as many are on the device anyway
-            kept = count
+        none = memory.with_checkpointed(()) if checkpoints else memory
+        spare = limit - none.peak(plain, shape), limit - memory.peak(plain, shape)
+        again = len(fewest_checkpointed(memory, plain, limit, shape)) if checkpoints else 0
+        seconds, rate = _seconds(self._run.model, memory), _bus_rate(self._run.device)
+        kept = kept_layers(BaseLayers(count, (size,)), spare, again, seconds, rate)
         self.now.keep(self._run.replicas.processes.on_first(lambda: count - kept))  # also on cards of several kinds
         return away - self.now.away_bytes
 

@@ -158,6 +158,12 @@ def plain_ranks(targets: Sequence[ModuleSpec]) -> IntArray:
     return np.minimum(REFERENCE_RANK, highest_ranks(targets))
 
 
+def on_ladder(ranks: IntArray, targets: Sequence[ModuleSpec]) -> IntArray:
+    """Return the lowest ranks of the ladder at which no adapter of these ranks must shrink, int64 (modules,)."""
+    ladder = RankLadder()
+    return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
+
+
 def check_rank(rank: int, targets: Sequence[ModuleSpec]) -> None:
     """Raise ConfigError for a rank that exceeds the maximum of every module."""
     widest = max(target.max_rank for target in targets)

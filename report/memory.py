@@ -29,6 +29,7 @@ from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
+    from .run_plan import RunPlan
 
 HELD_BACK = 0.05, 8 * 2**20
 """Resident memory beyond the peak deserves a note above this share of it and these bytes."""
@@ -477,13 +478,17 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
 
 
 def write_memory_report(
-    outlook: Outlook, config: MemoryConfig, folder: Path, lengths: StepsOfLengths | None = None
+    outlook: Outlook,
+    config: MemoryConfig,
+    folder: Path,
+    lengths: StepsOfLengths | None = None,
+    run: RunPlan | None = None,
 ) -> str:
     """Write memory.json and, with matplotlib, memory.png and the picture of lengths; returns a line about them.
 
     Existing files are replaced.
     """
-    told = figures(outlook)
+    told = figures(outlook) | ({"run": run.figures()} if run else {})
     if lengths:
         from .lengths import lengths_figures, lengths_picture
 

@@ -1,4 +1,4 @@
-"""Derive settings of `rankpilot memory` from a training file of axolotl, TRL or LLaMA-Factory.
+"""Derive settings of `rankpilot memory` from a training file of axolotl, TRL, LLaMA-Factory or ms-swift.
 
 Keys that affect memory are translated, with the program's own defaults. Keys that do not, such as data and rates, are
 ignored; unpriced and unknown ones are reported by name. trainer_keys.json lists the keys of each program.
@@ -19,6 +19,7 @@ import yaml
 
 from ..common.errors import MOST_NAME, ConfigError, shown
 from ..common.files import parse_yaml, read_text
+from ..finetune.options import KEY, OptionsInFile
 
 MOST_BYTES = 2**20
 """Maximum size of a file in bytes; reading it takes some seconds."""
@@ -33,12 +34,19 @@ class TrainerFile:
         settings: settings of `MemoryConfig`, by name.
         unread: keys unknown to the program, whose effect is not counted.
         unpriced: keys with an uncounted effect on memory, some with a reason.
+        run: options of the run under rankpilot; None without them.
     """
 
     program: str
     settings: dict[str, Any]
     unread: tuple[str, ...]
     unpriced: tuple[str, ...] = ()
+    run: OptionsInFile | None = None
+
+    @property
+    def sums(self) -> bool:
+        """True if the program's loss is known to be a sum over rows or tokens, as that of TRL's SFTTrainer."""
+        return self.program == "TRL" and not set(self.unpriced) & set(_NO_SUM)
 
     def remarks(self, path: str) -> Iterator[str]:
         """Yield a line for each kind of uncounted key."""
@@ -52,6 +60,9 @@ class TrainerFile:
             told = (f"{key} (did you mean {near[key][0]}?)" if near.get(key) else key for key in self.unread)
             yield f"Settings in {path} unknown to {self.program} {table['version']}, not counted: {', '.join(told)}."
 
+
+_NO_SUM = ("neftune_noise_alpha", "router_aux_loss_coef", "auto_find_batch_size", "torch_compile")
+"""Settings of TRL under which batches run whole."""
 
 KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("trainer_keys.json").read_text("utf-8"))
 """Known keys of each program.
@@ -67,34 +78,37 @@ refused: keys of other, unpriced kinds of training, with the kinds that use them
 
 
 def read_trainer_file(path: str | Path) -> TrainerFile:
-    """Read a YAML file of axolotl, TRL or LLaMA-Factory.
+    """Read a YAML file of axolotl, TRL, LLaMA-Factory or ms-swift.
 
     Raises:
         ConfigError: it is missing, not YAML, of another program, or of a training other than LoRA on one language
-            model.
+            model; or an option of rankpilot in it is invalid.
     """
     values = _parsed(Path(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must be a mapping of setting names to values; got {shown(values)}.")
     program = _program(values)
     if not program:
-        two = "TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path and finetuning_type)"
+        rest = "TRL (model_name_or_path), LLaMA-Factory (model_name_or_path and finetuning_type) or ms-swift (model)"
         first = ", ".join(map(shown, list(values)[:5]))
-        raise ConfigError(f"{path} is not a config of axolotl (base_model), {two}. Its keys: {first}.")
-    keys = _Keys(values, str(path))
+        raise ConfigError(f"{path} is not a config of axolotl (base_model), {rest}. Its keys: {first}.")
+    run = OptionsInFile.of({} if values[KEY] is None else values[KEY], str(path)) if KEY in values else None
+    keys = _Keys({key: value for key, value in values.items() if key != KEY}, str(path))
     table = KEYS[program]
+    if program == "ms-swift" and (kind := keys.get("rlhf_type")):
+        raise keys.refuse(f"trains with rlhf_type: {shown(kind)}")
     if foreign := [key for key in table["refused"] if keys.get(key, False) is not False]:
         known = Counter(training for key in foreign for training in table["refused"][key])
         most = [training for training, count in known.most_common(3) if count == max(known.values())]
         raise keys.refuse(f"configures another kind of training, {' or '.join(most)} ({', '.join(foreign[:4])})")
     settings = _READERS[program](keys) | {"sharding": _sharding(keys), "exact_savers": False}
     if settings.get("quantization"):
-        settings["prepare_kbit"] = False  # all three keep norms and embeddings in 16 bits
+        settings["prepare_kbit"] = False  # all of them keep norms and embeddings in 16 bits
     keys.notes += [key for key, rule in table["unpriced"].items() if keys.changes(key, rule)]
     every = {key for kind in ("priced", "unpriced", "harmless", "older", "refused") for key in table[kind]}
     unread = tuple(key for key in keys.values if key not in every)
     settings = {name: value for name, value in settings.items() if value is not None}
-    return TrainerFile(program, settings, unread, tuple(keys.notes))
+    return TrainerFile(program, settings, unread, tuple(keys.notes), run)
 
 
 def _parsed(path: Path) -> Any:
@@ -108,11 +122,16 @@ def _parsed(path: Path) -> Any:
 def _program(values: Mapping[str, Any]) -> str:
     if "base_model" in values:
         return "axolotl"
+    if "model_name_or_path" not in values and _OF_SWIFT & set(values):
+        return "ms-swift"
     if "model_name_or_path" in values or "per_device_train_batch_size" in values:
         own = {"finetuning_type", "stage", "cutoff_len", "lora_rank", "lora_target", "quantization_bit", "template"}
         return "LLaMA-Factory" if own & set(values) else "TRL"
     return ""
 
+
+_OF_SWIFT = {"model", "tuner_type", "train_type", "tuner_backend", "attn_impl", "external_plugins", "use_swift_lora"}
+"""Keys of ms-swift that the other programs lack."""
 
 _MEASURE = "To measure it in your own trainer, use rankpilot.attach(trainer)"
 
@@ -410,5 +429,53 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
     }
 
 
+def _swift(keys: _Keys) -> dict[str, Any]:
+    name = "tuner_type" if "tuner_type" in keys.values else "train_type"  # of version 3
+    if (kind := keys.get(name, "lora")) != "lora":
+        raise keys.refuse(f"trains with {name}: {shown(kind)}", f"Set {name}: lora")
+    if (task := keys.get("task_type", "causal_lm")) != "causal_lm":
+        raise keys.refuse(f"trains with task_type: {shown(task)}")
+    method, bits = keys.word("quant_method"), keys.number("quant_bits", 0, 0)
+    if method not in ("", "bnb") or (method and bits not in (4, 8)):
+        asked = f"quant_method: {method} with quant_bits: {bits}"
+        raise ConfigError(f"{keys.path}: {asked} is not supported. Use bnb with 4 or 8.")
+    attention, dtype = _attention(keys, "attn_impl"), keys.word("torch_dtype", "auto").removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"{keys.path}: torch_dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}.")
+    rows, packs = keys.number("per_device_train_batch_size", 1), keys.flag("packing")
+    flat = keys.any("packing", "padding_free") and attention in ("flash", None)
+    length = keys.number("packing_length" if packs and keys.get("packing_length") else "max_length", 1024)
+    batch = _rows(keys, "per_device_train_batch_size", 1, length, flat=flat)
+    if "gradient_accumulation_steps" not in keys.values:
+        batch["accumulation"] = -(-16 // rows)  # on one GPU
+    if not {"max_length", "packing_length"} & set(keys.values):
+        batch["max_length"] = None
+    target = _names(keys, "target_regex") or _names(keys, "target_modules", "all-linear")
+    named = f"{keys.get('target_modules')} {keys.get('modules_to_save')}"
+    if group := re.search("all-(embedding|norm|router)", named):
+        raise ConfigError(f"{keys.path}: {group[0]} is not supported. Name the modules instead.")
+    shares = bool(keys.get("deepspeed") or keys.get("fsdp"))
+    reentrant = shares or "NPROC_PER_NODE" not in str(keys.get("ENV"))
+    return {
+        "model": keys.model("model"),
+        "rank": keys.number("lora_rank", 8),
+        "lora_dropout": keys.number("lora_dropout", 0.05, 0),
+        "target_modules": target,
+        "target_parameters": _names(keys, "target_parameters"),
+        "adapter": _adapter(keys, use_dora="use_dora", modules_to_save="modules_to_save"),
+        "quantization": {4: "nf4", 8: "int8"}.get(bits) if method else None,
+        "double_quantization": keys.flag("bnb_4bit_use_double_quant", True) if method and bits == 4 else None,
+        "experts": "unsloth" if keys.word("tuner_backend") == "unsloth" and bits == 4 else None,
+        "optimizer": _optimizer(keys, "optim", "adamw_torch_fused"),
+        "dtype": _DTYPES[dtype] if dtype != "auto" else None,
+        "bf16": keys.flag("bf16", _DTYPES[dtype] == "bf16") if {"bf16", "torch_dtype"} & set(keys.values) else None,
+        "attention": attention,
+        "loss": "cut" if keys.flag("use_liger_kernel") else None,
+        "expandable_segments": "expandable_segments:True" in str(keys.get("ENV")) or None,
+        **batch,
+        **_checkpointing(keys, keys.flag("gradient_checkpointing", True), reentrant),
+    }
+
+
 _Reader = Callable[[_Keys], dict[str, Any]]
-_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory}
+_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory, "ms-swift": _swift}

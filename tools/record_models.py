@@ -19,8 +19,10 @@ from rankpilot.cost.forecast.known_models import published_models
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped
 from rankpilot.cost.forecast.step_file import packed, unpacked
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep, versions
+from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers, price_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.step_time import MASK_ALIGNMENT
+from rankpilot.lora.spec import plain_ranks
 from rich.console import Console
 
 FIRST = (
@@ -91,7 +93,7 @@ def asked_steps(name: str) -> Iterator[AskedStep]:
 
 
 def _of_yamls(name: str) -> Iterator[AskedStep]:
-    """What the usual yamls of TRL and LLaMA-Factory ask for, which know no exact savers."""
+    """What the usual yamls of TRL and LLaMA-Factory ask for: without exact savers, and with them for `rankpilot:`."""
     dropout = {"lora_dropout": 0.05}
     for quantization in QUANTIZATIONS:
         for loaded in (replace(TRL, adapter=dropout), LLAMA_FACTORY):
@@ -116,6 +118,8 @@ def record(asked: AskedStep) -> Path:
     source = StoredStep(StepFile(asked.key), asked.recorder, None)
     for step in steps(source, settings):
         source.configured(step).leaner()
+        if not step.exact_savers:
+            record_run(source, step)
         if asked.loaded == TRL:  # of which yamls and the page ask
             source.configured(replace(step, exact_savers=False))
     if source.file.text["level"]:  # a recording tells of its own length alone
@@ -126,6 +130,14 @@ def record(asked: AskedStep) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(packed({key: there[key] for key in sorted(known_keys() & set(there))}, small=True))
     return path
+
+
+def record_run(source: StoredStep, step: StepConfig) -> None:
+    """Record what a run under rankpilot adds to a step of a yaml: exact savers, and selective checkpointing."""
+    measure, targets = source.configured(step).measure, source.model.targets
+    assert measure is not None, "a stored step is recorded"
+    priced = price_savers(measure, free_savers(targets), plain_ranks(targets), each=False)
+    measure((*priced.names, ACTIVATIONS))
 
 
 def is_current(asked: AskedStep) -> bool:

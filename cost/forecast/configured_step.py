@@ -13,7 +13,7 @@ from ...common.errors import ConfigError, shown
 from ...lora.spec import ModuleSpec, plain_ranks
 from ..model import MemoryModel
 from ..recording import BatchShape
-from ..savers.prices import ACTIVATIONS, Saved, price_savers
+from ..savers.prices import ACTIVATIONS, Measure, Saved, price_savers
 from ..step_config import Attention, ExpertBits
 from ..step_time import StepWork
 from ..streaming import BaseLayers
@@ -149,6 +149,7 @@ class ConfiguredStep:
         loaded: how the model is loaded and trained.
         libraries: versions of the libraries that recorded it, if it comes from a file.
         leaner: creates the same step with selective checkpointing; returns None if that saves nothing or is disabled.
+        measure: returns the byte model of the same batch with exactly these exact savers; None if it was not recorded.
     """
 
     memory: MemoryModel
@@ -158,6 +159,7 @@ class ConfiguredStep:
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
     loaded: LoadedAs = field(default_factory=LoadedAs, repr=False)
     libraries: Mapping[str, str] = field(default_factory=dict)
+    measure: Measure | None = field(default=None, repr=False)
 
     @property
     def targets(self) -> tuple[ModuleSpec, ...]:
@@ -186,9 +188,10 @@ class StepSource(Protocol):
 def configured_step(source: StepSource, shape: BatchShape, savers: Sequence[str]) -> ConfiguredStep:
     """Return a step on a batch of this shape, with the requested exact savers that lower its peak."""
     plain = plain_ranks(source.model.targets)
-    priced = price_savers(partial(source.memory, shape=shape), savers, plain)
-    work = source.work(priced.names, shape)
-    found = ConfiguredStep(priced.memory, source.model, work, priced.saved if savers else (), loaded=source.loaded)
+    measure = partial(source.memory, shape=shape)
+    priced = price_savers(measure, savers, plain)
+    work, saved = source.work(priced.names, shape), priced.saved if savers else ()
+    found = ConfiguredStep(priced.memory, source.model, work, saved, loaded=source.loaded, measure=measure)
 
     def leaner() -> ConfiguredStep | None:
         names = (*priced.names, ACTIVATIONS)

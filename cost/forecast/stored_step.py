@@ -179,7 +179,12 @@ class StoredStep:
             self._keep()
             return lean and replace(lean, libraries=libraries)
 
-        return replace(found, leaner=leaner, libraries=libraries)
+        def measure(savers: tuple[str, ...]) -> MemoryModel:
+            memory = self.memory(savers, shape)
+            self._keep()
+            return memory
+
+        return replace(found, leaner=leaner, libraries=libraries, measure=measure)
 
     def _keep(self) -> None:
         if self._changed and self._path:

@@ -16,14 +16,14 @@ from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 
 from ...common.arrays import IntArray
-from ...common.errors import BudgetError, RankPilotError, UnsupportedError
-from ...common.text import branches_to, format_bytes
+from ...common.errors import RankPilotError, UnsupportedError
+from ...common.text import branches_to
 from ...lora.adapters import signal_buffer_bytes
 from ...lora.resize import write_in_place
 from ...lora.targets import TargetModule
 from ..batch_shape import Batch, reshaped, shape_of
-from ..budget import AUTO_SHARE, Budget, Limit
-from ..cards import HOPPER_WORKSPACE_BYTES
+from ..budget import Budget, Limit
+from ..cards import MOST_WORKSPACE_BYTES
 from ..cost import ByteCost, ParameterCost, UntimedCost
 from ..growth import Growth
 from ..model import RANK, MemoryModel, ModelStates, checkpointed_cost
@@ -384,10 +384,6 @@ def limited_cost(
     return cost, budget.resolve(cost, reference, targets[0].weight_a.device, kept)
 
 
-MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
-"""Maximum bytes of cuBLAS workspaces in torch's allocator: one per thread of two (Hopper; less on older cards)."""
-
-
 def resident_bytes(model: nn.Module) -> int:
     """Return the bytes on the model's device not covered by plans.
 
@@ -405,21 +401,11 @@ def resident_bytes(model: nn.Module) -> int:
 def beside_model(budget: Budget, model: nn.Module) -> Budget:
     """Reduce a "total" budget by the plan-independent bytes on the device; other budgets are unchanged.
 
-    These are the frozen model and, on CUDA, contexts and libraries (`resident_bytes`) and the allocator's overhead
-    (`AUTO_SHARE`).
+    These are the frozen model and, on CUDA, contexts and libraries; see `resident_bytes` and `Budget.beside`.
 
     Raises:
         BudgetError: they already exhaust the budget.
     """
     if budget.kind != "total":
         return budget
-    resident = resident_bytes(model)
-    if resident >= budget.value:
-        raise BudgetError(
-            f"The total budget of {format_bytes(budget.value)} is less than the frozen model and the device's "
-            f"context take, {format_bytes(resident, up=True)}. Raise it, or load the model in lower precision "
-            "(bf16, or quantised). For a step only, on top of the frozen model, write "
-            f"'{format_bytes(budget.value)} step'."
-        )
-    share = AUTO_SHARE if next(model.parameters()).device.type == "cuda" else 1.0
-    return Budget("bytes", share * (budget.value - resident))
+    return budget.beside(resident_bytes(model), cuda=next(model.parameters()).device.type == "cuda")

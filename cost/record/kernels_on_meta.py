@@ -17,8 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ...common.devices import autocast_dtype
-from ..savers.tiled_loss import tile_tokens
-from ..tile_size import TileSize
+from ..savers.tiled_loss import tile_size, tile_tokens
 
 FLASH = "rankpilot_flash"
 """Name of this attention in transformers, whose models check for "flash" in it."""
@@ -100,7 +99,7 @@ class _Cut(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-WORDS, TOKENS = 32_768, TileSize(1, 1, 4096)
+WORDS, TOKENS = 32_768, 4096
 """Vocabulary and token size of a tile of TRL's loss (trl/kernels/chunked_logprob.py)."""
 
 
@@ -119,7 +118,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return a scalar; saves each token's normaliser for the backward pass."""
-        ctx.dtype, ctx.tile = autocast_dtype(hidden) or hidden.dtype, tile_tokens(len(hidden), TOKENS)
+        ctx.dtype, ctx.tile = (
+            autocast_dtype(hidden) or hidden.dtype,
+            tile_tokens(len(hidden), tile_size(weight, TOKENS)),
+        )
         statistics = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(7)]
         _Chunked.tile(ctx, hidden, weight)
         ctx.save_for_backward(hidden, weight, statistics[0])

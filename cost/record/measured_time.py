@@ -357,11 +357,12 @@ class _Count:
         self._places.append(place)
         self._sequences.append(int(torch._C._autograd._get_sequence_nr()))
 
-    def _segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _segment(self, reentrant: bool, layer: nn.Module | None, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a checkpointed segment without checkpointing, marked as a checkpointable layer."""
         before = self._place
-        self._again.append(before.name)
-        self._go(replace(before, layer=self._layers.setdefault(before.name, len(self._layers))))
+        name = self._names.get(id(layer), before.name)
+        self._again.append(name)
+        self._go(replace(before, layer=self._layers.setdefault(name, len(self._layers))))
         output = function(*arguments)
         self._go(before)
         return output

@@ -265,11 +265,13 @@ class _Run:
         self._stretches.append(stretch)
         self._sequences.append(stretch.sequence)
 
-    def _run_segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a checkpointed segment without checkpointing, and record it."""
+    def _run_segment(
+        self, reentrant: bool, layer: nn.Module | None, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Run a checkpointed segment without checkpointing, and record it under the name of its layer."""
         inputs = self._serials((arguments, function.keywords if isinstance(function, partial) else None))
         start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
-        name = self._recorder.names[self._stretch.name_index]
+        name = self._recorder.names[self._recorder.name_index.get(id(layer), self._stretch.name_index)]
         output = function(*arguments)
         self._segment = -1
         sequences, outputs = (sequence, _sequence()), self._serials(output)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import cache
 from inspect import getclosurevars
 
@@ -31,7 +30,7 @@ from ..model import MemoryModel
 from ..recording import BatchShape
 from .input_copies import run_activations_again, share_input_copies
 from .later_logits import defer_logits, use_tiled_loss
-from .prices import ACTIVATIONS, CACHE, COPIES, ROUTED, TILES, Priced, Saved, price_savers
+from .prices import ACTIVATIONS, CACHE, COPIES, ROUTED, TILES, Measure, Priced, price_savers, price_within
 from .tiled_loss import use_own_tiles
 
 
@@ -133,21 +132,9 @@ class ExactSavers:
         Args:
             measure: returns the byte model of the step in its current state.
             reference: the ranks to price them with, int64 (modules,).
-            each: price each saver separately; otherwise all together, in two measurements, if that lowers the peak.
+            each: see `price_savers`.
         """
-        names = self.names
-
-        @cache
-        def measured(taken: tuple[str, ...]) -> MemoryModel:
-            self.take(taken)
-            return measure()
-
-        if not each:
-            plain, together = measured(()), measured(names)
-            saved = Saved.of("plain LoRA", plain, reference), Saved.of(", ".join(names), together, reference)
-            if saved[1].is_less(saved[0]):
-                return Priced(together, plain, saved, names)
-        priced = price_savers(measured, names, reference)
+        priced = price_savers(cache(self._measured(measure)), self.names, reference, each=each)
         self.take(priced.names)
         return priced
 
@@ -162,33 +149,17 @@ class ExactSavers:
     ) -> Priced:
         """Enable activation checkpointing if the reference exceeds a limit and gets smaller with it.
 
-        Plans of few modules may get larger, so at least one plan must fit.
-
-        Args:
-            limit: bytes available to a step.
-            priced: the step with the current savers.
-            measure: see `price`.
-            reference: see `price`.
-            least: returns the bytes of the cheapest possible plan under a cost.
-            shape: shape of the batch; by default the measured one.
+        See `price_within`, and `price` for `measure`.
         """
-        if priced.memory.with_checkpointed(()).peak(reference, shape) <= limit or self._compiled:
+        if self._compiled:
             return priced
-        names, found = self.names, self.with_activations(priced, measure, reference)
-        if found and min(least(found.memory.cost()), least(found.memory.with_checkpointed(()).cost())) <= limit:
-            return found
-        self.take(names)
-        return priced
+        found = price_within(limit, priced, self._measured(measure), reference, least, shape)
+        self.take(found.names)
+        return found
 
-    def with_activations(
-        self, priced: Priced, measure: Callable[[], MemoryModel], reference: IntArray
-    ) -> Priced | None:
-        """Enable activation checkpointing; restore the savers and return None if it saves nothing at the reference."""
-        names = self.names
-        self.take([*names, ACTIVATIONS])
-        memory = measure()
-        found = Saved.of(ACTIVATIONS, memory, reference)
-        if found.is_less(priced.saved[-1]):
-            return replace(priced, memory=memory, saved=(*priced.saved, found), names=self.names)
-        self.take(names)
-        return None
+    def _measured(self, measure: Callable[[], MemoryModel]) -> Measure:
+        def measured(names: tuple[str, ...]) -> MemoryModel:
+            self.take(names)
+            return measure()
+
+        return measured

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...common.arrays import IntArray
 from ...common.checks import finite
 from ...common.text import format_bytes
 from ...lora.spec import ModuleSpec
+from ..cost import ByteCost
 from ..model import MemoryModel
+from ..recording import BatchShape
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
 ROUTED = "routed rows"
@@ -92,18 +94,26 @@ class Priced:
     names: tuple[str, ...]
 
 
-def price_savers(
-    measure: Callable[[tuple[str, ...]], MemoryModel], names: Sequence[str], reference: IntArray
-) -> Priced:
-    """Price exact savers by adding them one by one; those that lower no peak are dropped.
+Measure = Callable[[tuple[str, ...]], MemoryModel]
+"""Returns the byte model of the step with exactly these savers."""
+
+
+def price_savers(measure: Measure, names: Sequence[str], reference: IntArray, *, each: bool = True) -> Priced:
+    """Price exact savers; those that lower no peak are dropped.
 
     Args:
-        measure: returns the byte model of the step with exactly these savers.
+        measure: see `Measure`.
         names: names of the requested savers.
         reference: the ranks to price them with, int64 (modules,).
+        each: price each saver separately; otherwise all together, in two measurements, if that lowers the peak.
     """
     memory = plain = measure(())
     saved, kept = [Saved.of("plain LoRA", plain, reference)], tuple[str, ...]()
+    if not each:
+        together = measure(tuple(names))
+        found = Saved.of(", ".join(names), together, reference)
+        if found.is_less(saved[0]):
+            return Priced(together, plain, (saved[0], found), tuple(names))
     for name in names:
         with_it = measure((*kept, name))
         found = Saved.of(name, with_it, reference)
@@ -111,3 +121,35 @@ def price_savers(
             kept, memory = (*kept, name), with_it
             saved.append(found)
     return Priced(memory, plain, tuple(saved), kept)
+
+
+def price_within(
+    limit: float,
+    priced: Priced,
+    measure: Measure,
+    reference: IntArray,
+    least: Callable[[ByteCost], float],
+    shape: BatchShape | None = None,
+) -> Priced:
+    """Add activation checkpointing if the reference exceeds a limit and gets smaller with it.
+
+    Plans of few modules may get larger, so at least one plan must fit.
+
+    Args:
+        limit: bytes available to a step.
+        priced: the step with the savers so far.
+        measure: see `Measure`.
+        reference: see `price_savers`.
+        least: returns the bytes of the cheapest possible plan under a cost.
+        shape: shape of the batch; by default the measured one.
+    """
+    if priced.memory.with_checkpointed(()).peak(reference, shape) <= limit:
+        return priced
+    memory = measure((*priced.names, ACTIVATIONS))
+    found = Saved.of(ACTIVATIONS, memory, reference)
+    if not found.is_less(priced.saved[-1]):
+        return priced
+    if min(least(memory.cost()), least(memory.with_checkpointed(()).cost())) > limit:
+        return priced
+    names = (*priced.names, ACTIVATIONS)
+    return replace(priced, memory=memory, saved=(*priced.saved, found), names=names)

@@ -345,6 +345,14 @@ def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
     return leave
 
 
+def tile_size(weight: Any, usual: int) -> TileSize:
+    """Return the tile size of a fused loss with an output layer of this weight; `usual` is that of the kernel."""
+    heads = (each() for (each,) in _HEADS)
+    head = next((each for each in heads if each is not None and each.weight is weight), None)
+    own = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
+    return TileSize(most=usual) if own else TileSize(1, 1, usual)
+
+
 def tile_tokens(tokens: int, size: TileSize) -> int:
     """Return the tile size for a number of tokens, also in recorded small steps."""
     return int(_SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens))
@@ -363,11 +371,7 @@ def _wrapped(module: Any) -> Callable[[], None]:
             setattr(module, TILE, usual)
 
     def sized(context: Any, hidden: Any, weight: Any, *rest: Any, **options: Any) -> Any:
-        heads = (each() for (each,) in _HEADS)
-        head = next((each for each in heads if each is not None and each.weight is weight), None)
-        own = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
-        size, tokens = TileSize(most=usual) if own else TileSize(1, 1, usual), len(hidden)
-        context.tile = tile_tokens(tokens, size)
+        context.tile = tile_tokens(len(hidden), tile_size(weight, usual))
         return in_tiles(context.tile, forward, context, hidden, weight, *rest, **options)
 
     def sized_backward(context: Any, *gradients: Any) -> Any:

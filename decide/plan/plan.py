@@ -37,6 +37,10 @@ TOP_DOWN = 100.0
 """A depth bias large enough for scores to matter only within a layer."""
 
 
+STAY_ROOM = 1.001
+"""Cost of the configured ranks, as a share of the limit, up to which they stay."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A plan and its inputs.
@@ -437,3 +441,19 @@ def under_limit(problem: AllocationProblem, limit: float) -> AllocationProblem:
     """
     changed = replace(problem, limit=limit)
     return with_dearer_time(changed, limit / problem.limit) if isinstance(problem.cost, TimedCost) else changed
+
+
+def outcome_text(passed: IntArray, ranks: IntArray) -> str:
+    """Describe what became of the ranks of the LoraConfig, in a run that keeps them if it can.
+
+    Args:
+        passed: the ranks of the adapter as it was passed, int64 (modules,).
+        ranks: the ranks of the first plan, int64 (modules,).
+    """
+    if np.array_equal(passed, ranks):
+        least, most = passed.min(), passed.max()
+        return f"The LoRA stays as configured: rank {least if least == most else f'{least} to {most}'}."
+    return (
+        "The LoRA as configured does not fit this budget, and nothing that keeps the losses makes it fit: the mean "
+        f"rank shrinks from {passed.mean():.3g} to {ranks.mean():.3g}."
+    )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.record.live_storages import LiveStorages
+from rankpilot.cost.record.measured_time import count_work
 from rankpilot.cost.record.recorder import GradientHolders, Recorder, flow_from
 from rankpilot.cost.recording import NEVER
 from rankpilot.cost.training_step import release_inputs
+from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cases import first_cases
 from .measured import adamw_run, family_batch, family_model
@@ -52,6 +57,31 @@ def test_checkpointing_that_a_step_switches_off_and_on_again_is_recorded_all_the
         assert np.array_equal(getattr(recording, column), getattr(whole, column)), column
     assert [layer._gradient_checkpointing_func for layer in layers] == before
     assert not hasattr(type(layers[0]), "_gradient_checkpointing_func")
+
+
+def called_before_its_hooks(layer, *arguments, **options):
+    """A layer's `__call__` in transformers 5.16."""
+    call = partial(nn.Module.__call__, layer, **options)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(call, *arguments)
+    return call(*arguments)
+
+
+def test_layers_have_their_names_under_every_version_of_transformers(recorded, monkeypatch):
+    """Before, all layers had the name of the model that holds them, so a plan could choose none."""
+    recorder, run, whole = recorded(checkpointing=False)
+    names = [name for name, module in run.model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    work = count_work(run.model, run.targets, recorder.loss, run.batch)
+    assert [segment.name for segment in whole.segments] == list(work.running_again) == names
+    kind = type(run.model.get_submodule(names[0]))
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", called_before_its_hooks)
+    if kind.forward.__code__.co_name == "forward_with_checkpointing":
+        monkeypatch.setattr(kind, "forward", kind.forward.__wrapped__)
+    older = recorder.step(run.batch)
+    assert [(segment.name, segment.saved) for segment in older.segments] == [
+        (segment.name, segment.saved) for segment in whole.segments
+    ]
+    assert count_work(run.model, run.targets, recorder.loss, run.batch).running_again == work.running_again
 
 
 def under_checkpoint(loss, batch):

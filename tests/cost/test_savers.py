@@ -346,8 +346,9 @@ def test_activations_run_again_before_whole_layers() -> None:
     model, ids = wide_llama(), torch.arange(160).reshape(8, 20) % 64
     run = adamw_run(model, {"input_ids": ids, "labels": ids})
     savers, checkpointing, ranks = ExactSavers(model), LayerCheckpointing(model), np.full(len(run.targets), 4)
-    free = savers.price(run.calibrated, plain_ranks(run.targets), each=False)
-    bytes_of, plain = free.saved[-1].step_bytes, plain_ranks(run.targets)
+    plain = plain_ranks(run.targets)
+    free = savers.price(run.calibrated, plain, each=False)
+    bytes_of = free.saved[-1].step_bytes
     assert savers.within(bytes_of, free, run.calibrated, plain, nothing) is free
     assert savers.within(bytes_of - 1, free, run.calibrated, plain, lambda cost: bytes_of) is free, "no plan fits"
     found = savers.within(bytes_of - 1, free, run.calibrated, plain, nothing)
@@ -365,8 +366,9 @@ def test_activations_do_not_run_again_where_that_saves_nothing() -> None:
     """A rectifier holds its result alone, which the next adapter holds as well."""
     model, batch = adapted("t5"), batch_of("t5")
     run, savers = adamw_run(model, batch), ExactSavers(model, [COPIES])
-    free = savers.price(run.calibrated, plain_ranks(run.targets))
-    assert savers.within(0.0, free, run.calibrated, plain_ranks(run.targets), nothing) is free
+    plain = plain_ranks(run.targets)
+    free = savers.price(run.calibrated, plain)
+    assert savers.within(0.0, free, run.calibrated, plain, nothing) is free
     assert ACTIVATIONS not in savers.names
 
 

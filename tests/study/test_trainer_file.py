@@ -1,10 +1,11 @@
-"""Files of axolotl, TRL and LLaMA-Factory, read as they are."""
+"""Files of axolotl, TRL, LLaMA-Factory and ms-swift, read as they are."""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ cutoff_len: 1024
 per_device_train_batch_size: 2
 flash_attn: fa2
 bf16: true
+"""
+
+SWIFT = """
+model: Qwen/Qwen3-4B
+tuner_type: lora
+dataset: ["AI-ModelScope/alpaca-gpt4-data-en#500"]
+torch_dtype: bfloat16
+target_modules: all-linear
+external_plugins: [plugin.py]
+max_length: 2048
+learning_rate: 1e-4
 """
 
 
@@ -143,6 +155,58 @@ def test_llama_factory_without_a_precision_is_loaded_as_the_card_has_it(tmp_path
     assert "dtype" not in file.settings
 
 
+def test_swift(tmp_path):
+    """Its defaults are its own: a LoRA of rank 8 on all layers, 16 rows a step, reentrant checkpointing."""
+    file = read_trainer_file(read(tmp_path, SWIFT))
+    assert (file.program, file.unread, file.unpriced, file.run) == ("ms-swift", (), (), None)
+    wanted = {
+        "model": "Qwen/Qwen3-4B",
+        "rank": 8,
+        "lora_dropout": 0.05,
+        "target_modules": "all-linear",
+        "optimizer": "adamw",
+        "dtype": "bf16",
+        "bf16": True,
+        "batch_size": 1,
+        "max_length": 2048,
+        "packed": False,
+        "accumulation": 16,
+        "gradient_checkpointing": True,
+        "reentrant": True,
+    }
+    assert {name: file.settings[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "setting", "value"),
+    [
+        ("{tuner_type: null, train_type: lora}", "rank", 8),
+        ("{packing: true, attn_impl: flash_attn, per_device_train_batch_size: 2}", "max_length", 4096),
+        ("{packing: true, attn_impl: flash_attention_2, packing_length: 8192}", "max_length", 8192),
+        ("{quant_method: bnb, quant_bits: 4}", "quantization", "nf4"),
+        ("{quant_method: bnb, quant_bits: 4}", "double_quantization", True),
+        ("{quant_method: bnb, quant_bits: 8}", "quantization", "int8"),
+        ("per_device_train_batch_size: 3", "accumulation", 6),
+        ("target_regex: .*q_proj", "target_modules", ".*q_proj"),
+        ("target_modules: [q_proj, v_proj]", "target_modules", "q_proj,v_proj"),
+        ("torch_dtype: null", "bf16", None),
+        ("torch_dtype: float16", "bf16", False),
+        ("deepspeed: zero3_offload", "sharding", "zero3"),
+        ("fsdp: fsdp2", "sharding", "fsdp2"),
+        ("gradient_checkpointing: false", "reentrant", False),
+        ("ENV: {NPROC_PER_NODE: 2}", "reentrant", False),
+        ("ENV: {PYTORCH_CUDA_ALLOC_CONF: 'expandable_segments:True'}", "expandable_segments", True),
+        ("use_liger_kernel: true", "loss", "cut"),
+        ("max_length: null", "max_length", None),
+    ],
+)
+def test_what_swift_can_set_otherwise(change, setting, value, tmp_path):
+    values = yaml.safe_load(SWIFT) | yaml.safe_load(change)
+    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
+    assert file.settings.get(setting) == value
+    assert file.unread == ()
+
+
 def test_modules_in_one_text_are_several(tmp_path):
     values = yaml.safe_load(LLAMA_FACTORY) | {"additional_target": "embed_tokens,lm_head"}
     file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
@@ -206,6 +270,15 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ),
         ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation must be a string"),
         ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp must be a name"),
+        ("model: m\ntuner_type: full", "trains with tuner_type: .full"),
+        ("model: m\ntrain_type: longlora", "trains with train_type: .longlora"),
+        ("model: m\nrlhf_type: dpo\nbeta: 0.1", "trains with rlhf_type: .dpo"),
+        ("model: m\nnum_generations: 8", "another kind of training, GRPO"),
+        ("model: m\ntensor_model_parallel_size: 2", "another kind of training, Megatron"),
+        ("model: m\ntask_type: seq_cls", "trains with task_type: .seq_cls"),
+        ("model: m\nquant_method: hqq\nquant_bits: 4", "quant_method: hqq .* Use bnb"),
+        ("model: m\nmodules_to_save: [all-embedding]", "all-embedding is not supported"),
+        ("model: m\ntorch_dtype: bfloat", "torch_dtype must be one of auto"),
         ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype must be one of auto, bfloat16"),
     ],
 )
@@ -238,6 +311,9 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (TRL, "{per_device_eval_batch_size: 16, eval_packing: false}", "per_device_eval_batch_size"),
         (LLAMA_FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", "image_max_pixels"),
         (LLAMA_FACTORY, "freeze_vision_tower: false", "freeze_vision_tower"),
+        (SWIFT, "{freeze_vit: false, loss_scale: last_round}", "freeze_vit, loss_scale"),
+        (SWIFT, "{deepspeed: zero2_offload}", "DeepSpeed offload"),
+        (SWIFT, "{callbacks: [], sequence_parallel_size: 1, lora_bias: none, freeze_vit: true}", ""),
     ],
 )
 def test_what_is_not_priced_is_named(base, change, told, tmp_path):
@@ -279,6 +355,16 @@ def test_keys_are_those_of_the_program():
         assert {each.name for each in fields(kind)} - known <= {
             key for key, of in table["refused"].items() if name in of
         }
+
+
+def test_keys_are_those_of_swift():
+    arguments = pytest.importorskip("swift.arguments", reason="ms-swift is only there where its keys are renewed")
+    table = KEYS["ms-swift"]
+    if metadata.version("ms-swift") != table["version"]:
+        pytest.skip(f"the table is of ms-swift {table['version']}")
+    known = {each.name for each in fields(arguments.SftArguments)}
+    assert known <= {*table["priced"], *table["unpriced"], *table["harmless"], *table["older"]}
+    assert {each.name for each in fields(arguments.RLHFArguments)} - known <= {*table["refused"], "rlhf_type"}
 
 
 @pytest.mark.parametrize(
