@@ -150,11 +150,11 @@ class PilotedRun:
         kept = nullcontext() if stay else start_kept(run.model, targets, options.fresh, journal.note)
         with adapters_put_back(run.model, targets, run.optimizer, after_errors=True) as found, kept:
             self._savers.begin(counts_bytes=budget.kind != "parameters")
-            probes = reads_signals(self._policy)
-            looks = options.learning_rate == "auto" or not probes
+            probes, controls = reads_signals(self._policy), self.rate.controls
+            looks = not run.generates and (options.learning_rate == "auto" or not (probes or (stay and not controls)))
             journal.note("" if run.generates else before_training.LOOKING)
-            first_rows = before_training.UNSEEN if run.generates else run.read_first_rows(seed) if looks else None
-            self.rate.begin(initial_loss(run, first_rows) if first_rows and not run.generates else None)
+            first_rows = run.read_first_rows(seed) if looks else before_training.UNSEEN if not probes else None
+            self.rate.begin(initial_loss(run, first_rows) if first_rows and looks else None)
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
             before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._savers.checkpointing

@@ -34,6 +34,7 @@ class RunRate:
 
     Attributes:
         steers: True if the policy's decisions change the rate.
+        controls: True if the rate is corrected during the run.
         of_plan: multiplies the rate by the factor of the plan; None before `begin`.
         control: corrects the rate; None without control.
     """
@@ -49,7 +50,7 @@ class RunRate:
         self._run, self._targets, self._schedule = run, targets, schedule
         self.steers: bool = steers_rate(policy)
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
-        self._controls: bool = self.steers or (in_long_run if options.control is None else options.control)
+        self.controls: bool = self.steers or (in_long_run if options.control is None else options.control)
         self._auto = options.learning_rate == "auto"
         self._keep = options.keep_rate or (isinstance(policy, AsConfigured) and not self._auto)
         self.of_plan: PlanRate | None = None
@@ -61,7 +62,7 @@ class RunRate:
             self._run,
             self._targets,
             auto=self._auto,
-            controlled=self._controls,
+            controlled=self.controls,
             keep=self._keep,
             initial=initial,
             own=own,
@@ -74,7 +75,7 @@ class RunRate:
             state: the state of a resumed run; None for a new one.
             journal: gets a line if the run gives too little evidence.
         """
-        if not self._controls:
+        if not self.controls:
             return None
         assert self.of_plan is not None, "begin comes first"
         total = self._run.total_steps

@@ -166,9 +166,9 @@ def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
 def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *, known: bool) -> Exactness:
     """Find the factors of the losses of parts, and check whether a few rows have the same gradient in parts.
 
-    Training is unaffected. Adapters hold random values during the test, then the same ones with the sign of B flipped:
-    while an adapter has no effect, a part of the loss may be zero that later is not, such as KTO's divergence from the
-    base model.
+    Training is unaffected. Adapters hold random values during the test; under an unknown loss, then the same ones with
+    the sign of B flipped: while an adapter has no effect, a part of the loss may be zero that later is not, such as
+    KTO's divergence from the base model.
 
     Args:
         run: the run.
@@ -272,7 +272,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, know
     rows = uneven(rows, parts, run.cuts, known=known)
     differences = dict.fromkeys(SHARES, 0.0)
     with _EqualDropout(run.model, known=known) as found:
-        for _ in range(2):
+        for _ in range(1 if known else 2):
             found.begin(rows.examples)
             buffers = [(name, buffer, buffer.clone()) for name, buffer in run.model.named_buffers()]
             whole, loss = _gradient(run, partial(run.loss, rows.batch))
