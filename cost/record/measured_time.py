@@ -358,11 +358,11 @@ class _Count:
         self._places.append(place)
         self._sequences.append(int(torch._C._autograd._get_sequence_nr()))
 
-    def _segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a checkpointed segment without checkpointing, marked as a checkpointable layer."""
-        before = self._place
-        self._again.append(before.name)
-        self._go(replace(before, layer=self._layers.setdefault(before.name, len(self._layers))))
+    def _segment(self, module: nn.Module, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a checkpointed segment of a module without checkpointing, marked as a checkpointable layer."""
+        before, name = self._place, self._names[id(module)]
+        self._again.append(name)
+        self._go(replace(before, layer=self._layers.setdefault(name, len(self._layers))))
         output = function(*arguments)
         self._go(before)
         return output

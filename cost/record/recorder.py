@@ -266,11 +266,11 @@ class _Run:
         self._stretches.append(stretch)
         self._sequences.append(stretch.sequence)
 
-    def _run_segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a checkpointed segment without checkpointing, and record it."""
+    def _run_segment(self, module: nn.Module, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a checkpointed segment of a module without checkpointing, and record it."""
         inputs = self._serials((arguments, function.keywords if isinstance(function, partial) else None))
         start, sequence, self._segment = self._mode.now, _sequence(), len(self._segments)
-        name = self._recorder.names[self._stretch.name_index]
+        name = self._recorder.names[self._recorder.name_index[id(module)]]
         output = function(*arguments)
         self._segment = -1
         sequences, outputs = (sequence, _sequence()), self._serials(output)
