@@ -176,7 +176,7 @@ def is_reentrant(function: Any) -> bool:
 
 
 def _is_torchs(function: Any) -> bool:
-    return getattr(function, "__globals__", {}).get("__name__", "").startswith("torch.")
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.")
 
 
 def _torchs_own(function: Any) -> Any:
@@ -237,8 +237,8 @@ def segments_marked(modules: Sequence[nn.Module], run: Callable[..., Any]) -> It
 
     Args:
         modules: the modules with such a function.
-        run: called with the module that checkpoints, the function's reentrancy, and its call arguments. Before
-            transformers 5.20 a layer calls it around its hooks, so the running module is still the one that holds it.
+        run: called with the module that checkpoints, the function's reentrancy, and its call arguments. That module's
+            hooks have run in some versions of transformers, but not in others (5.19).
     """
     functions = [vars(module)[CHECKPOINT] for module in modules]
     kinds, marked = {type(module) for module in modules}, _Marked(modules, run)
