@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-long test-oldest fuzz check docs page demo bench gpu-evidence clean
+.PHONY: help setup test test-long test-oldest test-trainers fuzz check docs page demo bench gpu-evidence clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ test-long: setup ## run the tests that `make test` leaves out: the same checks a
 
 test-oldest: ## run the tests with the oldest version of each package that pyproject.toml allows (in build/oldest)
 	scripts/test-oldest $(TESTS)
+
+test-trainers: ## train in axolotl, LLaMA-Factory, ms-swift and TRL, each in an environment in build/trainers
+	scripts/test-trainers $(TRAINERS)
 
 MINUTES ?= 10
 fuzz: setup ## read damaged files of each kind, MINUTES of them a target (10), each with a limit of time and memory

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..common.errors import UnsupportedError
+from ..common.errors import UnsupportedError, shown
 from .step_config import OptimizerName, Quantization
 
 LossFunction = Callable[[Any], torch.Tensor]
@@ -138,13 +139,18 @@ def check_checkpointing(base: Any) -> None:
 def switch_checkpointing(base: Any, wanted: bool, *, reentrant: bool = False) -> None:
     """Turn a transformers model's gradient checkpointing on or off; raises UnsupportedError if unsupported.
 
-    Reentrant checkpointing needs inputs with gradients, which a frozen base lacks, so it enables them.
+    Reentrant checkpointing needs inputs with gradients, which a frozen base lacks, so it enables them. Where a program
+    has replaced torch's function by one of the other kind (ms-swift), the layers get torch's own.
     """
     check_checkpointing(base)
     # Its name from transformers 5.20 on, and before.
     name = "activation_checkpointing" if hasattr(base, "activation_checkpointing_enable") else "gradient_checkpointing"
     if wanted:
         getattr(base, f"{name}_enable")(CHECKPOINTING | {"use_reentrant": reentrant})
+        for module in base.modules():
+            function = vars(module).get(CHECKPOINT)
+            if function is not None and is_reentrant(function) != reentrant:
+                setattr(module, CHECKPOINT, partial(_torchs_own(function.func), **function.keywords))
         for layer in inner_layers(base):  # recomputed with the enclosing layer
             layer.gradient_checkpointing = False
         release_inputs(base)
@@ -159,8 +165,44 @@ def inner_layers(model: nn.Module) -> set[GradientCheckpointingLayer]:
 
 
 def is_reentrant(function: Any) -> bool:
-    """True if a module's checkpointing function is reentrant: torch's default; transformers binds options."""
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    """True if a module's checkpointing function is reentrant: torch's default; transformers binds options.
+
+    Some programs replace torch's function by one that ignores its options (ms-swift). That one is tried out.
+    """
+    called, asked = getattr(function, "func", function), getattr(function, "keywords", {}).get("use_reentrant")
+    if isinstance(called, FunctionType) and not _is_torchs(called):
+        return _tried_reentrant(called, asked)
+    return asked is None or bool(asked)
+
+
+def _is_torchs(function: Any) -> bool:
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.")
+
+
+def _torchs_own(function: Any) -> Any:
+    """Return torch's checkpointing function from within one that wraps it; raises UnsupportedError if it has none."""
+    while not _is_torchs(function):
+        if not hasattr(function, "__wrapped__"):
+            raise UnsupportedError(
+                f"Another library has replaced torch.utils.checkpoint.checkpoint by {shown(function)}, which is "
+                "reentrant. Set gradient_checkpointing to False."
+            )
+        function = function.__wrapped__
+    return function
+
+
+@lru_cache(maxsize=16)
+def _tried_reentrant(function: Callable[..., Any], asked: bool | None) -> bool:
+    """Checkpoint one number: reentrant functions compute it without a graph. One that fails counts as reentrant."""
+    with_graph: list[bool] = []
+
+    def segment(number: torch.Tensor) -> torch.Tensor:
+        with_graph.append(torch.is_grad_enabled())
+        return number * 1
+
+    with suppress(Exception), torch.enable_grad():
+        function(segment, torch.ones(1, requires_grad=True), use_reentrant=asked)
+    return with_graph != [True]
 
 
 def release_inputs(model: nn.Module) -> None:

@@ -322,8 +322,9 @@ class RankPilot:
             if applier.time.beside is None:
                 figures["budget_seconds"] = applier.time.seconds
         figures |= piloted.guard.parts.figures()
-        if piloted.rate.of_plan and piloted.rate.of_plan.last is not None:
-            figures["learning_rate"] = float(piloted.rate.of_plan.last)
+        rate = piloted.rate.of_plan
+        if rate and rate.last is not None and rate.changes:  # otherwise the trainer logs its own
+            figures["learning_rate"] = float(rate.last)
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures

@@ -231,6 +231,11 @@ class PlanRate(Participant):
         ]
 
     @property
+    def changes(self) -> bool:
+        """True unless the optimizer's rate is simply kept."""
+        return not self._keep or self._decides
+
+    @property
     def plain(self) -> float:
         """Peak learning rate of plain LoRA, including changes by control of the run."""
         return self.own * self._auto * self.moved

@@ -316,6 +316,10 @@ def _sharding(keys: _Keys) -> str | None:
     return f"zero{stage[1]}" if stage and stage[1] in "23" else None
 
 
+PLUGIN = "rankpilot.integrations.axolotl.RankpilotPlugin"
+"""The plugin of axolotl that reads the key `rankpilot`, and turns its fused kernels off."""
+
+
 def _axolotl(keys: _Keys) -> dict[str, Any]:
     adapter, rl = keys.get("adapter"), keys.get("rl")
     if adapter not in ("lora", "qlora"):
@@ -325,8 +329,12 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse(f"trains with rl: {shown(rl)}")
     given = keys.get("plugins") or []
     plugins = [*map(str, given)] if isinstance(given, list) else [str(given)]
-    keys.notes += [name for name in plugins if not re.search("CutCrossEntropy|Liger|LMEval|SwanLab", name)]
+    if keys.get("rankpilot") is not None and PLUGIN not in plugins:
+        raise ConfigError(f"{keys.path}: axolotl would ignore the key rankpilot. Put {PLUGIN} into plugins.")
+    known = f"CutCrossEntropy|Liger|LMEval|SwanLab|^{re.escape(PLUGIN)}$"
+    keys.notes += [name for name in plugins if not re.search(known, name)]
     switches = [key for key in keys.values if re.fullmatch("lora_(mlp|qkv|o|embedding)_kernel", key)]
+    switches += [PLUGIN] if PLUGIN in plugins else []
     if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
         keys.notes.append("lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)")
     liger, cut = keys.flag("liger_fused_linear_cross_entropy"), "CutCrossEntropy" in str(plugins)

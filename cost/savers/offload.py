@@ -129,10 +129,11 @@ class OffloadedInputs:
 
 
 class _Offloading:
-    """A checkpointing function with inputs in main memory; `keywords` are those of transformers' function."""
+    """A checkpointing function with inputs in main memory; `func` and `keywords` are those of transformers' partial."""
 
     def __init__(self, function: Any, inputs: OffloadedInputs) -> None:
         self._function, self._inputs = function, inputs
+        self.func: Any = getattr(function, "func", function)
         self.keywords: dict[str, Any] = getattr(function, "keywords", {})
 
     def __call__(self, run: Any, *arguments: Any, **options: Any) -> Any:

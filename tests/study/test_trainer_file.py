@@ -14,7 +14,7 @@ from rankpilot.cli import main as cli
 from rankpilot.common.errors import ConfigError
 from rankpilot.lora.spec import is_slow_pattern
 from rankpilot.report import trainer_file
-from rankpilot.report.trainer_file import KEYS, read_trainer_file
+from rankpilot.report.trainer_file import KEYS, PLUGIN, read_trainer_file
 from transformers import LlamaConfig
 
 from ..cli.mistakes import failure, usage_error
@@ -279,6 +279,7 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("model: m\nquant_method: hqq\nquant_bits: 4", "quant_method: hqq .* Use bnb"),
         ("model: m\nmodules_to_save: [all-embedding]", "all-embedding is not supported"),
         ("model: m\ntorch_dtype: bfloat", "torch_dtype must be one of auto"),
+        ("base_model: m\nadapter: lora\nrankpilot: {}\nplugins: [rankpilot.x]", "would ignore the key rankpilot"),
         ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype must be one of auto, bfloat16"),
     ],
 )
@@ -300,6 +301,7 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
         (AXOLOTL, "image_size: 512", "image_size"),
         (AXOLOTL, "plugins: [a.SpectrumPlugin, b.LigerPlugin]", "a.SpectrumPlugin"),
+        (AXOLOTL, f"{{plugins: [{PLUGIN}], rankpilot: {{budget: 80%}}}}", ""),
         (AXOLOTL, "fsdp_config: {offload_params: true}", "FSDP offload"),
         (AXOLOTL, "fsdp: [full_shard, offload]", "FSDP offload"),
         (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "DeepSpeed offload"),
