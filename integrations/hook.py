@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from .order import VARIABLE, Order
+from .order import Order
 
 PREPARED = "_rankpilot_train"
 """Attribute of a Trainer: the `train` that attach has made for it, or None if it is left as it is."""
@@ -99,8 +99,7 @@ def why_not(trainer: Any) -> str:
 def tell(text: str) -> None:
     """Write a line to standard error, in the first process of a run only."""
     if os.environ.get("RANK", "0") == "0":
-        name = "rankpilot run" if VARIABLE in os.environ else "rankpilot"  # a plugin
-        sys.stderr.write(f"{name}: {' '.join(text.split())}\n")
+        sys.stderr.write(f"rankpilot run: {' '.join(text.split())}\n")
         sys.stderr.flush()
 
 

@@ -182,7 +182,7 @@ def failing_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankpilot.finetune.piloted_run.PilotedRun._have_control", _raise)  # after the first plan
+    monkeypatch.setattr("rankpilot.finetune.run_rate.RunRate.begin_control", _raise)  # after the first plan
 
 
 def failing_after_begin(monkeypatch: pytest.MonkeyPatch) -> None:

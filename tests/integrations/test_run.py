@@ -201,11 +201,11 @@ rows = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range
 settings = dict(max_steps=3, per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, report_to=[])
 trainer = Trainer(model, TrainingArguments(sys.argv[1], **settings, save_strategy="no"), train_dataset=rows)
 trainer.train()
-print("done", trainer.state.global_step)
+sys.stdout.write(f"done {trainer.state.global_step}\\n")  # at once: processes share it
 """
 
 FAILURE = """
-from rankpilot.finetune.piloted_run import PilotedRun
+from rankpilot.finetune.run_rate import RunRate
 from rankpilot.integrations.hook import PREPARED
 
 def outcome(as_it_is):
@@ -221,8 +221,8 @@ def outcome(as_it_is):
 def fail(*_, **__):
     raise RuntimeError("it broke")
 
-PilotedRun._switch = fail  # the adapters have rank 1 by now
-print("same", outcome(True) == outcome(False))
+RunRate.begin_control = fail  # the adapters have other ranks by now
+sys.stdout.write(f"same {outcome(True) == outcome(False)}\\n")
 """
 """Continues the script: trains alone, then after a failure that DistributedDataParallel may have noticed."""
 
@@ -248,11 +248,11 @@ def program(name: str) -> str:
 def test_torchrun(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT + FAILURE)
     command = [program("torchrun"), "--standalone", "--nproc-per-node", "2", "train.py", "out"]
-    out, *told = trained(command, tmp_path)
+    out, *told = trained(command, tmp_path, "--policy", "signal-mean")
     assert out.count("done 3") == out.count("same True") == 2
     assert ["attached to Trainer" in line for line in told] == [True, True, False]
     assert told[2].endswith("RuntimeError: it broke")
-    assert len(re.findall("60% of the", out)) == 1
+    assert len(re.findall("60% of the", out)) == 2, "the first process of each run tells"
 
 
 @pytest.mark.slow
