@@ -19,6 +19,7 @@ from rankpilot.cost.forecast.known_models import published_models
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped
 from rankpilot.cost.forecast.step_file import packed, unpacked
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep, versions
+from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers, price_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.step_time import MASK_ALIGNMENT
@@ -125,6 +126,11 @@ def record(asked: AskedStep) -> Path:
     if source.file.text["level"]:  # a recording tells of its own length alone
         for length, rows in product(LENGTHS, (2, 1)):
             source.configured(replace(settings, batch_size=rows, max_length=length)).leaner()
+    for part in [*source.file.parts]:  # whether a saver pays depends on the batch that is asked for
+        kind, *words = part.split(" ", 4)
+        if kind == "memory":
+            names = tuple(words[3].split(", ")) if words[3] != "plain" else ()
+            source.work(names, BatchShape(int(words[0]), int(words[2])))
     there = unpacked(path.read_bytes()) if path.exists() else {}
     there[asked.key] = source.file.text, source.file.parts
     with atomic_path(path) as temporary:
