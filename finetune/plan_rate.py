@@ -185,7 +185,7 @@ class PlanRate(Participant):
         initial: InitialLoss | None = None,
         own: float | None = None,
     ) -> None:
-        self._targets, self._keep = targets, keep
+        self._targets, self._keep, self._controlled = targets, keep, controlled
         self._adapters = {id(weight) for target in targets for weight in target.parameters.values()}
         optimizer = unwrap_optimizer(run.optimizer)
         self._follows = follows_rule(optimizer)
@@ -233,7 +233,7 @@ class PlanRate(Participant):
     @property
     def changes(self) -> bool:
         """True unless the optimizer's rate is simply kept."""
-        return not self._keep or self._decides
+        return self._controlled or self._decides or not self._keep
 
     @property
     def plain(self) -> float:

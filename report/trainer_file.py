@@ -93,7 +93,7 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
         first = ", ".join(map(shown, list(values)[:5]))
         raise ConfigError(f"{path} is not a config of axolotl (base_model), {rest}. Its keys: {first}.")
     run = OptionsInFile.of({} if values[KEY] is None else values[KEY], str(path)) if KEY in values else None
-    keys = _Keys({key: value for key, value in values.items() if key != KEY}, str(path))
+    keys = _Keys({key: value for key, value in values.items() if key != KEY}, str(path), guarded=run is not None)
     table = KEYS[program]
     if program == "ms-swift" and (kind := keys.get("rlhf_type")):
         raise keys.refuse(f"trains with rlhf_type: {shown(kind)}")
@@ -139,7 +139,8 @@ _MEASURE = "To measure it in your own trainer, use rankpilot.attach(trainer)"
 class _Keys:
     """The settings of a file, and notes on unpriced ones."""
 
-    def __init__(self, values: dict[str, Any], path: str) -> None:
+    def __init__(self, values: dict[str, Any], path: str, *, guarded: bool = False) -> None:
+        self.guarded: bool = guarded  # the file has our own key
         self.values = {key: value for key, value in values.items() if value is not None}
         self.empty, self.path, self.notes = set(values) - set(self.values), path, list[str]()
 
@@ -329,7 +330,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse(f"trains with rl: {shown(rl)}")
     given = keys.get("plugins") or []
     plugins = [*map(str, given)] if isinstance(given, list) else [str(given)]
-    if keys.get("rankpilot") is not None and PLUGIN not in plugins:
+    if keys.guarded and PLUGIN not in plugins:
         raise ConfigError(f"{keys.path}: axolotl would ignore the key rankpilot. Put {PLUGIN} into plugins.")
     known = f"CutCrossEntropy|Liger|LMEval|SwanLab|^{re.escape(PLUGIN)}$"
     keys.notes += [name for name in plugins if not re.search(known, name)]

@@ -159,7 +159,7 @@ def test_streams_arguments_and_signals_are_the_programs(tmp_path: Path, kind: st
         assert seen[-2:] == [f"ready typed ['--', '{kind}', '--help'] []\n", "waits\n"]
         assert seen[:2] == ["mine\n", "mine\n"], "the hidden sitecustomize runs in the child, as in the parent"
         process.send_signal(sent)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=240)
     assert process.returncode == status
     assert not lines(error)
 
