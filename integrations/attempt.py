@@ -1,4 +1,4 @@
-"""Attaches to the Trainer of a program that knows nothing of it, and lets go if that fails."""
+"""Attaches to the Trainer of an unmodified program, and lets go of it after a failure."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ FINE, LEAVES, ENDS = range(3)
 
 
 class Attempt:
-    """Attaches to a Trainer. If that fails, or the run under it, the run goes on as it is.
+    """Attaches to a Trainer; if attaching or rankpilot's part of the run fails, the run continues without it.
 
-    Before the first step everything is then as it was: adapters, optimizer and random numbers, so losses equal those of
-    the run alone. Later the ranks stay. If a budget in bytes cannot be kept, the process ends instead.
+    Before the first step, adapters, optimizer and random numbers are restored, so losses equal those of the run alone.
+    Later, ranks stay. If a budget in bytes cannot be kept, the process ends instead.
 
     Args:
         trainer: about to train.
@@ -150,7 +150,7 @@ class Attempt:
                     rebuild_reducer(wrapper)  # or gradients of adapters that had another rank are not averaged
 
     def _configs(self) -> list[tuple[Any, dict[str, Any]]]:
-        """PEFT's configurations, and what is in each now."""
+        """Return PEFT's configurations, each with a copy of its settings."""
         found = getattr(unwrap(self._trainer.model), "peft_config", {}) if self._trainer.model is not None else {}
         return [(config, copy.deepcopy(vars(config))) for config in found.values()]
 
@@ -161,7 +161,7 @@ class Attempt:
 
 
 def random_states() -> Callable[[], None]:
-    """Return a function that restores the present states of all random number generators."""
+    """Return a function to restore the current states of all random number generators."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 

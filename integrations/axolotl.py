@@ -1,9 +1,9 @@
-"""The plugin of axolotl, which keeps its run inside a budget:
+"""The axolotl plugin: keeps a run within a budget.
 
     plugins: [rankpilot.integrations.axolotl.RankpilotPlugin]
     rankpilot: {budget: 80%}
 
-axolotl goes on without a plugin that it cannot import, so this module imports nothing that axolotl lacks; its methods
+axolotl continues without a plugin if its import fails, so this module imports only what axolotl itself has; methods
 import the rest.
 """
 
@@ -15,11 +15,11 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, field_validator
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-"""Settings of kernels that read the factors of an adapter past PEFT, and never call its layers."""
+"""Settings of kernels that read the adapter's factors directly and bypass PEFT's layers."""
 
 
 class RankpilotArgs(BaseModel):
-    """The key that the plugin adds to a configuration.
+    """The plugin's own key in a configuration.
 
     Attributes:
         rankpilot: options of `attach` by name, as in Python.
@@ -45,13 +45,13 @@ class RankpilotPlugin(BasePlugin):  # type: ignore[misc]
     """Attaches rankpilot to the Trainer of axolotl when it trains."""
 
     def register(self, cfg: Any) -> None:
-        """Turn off the fused kernels before axolotl turns them on, which it does where they are not set.
+        """Turn off the fused kernels; axolotl would turn on those left unset.
 
         Args:
-            cfg: the configuration as it was written.
+            cfg: the raw configuration.
 
         Raises:
-            ConfigError: one of them is asked for.
+            ConfigError: one of them is set to true.
         """
         from ..common.errors import ConfigError
 
@@ -66,15 +66,15 @@ class RankpilotPlugin(BasePlugin):  # type: ignore[misc]
             cfg[name] = False
 
     def get_input_args(self) -> str:
-        """Return the name of the class that describes the plugin's key."""
+        """Return the name of the class describing the plugin's key."""
         return f"{__name__}.{RankpilotArgs.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach to the Trainer once it trains.
 
         Args:
-            cfg: the configuration as it was validated.
-            trainer: with the callbacks that axolotl has added so far.
+            cfg: the validated configuration.
+            trainer: the new Trainer, with the callbacks added so far.
         """
         from .plugin import attach_when_it_trains, checked_options
 

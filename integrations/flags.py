@@ -1,4 +1,4 @@
-"""Options of `attach` as the command line has them, and as they travel to the processes of a program."""
+"""Convert options of `attach` between the command line, the processes of a program, and Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In a program under `rankpilot run`: attaches to each Trainer just before it trains.
+"""Attaches to each Trainer of a program under `rankpilot run`, just before it trains.
 
 The class's own `train` is replaced, so subclasses that override it run theirs once, and then reach this one. A Trainer
 is left as it is if it trains no LoRA, if its script attaches, or if attaching fails.
@@ -15,7 +15,7 @@ from typing import Any
 from .order import Order
 
 PREPARED = "_rankpilot_train"
-"""Attribute of a Trainer: the `train` that attach has made for it, or None if it is left as it is."""
+"""Attribute of a Trainer: its `train` as arranged by attach, or None if the Trainer is left unchanged."""
 
 
 def patch(trainer_class: type[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Starts a command under `rankpilot run`, waits for it, and says if nothing was attached."""
+"""Starts a command under `rankpilot run`, waits for it, and reports if nothing was attached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit statuses for a command that cannot be started, as in a shell."""
 
 NOTHING_ATTACHED = 3
-"""Exit status for a successful command in which no Trainer was seen."""
+"""Exit status for a successful command without a Trainer."""
 
 ESCAPED = (
     "nothing was attached: no process of this command was seen to train with transformers' Trainer. Python started "

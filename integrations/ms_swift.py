@@ -1,4 +1,4 @@
-"""The plugin of ms-swift, which keeps its run inside a budget. A file such as rankpilot_plugin.py, with
+"""The ms-swift plugin: keeps a run within a budget. A file such as rankpilot_plugin.py, with
 
     from rankpilot.integrations.ms_swift import register
 
@@ -28,7 +28,7 @@ class RankpilotCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches rankpilot to the Trainer of ms-swift when it trains.
 
     Attributes:
-        options: as `register` was given them, in the command line's form.
+        options: the options passed to `register`, in the command line's form.
         made: True once a Trainer has made one.
     """
 

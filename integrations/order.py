@@ -1,4 +1,4 @@
-"""What `rankpilot run` asks of the processes of a program, and the marks by which they report back."""
+"""The order from `rankpilot run` to the processes of a program, and their marks in return."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VARIABLE = "RANKPILOT_RUN"
 """Environment variable with the order, as JSON."""
 
 Event = Literal["made", "attached", "left", "own", "failed"]
-"""A Trainer was made; or is about to train: attached to, left as it is, attached to by its script, attaching failed."""
+"""A Trainer was created, or is about to train: attached, left unchanged, attached by its script, or attaching failed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Order:
 
     @classmethod
     def of_environment(cls) -> Order:
-        """Return the order of the command that started this process."""
+        """Return the order from this process's environment."""
         return cls(**json.loads(os.environ[VARIABLE]))
 
     def text(self) -> str:

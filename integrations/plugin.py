@@ -1,4 +1,4 @@
-"""What plugins of other trainers share: their options, and attaching when a Trainer trains."""
+"""Shared by the plugins of other trainers: check their options, and attach when a Trainer trains."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checked_options(given: Any) -> dict[str, Any]:
 
 
 def _bound(given: Any) -> str:
-    """A bound as text: 8, or 0:4 for a least and a most rank."""
+    """Format a bound as text: 8, or 0:4 for a minimum and a maximum rank."""
     return ":".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
 
 

@@ -7,7 +7,6 @@ then do ranks shrink. The order and the arithmetic are those of `finetune/pilote
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -71,7 +70,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """True if nothing speaks against the run."""
+        """True if the plan fits the budget and the card, as far as they are known."""
         return not self.problem and (self.use is None or self.use.verdict != "does not fit")
 
     @property
@@ -224,7 +223,9 @@ class _Priced:
             frozen = outlook.step.model.frozen_bytes
             budget = budget.beside(frozen + (card.context_bytes + MOST_WORKSPACE_BYTES if card else 0), cuda=bool(card))
         elif budget.kind == "auto":
-            budget = Budget("bytes", budget.value * outlook.room.bytes if outlook.room else math.inf)
+            if outlook.room is None:
+                raise BudgetError('A budget of "auto" is a share of the free memory of a card: name one with --device.')
+            budget = Budget("bytes", budget.value * outlook.room.bytes)
         limit = budget.resolve((plain.with_checkpointed(()) if chooses else plain).cost(), passed)
         parts = options.parts == "on" or (options.parts == "auto" and sums)
         alone = BatchShape(1, plain.shape.length) if parts else None

@@ -1,7 +1,7 @@
-"""Runs at the start of each Python process under `rankpilot run`, which puts this folder first on PYTHONPATH.
+"""Runs at the start of each Python process under `rankpilot run`, with this folder first on PYTHONPATH.
 
-It waits for transformers' Trainer to be imported, and runs the `sitecustomize` that it hides. It loads no other
-library, and no error of its own reaches the program.
+It waits for the import of transformers' Trainer, and runs the `sitecustomize` hidden by this one. It loads no other
+library, and none of its errors reaches the program.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - path
 
 
 class TrainerFinder:
-    """Finder of the module with the Trainer: it patches the class once the module has run."""
+    """Finds the Trainer's module, and patches the class once the module has run."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Return the spec that the other finders have for the module; None for any other module."""
+        """Return the other finders' spec of that module; None for any other module."""
         if name != "transformers.trainer":
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
@@ -51,7 +51,7 @@ def patch(trainer_class: Any) -> None:
 
 
 def run_hidden() -> None:
-    """Run the `sitecustomize` that would have run without this one; its errors are its own."""
+    """Run the `sitecustomize` hidden by this one; its errors are its own."""
     from importlib.machinery import PathFinder
 
     others = [each for each in sys.path if os.path.abspath(each or ".") != HERE]  # noqa: PTH100
