@@ -13,7 +13,7 @@ VARIABLE = "RANKPILOT_RUN"
 """Environment variable with the order, as JSON."""
 
 Event = Literal["made", "attached", "left", "own", "failed"]
-"""A Trainer was created, or is about to train: attached, left unchanged, attached by its script, or attaching failed."""
+"""A Trainer was created; or it is about to train: attached, left unchanged, attached by its script, or failed."""
 
 
 @dataclass(frozen=True)
