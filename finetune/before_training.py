@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from ..common.arrays import IntArray
 from ..common.errors import BudgetError, UnsupportedError
 from ..cost.batch_shape import Batch, reshaped, shape_of
-from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
-from ..cost.cost import ByteCost
+from ..cost.budget import AUTO_SHARE, Budget, Limit, TimeBudget, beyond_device, free_bytes
+from ..cost.cost import ByteCost, plan_cost
 from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.record.calibration import PlanCosts, measure_memory, plan_costs
 from ..cost.record.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
@@ -340,6 +341,22 @@ def run_costs(
     if savers and found.saved:
         savers.take(found.savers)  # in each process, as found by the first
     return found
+
+
+def room_in_main_memory(run: TrainingRun, applier: PlanApplier[Any], budget: Budget) -> float:
+    """Return the bytes of main memory for copies of the adapters.
+
+    On a CPU they count against a budget for everything on the device.
+
+    Args:
+        run: the run.
+        applier: holds the plan and its limit.
+        budget: the user's budget.
+    """
+    free = AUTO_SHARE * psutil.virtual_memory().available / run.replicas.processes.on_this_machine
+    if run.device.type == "cpu" and budget.kind in ("total", "auto"):
+        free = min(free, applier.limit - plan_cost(applier.cost_now(), applier.ranks))
+    return run.replicas.processes.least(free)[0]
 
 
 def budget_for_all_processes(run: TrainingRun, budget: Budget) -> Budget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,6 +123,9 @@ class PilotOptions(PlanOptions):
         log: folder of the decision log. Defaults to `decisions` in a Trainer's output folder, and to no log in a loop.
         learning_rate: "auto" replaces the optimizer's rate by a rule based on the model and the length of the run. With
             control on texts the run starts at seven tenths of it, and its steps raise it. For Adam and its variants.
+            "race" measures it: half, once and twice the rule's rate (the optimizer's, where the rule does not apply)
+            train by turns on the first batches, and the best goes on (docs/learning-rate.md). So do rates of your own:
+            (1e-4, 2e-4, 4e-4).
         control: correct the learning rate in the first half of the run from its steps, and undo damage done by too high
             a rate (docs/control.md). For Adam and its variants, and runs of 60 steps or more. On by default under
             learning_rate="auto", off for a rate of your own. Has no effect on labels.
@@ -142,7 +145,7 @@ class PilotOptions(PlanOptions):
     seed: int | None = None
     measure_every: int = 100
     log: str | Path | None = None
-    learning_rate: Literal["auto"] | None = None
+    learning_rate: Literal["auto", "race"] | Sequence[float] | None = None
     control: bool | None = None
     offload: bool = False
 
@@ -159,11 +162,7 @@ class PilotOptions(PlanOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.learning_rate not in (None, "auto"):
-            raise ConfigError(
-                f'learning_rate must be "auto", or None to keep the optimizer\'s; got {shown(self.learning_rate)}. '
-                "To set a rate of your own, pass it to the optimizer (TrainingArguments.learning_rate)."
-            )
+        self._check_rate()
         if self.schedule is not None and not isinstance(self.schedule, DecisionSchedule):
             raise ConfigError(f"schedule must be a rankpilot.DecisionSchedule or None; got {self.schedule!r}.")
         if not is_count(self.measure_every):
@@ -181,6 +180,29 @@ class PilotOptions(PlanOptions):
             raise ConfigError(f"bounds must be a dictionary from module names to ranks; got {shown(self.bounds)}.")
         for name, bound in (self.bounds or {}).items():
             bound_of(name, bound)
+
+    def _check_rate(self) -> None:
+        rate = self.learning_rate
+        if isinstance(rate, list | tuple):
+            numbers = all(isinstance(each, int | float) and 0 < each < math.inf for each in rate)
+            if not numbers or len(set(rate)) != len(rate) or not 2 <= len(rate) <= MOST_LANES:
+                raise ConfigError(
+                    f"learning_rate races 2 to {MOST_LANES} different rates above 0; got {shown(rate)}. Pass a single "
+                    "rate to the optimizer (TrainingArguments.learning_rate)."
+                )
+        elif rate not in (None, "auto", "race"):
+            raise ConfigError(
+                f'learning_rate must be "auto", "race", several rates to race, such as (1e-4, 2e-4, 4e-4), or None to '
+                f"keep the optimizer's; got {shown(rate)}. To set a rate of your own, pass it to the optimizer "
+                "(TrainingArguments.learning_rate)."
+            )
+        if self.races and self.control:
+            raise ConfigError("control=True corrects the learning rate that a race has measured. Drop one of the two.")
+
+    @property
+    def races(self) -> bool:
+        """True if learning rates race."""
+        return self.learning_rate not in (None, "auto")
 
     @classmethod
     def of(cls, options: GivenOptions, changes: Mapping[str, Any]) -> PilotOptions:
@@ -260,6 +282,9 @@ class OptionsInFile:
 _SWITCHES_IN_YAML = {"parts": ("off", "on"), "stream": ("off", True)}
 """Options with words that YAML reads as switches, and these words."""
 
+
+MOST_LANES = 8
+"""Maximum number of learning rates in a race."""
 
 GivenOptions = PilotOptions | GivenBudget | None
 """All options, a budget alone, or None for the defaults."""

@@ -155,6 +155,30 @@ class RankPilot:
         """
         return self.guard.parts.of(batch)
 
+    def lanes(self, scaler: Any = None) -> Iterator[int]:
+        """Yield once for each learning rate of a race, with its copy of adapters and optimizer in place.
+
+        Run the whole optimizer step each time, from the forward pass to `optimizer.zero_grad()`, but the scheduler once
+        after all. Each copy trains as it would alone, with the same random numbers. Without a race, or after it, this
+        yields once.
+
+        Args:
+            scaler: the loop's loss scaler, such as torch.amp.GradScaler, of which each copy keeps a state.
+
+        Example:
+            >>> for _ in pilot.lanes():  # doctest: +SKIP
+            ...     loss = model(**batch).loss
+            ...     loss.backward()
+            ...     pilot.before_optimizer_step(loss)
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+        """
+        return _begun(self._piloted).turns(scaler)
+
+    def lanes_beside(self, scaler: Any = None) -> Iterator[int]:
+        """Yield like `lanes`, for the learning rates other than that of the run itself, whose turn comes after them."""
+        return _begun(self._piloted).turns_beside(scaler)
+
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are now complete; call before they are cleared.
 
@@ -220,7 +244,7 @@ class RankPilot:
             BudgetError: other processes are in the middle of the step.
         """
         error = error or torch.OutOfMemoryError("A training step ran out of memory.")
-        self.guard.out_of_memory(error)
+        _begun(self._piloted).out_of_memory(error)
 
     def finish(self) -> None:
         """Stop measuring, restore the original checkpointing, and write the ranks to PEFT's configuration for saving.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from threading import Lock, Thread, current_thread
@@ -125,7 +125,7 @@ class PilotedRun:
         """
         calls, gradients = self._watches
         before = calls, self.elastic, self.rate.of_plan, self.rate.control, self.guard.parts
-        every = *before, self.guard, gradients, self._losses, self.finite
+        every = *before, self.guard, gradients, self._losses, self.finite, self.rate.race
         return [part for part in every if part is not None]
 
     # The begin and the end --------------------------------------------------------------------------------------------
@@ -183,8 +183,15 @@ class PilotedRun:
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate.of_plan is not None
             journal.note(self.rate.of_plan.told())
-            self.finite.control = self.rate.begin_control(None, journal)
+            self._begin_rate(None, seed)
         self._found = found
+
+    def _begin_rate(self, state: Mapping[str, Any] | None, seed: int) -> None:
+        """Start racing or correcting the learning rate, if requested; see `RunRate`."""
+        control, room = self.rate.begin_control(state, self.journal), before_training.room_in_main_memory
+        race = self.rate.begin_race(state, room(self.run, self.applier, self.elastic.budget), seed, self.journal)
+        self.finite.control = race or control
+        self._watches[0].beside = lambda: bool(race and race.beside)
 
     def _prepare(
         self,
@@ -301,7 +308,7 @@ class PilotedRun:
             applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._record, checkpointing)
         run.replicas.changed(targets, step)
-        self.finite.control = self.rate.begin_control(state, journal)
+        self._begin_rate(state, self.applier.seed)
         if changed := changes(settings, before):
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
@@ -353,8 +360,29 @@ class PilotedRun:
         for part in self.participants:
             part.before_step(self.step, batches)
 
+    def turns(self, scaler: Any = None) -> Iterator[int]:
+        """Yield once for each lane of a race, the run itself last; once without a race. See `RankPilot.lanes`."""
+        yield from self.turns_beside(scaler)
+        yield self.rate.race.lanes.live if self.rate.race and self.rate.race.lanes else 0
+
+    def turns_beside(self, scaler: Any = None) -> Iterator[int]:
+        """Yield once for each lane of a race other than the run itself."""
+        if race := self.rate.race:
+            with self.guard.meter.without_steps():
+                yield from race.others(scaler)
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
+        """Prepare to repeat a step; see `RankPilot.out_of_memory`."""
+        lanes = self.rate.race and self.rate.race.lanes
+        with lanes.live_one() if lanes else nullcontext():
+            self.guard.out_of_memory(error)
+            self._ranks_changed()
+
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Announce that the gradients of a step are complete."""
+        if (race := self.rate.race) and race.beside:
+            race.before_optimizer_step(self.step, loss)
+            return
         for part in self.participants:
             part.before_optimizer_step(self.step, loss)
         self._found = None

@@ -23,10 +23,13 @@ from ..decide.plan.worth import KNOWN
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from .step.run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
+from .step.run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, group_rates, own_rate, probe_rate
 
 FAR = 4.0
 """Ratio to the rule's rate, up or down, above which the rate is reported."""
+
+PEAK = 0.99
+"""Share of its peak below which the first step's rate belongs to a warm-up."""
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 """Names of the hidden width in model configurations."""
@@ -153,7 +156,7 @@ class PlanRate(Participant):
 
     Args:
         run: the run.
-        targets: its adapters. Optimizer groups without adapters keep their rate.
+        targets: its adapters. Optimizer groups without adapters follow if they have the same rate.
         auto: start from the rule's rate for plain LoRA, instead of the optimizer's own.
         controlled: True if the run's steps correct the rate, which then starts lower, except for runs on labels.
         keep: leave the rate unchanged, whatever the plan.
@@ -168,6 +171,9 @@ class PlanRate(Participant):
         factor: current factor on the rate.
         moved: its part due to control of the run.
         last: the rate of the optimizer's first group in its last step; None before one.
+        share: the schedule's rate in that step, as a share of its peak; 1 in a run without a race.
+        lead_in: steps of a warm-up for a schedule without one; 0 if it has one; None in a run without a race.
+        step: optimizer steps done, for that warm-up.
 
     Raises:
         ConfigError: the optimizer's rate is negative or not finite; or `auto` is set and the rule does not apply: to
@@ -186,7 +192,6 @@ class PlanRate(Participant):
         own: float | None = None,
     ) -> None:
         self._targets, self._keep, self._controlled = targets, keep, controlled
-        self._adapters = {id(weight) for target in targets for weight in target.parameters.values()}
         optimizer = unwrap_optimizer(run.optimizer)
         self._follows = follows_rule(optimizer)
         if auto and not self._follows:
@@ -207,6 +212,8 @@ class PlanRate(Participant):
             )
         self.own: float = own or probe_rate(run.model, run.optimizer)
         self._still = _groups_at_zero(run)
+        self._groups = {at for at, rate in enumerate(group_rates(run.optimizer)) if rate == self.own}
+        self._groups |= adapter_rates(run.model, run.optimizer).keys()
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.initial: InitialLoss | None = initial
@@ -223,6 +230,9 @@ class PlanRate(Participant):
         self.factor: float = 1.0
         self.moved: float = 1.0
         self.last: float | torch.Tensor | None = None
+        self.share: float = 1.0
+        self.lead_in: int | None = None
+        self.step: int = 0
         self._of_plan, self._scheduler = 1.0, run.scheduler
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._hooks = [
@@ -307,17 +317,24 @@ class PlanRate(Participant):
     def _apply(self, optimizer: torch.optim.Optimizer) -> None:
         self._put_back()
         scheduled = dict(enumerate(self._scheduler.get_last_lr() if self._scheduler else ()))
-        for at, group in enumerate(optimizer.param_groups):
+        held = [
+            (at, group)
+            for at, group in enumerate(optimizer.param_groups)
+            if at in self._groups and group["lr"] is not None  # None: the optimizer chooses its own
+        ]
+        if self.lead_in is not None:
+            self.share = max((float(group["lr"]) for _, group in held), default=self.own) / self.own
+            self.lead_in = 0 if self.share < PEAK and not self.step else self.lead_in
+        rise = min((self.step + 1) / self.lead_in, 1.0) if self.lead_in else 1.0
+        for at, group in held:
             rate = group["lr"]
-            if rate is None or not any(id(parameter) in self._adapters for parameter in group["params"]):
-                continue  # None: the optimizer chooses its own
             if isinstance(rate, torch.Tensor):  # for a captured graph, which reads it in place
                 self._before.append((group, rate.clone()))
-                rate.mul_(self.factor)
+                rate.mul_(self.factor * rise)
             else:
                 self._before.append((group, rate))
                 written = not math.isclose(rate, scheduled.get(at, rate))
-                group["lr"] = rate * (self._of_plan if written else self.factor)
+                group["lr"] = rate * (self._of_plan if written else self.factor) * rise
         first = optimizer.param_groups[0]["lr"]
         self.last = first.clone() if isinstance(first, torch.Tensor) else first
 

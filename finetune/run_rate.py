@@ -13,13 +13,17 @@ from ..decide.settings import DecisionSchedule
 from ..lora.targets import TargetModule
 from .controlled_rate import ControlledRate
 from .options import PilotOptions
-from .plan_rate import PlanRate
+from .plan_rate import PlanRate, rule_knows
+from .race import RateRace, middle
 from .run_settings import readable_state
 from .step.journal import Journal
 from .step.run import TrainingRun
 
 CONTROL: RateControl = AlignmentRule()
 """Controls the learning rate."""
+
+FACTORS = (0.5, 1.0, 2.0)
+"""Learning rates of a race around the rule's."""
 
 
 class RunRate:
@@ -35,6 +39,7 @@ class RunRate:
     Attributes:
         steers: True if the policy's decisions change the rate.
         controls: True if the rate is corrected during the run.
+        race: races learning rates; None without a race, and before it is prepared.
         of_plan: multiplies the rate by the factor of the plan; None before `begin`.
         control: corrects the rate; None without control.
     """
@@ -51,10 +56,12 @@ class RunRate:
         self.steers: bool = steers_rate(policy)
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
         self.controls: bool = self.steers or (in_long_run if options.control is None else options.control)
-        self._auto = options.learning_rate == "auto"
+        self._given = options.learning_rate
+        self._auto = self._given == "auto" or (self._given == "race" and rule_knows(run))
         self._keep = options.keep_rate or (isinstance(policy, AsConfigured) and not self._auto)
         self.of_plan: PlanRate | None = None
         self.control: ControlledRate | None = None
+        self.race: RateRace | None = None
 
     def begin(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Make the rate follow the plan until the run ends; see `PlanRate` for the arguments."""
@@ -67,6 +74,31 @@ class RunRate:
             initial=initial,
             own=own,
         )
+
+    def begin_race(self, state: Mapping[str, Any] | None, room: float, seed: int, journal: Journal) -> RateRace | None:
+        """Race learning rates, if requested, and return what does so.
+
+        Args:
+            state: the state of a resumed run; None for a new one.
+            room: bytes of main memory for further lanes.
+            seed: seed of new rows, if ranks change meanwhile.
+            journal: gets the reports.
+        """
+        if self._given in (None, "auto"):
+            return None
+        run, rate = self._run, self.of_plan
+        assert rate is not None, "begin comes first"
+        factors = FACTORS if isinstance(self._given, str) else [each / rate.own for each in self._given or ()]
+        reason = "the model is sharded" if run.replicas.sharded else ""
+        reason = f"{run.total_steps} steps are too few" if run.total_steps < SHORTEST else reason
+        if reason:
+            rate.move(middle(factors))
+            journal.note(f"No learning rates race: {reason}. The run trains at {rate.rate:.2g}.")
+            return None
+        self.race = RateRace(run, self._targets, rate, factors, room, seed, journal)
+        with readable_state():
+            self.race.begin(state)
+        return self.race
 
     def begin_control(self, state: Mapping[str, Any] | None, journal: Journal) -> ControlledRate | None:
         """Start correcting the rate during the run, if requested, and return what does so.

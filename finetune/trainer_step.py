@@ -261,7 +261,8 @@ class _Followed:
 
     def __init__(self, step: TrainerStep, listener: StepListener) -> None:
         self._step, self._trainer, self._rollouts, self._listener = step, step.trainer, step.rollouts, listener
-        self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step
+        self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step that began
+        self._batches: list[Batch] = []  # all of them
 
     def begin(self) -> None:
         """Replace the methods that a step calls."""
@@ -278,6 +279,7 @@ class _Followed:
     def _get_batch_samples(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         result = run(*arguments, **options)
         self._done.clear()
+        self._batches = result[0]
         if self._rollouts is None:
             self._listener.take_batches(result[0])
         return result
@@ -296,6 +298,8 @@ class _Followed:
 
         The Trainer's own search for a batch size takes precedence.
         """
+        if not self._done and not self._rollouts:
+            self._run_lanes(run, model, rest, options)
         self._done.append((model, inputs, *rest))
         begins_again, again = self._trainer.args.auto_find_batch_size, self._listener.pilot.out_of_memory
         loss: torch.Tensor
@@ -309,6 +313,29 @@ class _Followed:
             raise
         self._listener.take_loss(loss)
         return loss
+
+    def _run_lanes(self, run: Callable[..., Any], model: Any, rest: Any, options: Mapping[str, Any]) -> None:
+        """Run the whole optimizer step for each lane of a race other than the run itself, as the Trainer does."""
+        trainer, pilot = self._trainer, self._listener.pilot
+        accelerator, most = trainer.accelerator, trainer.args.max_grad_norm
+        begins = accelerator.sync_gradients
+        for _ in pilot.lanes_beside(accelerator.scaler):
+            done, losses = list[tuple[Any, ...]](), list[torch.Tensor]()
+            with put_back(trainer):
+                for inputs in self._batches:
+                    last = len(losses) + 1 == len(self._batches)
+                    accelerator.gradient_state._set_sync_gradients(last)
+                    done.append((model, inputs, *rest))
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        losses.append(
+                            _retried(lambda step: self._in_parts(run, step, options), done, pilot.out_of_memory)
+                        )
+                if most and most > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), most)
+                pilot.before_optimizer_step(torch.stack([loss.detach() for loss in losses]).sum())
+                trainer.optimizer.step()
+                model.zero_grad()
+            accelerator.gradient_state._set_sync_gradients(begins)
 
     def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
         """Return the loss of a batch run in parts, whose losses and gradients add up to those of the batch."""

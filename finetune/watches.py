@@ -20,6 +20,7 @@ from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from .checkpoint import last_checkpoint
 from .controlled_rate import ControlledRate
+from .race import RateRace
 from .step.journal import Journal
 from .step.run import Participant, TrainingRun
 
@@ -53,6 +54,7 @@ class LoopCalls(Participant):
         self._without = 0  # ends of steps since the latest optimizer step
         self._uneven = 0  # optimizer steps in a row with more than one end
         self._hook: RemovableHandle | None = None
+        self.beside: Callable[[], bool] = bool  # True in the turn of a lane other than the run itself
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Start counting the steps of the run's optimizer."""
@@ -137,7 +139,7 @@ class LoopCalls(Participant):
         self._optimizer_steps = self._without = 0
 
     def _stepped(self) -> None:
-        self._optimizer_steps += 1
+        self._optimizer_steps += not self.beside()
         if self._optimizer_steps == 2 and not self._called:
             self._run.warn(
                 "The optimizer made 2 steps without any call since `pilot.begin(run)`, so the first plan is "
@@ -241,7 +243,7 @@ class FiniteWatch(Participant):
 
     def __init__(self, run: TrainingRun, journal: Journal) -> None:
         self._run, self._journal, self._told = run, journal, False
-        self.control: ControlledRate | None = None
+        self.control: ControlledRate | RateRace | None = None
         self._restart()
 
     def _restart(self) -> None:

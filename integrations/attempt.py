@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,6 +16,7 @@ from ..common.errors import BudgetError, RankPilotError, UnsupportedError
 from ..common.processes import Processes
 from ..cost.budget import Budget
 from ..finetune.callback import RankPilotCallback, attach
+from ..finetune.step.put_back import random_states
 from ..finetune.step.replicas import Replicas, rebuild_reducer
 from ..lora.targets import find_target_modules, unwrap
 from .flags import attach_options
@@ -158,21 +157,6 @@ class Attempt:
     def _keeps_bytes(self) -> bool:
         given = self._order.options.get("budget")
         return given is not None and Budget.parse(given).kind in ("bytes", "total")
-
-
-def random_states() -> Callable[[], None]:
-    """Return a function to restore the current states of all random number generators."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-
-    def put_back() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return put_back
 
 
 def most_of_all(number: int, error: Exception | None) -> int:

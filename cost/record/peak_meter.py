@@ -113,6 +113,7 @@ class PeakMeter:
         self._rise: Callable[[], int] | None = None
         self._rise_of_passes: int | None = None
         self._go_on_from: Callable[[int], None] = lambda rise: None
+        self._live: LivePeak | None = None
 
     @property
     def measuring(self) -> bool:
@@ -170,7 +171,7 @@ class PeakMeter:
         else:
             # Under a dispatch mode, torch.compile would permanently stop compiling the code.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
-            live = self._contexts.enter_context(LivePeak())
+            live = self._live = self._contexts.enter_context(LivePeak())
             live.hold(gradients)
             self._rise = lambda: live.peak
             self._go_on_from = partial(setattr, live, "peak")
@@ -190,6 +191,19 @@ class PeakMeter:
         if rise is not None and self._rise:
             self._go_on_from(rise)
 
+    @contextmanager
+    def without_steps(self) -> Iterator[None]:
+        """Exclude code inside the context from a step, with steps of the optimizer; on a CPU also what it leaves."""
+        lasting, before, live = self._lasting, (self._rise, self._rise_of_passes), self._live
+        rise, held = self._rise() if self._rise else None, live.bytes if live else 0
+        self._rise = None
+        yield
+        if rise is not None and self._lasting is lasting:  # else it was closed after an error
+            self._rise, self._rise_of_passes = before
+            if live:
+                live.bytes = held
+            self._go_on_from(rise)
+
     def passed(self) -> None:
         """Mark the end of the forward and backward passes, if gradients are processed before the optimizer step."""
         if self._rise and self._rise_of_passes is None:
@@ -197,8 +211,9 @@ class PeakMeter:
 
     def _stepped(self) -> None:
         """Mark the end of the optimizer step: later rises do not count."""
-        rise = self._rise() if self._rise else 0
-        self._rise = lambda: rise
+        if self._rise:
+            rise = self._rise()
+            self._rise = lambda: rise
 
     def end(self, step: int) -> int | None:
         """Finish measuring a step with this number, and return its peak bytes; None if none is being measured."""
@@ -220,7 +235,7 @@ class PeakMeter:
     def close(self) -> None:
         """Stop measuring, without a result."""
         self._contexts.close()
-        self._rise, self._lasting = None, int
+        self._rise, self._lasting, self._live = None, int, None
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -280,6 +280,21 @@ def adapters_put_back(
         kept.put_back()
 
 
+def random_states() -> Callable[[], None]:
+    """Return a function to restore the current states of all random number generators."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return put_back
+
+
 @contextmanager
 def undisturbed(collate: Collate) -> Iterator[None]:
     """Restore random states afterwards, so that the run draws the same numbers as without measurements.

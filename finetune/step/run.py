@@ -426,6 +426,12 @@ def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
         raise ConfigError(text)
 
 
+def group_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the initial or warmed-up learning rate of the schedule in each group; 0 if it is unknown."""
+    names = "max_lr", "initial_lr", "lr"  # max_lr: OneCycleLR
+    return [float(next(filter(None, map(group.get, names)), None) or 0.0) for group in optimizer.param_groups]
+
+
 def adapter_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """Return the initial or warmed-up learning rates of the schedule, by index of the groups that hold adapters.
 
@@ -433,12 +439,9 @@ def adapter_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[in
     If no group holds adapters, the rate is that of the first one.
     """
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
-    groups = dict(enumerate(optimizer.param_groups))
-    held = {at: group for at, group in groups.items() if any(id(p) in adapters for p in group["params"])}
-    return {
-        at: float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)  # max_lr: OneCycleLR
-        for at, group in (held or {0: groups[0]}).items()
-    }
+    held = [at for at, group in enumerate(optimizer.param_groups) if any(id(p) in adapters for p in group["params"])]
+    rates = group_rates(optimizer)
+    return {at: rates[at] for at in held or [0]}
 
 
 def own_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,7 @@ def test_streams_arguments_and_signals_are_the_programs(tmp_path: Path, kind: st
         stderr=pipe,
         text=True,
         start_new_session=True,  # no terminal
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),  # a shell's "&" ignores it
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -1,0 +1,246 @@
+"""A race of learning rates: lanes of a run that differ in the rate alone, of which the best one goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..common.arrays import FloatArray
+from ..common.checks import counted, finite
+from ..common.errors import ConfigError
+from ..common.text import format_bytes, plural
+from ..cost.batch_shape import Batch
+from ..decide.race import RaceLength, staying
+from ..lora.targets import TargetModule
+from .plan_rate import PlanRate
+from .step.journal import Journal
+from .step.lanes import Lanes, copy_bytes
+from .step.run import Participant, TrainingRun
+
+LEAD_IN = 0.05
+"""Warm-up of a race whose schedule has none, as a share of the run's steps."""
+
+LOOKS = 4
+"""Looks per warm-up."""
+
+SHOWN = 60
+"""Points of a lane's curve in the log."""
+
+
+_WITHOUT_TURNS = (
+    "A race of learning rates trains each batch once for each of them, but this loop trains it once. Run each "
+    "optimizer step, from the forward pass to `optimizer.zero_grad()`, inside `for _ in pilot.lanes():`."
+)
+
+
+def middle(factors: Sequence[float]) -> float:
+    """Return the factor of the lane that a run begins with: the middle one, or the lower of two."""
+    return sorted(factors)[(len(factors) - 1) // 2]
+
+
+class RateRace(Participant):
+    """Races learning rates at the beginning of a run.
+
+    Args:
+        run: the run about to begin.
+        targets: its adapters.
+        rate: multiplies the learning rate.
+        factors: factors of the lanes on the plain rate; see `middle` for that of the run itself.
+        room: bytes of main memory for further lanes.
+        seed: seed of new rows, if ranks change meanwhile.
+        journal: gets the reports.
+
+    Attributes:
+        lanes: the lanes; None before and after the race.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        targets: Sequence[TargetModule],
+        rate: PlanRate,
+        factors: Sequence[float],
+        room: float,
+        seed: int,
+        journal: Journal,
+    ) -> None:
+        self._run, self._targets, self._rate, self._journal, self._seed = run, targets, rate, journal, seed
+        start = middle(factors)
+        count = 1 + min(len(factors) - 1, int(room // max(copy_bytes(run, targets), 1)))
+        self._factors = sorted(sorted(factors, key=lambda factor: (abs(math.log(factor / start)), factor))[:count])
+        self._asked, self._start = len(factors), self._factors.index(start)
+        self._losses: dict[int, list[torch.Tensor | float]] = {lane: [] for lane in range(count)}
+        self._warm_up: int | None = None
+        self._share = 0.0
+        self._turns_taken = False
+        self.lanes: Lanes | None = None
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Set the lanes off, or continue those of a resumed run."""
+        own = state and state.get("race")
+        if state is not None and not own:
+            return
+        rate, steps = self._rate, self._run.total_steps
+        if len(self._factors) < 2:
+            self._journal.note("The learning rate is not raced: there is no main memory for a second lane.")
+            return
+        rate.lead_in = max(round(LEAD_IN * steps), 1)
+        live = counted(own["live"]) if own else self._start
+        self.lanes = Lanes(self._run, self._targets, len(self._factors), live, self._turn)
+        self._turn(live)
+        if own:
+            self._resume(self.lanes, own)
+            return
+        rates = ", ".join(f"{rate.plain / rate.moved * factor:.2g}" for factor in self._factors)
+        fewer = f" Main memory has no room for {self._asked}." if self._asked > len(self._factors) else ""
+        most = RaceLength.of(steps, steps, len(self._factors)).last * (len(self._factors) - 1) / steps
+        self._journal.note(
+            f"{plural(len(self._factors), 'learning rate')} race on the same batches: {rates}.{fewer} The race adds at "
+            f"most {most:.0%} to the run's time, and {format_bytes(self.lanes.nbytes)} of main memory meanwhile."
+        )
+
+    def _turn(self, lane: int) -> None:
+        self._rate.move(self._factors[lane])
+
+    # A step -----------------------------------------------------------------------------------------------------------
+
+    def others(self, scaler: Any) -> Iterator[int]:
+        """Yield the lanes other than the run itself, one after another; see `Lanes.others`."""
+        self._turns_taken = True
+        if self.lanes:
+            self.lanes.scaler = scaler
+            yield from self.lanes.others()
+
+    @property
+    def beside(self) -> bool:
+        """True during the turn of a lane other than the run itself."""
+        return self.lanes is not None and self.lanes.turn != self.lanes.live
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Tell the rate which step begins."""
+        self._rate.step = step
+
+    def ranks_changed(self) -> None:
+        """Give all lanes the new ranks."""
+        if self.lanes:
+            self.lanes.ranks_changed(self._rate.step, self._seed)
+
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
+        """Take the mean loss of a lane's step."""
+        if self.lanes:
+            mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else float(loss)
+            self._losses[self.lanes.turn].append(mean)
+
+    def after_step(self, step: int) -> None:
+        """Let lanes leave that are behind, at a few moments after the warm-up."""
+        lanes = self.lanes
+        if lanes is None:
+            return
+        if not self._turns_taken:
+            raise ConfigError(_WITHOUT_TURNS)
+        lanes.step_over()
+        self._turns_taken = False
+        if self._warm_up is None:
+            self._warm_up = self._warm_up_before(step)
+        length = RaceLength.of(self._warm_up or step, self._run.total_steps, len(self._factors))
+        ends = step >= length.last
+        every = max(length.first // (2 * LOOKS), 1)
+        if not ends and (self._warm_up is None or step < length.first or (step - length.first) % every):
+            return
+        numbers = lanes.numbers
+        losses = self._read(numbers)
+        kept = [numbers[at] for at in staying(losses, numbers.index(self._kept(numbers)), ends=ends)]
+        self._go_on(kept, losses, step)
+
+    def _kept(self, numbers: list[int]) -> int:
+        """Return the lane that stays where there is no evidence: that of the start, or the nearest one."""
+        return min(numbers, key=lambda lane: (abs(lane - self._start), lane))
+
+    def _warm_up_before(self, step: int) -> int | None:
+        """Return the number of steps of the warm-up; None if it is not over."""
+        share, before, self._share = self._rate.share, self._share, self._rate.share
+        if self._rate.lead_in:
+            return self._rate.lead_in if step >= self._rate.lead_in else None
+        return step - 1 if step > 1 and share <= before else None
+
+    def _read(self, lanes: Sequence[int]) -> FloatArray:
+        """Return the losses of lanes so far, averaged over processes, (lanes, steps)."""
+        for lane in lanes:
+            self._losses[lane] = [float(loss) for loss in self._losses[lane]]
+        own = [self._losses[lane] for lane in lanes]
+        return np.mean(self._run.replicas.processes.of_each(own), axis=0)
+
+    def undo_broken(self, step: int) -> bool:
+        """Drop the live lane after a step with a non-finite result; False if there is no other one."""
+        lanes = self.lanes
+        if lanes is None or len(lanes.numbers) < 2:
+            return False
+        others = [lane for lane in lanes.numbers if lane != lanes.live]
+        self._go_on(others, self._read(lanes.numbers), step)
+        return True
+
+    def _go_on(self, kept: Sequence[int], losses: FloatArray, step: int) -> None:
+        """Keep some lanes, of which the nearest to the start becomes the run; end the race with the last one."""
+        lanes = self.lanes
+        assert lanes is not None, "the race is on"
+        numbers, live = lanes.numbers, lanes.live
+        if (stays := self._kept(list(kept))) != live:
+            lanes.go_on_with(stays)
+        for lane in [lane for lane in numbers if lane not in kept and lane not in (live, lanes.live)]:
+            lanes.leave(lane)
+        if len(kept) == len(numbers):
+            return
+        left = [self._told(lane) for lane in numbers if lane not in kept]
+        if len(kept) > 1:
+            self._journal.note(f"step {step}: the learning rate {' and '.join(left)} is behind and leaves the race.")
+            return
+        curves = {self._told(lane): self._curve(lane) for lane in self._losses}
+        change = math.log2(self._factors[stays] / self._factors[self._start])
+        self._journal.note(f"step {step}: the race is over. The run goes on at {self._told(stays)}.")
+        self._journal.log_control(
+            {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
+        )
+        self.lanes = None
+
+    def _told(self, lane: int) -> str:
+        rate = self._rate
+        return f"{rate.rate / rate.moved * self._factors[lane]:.2g}"
+
+    def _curve(self, lane: int) -> list[float]:
+        """Return means of a lane's losses over successive steps, at most `SHOWN`."""
+        losses = np.array([float(loss) for loss in self._losses[lane]])
+        parts = np.array_split(losses, min(SHOWN, max(len(losses), 1)))
+        return [round(float(part.mean()), 4) for part in parts if len(part)]
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the race's state, with all parked lanes; nothing after it."""
+        if self.lanes is None:
+            return {}
+        own = {
+            "live": self.lanes.live,
+            "lanes": self.lanes.state(),
+            "losses": {str(lane): [float(loss) for loss in losses] for lane, losses in self._losses.items()},
+            "factors": list(self._factors),
+            "warm_up": self._warm_up,
+            "share": self._share,
+            "lead_in": self._rate.lead_in,
+        }
+        return {"race": own}
+
+    def _resume(self, lanes: Lanes, own: Mapping[str, Any]) -> None:
+        if list(map(finite, own["factors"])) != self._factors:
+            raise ValueError(f"a race of {own['factors']}")
+        lanes.load(own["lanes"])
+        self._losses = {int(lane): list(map(float, losses)) for lane, losses in own["losses"].items()}
+        self._warm_up = None if own["warm_up"] is None else counted(own["warm_up"], 1)
+        self._share, self._rate.lead_in = finite(own["share"]), counted(own["lead_in"])
+
+    def end(self) -> None:
+        """Drop the lanes; the run stays as it is."""
+        self.lanes = None
