@@ -2,7 +2,8 @@
 
 Lanes are copies of a run that differ in the learning rate alone. Their losses on a batch share its difficulty, so
 differences between lanes have little noise. Before the schedule's warm-up ends they say nothing: a rate too high looks
-best while it is not reached yet. A lane whose lead shrinks has not won.
+best while it is not reached yet. Soon after, a higher rate only falls behind further, while a lower one still catches
+up; much later, every lower rate looks better than it ends, since a schedule that decays favours higher ones.
 """
 
 from __future__ import annotations
@@ -14,28 +15,36 @@ import numpy as np
 
 from ..common.arrays import FloatArray
 
-FIRST_LOOK, LAST_LOOK = 2.0, 3.0
-"""A race ends between these multiples of the warm-up's steps."""
-
 LEAST_WARM_UP = 12
-"""Shorter warm-ups count as this many steps."""
+"""Shorter warm-ups count as this many optimizer steps, and so do the steps from the end of one to the first look."""
+
+FIRST_LOOK, END = 1.25, 2.0
+"""A race is looked at and ends after these multiples of the warm-up's steps."""
+
+LOOKS = 8
+"""Looks per warm-up."""
 
 MOST_TIME = 0.4
 """Steps of all further lanes together, as a share of the run's steps."""
 
-SURE = 2.0
-"""Standard errors of a sure difference."""
+SURELY_BEHIND, SURELY_BETTER = 3.0, 2.0
+"""Standard errors by which a lane is behind to leave, and by which one is ahead of the start to take its place."""
+
+CATCHES_UP = 0.5
+"""A lower rate stays if its loss has made up this share of its distance since the first half of the steps seen."""
 
 
 @dataclass(frozen=True)
 class RaceLength:
-    """Steps of a race.
+    """Optimizer steps of a race.
 
     Attributes:
-        first: optimizer steps before the first look.
-        last: optimizer steps after which it ends in any case.
+        warm_up: steps in which the rate rises, which no look takes into account.
+        first: steps before the first look.
+        last: steps after which it ends in any case.
     """
 
+    warm_up: int
     first: int
     last: int
 
@@ -49,46 +58,45 @@ class RaceLength:
             lanes: number of lanes.
         """
         warm_up = max(warm_up, LEAST_WARM_UP)
-        most = int(MOST_TIME * total_steps / max(lanes - 1, 1))
-        last = max(min(math.ceil(LAST_LOOK * warm_up), most), 1)
-        return cls(min(math.ceil(FIRST_LOOK * warm_up), last), last)
+        last = max(min(math.ceil(END * warm_up), int(MOST_TIME * total_steps / max(lanes - 1, 1))), 1)
+        first = max(math.ceil(FIRST_LOOK * warm_up), warm_up + LEAST_WARM_UP)
+        return cls(warm_up, min(first, last), last)
+
+    def looks(self, step: int) -> bool:
+        """True if lanes may leave after so many steps."""
+        every = max(self.warm_up // LOOKS, 1)
+        return step >= self.last or (step >= self.first and (step - self.first) % every == 0)
 
 
-def lead(losses: FloatArray) -> tuple[float, float, float]:
-    """Return by how much one lane is ahead of another, its standard error, and the change of that lead.
+def staying(losses: FloatArray, start: int, length: RaceLength) -> list[int]:
+    """Return the lanes that stay in a race, by index in ascending order; one if it ends.
 
-    Args:
-        losses: logarithms of the losses of the two lanes on the same batches, the leader's first, (2, steps).
-    """
-    by = losses[1] - losses[0]
-    half = len(by) // 2
-    error = float(by.std(ddof=1)) / math.sqrt(len(by)) if len(by) > 1 else math.inf
-    change = float(by[half:].mean() - by[:half].mean()) if half else 0.0
-    return float(by.mean()), error, change
-
-
-def window(losses: FloatArray) -> FloatArray:
-    """Return the later half of the steps, (lanes, steps)."""
-    return np.log(np.maximum(losses[:, losses.shape[1] // 2 :], 1e-6))
-
-
-def staying(losses: FloatArray, start: int, *, ends: bool) -> list[int]:
-    """Return the lanes that stay in a race, by index, in ascending order.
-
-    A lane leaves if the one with the lowest loss is surely ahead and its lead does not shrink.
+    A lane leaves if another one is surely ahead, unless it has a lower rate and catches up.
 
     Args:
-        losses: losses of the steps so far, (lanes, steps); NaN and infinity are losses without bound.
-        start: index of the lane that stays where there is no evidence.
-        ends: True if the race ends here: one lane stays.
+        losses: losses of all steps so far, (lanes, steps), the lanes in ascending order of their rates; NaN and
+            infinity are losses without bound.
+        start: index of the lane that goes on where there is no evidence.
+        length: the length of the race.
     """
-    seen = window(np.nan_to_num(losses, nan=1e6, posinf=1e6))
+    steps = losses.shape[1]
+    begin = max(min(steps - LEAST_WARM_UP, (length.warm_up + steps) // 2), 0)
+    seen = np.log(np.clip(np.nan_to_num(losses[:, begin:], nan=1e6, posinf=1e6), 1e-6, 1e6))
     best = int(seen.mean(axis=1).argmin())
-    stay = []
-    for lane in range(len(seen)):
-        ahead, error, change = lead(seen[[best, lane]])
-        if lane == best or ahead <= SURE * error or change < -0.5 * ahead:
-            stay.append(lane)
-    if not ends:
+
+    def leaves(lane: int) -> bool:
+        behind = seen[lane] - seen[best]
+        half = len(behind) // 2
+        catches_up = lane < best and behind[half:].mean() < (1 - CATCHES_UP) * behind[: half or 1].mean()
+        return bool(behind.mean() > SURELY_BEHIND * _error(behind)) and not catches_up
+
+    stay = [lane for lane in range(len(seen)) if lane == best or not leaves(lane)]
+    if steps < length.last or len(stay) == 1:
         return stay
-    return [start if start in stay else best]
+    ahead = seen[start] - seen[best]
+    return [start if start in stay and ahead.mean() <= SURELY_BETTER * _error(ahead) else best]
+
+
+def _error(differences: FloatArray) -> float:
+    """Return the standard error of a mean of differences."""
+    return float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf

@@ -256,7 +256,7 @@ def _plain_rate(trainer: Trainer, decides: RankPilotCallback | None) -> float:
 
 def _decides(config: FinetuneConfig, trainer: Trainer, folder: Path, name: str) -> RankPilotCallback | None:
     """Attach the policy of a run, according to the settings; None for plain LoRA."""
-    if name != PILOT and config.learning_rate == "auto":  # the rate found by the run under the policy
+    if name != PILOT and isinstance(config.learning_rate, str):  # the rate found by the run under the policy
         with suppress(FileNotFoundError, DataError, KeyError):
             trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     if name == ALL_LINEAR:

@@ -124,8 +124,8 @@ class PilotOptions(PlanOptions):
         learning_rate: "auto" replaces the optimizer's rate by a rule based on the model and the length of the run. With
             control on texts the run starts at seven tenths of it, and its steps raise it. For Adam and its variants.
             "race" measures it: half, once and twice the rule's rate (the optimizer's, where the rule does not apply)
-            train by turns on the first batches, and the best goes on (docs/learning-rate.md). So do rates of your own:
-            (1e-4, 2e-4, 4e-4).
+            train by turns on the first batches, and the best goes on (docs/learning-rate.md). "race 5" spans a factor
+            of 16 in place of 4; rates of your own race as (1e-4, 2e-4, 4e-4).
         control: correct the learning rate in the first half of the run from its steps, and undo damage done by too high
             a rate (docs/control.md). For Adam and its variants, and runs of 60 steps or more. On by default under
             learning_rate="auto", off for a rate of your own. Has no effect on labels.
@@ -145,7 +145,7 @@ class PilotOptions(PlanOptions):
     seed: int | None = None
     measure_every: int = 100
     log: str | Path | None = None
-    learning_rate: Literal["auto", "race"] | Sequence[float] | None = None
+    learning_rate: str | Sequence[float] | None = None
     control: bool | None = None
     offload: bool = False
 
@@ -190,11 +190,11 @@ class PilotOptions(PlanOptions):
                     f"learning_rate races 2 to {MOST_LANES} different rates above 0; got {shown(rate)}. Pass a single "
                     "rate to the optimizer (TrainingArguments.learning_rate)."
                 )
-        elif rate not in (None, "auto", "race"):
+        elif rate not in (None, "auto") and not (isinstance(rate, str) and _RACE.fullmatch(rate)):
             raise ConfigError(
-                f'learning_rate must be "auto", "race", several rates to race, such as (1e-4, 2e-4, 4e-4), or None to '
-                f"keep the optimizer's; got {shown(rate)}. To set a rate of your own, pass it to the optimizer "
-                "(TrainingArguments.learning_rate)."
+                f'learning_rate must be "auto", "race", "race 5" for more rates, several rates to race, such as (1e-4, '
+                f"2e-4, 4e-4), or None to keep the optimizer's; got {shown(rate)}. To set a rate of your own, pass it "
+                "to the optimizer (TrainingArguments.learning_rate)."
             )
         if self.races and self.control:
             raise ConfigError("control=True corrects the learning rate that a race has measured. Drop one of the two.")
@@ -203,6 +203,13 @@ class PilotOptions(PlanOptions):
     def races(self) -> bool:
         """True if learning rates race."""
         return self.learning_rate not in (None, "auto")
+
+    @property
+    def raced_factors(self) -> tuple[float, ...]:
+        """Factors of racing rates on the rule's, a factor of two apart; empty unless the rule's rate races."""
+        found = _RACE.fullmatch(self.learning_rate) if isinstance(self.learning_rate, str) else None
+        count = int(found.group(1) or 3) if found else 0
+        return tuple(2.0 ** (lane - count // 2) for lane in range(count))
 
     @classmethod
     def of(cls, options: GivenOptions, changes: Mapping[str, Any]) -> PilotOptions:
@@ -283,8 +290,10 @@ _SWITCHES_IN_YAML = {"parts": ("off", "on"), "stream": ("off", True)}
 """Options with words that YAML reads as switches, and these words."""
 
 
-MOST_LANES = 8
+MOST_LANES = 7
 """Maximum number of learning rates in a race."""
+
+_RACE = re.compile(r"race(?: ([2-7]))?")
 
 GivenOptions = PilotOptions | GivenBudget | None
 """All options, a budget alone, or None for the defaults."""
@@ -359,7 +368,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
     compare_all_linear: bool = False
     task: Task | None = None
     steps: int = 200
-    learning_rate: float | Literal["auto"] = "auto"
+    learning_rate: float | Literal["auto", "race"] = "auto"
     alpha: float = 16.0
     scaling: Literal["alpha", "rslora", "constant"] = "alpha"
     train_rows: int | None = None
@@ -388,7 +397,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
     def pilot_options(self, **further: Any) -> PilotOptions:
         """Return the options of a run under a policy, plus further ones by name, which depend on its folder."""
         shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
-        rate = "auto" if self.learning_rate == "auto" else None
+        rate = self.learning_rate if isinstance(self.learning_rate, str) else None
         own: dict[str, Any] = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept}
         own |= {"learning_rate": rate, "control": self.control or None}
         return PilotOptions(**shared | own | further)
@@ -402,11 +411,11 @@ class FinetuneConfig(StepConfig, PlanOptions):
         StepConfig.__post_init__(self)
         PlanOptions.__post_init__(self)
         given = self.learning_rate
-        rates = (self.alpha,) if given == "auto" else (given, self.alpha)
+        rates = (self.alpha,) if given in ("auto", "race") else (given, self.alpha)
         numbers = all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
         if not (1 <= self.steps <= MOST_STEPS and 1 <= self.eval_every <= MOST_STEPS) or not numbers:
             raise ConfigError(
-                f"steps and eval_every must be between 1 and {MOST_STEPS:,}, learning_rate (or auto) and alpha "
+                f"steps and eval_every must be between 1 and {MOST_STEPS:,}, learning_rate (or auto, race) and alpha "
                 f"above 0; got {shown(self.steps)}, {shown(self.eval_every)}, {shown(given)} and {self.alpha}."
             )
         if given == "auto" and "adamw" not in self.optimizer:

@@ -155,12 +155,12 @@ class RankPilot:
         """
         return self.guard.parts.of(batch)
 
-    def lanes(self, scaler: Any = None) -> Iterator[int]:
-        """Yield once for each learning rate of a race, with its copy of adapters and optimizer in place.
+    def lanes(self, scaler: Any = None) -> Iterator[bool]:
+        """Yield True for each further learning rate of a race, with its copy of adapters and optimizer in place.
 
-        Run the whole optimizer step each time, from the forward pass to `optimizer.zero_grad()`, but the scheduler once
-        after all. Each copy trains as it would alone, with the same random numbers. Without a race, or after it, this
-        yields once.
+        At last it yields False, for the run itself; that is all without a race, and after one. Run the whole optimizer
+        step each time, from the forward pass to `optimizer.zero_grad()`, but the scheduler once after all. Each copy
+        trains as it would alone, with the same random numbers.
 
         Args:
             scaler: the loop's loss scaler, such as torch.amp.GradScaler, of which each copy keeps a state.
@@ -174,10 +174,6 @@ class RankPilot:
             ...     optimizer.zero_grad()
         """
         return _begun(self._piloted).turns(scaler)
-
-    def lanes_beside(self, scaler: Any = None) -> Iterator[int]:
-        """Yield like `lanes`, for the learning rates other than that of the run itself, whose turn comes after them."""
-        return _begun(self._piloted).turns_beside(scaler)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are now complete; call before they are cleared.

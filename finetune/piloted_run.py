@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from threading import Lock, Thread, current_thread
 from typing import Any
@@ -151,7 +152,7 @@ class PilotedRun:
         with adapters_put_back(run.model, targets, run.optimizer, after_errors=True) as found, kept:
             self._savers.begin(counts_bytes=budget.kind != "parameters")
             probes, controls = reads_signals(self._policy), self.rate.controls
-            looks = not run.generates and (options.learning_rate == "auto" or not (probes or (stay and not controls)))
+            looks = not run.generates and (self.rate.auto or not (probes or (stay and not controls)))
             journal.note("" if run.generates else before_training.LOOKING)
             first_rows = run.read_first_rows(seed) if looks else before_training.UNSEEN if not probes else None
             self.rate.begin(initial_loss(run, first_rows) if first_rows and looks else None)
@@ -360,16 +361,17 @@ class PilotedRun:
         for part in self.participants:
             part.before_step(self.step, batches)
 
-    def turns(self, scaler: Any = None) -> Iterator[int]:
-        """Yield once for each lane of a race, the run itself last; once without a race. See `RankPilot.lanes`."""
-        yield from self.turns_beside(scaler)
-        yield self.rate.race.lanes.live if self.rate.race and self.rate.race.lanes else 0
-
-    def turns_beside(self, scaler: Any = None) -> Iterator[int]:
-        """Yield once for each lane of a race other than the run itself."""
+    def turns(self, scaler: Any) -> Iterator[bool]:
+        """Yield True for each further lane of a race, and False for the run itself; see `RankPilot.lanes`."""
         if race := self.rate.race:
+            parts = self.guard.parts
+            counted_so_far = replace(parts.tally)
             with self.guard.meter.without_steps():
-                yield from race.others(scaler)
+                for _ in race.others(scaler):
+                    yield True
+            parts.tally = counted_so_far
+            parts.ran.begin(self.step)
+        yield False
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
         """Prepare to repeat a step; see `RankPilot.out_of_memory`."""

@@ -49,10 +49,14 @@ def hidden_width(model: nn.Module) -> int | None:
     return None
 
 
+def chooses_own_rate(optimizer: torch.optim.Optimizer) -> bool:
+    """True if an optimizer sets its rate itself."""
+    return any(part in type(unwrap_optimizer(optimizer)).__name__.lower() for part in _OWN_RATE)
+
+
 def follows_rule(optimizer: torch.optim.Optimizer) -> bool:
     """True if an optimizer is an Adam variant with a rate chosen by the user."""
-    name = type(unwrap_optimizer(optimizer)).__name__.lower()
-    return "adam" in name and not any(part in name for part in _OWN_RATE)
+    return "adam" in type(unwrap_optimizer(optimizer)).__name__.lower() and not chooses_own_rate(optimizer)
 
 
 def check_follows(optimizer: torch.optim.Optimizer, asked: str, instead: str) -> None:
@@ -160,6 +164,7 @@ class PlanRate(Participant):
         auto: start from the rule's rate for plain LoRA, instead of the optimizer's own.
         controlled: True if the run's steps correct the rate, which then starts lower, except for runs on labels.
         keep: leave the rate unchanged, whatever the plan.
+        raced: True if several rates race, which are told elsewhere.
         initial: the loss before training, and the tokens of a step.
         own: the attribute `own` of a resumed run, whose optimizer may be anywhere on its schedule.
 
@@ -188,10 +193,11 @@ class PlanRate(Participant):
         auto: bool,
         controlled: bool = False,
         keep: bool,
+        raced: bool = False,
         initial: InitialLoss | None = None,
         own: float | None = None,
     ) -> None:
-        self._targets, self._keep, self._controlled = targets, keep, controlled
+        self._targets, self._keep, self._controlled, self._raced = targets, keep, controlled, raced
         optimizer = unwrap_optimizer(run.optimizer)
         self._follows = follows_rule(optimizer)
         if auto and not self._follows:
@@ -243,7 +249,7 @@ class PlanRate(Participant):
     @property
     def changes(self) -> bool:
         """True unless the optimizer's rate is simply kept."""
-        return self._controlled or self._decides or not self._keep
+        return self._controlled or self._decides or self._raced or not self._keep
 
     @property
     def plain(self) -> float:
@@ -283,6 +289,8 @@ class PlanRate(Participant):
             lines.append("lora_alpha differs between modules (alpha_pattern); each module keeps its own.")
         if self.initial and self.initial.loss < LEAST_LOSS:
             lines.append(f"The loss before training is {self.initial.loss:.2g}. Are the labels correct?")
+        if self._raced:
+            return " ".join(lines)
         if self._decides and self.rule:
             ends = RateRange.around(self.rule)
             raised = self._raised and not self.of_labels

@@ -12,7 +12,7 @@ import torch
 from ..common.arrays import FloatArray
 from ..common.checks import counted, finite
 from ..common.errors import ConfigError
-from ..common.text import format_bytes, plural
+from ..common.text import format_bytes
 from ..cost.batch_shape import Batch
 from ..decide.race import RaceLength, staying
 from ..lora.targets import TargetModule
@@ -23,9 +23,6 @@ from .step.run import Participant, TrainingRun
 
 LEAD_IN = 0.05
 """Warm-up of a race whose schedule has none, as a share of the run's steps."""
-
-LOOKS = 4
-"""Looks per warm-up."""
 
 SHOWN = 60
 """Points of a lane's curve in the log."""
@@ -95,12 +92,14 @@ class RateRace(Participant):
         if own:
             self._resume(self.lanes, own)
             return
-        rates = ", ".join(f"{rate.plain / rate.moved * factor:.2g}" for factor in self._factors)
+        rates = ", ".join(self._told(lane) for lane in range(len(self._factors)))
         fewer = f" Main memory has no room for {self._asked}." if self._asked > len(self._factors) else ""
-        most = RaceLength.of(steps, steps, len(self._factors)).last * (len(self._factors) - 1) / steps
+        further = len(self._factors) - 1
+        most = RaceLength.of(steps, steps, len(self._factors)).last * further / steps
+        held = format_bytes(further * copy_bytes(self._run, self._targets))
         self._journal.note(
-            f"{plural(len(self._factors), 'learning rate')} race on the same batches: {rates}.{fewer} The race adds at "
-            f"most {most:.0%} to the run's time, and {format_bytes(self.lanes.nbytes)} of main memory meanwhile."
+            f"{len(self._factors)} learning rates race on the same batches: {rates}.{fewer} The race adds at most "
+            f"{most:.0%} to the run's time, and {held} of main memory meanwhile."
         )
 
     def _turn(self, lane: int) -> None:
@@ -147,13 +146,11 @@ class RateRace(Participant):
         if self._warm_up is None:
             self._warm_up = self._warm_up_before(step)
         length = RaceLength.of(self._warm_up or step, self._run.total_steps, len(self._factors))
-        ends = step >= length.last
-        every = max(length.first // (2 * LOOKS), 1)
-        if not ends and (self._warm_up is None or step < length.first or (step - length.first) % every):
+        if not length.looks(step):
             return
         numbers = lanes.numbers
         losses = self._read(numbers)
-        kept = [numbers[at] for at in staying(losses, numbers.index(self._kept(numbers)), ends=ends)]
+        kept = [numbers[at] for at in staying(losses, numbers.index(self._kept(numbers)), length)]
         self._go_on(kept, losses, step)
 
     def _kept(self, numbers: list[int]) -> int:
@@ -168,11 +165,10 @@ class RateRace(Participant):
         return step - 1 if step > 1 and share <= before else None
 
     def _read(self, lanes: Sequence[int]) -> FloatArray:
-        """Return the losses of lanes so far, averaged over processes, (lanes, steps)."""
-        for lane in lanes:
-            self._losses[lane] = [float(loss) for loss in self._losses[lane]]
-        own = [self._losses[lane] for lane in lanes]
-        return np.mean(self._run.replicas.processes.of_each(own), axis=0)
+        """Return the losses of lanes so far, averaged over processes, float64 (lanes, steps)."""
+        self._losses = {lane: [float(loss) for loss in losses] for lane, losses in self._losses.items()}
+        own = [[float(loss) for loss in self._losses[lane]] for lane in lanes]
+        return np.asarray(np.mean(self._run.replicas.processes.of_each(own), axis=0), dtype=np.float64)
 
     def undo_broken(self, step: int) -> bool:
         """Drop the live lane after a step with a non-finite result; False if there is no other one."""
@@ -200,7 +196,11 @@ class RateRace(Participant):
             return
         curves = {self._told(lane): self._curve(lane) for lane in self._losses}
         change = math.log2(self._factors[stays] / self._factors[self._start])
-        self._journal.note(f"step {step}: the race is over. The run goes on at {self._told(stays)}.")
+        ends = {0: "lowest", len(self._factors) - 1: "highest"}.get(stays)
+        wider = (
+            f" It is the {ends} of the race, so a better one may lie beyond (learning_rate='race 5')." if ends else ""
+        )
+        self._journal.note(f"step {step}: the race is over. The run goes on at {self._told(stays)}.{wider}")
         self._journal.log_control(
             {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..common.errors import ConfigError
 from ..decide.plan.rate import InitialLoss
 from ..decide.policy import Policy, steers_rate
 from ..decide.rate_control import SHORTEST, AlignmentRule, RateControl, decision_steps
@@ -13,7 +14,7 @@ from ..decide.settings import DecisionSchedule
 from ..lora.targets import TargetModule
 from .controlled_rate import ControlledRate
 from .options import PilotOptions
-from .plan_rate import PlanRate, rule_knows
+from .plan_rate import PlanRate, chooses_own_rate, rule_knows
 from .race import RateRace, middle
 from .run_settings import readable_state
 from .step.journal import Journal
@@ -21,9 +22,6 @@ from .step.run import TrainingRun
 
 CONTROL: RateControl = AlignmentRule()
 """Controls the learning rate."""
-
-FACTORS = (0.5, 1.0, 2.0)
-"""Learning rates of a race around the rule's."""
 
 
 class RunRate:
@@ -37,6 +35,7 @@ class RunRate:
         options: options of the run.
 
     Attributes:
+        auto: True if the run starts from the rule's rate.
         steers: True if the policy's decisions change the rate.
         controls: True if the rate is corrected during the run.
         race: races learning rates; None without a race, and before it is prepared.
@@ -56,9 +55,9 @@ class RunRate:
         self.steers: bool = steers_rate(policy)
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
         self.controls: bool = self.steers or (in_long_run if options.control is None else options.control)
-        self._given = options.learning_rate
-        self._auto = self._given == "auto" or (self._given == "race" and rule_knows(run))
-        self._keep = options.keep_rate or (isinstance(policy, AsConfigured) and not self._auto)
+        self._rates, self._factors = options.learning_rate, options.raced_factors
+        self.auto: bool = self._rates == "auto" or (bool(self._factors) and rule_knows(run))
+        self._keep = options.keep_rate or (isinstance(policy, AsConfigured) and not self.auto)
         self.of_plan: PlanRate | None = None
         self.control: ControlledRate | None = None
         self.race: RateRace | None = None
@@ -68,9 +67,10 @@ class RunRate:
         self.of_plan = PlanRate(
             self._run,
             self._targets,
-            auto=self._auto,
+            auto=self.auto,
             controlled=self.controls,
             keep=self._keep,
+            raced=self._rates not in (None, "auto"),
             initial=initial,
             own=own,
         )
@@ -84,11 +84,18 @@ class RunRate:
             seed: seed of new rows, if ranks change meanwhile.
             journal: gets the reports.
         """
-        if self._given in (None, "auto"):
+        if self._rates in (None, "auto"):
             return None
         run, rate = self._run, self.of_plan
         assert rate is not None, "begin comes first"
-        factors = FACTORS if isinstance(self._given, str) else [each / rate.own for each in self._given or ()]
+        own = self._rates if not isinstance(self._rates, str) else ()
+        factors = self._factors or [each / rate.own for each in own]
+        if run.learns_preferences or run.generates or chooses_own_rate(run.optimizer):
+            raise ConfigError(
+                f"learning_rate={self._rates!r} races rates by their training losses. That is not for losses that "
+                "compare or generate answers (DPO, GRPO), nor for optimizers that set their own rate (Prodigy, "
+                "Adafactor, schedule-free ones). Leave it out, and set the optimizer's rate."
+            )
         reason = "the model is sharded" if run.replicas.sharded else ""
         reason = f"{run.total_steps} steps are too few" if run.total_steps < SHORTEST else reason
         if reason:

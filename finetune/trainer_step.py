@@ -319,7 +319,9 @@ class _Followed:
         trainer, pilot = self._trainer, self._listener.pilot
         accelerator, most = trainer.accelerator, trainer.args.max_grad_norm
         begins = accelerator.sync_gradients
-        for _ in pilot.lanes_beside(accelerator.scaler):
+        for beside in pilot.lanes(accelerator.scaler):
+            if not beside:
+                return
             done, losses = list[tuple[Any, ...]](), list[torch.Tensor]()
             with put_back(trainer):
                 for inputs in self._batches:
