@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,7 +249,11 @@ class Plain:
 CONTROLLED = PilotOptions(budget="400%", control=True, keep_rate=True, exact_savers=False, gradient_checkpointing=False)
 """Plain LoRA whose rate is controlled, and nothing else."""
 
-PLAIN_OPTIONS = {"controlled": CONTROLLED, "auto": replace(CONTROLLED, learning_rate="auto", keep_rate=False)}
+PLAIN_OPTIONS = {
+    "controlled": CONTROLLED,
+    "auto": replace(CONTROLLED, learning_rate="auto", keep_rate=False),
+    "race": replace(CONTROLLED, learning_rate="race", control=None, keep_rate=False),
+}
 """How plain LoRA is piloted, by side."""
 
 
@@ -294,23 +298,37 @@ def train(
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[Any],
     pilot: RankPilot | None,
-) -> None:
-    """Train to the end; the rates of the optimizer are peaks."""
+    share: Callable[[int], float] | None = None,
+) -> list[float]:
+    """Train to the end; the rates of the optimizer are peaks. Returns the losses of the run itself.
+
+    Args:
+        steps: of the optimizer.
+        model: is trained.
+        optimizer: of the model.
+        loader: makes the batches.
+        pilot: has begun; None for none.
+        share: the rate of a step as a share of its peak; by default that of `factor_at`.
+    """
+    losses = []
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(loader):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor_at(step, steps)
+            group["lr"] = peak * (share(step) if share else factor_at(step, steps))
         if pilot:
             pilot.before_step(batch)
-        loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
-        if pilot:
-            pilot.before_optimizer_step(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
+        for _ in pilot.lanes() if pilot else range(1):
+            loss = model(**batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
+            if pilot:
+                pilot.before_optimizer_step(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
         if pilot:
             pilot.after_step()
+    return losses
 
 
 Cell = tuple[str, int]
