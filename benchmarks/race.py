@@ -153,14 +153,14 @@ def race(losses: Mapping[float, list[float]], schedule: str, start: float) -> tu
         schedule: of `SCHEDULES`.
         start: the lane of the run itself.
     """
-    steps, rises, _ = SCHEDULES[schedule]
+    steps, rises, course = SCHEDULES[schedule]
     length = RaceLength.of(round(rises * steps), steps, len(losses))
     lanes, further = sorted(losses), 0
     for step in range(1, length.last + 1):
         further += len(lanes) - 1
         if length.looks(step):
             at = min(range(len(lanes)), key=lambda lane: abs(math.log(lanes[lane] / start)))
-            kept = staying(np.array([losses[lane][:step] for lane in lanes]), at, length)
+            kept = staying(np.array([losses[lane][:step] for lane in lanes]), at, length, decays=course != "constant")
             lanes = [lanes[lane] for lane in kept]
             if len(lanes) == 1:
                 break

@@ -3,7 +3,8 @@
 Lanes are copies of a run that differ in the learning rate alone. Their losses on a batch share its difficulty, so
 differences between lanes have little noise. Before the schedule's warm-up ends they say nothing: a rate too high looks
 best while it is not reached yet. Soon after, a higher rate only falls behind further, while a lower one still catches
-up; much later, every lower rate looks better than it ends, since a schedule that decays favours higher ones.
+up; much later, every lower rate looks better than it ends under a schedule that decays. Under one that does not, the
+rate that leads then is twice too high at the end.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class RaceLength:
         return step >= self.last or (step >= self.first and (step - self.first) % every == 0)
 
 
-def staying(losses: FloatArray, start: int, length: RaceLength) -> list[int]:
+def staying(losses: FloatArray, start: int, length: RaceLength, *, decays: bool = True) -> list[int]:
     """Return the lanes that stay in a race, by index in ascending order; one if it ends.
 
     A lane leaves if another one is surely ahead, unless it has a lower rate and catches up.
@@ -78,6 +79,7 @@ def staying(losses: FloatArray, start: int, length: RaceLength) -> list[int]:
             infinity are losses without bound.
         start: index of the lane that goes on where there is no evidence.
         length: the length of the race.
+        decays: False if the schedule keeps its peak after the warm-up. The lane below the leader then goes on.
     """
     steps = losses.shape[1]
     begin = max(min(steps - LEAST_WARM_UP, (length.warm_up + steps) // 2), 0)
@@ -85,6 +87,8 @@ def staying(losses: FloatArray, start: int, length: RaceLength) -> list[int]:
     best = int(seen.mean(axis=1).argmin())
 
     def leaves(lane: int) -> bool:
+        if not decays and lane == best - 1:
+            return False
         behind = seen[lane] - seen[best]
         half = len(behind) // 2
         catches_up = lane < best and behind[half:].mean() < (1 - CATCHES_UP) * behind[: half or 1].mean()
@@ -94,7 +98,8 @@ def staying(losses: FloatArray, start: int, length: RaceLength) -> list[int]:
     if steps < length.last or len(stay) == 1:
         return stay
     ahead = seen[start] - seen[best]
-    return [start if start in stay and ahead.mean() <= SURELY_BETTER * _error(ahead) else best]
+    leader = start if start in stay and ahead.mean() <= SURELY_BETTER * _error(ahead) else best
+    return [leader if decays else stay[max(stay.index(leader) - 1, 0)]]
 
 
 def _error(differences: FloatArray) -> float:

@@ -24,6 +24,9 @@ from .step.run import Participant, TrainingRun
 LEAD_IN = 0.05
 """Warm-up of a race whose schedule has none, as a share of the run's steps."""
 
+KEEPS = 1e-6
+"""Relative fall of the schedule's rate below which it has kept its peak."""
+
 SHOWN = 60
 """Points of a lane's curve in the log."""
 
@@ -72,7 +75,7 @@ class RateRace(Participant):
         self._asked, self._start = len(factors), self._factors.index(start)
         self._losses: dict[int, list[torch.Tensor | float]] = {lane: [] for lane in range(count)}
         self._warm_up: int | None = None
-        self._share = 0.0
+        self._share = self._peak = 0.0
         self._turns_taken = False
         self.lanes: Lanes | None = None
 
@@ -142,7 +145,7 @@ class RateRace(Participant):
         if not self._turns_taken:
             raise ConfigError(_WITHOUT_TURNS)
         lanes.step_over()
-        self._turns_taken = False
+        self._turns_taken, self._peak = False, max(self._peak, self._rate.share)
         if self._warm_up is None:
             self._warm_up = self._warm_up_before(step)
         length = RaceLength.of(self._warm_up or step, self._run.total_steps, len(self._factors))
@@ -150,12 +153,17 @@ class RateRace(Participant):
             return
         numbers = lanes.numbers
         losses = self._read(numbers)
-        kept = [numbers[at] for at in staying(losses, numbers.index(self._kept(numbers)), length)]
+        kept = [numbers[at] for at in staying(losses, numbers.index(self._kept(numbers)), length, decays=self._decays)]
         self._go_on(kept, losses, step)
 
     def _kept(self, numbers: list[int]) -> int:
         """Return the lane that stays where there is no evidence: that of the start, or the nearest one."""
         return min(numbers, key=lambda lane: (abs(lane - self._start), lane))
+
+    @property
+    def _decays(self) -> bool:
+        """True unless the schedule has kept its peak since the warm-up."""
+        return self._rate.share < (1 - KEEPS) * self._peak
 
     def _warm_up_before(self, step: int) -> int | None:
         """Return the number of steps of the warm-up; None if it is not over."""
@@ -229,6 +237,7 @@ class RateRace(Participant):
             "factors": list(self._factors),
             "warm_up": self._warm_up,
             "share": self._share,
+            "peak": self._peak,
             "lead_in": self._rate.lead_in,
         }
         return {"race": own}
@@ -239,7 +248,8 @@ class RateRace(Participant):
         lanes.load(own["lanes"])
         self._losses = {int(lane): list(map(float, losses)) for lane, losses in own["losses"].items()}
         self._warm_up = None if own["warm_up"] is None else counted(own["warm_up"], 1)
-        self._share, self._rate.lead_in = finite(own["share"]), counted(own["lead_in"])
+        self._share, self._peak = finite(own["share"]), finite(own["peak"])
+        self._rate.lead_in = counted(own["lead_in"])
 
     def end(self) -> None:
         """Drop the lanes; the run stays as it is."""
