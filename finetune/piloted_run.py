@@ -184,7 +184,7 @@ class PilotedRun:
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate.of_plan is not None
             journal.note(self.rate.of_plan.told())
-            self._begin_rate(None, seed)
+        self._begin_rate(None, seed)
         self._found = found
 
     def _begin_rate(self, state: Mapping[str, Any] | None, seed: int) -> None:

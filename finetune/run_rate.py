@@ -63,14 +63,25 @@ class RunRate:
         self.race: RateRace | None = None
 
     def begin(self, initial: InitialLoss | None, own: float | None = None) -> None:
-        """Make the rate follow the plan until the run ends; see `PlanRate` for the arguments."""
+        """Make the rate follow the plan until the run ends; see `PlanRate` for the arguments.
+
+        Raises:
+            ConfigError: rates cannot race in this run.
+        """
+        run, races = self._run, self._rates not in (None, "auto")
+        if races and (run.learns_preferences or run.generates or chooses_own_rate(run.optimizer)):
+            raise ConfigError(
+                f"learning_rate={self._rates!r} races rates by their training losses. That is not for losses that "
+                "compare or generate answers (DPO, GRPO), nor for optimizers that set their own rate (Prodigy, "
+                "Adafactor, schedule-free ones). Leave it out, and set the optimizer's rate."
+            )
         self.of_plan = PlanRate(
             self._run,
             self._targets,
             auto=self.auto,
             controlled=self.controls,
             keep=self._keep,
-            raced=self._rates not in (None, "auto"),
+            raced=races,
             initial=initial,
             own=own,
         )
@@ -90,12 +101,6 @@ class RunRate:
         assert rate is not None, "begin comes first"
         own = self._rates if not isinstance(self._rates, str) else ()
         factors = self._factors or [each / rate.own for each in own]
-        if run.learns_preferences or run.generates or chooses_own_rate(run.optimizer):
-            raise ConfigError(
-                f"learning_rate={self._rates!r} races rates by their training losses. That is not for losses that "
-                "compare or generate answers (DPO, GRPO), nor for optimizers that set their own rate (Prodigy, "
-                "Adafactor, schedule-free ones). Leave it out, and set the optimizer's rate."
-            )
         reason = "the model is sharded" if run.replicas.sharded else ""
         reason = f"{run.total_steps} steps are too few" if run.total_steps < SHORTEST else reason
         if reason:

@@ -35,7 +35,7 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
         "gradient_checkpointing": options.gradient_checkpointing,
         "parts": options.parts,
         "scaling": options.scaling,
-        "learning_rate": options.learning_rate,
+        "learning_rate": list(rate) if isinstance(rate := options.learning_rate, list | tuple) else rate,
         "keep_rate": options.keep_rate,
         "control": options.control,
         **({"offload": True} if options.offload else {}),

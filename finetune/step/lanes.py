@@ -166,10 +166,13 @@ class Lanes:
         parked.state.put_back()
         trained = _trained(self._run, self._targets)
         for parameter, value in zip(trained, parked.values, strict=True):
-            if parameter.device == value.device or parameter.shape != value.shape:
+            if parameter.shape != value.shape:
                 write_in_place(parameter, value.to(parameter.device))
-            else:  # captured graphs and compiled ones may know the address
-                parameter.grad = None
+                continue
+            parameter.grad = None
+            if parameter.device == value.device:
+                parameter.data = value  # autograd's hooks stay, such as those of DDP
+            else:  # captured graphs may know the address
                 parameter.copy_(value)
         torch.clear_autocast_cache()
         for buffer, value in zip(self._running, parked.running, strict=True):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rankpilot.common.errors import ConfigError
+from rankpilot.common.errors import ConfigError, RunFolderError
+from rankpilot.common.text import format_bytes
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.race import RateRace
+from rankpilot.finetune.step.lanes import copy_bytes
 from rankpilot.finetune.step.run import TrainingRun
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..families import FAMILIES, Family
-from .trainer_kinds import classification, sft
+from . import ddp_run
+from .several import in_processes
+from .trainer_kinds import classification, dpo, sft
 
 RATES = (5e-3, 1e-2, 2e-2)
 STEPS = 60
@@ -173,3 +179,250 @@ def test_a_loop_without_turns_is_told(make_llama: Any, llama_batch: Any) -> None
     with pytest.raises(ConfigError, match=r"for _ in pilot\.lanes"):
         pilot.after_step()
     pilot.break_off()
+
+
+# What happens meanwhile -----------------------------------------------------------------------------------------------
+
+
+def language_loop(**options: Any) -> tuple[RankPilot, Any, Any, Any]:
+    """A pilot that has begun, with the model, optimizer and loader of its loop."""
+    family = OF_SIX[0]
+    model = family.model(lora_dropout=0.1).train()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=RATES[1])
+    loader: Any = DataLoader(rows_of(family), 4, collate_fn=stacked)  # type: ignore[arg-type]
+    pilot = RankPilot(**{"budget": "400%", "learning_rate": RATES} | options)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
+    torch.manual_seed(3)
+    return pilot, model, optimizer, loader
+
+
+def step_of(pilot: RankPilot, model: Any, optimizer: Any, batch: Any, scaler: Any = None) -> None:
+    pilot.before_step(batch)
+    for _ in pilot.lanes(scaler):
+        loss = model(**batch).loss
+        loss.backward()
+        pilot.before_optimizer_step(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    pilot.after_step()
+
+
+def test_a_resumed_race_goes_on_as_it_would(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 7}
+    whole = trainer_of(OF_SIX[1], tmp_path / "whole", **options)
+    attach(whole, budget="400%", learning_rate=RATES)
+    whole.train()
+    again = trainer_of(OF_SIX[1], tmp_path / "again", **options)
+    pilot = attach(again, budget="400%", learning_rate=RATES).pilot
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    assert all(map(torch.equal, weights_of(whole.model), weights_of(again.model)))
+    race = race_of(pilot)
+    assert race is not None
+    assert race.lanes is None
+    assert len(race._losses[0]) >= RACED
+
+
+def test_a_race_of_other_rates_is_not_resumed(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 7, "max_steps": STEPS}
+    whole = trainer_of(OF_SIX[0], tmp_path, **options)
+    attach(whole, budget="400%", learning_rate=RATES)
+    whole.add_callback(Weights(whole, 7, stops=True))
+    whole.train()
+    again = trainer_of(OF_SIX[0], tmp_path, **options)
+    attach(again, budget="400%", learning_rate=RATES[:2])
+    with pytest.raises(RunFolderError, match="learning_rate"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_lanes_of_two_processes_whose_ranks_change_are_those_of_one(tmp_path: Path) -> None:
+    schedule = DecisionSchedule(fractions=(0.0, 0.1, 0.15, 0.4, 0.6), max_step=10, probe_steps=2)
+    raced = {"learning_rate": (1e-3, 2e-3, 4e-3), "schedule": schedule}
+    setting = ddp_run.Setting(tmp_path, STEPS, callback=raced, arguments={"warmup_steps": 4})
+    (one,) = in_processes(1, ddp_run.train, replace(setting, folder=tmp_path / "one"))
+    several = in_processes(2, ddp_run.train, replace(setting, folder=tmp_path / "several"))
+    assert several[0]["digests"] == several[1]["digests"]
+    assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert several[0]["ranks"] == one["ranks"]
+
+
+def test_new_ranks_reach_all_lanes_and_keep_what_they_learned() -> None:
+    pilot, model, optimizer, loader = language_loop()
+    batches = repeated(loader)
+    for batch, _ in zip(batches, range(5), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    race, batch = race_of(pilot), next(batches)
+    assert race is not None
+    assert race.lanes is not None
+
+    def outputs() -> list[torch.Tensor]:
+        assert race.lanes is not None
+        found = []
+        for lane in race.lanes.numbers:
+            race.lanes._put_in(lane)
+            with torch.no_grad():
+                found.append(model.eval()(**batch).logits)
+        race.lanes._put_in(race.lanes.live)
+        model.train()
+        return found
+
+    before = outputs()
+    assert not torch.allclose(before[0], before[2])
+    assert pilot.applier is not None
+    pilot.take(dict.fromkeys(pilot.applier.names, 8) | dict.fromkeys(pilot.applier.names[:4], 12))
+    for old, new in zip(before, outputs(), strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-4, atol=1e-5)
+    for lane in race.lanes.numbers:
+        race.lanes._put_in(lane)
+        assert [target.rank for target in pilot.applier.targets][:5] == [12, 12, 12, 12, 8]
+    race.lanes._put_in(race.lanes.live)
+    for batch, _ in zip(batches, range(RACED), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    assert race.lanes is None
+    pilot.finish()
+
+
+def test_lanes_take_the_bytes_that_were_told_and_give_them_back() -> None:
+    lines: list[str] = []
+    pilot, model, optimizer, loader = language_loop(tell=lines.append)
+    race = race_of(pilot)
+    assert race is not None
+    assert race.lanes is not None
+    told = 2 * copy_bytes(race._run, race._targets)
+    assert any(f"{format_bytes(told)} of main memory" in line for line in lines)
+    for batch, _ in zip(repeated(loader), range(3), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    assert race.lanes.nbytes == pytest.approx(told, rel=0.005)
+    for batch, _ in zip(repeated(loader), range(RACED), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    assert race.lanes is None
+    for step, predicted, measured in pilot.checks:
+        assert measured <= predicted * 1.03, f"step {step}: lanes do not count in a step"
+    pilot.finish()
+
+
+def test_a_lane_out_of_memory_is_repeated() -> None:
+    pilot, model, optimizer, loader = language_loop()
+    batches = repeated(loader)
+    for batch, _ in zip(batches, range(3), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    batch, failed = next(batches), False
+    pilot.before_step(batch)
+    turns = []
+    while True:
+        try:
+            for beside in pilot.lanes():
+                if len(turns) == 1 and not failed:
+                    failed = True
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                loss = model(**batch).loss
+                loss.backward()
+                pilot.before_optimizer_step(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                turns.append(beside)
+            break
+        except torch.OutOfMemoryError as error:
+            pilot.out_of_memory(error)
+    pilot.after_step()
+    assert turns == [True, True, False], "the first lane is not trained twice"
+    for batch, _ in zip(batches, range(RACED), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    pilot.finish()
+
+
+def test_each_lane_keeps_the_state_of_the_scaler() -> None:
+    pilot, model, optimizer, loader = language_loop()
+    race, scaler = race_of(pilot), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    assert race is not None
+    scales = []
+    for batch, _ in zip(repeated(loader), range(6), strict=False):
+        pilot.before_step(batch)
+        for _ in pilot.lanes(scaler):
+            loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            pilot.before_optimizer_step(loss)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+        pilot.after_step()
+    assert scales == [scale for scale in (4.0, 8.0, 8.0, 16.0, 16.0, 32.0) for _ in range(3)]
+    pilot.break_off()
+
+
+def test_a_lane_that_diverges_leaves() -> None:
+    lines: list[str] = []
+    pilot, model, optimizer, loader = language_loop(tell=lines.append, learning_rate=(1e-3, 1e20))
+    for batch, _ in zip(repeated(loader), range(STEPS - 1), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    pilot.finish()
+    assert pilot.rates == (pytest.approx(1e-3), pytest.approx(1e-3))
+    assert any("The run goes on at 0.001" in line for line in lines)
+
+
+def test_a_run_that_diverges_goes_on_as_another_lane() -> None:
+    lines: list[str] = []
+    pilot, model, optimizer, loader = language_loop(tell=lines.append, learning_rate=(1e-3, 1e20, 1e21))
+    for batch, _ in zip(repeated(loader), range(RACED + 3), strict=False):
+        step_of(pilot, model, optimizer, batch)
+    pilot.finish()
+    assert pilot.rates is not None
+    assert pilot.rates[1] == pytest.approx(1e-3)
+
+
+# What is refused, or steps aside --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("fast", '"race 5" for more rates'),
+        ("race 1", '"race 5" for more rates'),
+        ((1e-4,), "2 to 7 different rates"),
+        ((1e-4, 1e-4), "2 to 7 different rates"),
+        ((1e-4, -1.0), "2 to 7 different rates"),
+        ((1e-4, "2e-4"), "2 to 7 different rates"),
+    ],
+)
+def test_other_values_are_refused(given: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        RankPilot(learning_rate=given)
+
+
+def test_control_beside_a_race_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Drop one of the two"):
+        RankPilot(learning_rate="race", control=True)
+
+
+def test_preferences_are_refused(tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, max_steps=STEPS)
+    attach(trainer, learning_rate="race")
+    with pytest.raises(ConfigError, match="compare or generate answers"):
+        trainer.train()
+
+
+def test_a_short_run_does_not_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = classification(tmp_path, max_steps=4)
+    pilot = attach(trainer, learning_rate=(1e-3, 2e-3, 4e-3)).pilot
+    trainer.train()
+    assert "No learning rates race: 4 steps are too few. The run trains at 0.002." in capsys.readouterr().out
+    assert pilot.rates is not None
+    assert pilot.rates[1] == pytest.approx(2e-3)
+
+
+def test_lanes_fit_a_budget_of_the_whole_device(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    pilot, *_ = language_loop(tell=lines.append)
+    race = race_of(pilot)
+    assert race is not None
+    one, limit = copy_bytes(race._run, race._targets), int(pilot.limit)
+    pilot.break_off()
+    taken = pilot.predictions[0][1]
+    frozen = 4 * sum(each.numel() for each in race._run.model.parameters() if not each.requires_grad)
+    for further, told in ((1.5, "has no room for 3"), (0.5, "no main memory for a second lane")):
+        lines.clear()
+        pilot, *_ = language_loop(tell=lines.append, budget=f"{int(frozen + taken + further * one)}B")
+        assert any(told in line for line in lines), lines
+        pilot.break_off()
+    assert limit > taken
