@@ -332,7 +332,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         epochs: passes over the training rows, instead of steps.
         learning_rate: peak rate of plain LoRA; it decays linearly to zero. auto starts at seven tenths of
             the rate predicted from the model's width, the length of the run and the loss before training, and corrects
-            it during the run; the plan adds a factor (keep_rate).
+            it during the run; the plan adds a factor (keep_rate). race
+            measures half, once and twice that rate in the first steps, and goes on with the best.
         alpha: lora_alpha of every adapter.
         scaling: factor on an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r); constant, alpha / 8
             at every rank. Under alpha one learning rate fits all ranks.

@@ -218,11 +218,11 @@ class RateRace(Participant):
         rate = self._rate
         return f"{rate.rate / rate.moved * self._factors[lane]:.2g}"
 
-    def _curve(self, lane: int) -> list[float]:
-        """Return means of a lane's losses over successive steps, at most `SHOWN`."""
-        losses = np.array([float(loss) for loss in self._losses[lane]])
-        parts = np.array_split(losses, min(SHOWN, max(len(losses), 1)))
-        return [round(float(part.mean()), 4) for part in parts if len(part)]
+    def _curve(self, lane: int) -> list[tuple[int, float]]:
+        """Return steps, and the means of a lane's finite losses up to them since the one before; at most `SHOWN`."""
+        losses = [(step, loss) for step, loss in enumerate(map(float, self._losses[lane]), 1) if math.isfinite(loss)]
+        parts = np.array_split(np.array(losses).reshape(-1, 2), min(SHOWN, max(len(losses), 1)))
+        return [(int(part[-1, 0]), round(float(part[:, 1].mean()), 4)) for part in parts if len(part)]
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

@@ -190,6 +190,7 @@ def _curves(run: RunData) -> dict[str, Any]:
     return {
         "losses": losses,
         "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
+        "race": {rate: curve(points) for rate, points in run.race.curves.items()} if run.race else {},
         "budgets": curve(run.limits),
         "predicted": curve(run.predicted(), np.max),
         "step_seconds": seconds,

@@ -9,6 +9,8 @@ Three kinds of folder have a decision log, and each may belong to an ongoing run
 `standing_out` finds the features in which a module stands out.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +71,35 @@ _SETUP = ("seed", "held_out_rows", "largest_class", "outputs", "steps")
 """Further numbers in a summary."""
 
 
+@dataclass(frozen=True)
+class Race:
+    """A race of learning rates.
+
+    Attributes:
+        step: the step after which it ended.
+        rate: the rate that went on.
+        curves: mean training loss by step for each rate, as text.
+    """
+
+    step: int
+    rate: float
+    curves: Mapping[str, Points]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Race:
+        """Read the row of a race in `control.jsonl`."""
+        curves = {
+            str(rate): [(counted(step), finite(loss)) for step, loss in points] for rate, points in row["race"].items()
+        }
+        return cls(counted(row["step"]), finite(row["rate"]), curves)
+
+    def __str__(self) -> str:
+        """Return a sentence."""
+        rates = ", ".join(self.curves)
+        went_on = f"the run went on at {self.rate:.2g} from step {self.step}"
+        return f"Learning rates {rates} raced on the same batches; {went_on}."
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
     """The contents of a run's folder.
@@ -81,6 +112,7 @@ class RunData:
         missing: omissions from a page and their reasons, a few words each.
         control: changes of the learning rate, as (step, factor, new rate, whether it was restored from a copy).
         broken: steps with non-finite results, and whether each was undone.
+        race: the race of learning rates; None without one, and before its end.
     """
 
     folder: Path
@@ -90,6 +122,7 @@ class RunData:
     missing: tuple[str, ...]
     control: tuple[tuple[int, float, float, bool], ...] = ()
     broken: tuple[tuple[int, bool], ...] = ()
+    race: Race | None = None
 
     @property
     def first(self) -> Choice | None:
@@ -215,10 +248,11 @@ def _read_control(folder: Path, missing: list[str]) -> dict[str, Any]:
         moves = tuple(
             (counted(row["step"]), 2 ** finite(row["change"]), finite(row["rate"]), bool(row["undone"]))
             for row in rows
-            if row["change"]
+            if row["change"] and "race" not in row
         )
         broken = tuple((counted(row["step"]), bool(row["undone"])) for row in rows if row.get("not_finite"))
-        return {"control": moves, "broken": broken}
+        races = [Race.of(row) for row in rows if "race" in row]
+        return {"control": moves, "broken": broken, "race": races[-1] if races else None}
     except (DataError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         missing.append(f"learning-rate corrections ({first_line(error)})")
         return {}
@@ -227,7 +261,7 @@ def _read_control(folder: Path, missing: list[str]) -> dict[str, Any]:
 def control_sentence(run: RunData) -> str:
     """Describe corrections of the learning rate during the run; empty without any."""
     if not run.control:
-        return ""
+        return str(run.race or "")
     moves = [
         (f"x {factor:.2g} at step {step} (to {rate:.2g}{', restoring the previous adapters' if undone else ''})")
         for step, factor, rate, undone in run.control

@@ -167,10 +167,20 @@ function lossesView() {
       text: (value) => fixed(value, 4), axis: (value) => number(value, 3), note: thinned(curves.map(({ curve }) => curve), "mean"),
     });
   }).filter(Boolean);
+  parts.push(...runsShown().filter(([run]) => Object.keys(run.race).length).map(([run]) => raceChart(run)));
   if (!parts.length) return null;
   const findings = runsShown().map(([run]) => run.sentences.losses).filter(Boolean);
   return el("section", { class: "card", id: "losses" }, el("h2", {}, "Loss"), several() ? null : findings.map((finding) => el("p", { class: "finding" }, ending(finding))),
     el("div", { class: "side" }, parts), el("p", { class: "note" }, marksOf().length > MOST_MARKS ? "There are too many decisions to mark." : "Dotted lines: decisions."));
+}
+
+function raceChart(run) {
+  const rates = Object.entries(run.race), curves = rates.map(([, curve]) => curve), title = "Learning rates in the race";
+  const series = rates.map(([rate, curve], place) => ({ name: rate, color: () => runColor(place), dash: place % DASHES.length, curve, kind: "line" }));
+  return chart({
+    title: several() ? `${title}: ${run.name}` : title, label: `Training loss of each rate in the race`, series, steps: Math.max(...curves.flatMap(({ x }) => x)), marks: [],
+    range: usualRange(curves.flatMap(({ y }) => y)), text: (value) => fixed(value, 4), axis: (value) => number(value, 3), note: "All rates saw the same batches.",
+  });
 }
 
 function costSeries(run, index) {
