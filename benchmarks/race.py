@@ -50,6 +50,7 @@ WIDE = (("llama-8x256", "french"), ("gpt2-4x384", "package-unittest"), ("llama-8
 WHOLE = (("smollm2-135m", "news"), ("smollm2-135m", "docstrings"))
 
 CELLS = (
+    *((*cell, "120") for cell in WHOLE),
     *((*cell, "400") for cell in (*WHOLE, *WIDE, *SMALL)),
     *((*cell, "1000") for cell in SMALL),
     *((*cell, "120") for cell in SMALL),

@@ -101,7 +101,7 @@ class RunRate:
         assert rate is not None, "begin comes first"
         own = self._rates if not isinstance(self._rates, str) else ()
         factors = self._factors or [each / rate.own for each in own]
-        reason = "the model is sharded" if run.replicas.sharded else ""
+        reason = "the model is sharded" if run.replicas.sharded else run.whole
         reason = f"{run.total_steps} steps are too few" if run.total_steps < SHORTEST else reason
         if reason:
             rate.move(middle(factors))
