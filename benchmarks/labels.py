@@ -40,7 +40,7 @@ STORED = Path(__file__).parent / "results" / "labels.json"
 ENCODERS = {"all-minilm-l6-v2": 40, "bert-4x64": 96}
 """Tokens of a row by model; the second model ships with the package and reads bytes."""
 
-TEXTS, SEEDS = ("rotten-tomatoes", "reuters-r8", "20newsgroups"), (1, 2, 3)
+TEXTS, SEEDS = ("rotten-tomatoes", "reuters-r8", "imdb"), (1, 2, 3)
 
 STEPS, ROWS, HELD_OUT = 120, 8, 400
 

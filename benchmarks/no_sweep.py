@@ -317,8 +317,8 @@ def train(
             group["lr"] = peak * (share(step) if share else factor_at(step, steps))
         if pilot:
             pilot.before_step(batch)
-        for _ in pilot.lanes() if pilot else range(1):
-            loss = model(**batch).loss
+        for inputs in pilot.lanes(batch) if pilot else [batch]:
+            loss = model(**inputs).loss
             loss.backward()
             nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
             if pilot:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from .step.peak_guard import PeakGuard
 from .step.run import TrainingRun, check_run
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class RankPilot:
@@ -155,25 +157,26 @@ class RankPilot:
         """
         return self.guard.parts.of(batch)
 
-    def lanes(self, scaler: Any = None) -> Iterator[bool]:
-        """Yield True for each further learning rate of a race, with its copy of adapters and optimizer in place.
+    def lanes(self, batch: T, scaler: Any = None) -> Iterator[T]:
+        """Yield what to train on for each learning rate of a race, with its copy of adapters and optimizer in place.
 
-        At last it yields False, for the run itself; that is all without a race, and after one. Run the whole optimizer
-        step each time, from the forward pass to `optimizer.zero_grad()`, but the scheduler once after all. Each copy
-        trains as it would alone, with the same random numbers.
+        Run the whole optimizer step each time, from the forward pass to `optimizer.zero_grad()`, but the scheduler once
+        after all. Each copy trains as it would alone, with the same random numbers; one that is called late gets all
+        earlier batches first. The turn of the run itself comes last, and is the only one without a race.
 
         Args:
+            batch: the batch of the step, or all of its batches.
             scaler: the loop's loss scaler, such as torch.amp.GradScaler, of which each copy keeps a state.
 
         Example:
-            >>> for _ in pilot.lanes():  # doctest: +SKIP
-            ...     loss = model(**batch).loss
+            >>> for inputs in pilot.lanes(batch):  # doctest: +SKIP
+            ...     loss = model(**inputs).loss
             ...     loss.backward()
             ...     pilot.before_optimizer_step(loss)
             ...     optimizer.step()
             ...     optimizer.zero_grad()
         """
-        return _begun(self._piloted).turns(scaler)
+        return _begun(self._piloted).turns(batch, scaler)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are now complete; call before they are cleared.
@@ -303,6 +306,12 @@ class RankPilot:
     def limit(self) -> float:
         """Maximum cost of a plan, in bytes or parameters. Known once `begin` has run."""
         return float(_begun(self._piloted).applier.limit)
+
+    @property
+    def beside(self) -> bool:
+        """True in the turn of a learning rate other than that of the run itself; see `lanes`."""
+        race = self._piloted.rate.race if self._piloted else None
+        return race is not None and race.beside
 
     @property
     def rate_factor(self) -> float:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import Lock, Thread, current_thread
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -46,6 +46,8 @@ from .step.peak_guard import PeakGuard
 from .step.put_back import AdapterSnapshot, adapters_put_back
 from .step.run import FirstRows, Participant, TrainingRun
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
+
+T = TypeVar("T")
 
 _UNDER_WAY: WeakKeyDictionary[PilotedRun, Thread] = WeakKeyDictionary()
 """Active runs, and the threads that started them."""
@@ -361,17 +363,16 @@ class PilotedRun:
         for part in self.participants:
             part.before_step(self.step, batches)
 
-    def turns(self, scaler: Any) -> Iterator[bool]:
-        """Yield True for each further lane of a race, and False for the run itself; see `RankPilot.lanes`."""
+    def turns(self, data: T, scaler: Any) -> Iterator[T]:
+        """Yield data for each further lane of a race, and at last for the run itself; see `RankPilot.lanes`."""
         if race := self.rate.race:
             parts = self.guard.parts
             counted_so_far = replace(parts.tally)
             with self.guard.meter.without_steps():
-                for _ in race.others(scaler):
-                    yield True
+                yield from race.others(data, scaler)
             parts.tally = counted_so_far
             parts.ran.begin(self.step)
-        yield False
+        yield data
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
         """Prepare to repeat a step; see `RankPilot.out_of_memory`."""

@@ -150,6 +150,27 @@ def _groups_at_zero(run: TrainingRun) -> list[int]:
     return [group for group, rate in rates.items() if not rate and any(rates.values())]
 
 
+def _check_auto(run: TrainingRun) -> None:
+    """Reject learning_rate="auto" where the rule does not apply; see `PlanRate`."""
+    optimizer = unwrap_optimizer(run.optimizer)
+    if not follows_rule(optimizer):
+        raise ConfigError(
+            f"learning_rate='auto' is for Adam and its variants; {type(optimizer).__name__} is not one, or "
+            "sets its own rate. Leave learning_rate out, and set the optimizer's rate."
+        )
+    if run.learns_preferences:
+        raise ConfigError(
+            "learning_rate='auto' is for losses on labels, and the batches of this run have none: preference "
+            "losses need far lower rates. Leave learning_rate out, and set the optimizer's rate (about 5e-6 "
+            "for DPO)."
+        )
+    if not own_rate(run.model, run.optimizer):
+        raise ConfigError(
+            "learning_rate='auto' scales the optimizer's rate, which is 0. Create the optimizer with any "
+            "rate above 0 (TrainingArguments.learning_rate)."
+        )
+
+
 def _scale(targets: Sequence[TargetModule]) -> float:
     """Return the scale of plain LoRA, the geometric mean over the modules."""
     return float(np.exp(np.mean([math.log(target.scaling_at(REFERENCE_RANK)) for target in targets])))
@@ -176,9 +197,12 @@ class PlanRate(Participant):
         factor: current factor on the rate.
         moved: its part due to control of the run.
         last: the rate of the optimizer's first group in its last step; None before one.
-        share: the schedule's rate in that step, as a share of its peak; 1 in a run without a race.
-        lead_in: steps of a warm-up for a schedule without one; 0 if it has one; None in a run without a race.
-        step: optimizer steps done, for that warm-up.
+        share: the schedule's rate in that step, as a share of its peak.
+        lead_in: steps of a warm-up for a schedule without one; 0 for none.
+        watched: True during a race; `share` and `past` are then known.
+        repeats: True while a lane repeats an earlier step, at the schedule's rate of that step.
+        step: optimizer steps done, in a race; fewer while a step is repeated.
+        past: rates of the groups by step, before the factor.
 
     Raises:
         ConfigError: the optimizer's rate is negative or not finite; or `auto` is set and the rule does not apply: to
@@ -200,22 +224,8 @@ class PlanRate(Participant):
         self._targets, self._keep, self._controlled, self._raced = targets, keep, controlled, raced
         optimizer = unwrap_optimizer(run.optimizer)
         self._follows = follows_rule(optimizer)
-        if auto and not self._follows:
-            raise ConfigError(
-                f"learning_rate='auto' is for Adam and its variants; {type(optimizer).__name__} is not one, or "
-                "sets its own rate. Leave learning_rate out, and set the optimizer's rate."
-            )
-        if auto and run.learns_preferences:
-            raise ConfigError(
-                "learning_rate='auto' is for losses on labels, and the batches of this run have none: preference "
-                "losses need far lower rates. Leave learning_rate out, and set the optimizer's rate (about 5e-6 "
-                "for DPO)."
-            )
-        if auto and not own_rate(run.model, run.optimizer):
-            raise ConfigError(
-                "learning_rate='auto' scales the optimizer's rate, which is 0. Create the optimizer with any "
-                "rate above 0 (TrainingArguments.learning_rate)."
-            )
+        if auto:
+            _check_auto(run)
         self.own: float = own or probe_rate(run.model, run.optimizer)
         self._still = _groups_at_zero(run)
         self._groups = {at for at, rate in enumerate(group_rates(run.optimizer)) if rate == self.own}
@@ -237,8 +247,11 @@ class PlanRate(Participant):
         self.moved: float = 1.0
         self.last: float | torch.Tensor | None = None
         self.share: float = 1.0
-        self.lead_in: int | None = None
+        self.lead_in: int = 0
+        self.watched: bool = False
+        self.repeats: bool = False
         self.step: int = 0
+        self.past: dict[int, list[float]] = {}
         self._of_plan, self._scheduler = 1.0, run.scheduler
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._hooks = [
@@ -330,19 +343,21 @@ class PlanRate(Participant):
             for at, group in enumerate(optimizer.param_groups)
             if at in self._groups and group["lr"] is not None  # None: the optimizer chooses its own
         ]
-        if self.lead_in is not None:
-            self.share = max((float(group["lr"]) for _, group in held), default=self.own) / self.own
+        if self.watched:
+            rates = self.past.setdefault(self.step, [float(group["lr"]) for _, group in held])
+            self.share = max(rates, default=self.own) / self.own
             self.lead_in = 0 if self.share < PEAK and not self.step else self.lead_in
+        again = self.past[self.step] if self.repeats else None
         rise = min((self.step + 1) / self.lead_in, 1.0) if self.lead_in else 1.0
-        for at, group in held:
-            rate = group["lr"]
+        for number, (at, group) in enumerate(held):
+            rate, given = group["lr"], again[number] if again else group["lr"]
             if isinstance(rate, torch.Tensor):  # for a captured graph, which reads it in place
                 self._before.append((group, rate.clone()))
-                rate.mul_(self.factor * rise)
+                rate.copy_(torch.as_tensor(given * self.factor * rise))
             else:
                 self._before.append((group, rate))
-                written = not math.isclose(rate, scheduled.get(at, rate))
-                group["lr"] = rate * (self._of_plan if written else self.factor) * rise
+                written = not (again or math.isclose(rate, scheduled.get(at, rate)))
+                group["lr"] = given * (self._of_plan if written else self.factor) * rise
         first = optimizer.param_groups[0]["lr"]
         self.last = first.clone() if isinstance(first, torch.Tensor) else first
 

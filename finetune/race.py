@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,13 +14,16 @@ from ..common.arrays import FloatArray
 from ..common.checks import counted, finite
 from ..common.errors import ConfigError
 from ..common.text import format_bytes
-from ..cost.batch_shape import Batch
-from ..decide.race import RaceLength, staying
+from ..cost.batch_shape import Batch, map_tensors
+from ..decide.race import MOST_TIME, RaceLength, staying
 from ..lora.targets import TargetModule
 from .plan_rate import PlanRate
 from .step.journal import Journal
 from .step.lanes import Lanes, copy_bytes
+from .step.put_back import random_states
 from .step.run import Participant, TrainingRun
+
+T = TypeVar("T")
 
 LEAD_IN = 0.05
 """Warm-up of a race whose schedule has none, as a share of the run's steps."""
@@ -33,7 +37,7 @@ SHOWN = 60
 
 _WITHOUT_TURNS = (
     "A race of learning rates trains each batch once for each of them, but this loop trains it once. Run each "
-    "optimizer step, from the forward pass to `optimizer.zero_grad()`, inside `for _ in pilot.lanes():`."
+    "optimizer step, from the forward pass to `optimizer.zero_grad()`, inside `for inputs in pilot.lanes(batch):`."
 )
 
 
@@ -69,14 +73,21 @@ class RateRace(Participant):
         journal: Journal,
     ) -> None:
         self._run, self._targets, self._rate, self._journal, self._seed = run, targets, rate, journal, seed
-        start = middle(factors)
-        count = 1 + min(len(factors) - 1, int(room // max(copy_bytes(run, targets), 1)))
-        self._factors = sorted(sorted(factors, key=lambda factor: (abs(math.log(factor / start)), factor))[:count])
-        self._asked, self._start = len(factors), self._factors.index(start)
-        self._losses: dict[int, list[torch.Tensor | float]] = {lane: [] for lane in range(count)}
+        start, one, weights = middle(factors), copy_bytes(run, targets), copy_bytes(run, targets, steps=False)
+        count = 1 + min(len(factors) - 1, int(room // max(one, 1)))
+        nearest = sorted(factors, key=lambda factor: (abs(math.log(factor / start)), factor))[:count]
+        self._factors: dict[int, float] = dict(enumerate(sorted(nearest)))  # by lane, ascending
+        self._start = sorted(nearest).index(start)
+        self._asked, self._held = len(factors), (count - 1) * one
+        self._calls = room >= self._held + weights
+        self._held += self._calls * weights
+        self._losses: dict[int, list[torch.Tensor | float]] = {lane: [] for lane in self._factors}
         self._warm_up: int | None = None
         self._share = self._peak = 0.0
         self._turns_taken = False
+        self._further = 0  # steps of lanes beside the run itself
+        self._called: int | None = None  # a lane that has not begun
+        self._past: list[tuple[Any, Callable[[], None]]] = []  # data and random state of each step
         self.lanes: Lanes | None = None
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
@@ -85,24 +96,27 @@ class RateRace(Participant):
         if state is not None and not own:
             return
         rate, steps = self._rate, self._run.total_steps
+        if own:
+            self._factors = {int(lane): finite(factor) for lane, factor in own["factors"].items()}
         if len(self._factors) < 2:
             self._journal.note("The learning rate is not raced: there is no main memory for a second lane.")
             return
-        rate.lead_in = max(round(LEAD_IN * steps), 1)
+        rate.lead_in, rate.watched = max(round(LEAD_IN * steps), 1), True
         live = counted(own["live"]) if own else self._start
-        self.lanes = Lanes(self._run, self._targets, len(self._factors), live, self._turn)
+        self.lanes = Lanes(self._run, self._targets, tuple(self._factors), live, self._turn)
         self._turn(live)
         if own:
             self._resume(self.lanes, own)
             return
-        rates = ", ".join(self._told(lane) for lane in range(len(self._factors)))
+        if self._calls:
+            self.lanes.keep_start()
+        rates = ", ".join(map(self._told, self._factors))
         fewer = f" Main memory has no room for {self._asked}." if self._asked > len(self._factors) else ""
         further = len(self._factors) - 1
         most = RaceLength.of(steps, steps, len(self._factors)).last * further / steps
-        held = format_bytes(further * copy_bytes(self._run, self._targets))
         self._journal.note(
             f"{len(self._factors)} learning rates race on the same batches: {rates}.{fewer} The race adds at most "
-            f"{most:.0%} to the run's time, and {held} of main memory meanwhile."
+            f"{most:.0%} to the run's time, and {format_bytes(self._held)} of main memory meanwhile."
         )
 
     def _turn(self, lane: int) -> None:
@@ -110,12 +124,37 @@ class RateRace(Participant):
 
     # A step -----------------------------------------------------------------------------------------------------------
 
-    def others(self, scaler: Any) -> Iterator[int]:
-        """Yield the lanes other than the run itself, one after another; see `Lanes.others`."""
+    def others(self, data: T, scaler: Any) -> Iterator[T]:
+        """Yield the data of a step for each lane other than the run itself; see `Lanes.others`.
+
+        A lane that has just been called first gets those of all earlier steps.
+        """
         self._turns_taken = True
-        if self.lanes:
-            self.lanes.scaler = scaler
-            yield from self.lanes.others()
+        lanes, now = self.lanes, random_states()
+        if lanes is None:
+            return
+        lanes.scaler = scaler
+        for lane in lanes.others():
+            if lane == self._called:
+                yield from self._earlier(lanes, lane)
+                now()
+            yield data
+        if lanes.start:
+            self._past[self._rate.step :] = [(map_tensors(data, lambda tensor: tensor.to("cpu")), now)]
+
+    def _earlier(self, lanes: Lanes, lane: int) -> Iterator[Any]:
+        """Yield the data of earlier steps, each with its random state and the schedule's rate."""
+        step, device = self._rate.step, self._run.device
+        lanes.begin_again()
+        self._losses[lane] = []
+        try:
+            self._rate.repeats = True
+            for earlier, (data, restart) in enumerate(self._past):
+                self._rate.step = earlier
+                restart()
+                yield map_tensors(data, lambda tensor: tensor.to(device))
+        finally:
+            self._rate.repeats, self._rate.step = False, step
 
     @property
     def beside(self) -> bool:
@@ -130,12 +169,14 @@ class RateRace(Participant):
         """Give all lanes the new ranks."""
         if self.lanes:
             self.lanes.ranks_changed(self._rate.step, self._seed)
+            self._past.clear()
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Take the mean loss of a lane's step."""
         if self.lanes:
             mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else float(loss)
             self._losses[self.lanes.turn].append(mean)
+            self._further += self.beside
 
     def after_step(self, step: int) -> None:
         """Let lanes leave that are behind, at a few moments after the warm-up."""
@@ -149,6 +190,8 @@ class RateRace(Participant):
         if self._warm_up is None:
             self._warm_up = self._warm_up_before(step)
         length = RaceLength.of(self._warm_up or step, self._run.total_steps, len(self._factors))
+        if self._called is not None:  # it has repeated the steps, and there is no time for more
+            self._called, length = None, replace(length, first=step, last=step)
         if not length.looks(step):
             return
         numbers = lanes.numbers
@@ -202,17 +245,29 @@ class RateRace(Participant):
         if len(kept) > 1:
             self._journal.note(f"step {step}: the learning rate {' and '.join(left)} is behind and leaves the race.")
             return
-        curves = {self._told(lane): self._curve(lane) for lane in self._losses}
+        ends = {min(self._factors): (-1, "lowest"), max(self._factors): (1, "highest")}
+        by, end = ends.get(stays, (0, ""))
+        if by and self._may_call(step):
+            self._called = stays + by
+            self._factors[self._called] = self._factors[stays] * 2.0**by
+            lanes.call(self._called)
+            called = f"so {self._told(self._called)} is called and repeats {step} steps"
+            self._journal.note(f"step {step}: {self._told(stays)}, the {end} learning rate, leads; {called}.")
+            return
+        curves = {self._told(lane): self._curve(lane) for lane in sorted(self._losses)}
         change = math.log2(self._factors[stays] / self._factors[self._start])
-        ends = {0: "lowest", len(self._factors) - 1: "highest"}.get(stays)
-        wider = (
-            f" It is the {ends} of the race, so a better one may lie beyond (learning_rate='race 5')." if ends else ""
-        )
+        wider = f" It is the {end} of the race, so a better one may lie beyond it." if end else ""
         self._journal.note(f"step {step}: the race is over. The run goes on at {self._told(stays)}.{wider}")
         self._journal.log_control(
             {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
         )
-        self.lanes = None
+        self.end()
+
+    def _may_call(self, step: int) -> bool:
+        """True if one more lane can repeat all steps in the time that was told."""
+        further = self._further + step + 1
+        whole = self.lanes is not None and self.lanes.start is not None and len(self._past) == step
+        return whole and self._decays and further <= MOST_TIME * self._run.total_steps
 
     def _told(self, lane: int) -> str:
         rate = self._rate
@@ -234,7 +289,8 @@ class RateRace(Participant):
             "live": self.lanes.live,
             "lanes": self.lanes.state(),
             "losses": {str(lane): [float(loss) for loss in losses] for lane, losses in self._losses.items()},
-            "factors": list(self._factors),
+            "factors": {str(lane): factor for lane, factor in self._factors.items()},
+            "further": self._further,
             "warm_up": self._warm_up,
             "share": self._share,
             "peak": self._peak,
@@ -243,14 +299,14 @@ class RateRace(Participant):
         return {"race": own}
 
     def _resume(self, lanes: Lanes, own: Mapping[str, Any]) -> None:
-        if list(map(finite, own["factors"])) != self._factors:
-            raise ValueError(f"a race of {own['factors']}")
         lanes.load(own["lanes"])
         self._losses = {int(lane): list(map(float, losses)) for lane, losses in own["losses"].items()}
         self._warm_up = None if own["warm_up"] is None else counted(own["warm_up"], 1)
         self._share, self._peak = finite(own["share"]), finite(own["peak"])
-        self._rate.lead_in = counted(own["lead_in"])
+        self._rate.lead_in, self._further = counted(own["lead_in"]), counted(own["further"])
 
     def end(self) -> None:
         """Drop the lanes; the run stays as it is."""
-        self.lanes = None
+        self.lanes, self._rate.watched = None, False
+        self._past.clear()
+        self._rate.past.clear()

@@ -319,15 +319,15 @@ class _Followed:
         trainer, pilot = self._trainer, self._listener.pilot
         accelerator, most = trainer.accelerator, trainer.args.max_grad_norm
         begins = accelerator.sync_gradients
-        for beside in pilot.lanes(accelerator.scaler):
-            if not beside:
+        for batches, others in pilot.lanes((self._batches, rest), accelerator.scaler):
+            if not pilot.beside:
                 return
             done, losses = list[tuple[Any, ...]](), list[torch.Tensor]()
             with put_back(trainer):
-                for inputs in self._batches:
-                    last = len(losses) + 1 == len(self._batches)
+                for inputs in batches:
+                    last = len(losses) + 1 == len(batches)
                     accelerator.gradient_state._set_sync_gradients(last)
-                    done.append((model, inputs, *rest))
+                    done.append((model, inputs, *others))
                     with nullcontext() if last else accelerator.no_sync(model):
                         losses.append(
                             _retried(lambda step: self._in_parts(run, step, options), done, pilot.out_of_memory)

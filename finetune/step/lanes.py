@@ -23,9 +23,10 @@ from .put_back import random_states
 from .run import TrainingRun
 
 
-def copy_bytes(run: TrainingRun, targets: Sequence[TargetModule]) -> int:
-    """Return the bytes of one more lane at the current ranks: trained weights and their optimizer state."""
-    return sum(each.nbytes + state_bytes_of(run.optimizer, each.detach()) for each in _trained(run, targets))
+def copy_bytes(run: TrainingRun, targets: Sequence[TargetModule], *, steps: bool = True) -> int:
+    """Return the bytes of one more lane at the current ranks: trained weights and, once it `steps`, optimizer state."""
+    trained = _trained(run, targets)
+    return sum(each.nbytes + (state_bytes_of(run.optimizer, each.detach()) if steps else 0) for each in trained)
 
 
 def _trained(run: TrainingRun, targets: Sequence[TargetModule]) -> list[nn.Parameter]:
@@ -61,7 +62,7 @@ class Lanes:
     Args:
         run: the run, whose present adapters and optimizer each lane starts from.
         targets: its adapters.
-        count: number of lanes, at least 1.
+        numbers: the lanes, in ascending order.
         live: the lane that the run itself goes on with; its turn comes last in each step.
         chosen: called with the number of each lane that gets its turn.
 
@@ -69,13 +70,14 @@ class Lanes:
         live: as above.
         turn: the lane whose weights are in the model.
         scaler: the loop's loss scaler; None without one.
+        start: the state that all lanes start from, for those called later; None if it is not kept.
     """
 
     def __init__(
         self,
         run: TrainingRun,
         targets: Sequence[TargetModule],
-        count: int,
+        numbers: Sequence[int],
         live: int,
         chosen: Callable[[int], None],
     ) -> None:
@@ -84,8 +86,9 @@ class Lanes:
         self.scaler: Any = None
         norms = (each for each in run.model.modules() if isinstance(each, nn.modules.batchnorm._NormBase))
         self._running = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        self._parked = {lane: self._copy() for lane in range(count) if lane != live}
+        self._parked = {lane: self._copy() for lane in numbers if lane != live}
         self._done: set[int] = set()  # lanes whose turn in this step is over
+        self.start: Parked | None = None
 
     @property
     def numbers(self) -> list[int]:
@@ -94,8 +97,8 @@ class Lanes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parked lanes in main memory."""
-        return sum(parked.nbytes for parked in self._parked.values())
+        """Bytes of the parked lanes and of the start in main memory."""
+        return sum(parked.nbytes for parked in (*self._parked.values(), self.start) if parked)
 
     # Turns ------------------------------------------------------------------------------------------------------------
 
@@ -127,6 +130,21 @@ class Lanes:
             yield
         finally:
             self._put_in(turn)
+
+    def keep_start(self) -> None:
+        """Keep the present state for lanes called later."""
+        self.start = self._copy()
+
+    def call(self, lane: int) -> None:
+        """Add a lane; `begin_again` gives it the state of the start in its first turn."""
+        self._parked[lane] = self._copy()
+
+    def begin_again(self) -> None:
+        """Give the lane whose turn it is the state of the start."""
+        assert self.start is not None, "the start is kept"
+        start, self.start = self.start, None
+        self._restore(start)
+        self.keep_start()
 
     def leave(self, lane: int) -> None:
         """Drop a lane that is not live."""
@@ -189,6 +207,7 @@ class Lanes:
             step: optimizer steps done.
             seed: seed of new rows; see `set_ranks`.
         """
+        self.start = None  # steps at other ranks cannot be repeated
         ranks = {target.name: target.rank for target in self._targets}
         for lane in list(self._parked):
             before = self._park()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.common.text import format_bytes
+from rankpilot.decide.race import MOST_TIME
 from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot
@@ -19,7 +20,7 @@ from rankpilot.finetune.race import RateRace
 from rankpilot.finetune.step.lanes import copy_bytes
 from rankpilot.finetune.step.run import TrainingRun
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
 from ..families import FAMILIES, Family
 from . import ddp_run
@@ -121,9 +122,9 @@ def loop(family: Family, rate: float, raced: Any = None) -> tuple[dict[int, list
     race = race_of(pilot)
     for step, batch in zip(range(STEPS), repeated(loader), strict=False):
         pilot.before_step(batch)
-        for _ in pilot.lanes():
+        for inputs in pilot.lanes(batch):
             lane = race.lanes.turn if race and race.lanes else 0
-            loss = model(**batch).loss
+            loss = model(**inputs).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 0.5)
             pilot.before_optimizer_step(loss)
@@ -176,7 +177,7 @@ def test_a_loop_without_turns_is_told(make_llama: Any, llama_batch: Any) -> None
     loss.backward()
     pilot.before_optimizer_step(loss)
     optimizer.step()
-    with pytest.raises(ConfigError, match=r"for _ in pilot\.lanes"):
+    with pytest.raises(ConfigError, match=r"for inputs in pilot\.lanes"):
         pilot.after_step()
     pilot.break_off()
 
@@ -184,26 +185,28 @@ def test_a_loop_without_turns_is_told(make_llama: Any, llama_batch: Any) -> None
 # What happens meanwhile -----------------------------------------------------------------------------------------------
 
 
-def language_loop(**options: Any) -> tuple[RankPilot, Any, Any, Any]:
+def language_loop(rate: float = RATES[1], steps: int = STEPS, **options: Any) -> tuple[RankPilot, Any, Any, Any]:
     """A pilot that has begun, with the model, optimizer and loader of its loop."""
     family = OF_SIX[0]
     model = family.model(lora_dropout=0.1).train()
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=RATES[1])
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=rate)
     loader: Any = DataLoader(rows_of(family), 4, collate_fn=stacked)  # type: ignore[arg-type]
     pilot = RankPilot(**{"budget": "400%", "learning_rate": RATES} | options)
-    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=steps))
     torch.manual_seed(3)
     return pilot, model, optimizer, loader
 
 
-def step_of(pilot: RankPilot, model: Any, optimizer: Any, batch: Any, scaler: Any = None) -> None:
+def step_of(pilot: RankPilot, model: Any, optimizer: Any, batch: Any, scheduler: Any = None) -> None:
     pilot.before_step(batch)
-    for _ in pilot.lanes(scaler):
-        loss = model(**batch).loss
+    for inputs in pilot.lanes(batch):
+        loss = model(**inputs).loss
         loss.backward()
         pilot.before_optimizer_step(loss)
         optimizer.step()
         optimizer.zero_grad()
+    if scheduler:
+        scheduler.step()
     pilot.after_step()
 
 
@@ -287,7 +290,7 @@ def test_lanes_take_the_bytes_that_were_told_and_give_them_back() -> None:
     race = race_of(pilot)
     assert race is not None
     assert race.lanes is not None
-    told = 2 * copy_bytes(race._run, race._targets)
+    told = 2 * copy_bytes(race._run, race._targets) + copy_bytes(race._run, race._targets, steps=False)
     assert any(f"{format_bytes(told)} of main memory" in line for line in lines)
     for batch, _ in zip(repeated(loader), range(3), strict=False):
         step_of(pilot, model, optimizer, batch)
@@ -310,16 +313,16 @@ def test_a_lane_out_of_memory_is_repeated() -> None:
     turns = []
     while True:
         try:
-            for beside in pilot.lanes():
+            for inputs in pilot.lanes(batch):
                 if len(turns) == 1 and not failed:
                     failed = True
                     raise torch.OutOfMemoryError("CUDA out of memory.")
-                loss = model(**batch).loss
+                loss = model(**inputs).loss
                 loss.backward()
                 pilot.before_optimizer_step(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-                turns.append(beside)
+                turns.append(pilot.beside)
             break
         except torch.OutOfMemoryError as error:
             pilot.out_of_memory(error)
@@ -337,8 +340,8 @@ def test_each_lane_keeps_the_state_of_the_scaler() -> None:
     scales = []
     for batch, _ in zip(repeated(loader), range(6), strict=False):
         pilot.before_step(batch)
-        for _ in pilot.lanes(scaler):
-            loss = model(**batch).loss
+        for inputs in pilot.lanes(batch, scaler):
+            loss = model(**inputs).loss
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             pilot.before_optimizer_step(loss)
@@ -426,3 +429,41 @@ def test_lanes_fit_a_budget_of_the_whole_device(capsys: pytest.CaptureFixture[st
         assert any(told in line for line in lines), lines
         pilot.break_off()
     assert limit > taken
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates", "lane", "won"),
+    [
+        ("loop", (2e-4, 4e-4, 8e-4), 3, 16e-4),
+        ("trainer", (2e-4, 4e-4, 8e-4), 3, 16e-4),
+        ("trainer", (0.8, 1.6, 3.2), -1, 0.8),
+    ],
+)
+def test_a_lane_beyond_the_outermost_is_the_run_it_would_be_alone(
+    kind: str, rates: tuple[float, ...], lane: int, won: float, tmp_path: Path
+) -> None:
+    """With a new warm-up as long as that of the schedule, so that the first look comes while there is time for more."""
+    length = 240
+
+    def trained(rate: float, raced: Any) -> tuple[Any, list[torch.Tensor]]:
+        own: dict[str, Any] = {"max_steps": length, "learning_rate": rate, "warmup_steps": 16}
+        if kind == "trainer":
+            trainer = trainer_of(OF_SIX[0], tmp_path, **own)
+            pilot = attach(trainer, budget="400%", learning_rate=raced).pilot
+            trainer.train()
+            return pilot, weights_of(trainer.model)
+        pilot, model, optimizer, loader = language_loop(learning_rate=raced, rate=rate, steps=length)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, 16, length)
+        for batch, _ in zip(repeated(loader), range(length), strict=False):
+            step_of(pilot, model, optimizer, batch, scheduler=scheduler)
+        pilot.finish()
+        return pilot, weights_of(model)
+
+    pilot, ended = trained(rates[1], rates)
+    race = race_of(pilot)
+    assert race is not None
+    assert set(race._factors) == {0, 1, 2, lane}
+    assert pilot.rates is not None
+    assert pilot.rates[1] == pytest.approx(won)
+    assert race._further <= MOST_TIME * length
+    assert all(map(torch.equal, ended, trained(won, None)[1]))
