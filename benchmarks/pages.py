@@ -29,7 +29,7 @@ from rankpilot.cost.streaming import StreamedTime
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, estimators, no_sweep, published_page, rates, worth
+from . import agent, estimators, no_sweep, published_page, race, rates, worth
 from .harness import Figures
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -202,6 +202,34 @@ def control() -> str:
                 lines.append((prefix + told, f"{texts}", *cells))
     columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
     return table(columns, lines)
+
+
+def races() -> str:
+    """What races of learning rates choose, by where they start."""
+    figures = race.report(race.stored_rows(), Console(file=io.StringIO()))
+    groups = sorted({key.rpartition(": ")[0] for key in figures}, key=lambda key: (key.split(", ")[:2], key))
+    lines = [
+        (
+            *key.removesuffix(" of the rule").split(", "),
+            f"{figures[f'{key}: cells']:.0f}",
+            signed(figures[f"{key}: start"], 2),
+            signed(figures[f"{key}: auto"], 2) if f"{key}: auto" in figures else "",
+            f"{signed(figures[f'{key}: race'], 2)} ({figures[f'{key}: worst']:+.2f})",
+            f"{figures[f'{key}: time']:.2f}",
+        )
+        for key in groups
+    ]
+    columns = (
+        "models",
+        "steps",
+        "start, of the rule's rate",
+        "sweeps",
+        "start kept",
+        '`"auto"`',
+        "race (worst)",
+        "time",
+    )
+    return table(columns, lines, left=3)
 
 
 def look() -> str:
@@ -518,6 +546,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "steps in parts": steps_in_parts,
     "parts and others": parts_and_others,
     "parts hold": parts_hold,
+    "race": races,
     "streamed base": streamed_base,
     "published memory": lambda: published_page.page(_list("published_rows")),
 }

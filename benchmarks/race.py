@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
-from rankpilot.decide.race import RaceLength, staying
+from rankpilot.decide.race import RaceLength, staying, time_for_one_more
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import initial_loss, rate_by_rule
 from rankpilot.lora.targets import find_target_modules
@@ -150,21 +150,27 @@ def race(losses: Mapping[float, list[float]], schedule: str, start: float) -> tu
     """The rate that a race goes on with, by its factor, and the steps of further lanes as a share of the run's.
 
     Args:
-        losses: losses of first steps, by factor of the rate.
+        losses: losses of first steps, by factor of the rate: those of the lanes, and of ones that may be called.
         schedule: of `SCHEDULES`.
         start: the lane of the run itself.
     """
     steps, rises, course = SCHEDULES[schedule]
-    length = RaceLength.of(round(rises * steps), steps, len(losses))
-    lanes, further = sorted(losses), 0
-    for step in range(1, length.last + 1):
+    lanes, further, decays = [start * lane for lane in LANES], 0, course != "constant"
+    length = RaceLength.of(round(rises * steps), steps, len(lanes))
+    ends, step = (lanes[0], lanes[-1]), 0
+    while len(lanes) > 1:
+        step += 1
         further += len(lanes) - 1
-        if length.looks(step):
-            at = min(range(len(lanes)), key=lambda lane: abs(math.log(lanes[lane] / start)))
-            kept = staying(np.array([losses[lane][:step] for lane in lanes]), at, length, decays=course != "constant")
-            lanes = [lanes[lane] for lane in kept]
-            if len(lanes) == 1:
-                break
+        if not length.looks(step):
+            continue
+        at = min(range(len(lanes)), key=lambda lane: abs(math.log(lanes[lane] / start)))
+        kept = staying(np.array([losses[lane][:step] for lane in lanes]), at, length, decays=decays)
+        lanes = [lanes[lane] for lane in kept]
+        beyond = {ends[0]: ends[0] / 2, ends[1]: ends[1] * 2}.get(lanes[0])
+        if len(lanes) == 1 and decays and beyond in losses and time_for_one_more(further, step, steps):
+            further += step  # it repeats them
+            lanes, ends = sorted((lanes[0], beyond)), (min(ends[0], beyond), max(ends[1], beyond))
+            length = replace(length, first=step + 1, last=step + 1)
     return lanes[0], further / steps
 
 
@@ -203,7 +209,7 @@ def regrets(rows: Mapping[Run, Any], start: float = 1.0) -> dict[tuple[str, str,
         if not {*SWEPT, *lanes} <= own.keys():
             continue
         best = min(row["loss"] for row in own.values())
-        chosen, further = race({lane: own[lane]["losses"] for lane in lanes}, cell[2], start)
+        chosen, further = race({factor: row["losses"] for factor, row in own.items()}, cell[2], start)
         found[cell] = {
             "race": 100 * math.log(own[chosen]["loss"] / best),
             "start": 100 * math.log(own[start]["loss"] / best),
@@ -246,15 +252,20 @@ def report(rows: Mapping[Run, Any], console: Console) -> Figures:
         for schedule in SCHEDULES:
             for name in ("SmolLM2-135M", "256 and 384 wide", "64 wide"):
                 own = [each for cell, each in found.items() if cell[2] == schedule and _group(cell[0]) == name]
-                if own:
-                    means = {key: float(np.mean([each.get(key, math.nan) for each in own])) for key in own[0]}
-                    worst = max(each["race"] for each in own)
-                    key = f"{name}, {schedule}, {start:g} of the rule"
-                    figures |= {f"{key}: race": means["race"], f"{key}: worst": worst, f"{key}: time": means["further"]}
-                    auto = f"{means['auto']:+.2f}" if start == 1 and "auto" in means else ""
-                    spread = f"{means['race']:+.2f}", f"{worst:+.2f}", f"{1 + means['further']:.2f}"
-                    kept = f"{means['start']:+.2f}"
-                    table.append((name, schedule, f"{start:g}", str(len(own)), kept, auto, *spread))
+                if not own:
+                    continue
+                key, worst = f"{name}, {schedule}, {start:g} of the rule", max(each["race"] for each in own)
+                means = {side: float(np.mean([each[side] for each in own])) for side in ("start", "race", "further")}
+                figures |= {f"{key}: {side}": means[side] for side in ("start", "race")}
+                figures |= {f"{key}: worst": worst, f"{key}: time": 1 + means["further"], f"{key}: cells": len(own)}
+                auto = [each["auto"] for each in own if "auto" in each]
+                if start == 1 and len(auto) == len(own):
+                    figures[f"{key}: auto"] = float(np.mean(auto))
+                spread = f"{means['race']:+.2f}", f"{worst:+.2f}", f"{1 + means['further']:.2f}"
+                corrected = f"{figures[f'{key}: auto']:+.2f}" if f"{key}: auto" in figures else ""
+                table.append(
+                    (name, schedule, f"{start:g}", str(len(own)), f"{means['start']:+.2f}", corrected, *spread)
+                )
     columns = ("models", "steps", "start", "cells", "start kept, %", "auto", "race", "worst", "time")
     console.print(make_table("Loss above the best rate of a sweep", columns, table))
     return figures

@@ -69,6 +69,17 @@ class RaceLength:
         return step >= self.last or (step >= self.first and (step - self.first) % every == 0)
 
 
+def time_for_one_more(further: int, steps: int, total_steps: int) -> bool:
+    """True if one more lane can repeat all steps so far.
+
+    Args:
+        further: steps of all further lanes so far.
+        steps: optimizer steps so far.
+        total_steps: optimizer steps of the run.
+    """
+    return further + steps + 1 <= MOST_TIME * total_steps
+
+
 def staying(losses: FloatArray, start: int, length: RaceLength, *, decays: bool = True) -> list[int]:
     """Return the lanes that stay in a race, by index in ascending order; one if it ends.
 

@@ -15,7 +15,7 @@ from ..common.checks import counted, finite
 from ..common.errors import ConfigError
 from ..common.text import format_bytes
 from ..cost.batch_shape import Batch, map_tensors
-from ..decide.race import MOST_TIME, RaceLength, staying
+from ..decide.race import RaceLength, staying, time_for_one_more
 from ..lora.targets import TargetModule
 from .plan_rate import PlanRate
 from .step.journal import Journal
@@ -265,9 +265,8 @@ class RateRace(Participant):
 
     def _may_call(self, step: int) -> bool:
         """True if one more lane can repeat all steps in the time that was told."""
-        further = self._further + step + 1
         whole = self.lanes is not None and self.lanes.start is not None and len(self._past) == step
-        return whole and self._decays and further <= MOST_TIME * self._run.total_steps
+        return whole and self._decays and time_for_one_more(self._further, step, self._run.total_steps)
 
     def _told(self, lane: int) -> str:
         rate = self._rate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rankpilot.decide.race import LEAST_WARM_UP, MOST_TIME, RaceLength, staying
 
-from benchmarks.race import LANES, Run, race, regrets, stored_rows
+from benchmarks.race import SWEPT, Run, race, regrets, stored_rows
 
 WARM_UP, STEPS = 40, 400
 LENGTH = RaceLength.of(WARM_UP, STEPS, 3)
@@ -73,5 +73,7 @@ def test_races_on_stored_sweeps_choose_a_good_rate() -> None:
     assert np.mean([each["race"] for each in found.values()]) <= 0.5
     assert max(each["further"] for each in found.values()) <= MOST_TIME
     for cell in found:
-        own = {lane: rows[Run(*cell, lane)]["losses"] for lane in LANES}
-        assert race(own, cell[2], 1.0)[0] in LANES
+        own = {factor: rows[Run(*cell, factor)]["losses"] for factor in SWEPT}
+        chosen, further = race(own, cell[2], 1.0)
+        assert chosen in SWEPT
+        assert 0 < further <= MOST_TIME
