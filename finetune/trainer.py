@@ -323,7 +323,7 @@ def new_trainer(
         trainer = kind(**common, compute_metrics=_accuracy if has_classes else None)
         # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
         trainer.model_accepts_loss_kwargs = False
-    if config.learning_rate == "auto":
+    if isinstance(config.learning_rate, str):
         rows = config.batch_size * config.accumulation * arguments.world_size
         batches = -(-len(workload.train) // rows)
         steps = config.steps if config.epochs is None else max(1, math.ceil(config.epochs * batches))
@@ -398,7 +398,7 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         # Without a GPU, the Trainer otherwise rejects bf16, and joins no processes.
         "use_cpu": (config.bf16 or started_processes() > 1) and not torch.cuda.is_available(),
         "optim": OPTIMIZERS[config.optimizer],
-        "learning_rate": _TO_BE_RULED if config.learning_rate == "auto" else config.learning_rate,
+        "learning_rate": _TO_BE_RULED if isinstance(config.learning_rate, str) else config.learning_rate,
         "logging_steps": 5,
         "eval_strategy": "steps",
         "eval_steps": config.eval_every,

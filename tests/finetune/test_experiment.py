@@ -431,6 +431,17 @@ def test_language_modelling_from_a_text_file(tmp_path: Path, reloads: list[dict[
     assert summary["runs"]["rankpilot"]["held_out_accuracy"] is None
 
 
+def test_a_race_finds_the_rate_of_both_runs(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    race = {"learning_rate": "race", "policy": "default", "budget": "100%", "compare_uniform": True}
+    with recorded() as trainers:
+        finetune(make_config(steps=60, eval_every=60, **race), tmp_path / "run")
+    found = read_run(tmp_path / "run").race
+    assert found is not None
+    assert len(found.curves) == 3
+    assert found.step <= 12
+    assert trainers[1].args.learning_rate == pytest.approx(found.rate, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
