@@ -96,6 +96,9 @@ class RateRace(Participant):
         if state is not None and not own:
             return
         rate, steps = self._rate, self._run.total_steps
+        if own and "over" in own:
+            rate.move(finite(own["over"]))
+            return
         if own:
             self._factors = {int(lane): finite(factor) for lane, factor in own["factors"].items()}
         if len(self._factors) < 2:
@@ -281,9 +284,9 @@ class RateRace(Participant):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return the race's state, with all parked lanes; nothing after it."""
-        if self.lanes is None:
-            return {}
+        """Return the race's state, with all parked lanes; after it, and before a called lane has begun, its result."""
+        if self.lanes is None or self._called is not None:
+            return {"race": {"over": self._rate.moved}}
         own = {
             "live": self.lanes.live,
             "lanes": self.lanes.state(),
