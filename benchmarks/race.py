@@ -167,7 +167,8 @@ def race(losses: Mapping[float, list[float]], schedule: str, start: float) -> tu
         kept = staying(np.array([losses[lane][:step] for lane in lanes]), at, length, decays=decays)
         lanes = [lanes[lane] for lane in kept]
         beyond = {ends[0]: ends[0] / 2, ends[1]: ends[1] * 2}.get(lanes[0])
-        if len(lanes) == 1 and decays and beyond in losses and time_for_one_more(further, step, steps):
+        one_more = decays and beyond in losses and time_for_one_more(further, step, steps)
+        if len(lanes) == 1 and beyond is not None and one_more:
             further += step  # it repeats them
             lanes, ends = sorted((lanes[0], beyond)), (min(ends[0], beyond), max(ends[1], beyond))
             length = replace(length, first=step + 1, last=step + 1)

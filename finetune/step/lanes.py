@@ -86,6 +86,7 @@ class Lanes:
         self.scaler: Any = None
         norms = (each for each in run.model.modules() if isinstance(each, nn.modules.batchnorm._NormBase))
         self._running = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._trained = _trained(run, targets)  # the same objects at any rank
         self._parked = {lane: self._copy() for lane in numbers if lane != live}
         self._done: set[int] = set()  # lanes whose turn in this step is over
         self.start: Parked | None = None
@@ -165,15 +166,13 @@ class Lanes:
 
     def _copy(self) -> Parked:
         """Return a copy of the present state."""
-        trained = _trained(self._run, self._targets)
-        values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-        return self._parked_with(values, OptimizerSnapshot(self._run.optimizer, trained, steps=True))
+        values = [parameter.detach().to("cpu", copy=True) for parameter in self._trained]
+        return self._parked_with(values, OptimizerSnapshot(self._run.optimizer, self._trained, steps=True))
 
     def _park(self) -> Parked:
         """Move the present state to main memory; on a CPU its tensors are taken as they are."""
-        trained = _trained(self._run, self._targets)
-        values = [parameter.data.to("cpu") for parameter in trained]
-        return self._parked_with(values, OptimizerSnapshot(self._run.optimizer, trained))
+        values = [parameter.data.to("cpu") for parameter in self._trained]
+        return self._parked_with(values, OptimizerSnapshot(self._run.optimizer, self._trained))
 
     def _parked_with(self, values: list[torch.Tensor], state: OptimizerSnapshot) -> Parked:
         scaler = dict(self.scaler.state_dict()) if self.scaler else {}
@@ -182,8 +181,7 @@ class Lanes:
     @torch.no_grad()
     def _restore(self, parked: Parked) -> None:
         parked.state.put_back()
-        trained = _trained(self._run, self._targets)
-        for parameter, value in zip(trained, parked.values, strict=True):
+        for parameter, value in zip(self._trained, parked.values, strict=True):
             if parameter.shape != value.shape:
                 write_in_place(parameter, value.to(parameter.device))
                 continue
