@@ -22,6 +22,7 @@ from rankpilot.finetune.step.run import TrainingRun
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
+from ..cases import first_cases
 from ..families import FAMILIES, Family
 from . import ddp_run
 from .several import in_processes
@@ -106,7 +107,7 @@ def trainer_of(family: Family, folder: Path, **options: Any) -> Trainer:
     return Trainer(family.model(lora_dropout=0.1), args, train_dataset=rows_of(family), data_collator=stacked)
 
 
-@pytest.mark.parametrize("family", OF_SIX, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", first_cases(3, OF_SIX), ids=lambda family: family.name)
 def test_lanes_of_a_trainer_are_runs_alone(family: Family, tmp_path: Path) -> None:
     compare(partial(trainer_of, family, tmp_path))
 
@@ -146,7 +147,7 @@ def repeated(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-@pytest.mark.parametrize("family", OF_SIX, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", first_cases(3, OF_SIX), ids=lambda family: family.name)
 def test_lanes_of_a_loop_are_runs_alone(family: Family) -> None:
     raced, ended = loop(family, RATES[1], RATES)
     ends = []
