@@ -54,7 +54,7 @@ CELLS = (
     *((*cell, "400") for cell in (*WHOLE, *WIDE, *SMALL)),
     *((*cell, "1000") for cell in SMALL),
     *((*cell, "120") for cell in SMALL),
-    *((*cell, "400 constant") for cell in SMALL[:2]),
+    *((*cell, "400 constant") for cell in SMALL[2:]),
 )
 """Model, text and schedule of each sweep."""
 
