@@ -186,7 +186,11 @@ class PilotedRun:
                 (journal.note if np.array_equal(passed, self.applier.ranks) else run.warn)(told)
             assert self.rate.of_plan is not None
             journal.note(self.rate.of_plan.told())
-        self._begin_rate(None, seed)
+        try:
+            self._begin_rate(None, seed)
+        except BaseException:
+            found.put_back()
+            raise
         self._found = found
 
     def _begin_rate(self, state: Mapping[str, Any] | None, seed: int) -> None:
@@ -365,7 +369,7 @@ class PilotedRun:
 
     def turns(self, data: T, scaler: Any) -> Iterator[T]:
         """Yield data for each further lane of a race, and at last for the run itself; see `RankPilot.lanes`."""
-        if race := self.rate.race:
+        if (race := self.rate.race) and race.lanes:
             parts = self.guard.parts
             counted_so_far = replace(parts.tally)
             with self.guard.meter.without_steps():

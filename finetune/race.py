@@ -132,11 +132,9 @@ class RateRace(Participant):
 
         A lane that has just been called first gets those of all earlier steps.
         """
-        self._turns_taken = True
         lanes, now = self.lanes, random_states()
-        if lanes is None:
-            return
-        lanes.scaler = scaler
+        assert lanes is not None, "the race is on"
+        self._turns_taken, lanes.scaler = True, scaler
         for lane in lanes.others():
             if lane == self._called:
                 yield from self._earlier(lanes, lane)
