@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ import torch
 import tyro
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.errors import ConfigError
-from rankpilot.common.files import append_json_line, write_json
+from rankpilot.common.files import append_json_line, read_json_lines, write_json, write_text
 from rankpilot.common.statistics import Estimate, Statistic, estimate
 from rankpilot.decide.plan.parts import Part
 from rich.console import Console
@@ -286,6 +287,31 @@ def collect_rows(
                 append_json_line(path, {"run": asdict(run), "row": row})
                 rows[run] = row
                 progress.print(told(run, row), markup=False, soft_wrap=True)
+
+
+def packed_rows(kind: Callable[..., Any], packed: Path) -> dict[Any, Any]:
+    """The rows of a file of the repository, by run, a dataclass of this kind."""
+    return {kind(*run): row for run, row in json.loads(packed.read_text(encoding="utf-8"))}
+
+
+def known_rows(kind: Callable[..., Any], path: Path, packed: Path, minutes: float | None) -> dict[Any, Any]:
+    """The rows so far by run: those of an earlier collection, or, if none is to be made, those of the repository.
+
+    Args:
+        kind: the dataclass of a run.
+        path: of the rows, a line of JSON each; see `collect_rows`.
+        packed: the file of the repository.
+        minutes: 0 for no new rows.
+    """
+    if path.is_file():
+        return {kind(**line["run"]): line["row"] for line in read_json_lines(path)}
+    return packed_rows(kind, packed) if minutes == 0 else {}
+
+
+def pack_rows(packed: Path, rows: Mapping[Any, Any]) -> None:
+    """Write rows into a file of the repository, a line each."""
+    lines = [json.dumps([astuple(run), row], separators=(",", ":")) for run, row in rows.items()]
+    write_text(packed, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:

@@ -5,10 +5,9 @@ All runs of a cell have the same adapters, head, batches and dropout, and no see
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.data.packaged_data import load_packaged_dataset
@@ -31,7 +29,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification
 
-from .harness import Figures, collect_rows
+from .harness import Figures, collect_rows, known_rows, pack_rows, packed_rows
 from .no_sweep import PLAIN_OPTIONS, Plain, train
 from .text_runs import ALPHA
 
@@ -143,7 +141,7 @@ def perform(run: Run) -> dict[str, Any]:
 
 def stored_rows() -> dict[Run, Any]:
     """The rows of the repository."""
-    return {Run(*run): row for run, row in json.loads(STORED.read_text(encoding="utf-8"))}
+    return packed_rows(Run, STORED)
 
 
 def changes(rows: dict[Run, Any], side: str) -> dict[Run, float]:
@@ -155,9 +153,7 @@ def changes(rows: dict[Run, Any], side: str) -> dict[Run, float]:
 def benchmark(options: Options, console: Console) -> Figures:
     """Run what is missing, and print each side versus the rate that was kept."""
     path = options.output / "rows.jsonl"
-    rows = stored_rows() if options.minutes == 0 and not path.is_file() else {}
-    for line in read_json_lines(path) if path.is_file() else []:
-        rows[Run(**line["run"])] = line["row"]
+    rows = known_rows(Run, path, STORED, options.minutes)
 
     def missing() -> Iterator[Run]:
         cells = [("bert-4x64", TEXTS[0], 1)] if options.quick else [*product(ENCODERS, TEXTS, SEEDS)]
@@ -168,8 +164,7 @@ def benchmark(options: Options, console: Console) -> Figures:
 
     collect_rows(path, rows, missing, perform, told, workers=options.workers, minutes=options.minutes)
     if options.pack:
-        lines = [json.dumps([astuple(run), row], separators=(",", ":")) for run, row in rows.items()]
-        write_text(STORED, "[\n" + ",\n".join(lines) + "\n]\n")
+        pack_rows(STORED, rows)
     figures: Figures = {}
     table = []
     for side, encoder, text in product(SIDES[:2], ENCODERS, TEXTS):

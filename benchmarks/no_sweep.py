@@ -8,7 +8,6 @@ run counts: that is more than a user gets. All runs of a text share its batches.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -23,7 +22,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rankpilot.common.errors import ConfigError
-from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.statistics import estimate
 from rankpilot.common.text import make_table
 from rankpilot.cost.training_step import switch_checkpointing
@@ -40,7 +38,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .harness import Figures, collect_rows, machine_facts
+from .harness import Figures, collect_rows, known_rows, machine_facts, pack_rows, packed_rows
 from .loss_runs import JUDGED
 from .no_sweep_rates import CORRECTIONS
 from .no_sweep_rivals import RIVALS, each_step
@@ -378,9 +376,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     if options.workers < 0 or (options.minutes is not None and options.minutes < 0):
         raise ConfigError(f"--workers and --minutes are at least 0; got {options.workers} and {options.minutes}.")
     path = options.output / "rows.jsonl"
-    rows = stored_rows() if options.minutes == 0 and not path.is_file() else {}
-    for line in read_json_lines(path) if path.is_file() else []:
-        rows[Run(**line["run"])] = line["row"]
+    rows = known_rows(Run, path, PACKED, options.minutes)
     if unknown := {*options.texts} - {*JUDGED, *WIDER}:
         raise ConfigError(f"--texts are of {', '.join((*JUDGED, *WIDER))}; got {', '.join(sorted(unknown))}.")
     texts = (QUICK,) if options.quick else options.texts
@@ -397,17 +393,13 @@ def benchmark(options: Options, console: Console) -> Figures:
         minutes=options.minutes,
     )
     if options.pack:
-        lines = [
-            json.dumps([[run.text, run.side, run.factor, run.seed], row], separators=(",", ":"))
-            for run, row in (stored_rows() | rows).items()
-        ]
-        write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
+        pack_rows(PACKED, stored_rows() | rows)
     return {**machine_facts(torch.device("cpu")), **report(rows, console)}
 
 
 def stored_rows() -> dict[Run, Any]:
     """The rows of the repository."""
-    return {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
+    return packed_rows(Run, PACKED)
 
 
 def report(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:

@@ -219,17 +219,8 @@ def races() -> str:
         )
         for key in groups
     ]
-    columns = (
-        "models",
-        "steps",
-        "start, of the rule's rate",
-        "sweeps",
-        "start kept",
-        '`"auto"`',
-        "race (worst)",
-        "time",
-    )
-    return table(columns, lines, left=3)
+    names = 'models | steps | start, of the rule\'s rate | sweeps | start kept | `"auto"` | race (worst) | time'
+    return table(names.split(" | "), lines, left=3)
 
 
 def look() -> str:

@@ -1,8 +1,8 @@
 """Racing of learning rates: which lanes of a run leave, judged by their losses on the same batches.
 
 Lanes are copies of a run that differ in the learning rate alone. Their losses on a batch share its difficulty, so
-differences between lanes have little noise. Before the schedule's warm-up ends they say nothing: a rate too high looks
-best while it is not reached yet. Soon after, a higher rate only falls behind further, while a lower one still catches
+differences between lanes have little noise. They mean nothing before the end of the schedule's warm-up: too high a rate
+looks best until it is reached. Soon after, a higher rate only falls behind further, while a lower one still catches
 up; much later, every lower rate looks better than it ends under a schedule that decays. Under one that does not, the
 rate that leads then is twice too high at the end.
 """
@@ -29,10 +29,10 @@ MOST_TIME = 0.4
 """Steps of all further lanes together, as a share of the run's steps."""
 
 SURELY_BEHIND, SURELY_BETTER = 3.0, 2.0
-"""Standard errors by which a lane is behind to leave, and by which one is ahead of the start to take its place."""
+"""Standard errors: a lane this far behind leaves, and one this far ahead of the start replaces it."""
 
 CATCHES_UP = 0.5
-"""A lower rate stays if its loss has made up this share of its distance since the first half of the steps seen."""
+"""A lower rate stays if the second half of the judged steps has closed this share of its distance in the first."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class RaceLength:
     """Optimizer steps of a race.
 
     Attributes:
-        warm_up: steps in which the rate rises, which no look takes into account.
+        warm_up: steps in which the rate rises; their losses are not judged.
         first: steps before the first look.
-        last: steps after which it ends in any case.
+        last: steps after which the race ends.
     """
 
     warm_up: int
@@ -64,13 +64,13 @@ class RaceLength:
         return cls(warm_up, min(first, last), last)
 
     def looks(self, step: int) -> bool:
-        """True if lanes may leave after so many steps."""
+        """Return True if the lanes are judged after this number of steps."""
         every = max(self.warm_up // LOOKS, 1)
         return step >= self.last or (step >= self.first and (step - self.first) % every == 0)
 
 
 def time_for_one_more(further: int, steps: int, total_steps: int) -> bool:
-    """True if one more lane can repeat all steps so far.
+    """Return True if there is time for one more lane to repeat all steps so far.
 
     Args:
         further: steps of all further lanes so far.
@@ -88,9 +88,9 @@ def staying(losses: FloatArray, start: int, length: RaceLength, *, decays: bool 
     Args:
         losses: losses of all steps so far, (lanes, steps), the lanes in ascending order of their rates; NaN and
             infinity are losses without bound.
-        start: index of the lane that goes on where there is no evidence.
+        start: index of the lane to continue with if nothing is sure.
         length: the length of the race.
-        decays: False if the schedule keeps its peak after the warm-up. The lane below the leader then goes on.
+        decays: False if the schedule stays at its peak. The run then continues one lane below the leader.
     """
     steps = losses.shape[1]
     begin = max(min(steps - LEAST_WARM_UP, (length.warm_up + steps) // 2), 0)

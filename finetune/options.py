@@ -124,8 +124,8 @@ class PilotOptions(PlanOptions):
         learning_rate: "auto" replaces the optimizer's rate by a rule based on the model and the length of the run. With
             control on texts the run starts at seven tenths of it, and its steps raise it. For Adam and its variants.
             "race" measures it: half, once and twice the rule's rate (the optimizer's, where the rule does not apply)
-            train by turns on the first batches, and the best goes on (docs/learning-rate.md). "race 5" spans a factor
-            of 16 in place of 4; rates of your own race as (1e-4, 2e-4, 4e-4).
+            take turns on the first batches, and the best continues (docs/learning-rate.md). "race 5" spans a factor of
+            16 instead of 4; (1e-4, 2e-4, 4e-4) races your own rates.
         control: correct the learning rate in the first half of the run from its steps, and undo damage done by too high
             a rate (docs/control.md). For Adam and its variants, and runs of 60 steps or more. On by default under
             learning_rate="auto", off for a rate of your own. Has no effect on labels.
@@ -273,6 +273,8 @@ class OptionsInFile:
             values["bounds"] = {name: tuple(each) if isinstance(each, list) else each for name, each in bounds.items()}
         policy = values.pop("policy", None)
         try:
+            if isinstance(rates := values.get("learning_rate"), list):
+                values["learning_rate"] = list(map(float, rates))  # YAML reads 1e-4 as text
             if policy is not None and not (isinstance(policy, str) and policy):
                 raise ConfigError(f"policy must be a name or a path; got {shown(policy)}.")
             if not all(isinstance(name, str) for name in values):
@@ -282,7 +284,7 @@ class OptionsInFile:
             if values.get("schedule") is not None:
                 raise ConfigError("schedule is an object of Python, so no file can contain it.")
             return cls(policy, PilotOptions.of(None, values))
-        except (RankPilotError, TypeError) as error:
+        except (RankPilotError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {KEY}: {error}") from error
 
 
@@ -294,6 +296,7 @@ MOST_LANES = 7
 """Maximum number of learning rates in a race."""
 
 _RACE = re.compile(r"race(?: ([2-7]))?")
+
 
 GivenOptions = PilotOptions | GivenBudget | None
 """All options, a budget alone, or None for the defaults."""
@@ -333,7 +336,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         learning_rate: peak rate of plain LoRA; it decays linearly to zero. auto starts at seven tenths of
             the rate predicted from the model's width, the length of the run and the loss before training, and corrects
             it during the run; the plan adds a factor (keep_rate). race
-            measures half, once and twice that rate in the first steps, and goes on with the best.
+            measures half, once and twice that rate in the first steps, and continues with the best.
         alpha: lora_alpha of every adapter.
         scaling: factor on an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r); constant, alpha / 8
             at every rank. Under alpha one learning rate fits all ranks.

@@ -195,8 +195,9 @@ class PilotedRun:
 
     def _begin_rate(self, state: Mapping[str, Any] | None, seed: int) -> None:
         """Start racing or correcting the learning rate, if requested; see `RunRate`."""
-        control, room = self.rate.begin_control(state, self.journal), before_training.room_in_main_memory
-        race = self.rate.begin_race(state, room(self.run, self.applier, self.elastic.budget), seed, self.journal)
+        control = self.rate.begin_control(state, self.journal)
+        room = partial(before_training.room_in_main_memory, self.run, self.applier, self.elastic.budget)
+        race = self.rate.begin_race(state, room, seed, self.journal)
         self.finite.control = race or control
         self._watches[0].beside = lambda: bool(race and race.beside)
 
@@ -401,6 +402,8 @@ class PilotedRun:
         self.step += 1
         for part in self.participants:
             part.after_step(self.step)
+        if self.rate.race and self.rate.race.lanes is None:
+            self.finite.control = self.rate.control
 
     def _ranks_changed(self) -> None:
         """Announce the current ranks, if they differ from the last ones announced."""

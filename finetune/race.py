@@ -1,4 +1,4 @@
-"""A race of learning rates: lanes of a run that differ in the rate alone, of which the best one goes on."""
+"""Race learning rates at the beginning of a run, and continue with the best."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..common.arrays import FloatArray
 from ..common.checks import counted, finite
 from ..common.errors import ConfigError
 from ..common.text import format_bytes
-from ..cost.batch_shape import Batch, map_tensors
+from ..cost.batch_shape import Batch, map_tensors, tensors_of
 from ..decide.race import RaceLength, staying, time_for_one_more
 from ..lora.targets import TargetModule
 from .plan_rate import PlanRate
@@ -26,10 +26,10 @@ from .step.run import Participant, TrainingRun
 T = TypeVar("T")
 
 LEAD_IN = 0.05
-"""Warm-up of a race whose schedule has none, as a share of the run's steps."""
+"""Warm-up of a race under a schedule without one, as a share of the run's steps."""
 
 KEEPS = 1e-6
-"""Relative fall of the schedule's rate below which it has kept its peak."""
+"""Relative fall of the schedule's rate up to which it counts as constant."""
 
 SHOWN = 60
 """Points of a lane's curve in the log."""
@@ -42,7 +42,7 @@ _WITHOUT_TURNS = (
 
 
 def middle(factors: Sequence[float]) -> float:
-    """Return the factor of the lane that a run begins with: the middle one, or the lower of two."""
+    """Return the factor of the run itself: the middle one, or the lower of two."""
     return sorted(factors)[(len(factors) - 1) // 2]
 
 
@@ -79,7 +79,8 @@ class RateRace(Participant):
         self._factors: dict[int, float] = dict(enumerate(sorted(nearest)))  # by lane, ascending
         self._start = sorted(nearest).index(start)
         self._asked, self._held = len(factors), (count - 1) * one
-        self._calls = room >= self._held + weights
+        self._spare = room - self._held - weights  # for batches kept to be repeated
+        self._calls = self._spare >= 0
         self._held += self._calls * weights
         self._losses: dict[int, list[torch.Tensor | float]] = {lane: [] for lane in self._factors}
         self._warm_up: int | None = None
@@ -102,7 +103,8 @@ class RateRace(Participant):
         if own:
             self._factors = {int(lane): finite(factor) for lane, factor in own["factors"].items()}
         if len(self._factors) < 2:
-            self._journal.note("The learning rate is not raced: there is no main memory for a second lane.")
+            self._turn(self._start)
+            self._journal.note("Learning rates do not race: there is no main memory for a second copy.")
             return
         rate.lead_in, rate.watched = max(round(LEAD_IN * steps), 1), True
         live = counted(own["live"]) if own else self._start
@@ -114,12 +116,11 @@ class RateRace(Participant):
         if self._calls:
             self.lanes.keep_start()
         rates = ", ".join(map(self._told, self._factors))
-        fewer = f" Main memory has no room for {self._asked}." if self._asked > len(self._factors) else ""
-        further = len(self._factors) - 1
-        most = RaceLength.of(steps, steps, len(self._factors)).last * further / steps
+        fewer = f" There is no main memory for all {self._asked}." if self._asked > len(self._factors) else ""
+        most = RaceLength.of(steps, steps, len(self._factors)).last * (len(self._factors) - 1) / steps
         self._journal.note(
             f"{len(self._factors)} learning rates race on the same batches: {rates}.{fewer} The race adds at most "
-            f"{most:.0%} to the run's time, and {format_bytes(self._held)} of main memory meanwhile."
+            f"{most:.0%} to the run's time, and takes {format_bytes(self._held)} of main memory beside the batches."
         )
 
     def _turn(self, lane: int) -> None:
@@ -137,11 +138,18 @@ class RateRace(Participant):
         self._turns_taken, lanes.scaler = True, scaler
         for lane in lanes.others():
             if lane == self._called:
+                if lanes.start is None:
+                    continue  # ranks have changed, so it cannot repeat the steps
                 yield from self._earlier(lanes, lane)
                 now()
             yield data
-        if lanes.start:
-            self._past[self._rate.step :] = [(map_tensors(data, lambda tensor: tensor.to("cpu")), now)]
+        if lanes.start is None:
+            self._past.clear()
+            return
+        self._past[self._rate.step :] = [(map_tensors(data, lambda tensor: tensor.to("cpu")), now)]
+        self._spare -= sum(tensor.nbytes for tensor in tensors_of(data))
+        if self._spare < 0 and self._called is None:
+            lanes.start = None
 
     def _earlier(self, lanes: Lanes, lane: int) -> Iterator[Any]:
         """Yield the data of earlier steps, each with its random state and the schedule's rate."""
@@ -170,7 +178,6 @@ class RateRace(Participant):
         """Give all lanes the new ranks."""
         if self.lanes:
             self.lanes.ranks_changed(self._rate.step, self._seed)
-            self._past.clear()
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Take the mean loss of a lane's step."""
@@ -180,7 +187,7 @@ class RateRace(Participant):
             self._further += self.beside
 
     def after_step(self, step: int) -> None:
-        """Let lanes leave that are behind, at a few moments after the warm-up."""
+        """Drop lanes that are behind, at a few moments after the warm-up."""
         lanes = self.lanes
         if lanes is None:
             return
@@ -193,20 +200,23 @@ class RateRace(Participant):
         length = RaceLength.of(self._warm_up or step, self._run.total_steps, len(self._factors))
         if self._called is not None:  # it has repeated the steps, and there is no time for more
             self._called, length = None, replace(length, first=step, last=step)
+            if lanes.start is None:
+                self._go_on([lanes.live], step)
+                return
         if not length.looks(step):
             return
         numbers = lanes.numbers
-        losses = self._read(numbers)
-        kept = [numbers[at] for at in staying(losses, numbers.index(self._kept(numbers)), length, decays=self._decays)]
-        self._go_on(kept, losses, step)
+        start = numbers.index(self._kept(numbers))
+        kept = staying(self._read(numbers), start, length, decays=self._decays)
+        self._go_on([numbers[at] for at in kept], step)
 
-    def _kept(self, numbers: list[int]) -> int:
-        """Return the lane that stays where there is no evidence: that of the start, or the nearest one."""
+    def _kept(self, numbers: Sequence[int]) -> int:
+        """Return the lane to continue with if nothing is sure: the one of the start, or the nearest one left."""
         return min(numbers, key=lambda lane: (abs(lane - self._start), lane))
 
     @property
     def _decays(self) -> bool:
-        """True unless the schedule has kept its peak since the warm-up."""
+        """True if the schedule's rate has fallen since the warm-up."""
         return self._rate.share < (1 - KEEPS) * self._peak
 
     def _warm_up_before(self, step: int) -> int | None:
@@ -227,16 +237,15 @@ class RateRace(Participant):
         lanes = self.lanes
         if lanes is None or len(lanes.numbers) < 2:
             return False
-        others = [lane for lane in lanes.numbers if lane != lanes.live]
-        self._go_on(others, self._read(lanes.numbers), step)
+        self._go_on([lane for lane in lanes.numbers if lane != lanes.live], step)
         return True
 
-    def _go_on(self, kept: Sequence[int], losses: FloatArray, step: int) -> None:
-        """Keep some lanes, of which the nearest to the start becomes the run; end the race with the last one."""
+    def _go_on(self, kept: Sequence[int], step: int) -> None:
+        """Drop all other lanes; the kept one nearest to the start becomes the run, and the last one ends the race."""
         lanes = self.lanes
         assert lanes is not None, "the race is on"
         numbers, live = lanes.numbers, lanes.live
-        if (stays := self._kept(list(kept))) != live:
+        if (stays := self._kept(kept)) != live:
             lanes.go_on_with(stays)
         for lane in [lane for lane in numbers if lane not in kept and lane not in (live, lanes.live)]:
             lanes.leave(lane)
@@ -252,26 +261,25 @@ class RateRace(Participant):
             self._called = stays + by
             self._factors[self._called] = self._factors[stays] * 2.0**by
             lanes.call(self._called)
-            called = f"so {self._told(self._called)} is called and repeats {step} steps"
+            called = f"so {self._told(self._called)} joins, and repeats {step} steps"
             self._journal.note(f"step {step}: {self._told(stays)}, the {end} learning rate, leads; {called}.")
             return
         curves = {self._told(lane): self._curve(lane) for lane in sorted(self._losses)}
-        change = math.log2(self._factors[stays] / self._factors[self._start])
         wider = f" It is the {end} of the race, so a better one may lie beyond it." if end else ""
-        self._journal.note(f"step {step}: the race is over. The run goes on at {self._told(stays)}.{wider}")
-        self._journal.log_control(
-            {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
-        )
+        self._journal.note(f"step {step}: the race is over. The run continues at {self._told(stays)}.{wider}")
+        change = math.log2(self._factors[stays] / self._factors[self._start])
+        row = {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
+        self._journal.log_control(row)
         self.end()
 
     def _may_call(self, step: int) -> bool:
-        """True if one more lane can repeat all steps in the time that was told."""
+        """True if one more lane can repeat all steps within `MOST_TIME`; all processes ask at once."""
         whole = self.lanes is not None and self.lanes.start is not None and len(self._past) == step
-        return whole and self._decays and time_for_one_more(self._further, step, self._run.total_steps)
+        timely = self._decays and time_for_one_more(self._further, step, self._run.total_steps)
+        return bool(self._run.replicas.processes.least(float(whole and timely))[0])
 
     def _told(self, lane: int) -> str:
-        rate = self._rate
-        return f"{rate.rate / rate.moved * self._factors[lane]:.2g}"
+        return f"{self._rate.rate / self._rate.moved * self._factors[lane]:.2g}"
 
     def _curve(self, lane: int) -> list[tuple[int, float]]:
         """Return steps, and the means of a lane's finite losses up to them since the one before; at most `SHOWN`."""
@@ -282,12 +290,13 @@ class RateRace(Participant):
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return the race's state, with all parked lanes; after it, and before a called lane has begun, its result."""
-        if self.lanes is None or self._called is not None:
+        """Return all lanes and their losses; the result alone once it is over, or if lanes cannot be saved."""
+        lanes = self.lanes.state() if self.lanes and self._called is None else None
+        if self.lanes is None or lanes is None:
             return {"race": {"over": self._rate.moved}}
         own = {
             "live": self.lanes.live,
-            "lanes": self.lanes.state(),
+            "lanes": lanes,
             "losses": {str(lane): [float(loss) for loss in losses] for lane, losses in self._losses.items()},
             "factors": {str(lane): factor for lane, factor in self._factors.items()},
             "further": self._further,
@@ -306,7 +315,7 @@ class RateRace(Participant):
         self._rate.lead_in, self._further = counted(own["lead_in"]), counted(own["further"])
 
     def end(self) -> None:
-        """Drop the lanes; the run stays as it is."""
+        """Drop all lanes but the run itself."""
         self.lanes, self._rate.watched = None, False
         self._past.clear()
         self._rate.past.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..common.errors import ConfigError
@@ -69,11 +69,12 @@ class RunRate:
             ConfigError: rates cannot race in this run.
         """
         run, races = self._run, self._rates not in (None, "auto")
-        if races and (run.learns_preferences or run.generates or chooses_own_rate(run.optimizer)):
+        unsuited = run.learns_preferences or run.generates or chooses_own_rate(run.optimizer)
+        if races and (unsuited or self.steers):
             raise ConfigError(
-                f"learning_rate={self._rates!r} races rates by their training losses. That is not for losses that "
-                "compare or generate answers (DPO, GRPO), nor for optimizers that set their own rate (Prodigy, "
-                "Adafactor, schedule-free ones). Leave it out, and set the optimizer's rate."
+                f"learning_rate={self._rates!r} compares rates by their training losses. That is not for losses that "
+                "compare or generate answers (DPO, GRPO), for optimizers that set their own rate (Prodigy, Adafactor, "
+                "schedule-free ones), or for policies that steer the rate. Leave it out, and set the optimizer's rate."
             )
         self.of_plan = PlanRate(
             self._run,
@@ -86,12 +87,14 @@ class RunRate:
             own=own,
         )
 
-    def begin_race(self, state: Mapping[str, Any] | None, room: float, seed: int, journal: Journal) -> RateRace | None:
+    def begin_race(
+        self, state: Mapping[str, Any] | None, room: Callable[[], float], seed: int, journal: Journal
+    ) -> RateRace | None:
         """Race learning rates, if requested, and return what does so.
 
         Args:
             state: the state of a resumed run; None for a new one.
-            room: bytes of main memory for further lanes.
+            room: returns the bytes of main memory for further lanes.
             seed: seed of new rows, if ranks change meanwhile.
             journal: gets the reports.
         """
@@ -105,9 +108,9 @@ class RunRate:
         reason = f"{run.total_steps} steps are too few" if run.total_steps < SHORTEST else reason
         if reason:
             rate.move(middle(factors))
-            journal.note(f"No learning rates race: {reason}. The run trains at {rate.rate:.2g}.")
+            journal.note(f"Learning rates do not race: {reason}. The run trains at {rate.rate:.2g}.")
             return None
-        self.race = RateRace(run, self._targets, rate, factors, room, seed, journal)
+        self.race = RateRace(run, self._targets, rate, factors, room(), seed, journal)
         with readable_state():
             self.race.begin(state)
         return self.race

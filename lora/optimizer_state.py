@@ -427,12 +427,6 @@ class OptimizerSnapshot:
             kept = {k: _in_main_memory(v, parameter, steps) for k, v in (values or {}).items()}
             self._before[parameter] = None if values is None else kept
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the kept tensors."""
-        values = (value for kept in self._before.values() for value, _ in (kept or {}).values())
-        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
-
     def put_back(self) -> None:
         """Restore the state; works once."""
         for parameter, values in self._before.items():

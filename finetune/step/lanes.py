@@ -1,4 +1,4 @@
-"""Lanes of a run: copies of its adapters and optimizer that train by turns on one frozen model.
+"""Lanes of a run: copies of its adapters and optimizer that take turns on one frozen model.
 
 Each batch runs once for each lane, one lane after another, so activations and gradients exist for one lane at a time.
 What a lane trains is parked in main memory while another has its turn: on a GPU, lanes take no bytes of the device. All
@@ -30,8 +30,10 @@ def copy_bytes(run: TrainingRun, targets: Sequence[TargetModule], *, steps: bool
 
 
 def _trained(run: TrainingRun, targets: Sequence[TargetModule]) -> list[nn.Parameter]:
+    """Return all that a run trains, once each."""
     adapters = [parameter for target in targets for parameter in target.parameters.values()]
-    return [*adapters, *other_trainable(run.model, targets), *trained_outside(run.model, run.optimizer)]
+    others = *other_trainable(run.model, targets), *trained_outside(run.model, run.optimizer)
+    return list(dict.fromkeys((*adapters, *others)))
 
 
 @dataclass(eq=False)
@@ -50,27 +52,22 @@ class Parked:
     running: list[torch.Tensor]
     scaler: Mapping[str, Any]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in main memory."""
-        return sum(value.nbytes for value in self.values) + self.state.nbytes
-
 
 class Lanes:
     """The lanes of one run.
 
     Args:
-        run: the run, whose present adapters and optimizer each lane starts from.
+        run: the run; each lane starts from its current adapters and optimizer.
         targets: its adapters.
         numbers: the lanes, in ascending order.
-        live: the lane that the run itself goes on with; its turn comes last in each step.
+        live: the lane of the run itself, whose turn is the last in each step.
         chosen: called with the number of each lane that gets its turn.
 
     Attributes:
         live: as above.
         turn: the lane whose weights are in the model.
         scaler: the loop's loss scaler; None without one.
-        start: the state that all lanes start from, for those called later; None if it is not kept.
+        start: the initial state of all lanes, for one that joins later; None if it is not kept.
     """
 
     def __init__(
@@ -95,11 +92,6 @@ class Lanes:
     def numbers(self) -> list[int]:
         """The lanes still there, in ascending order."""
         return sorted([*self._parked, self.turn])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the parked lanes and of the start in main memory."""
-        return sum(parked.nbytes for parked in (*self._parked.values(), self.start) if parked)
 
     # Turns ------------------------------------------------------------------------------------------------------------
 
@@ -133,15 +125,15 @@ class Lanes:
             self._put_in(turn)
 
     def keep_start(self) -> None:
-        """Keep the present state for lanes called later."""
+        """Keep the current state for a lane that joins later."""
         self.start = self._copy()
 
     def call(self, lane: int) -> None:
-        """Add a lane; `begin_again` gives it the state of the start in its first turn."""
+        """Add a lane, to which `begin_again` gives the initial state in its first turn."""
         self._parked[lane] = self._copy()
 
     def begin_again(self) -> None:
-        """Give the lane whose turn it is the state of the start."""
+        """Give the initial state to the lane whose turn it is."""
         assert self.start is not None, "the start is kept"
         start, self.start = self.start, None
         self._restore(start)
@@ -152,7 +144,7 @@ class Lanes:
         del self._parked[lane]
 
     def go_on_with(self, lane: int) -> None:
-        """Make another lane live, and drop the present one."""
+        """Make another lane live, and drop the current one."""
         before, self.live = self.live, lane
         self._put_in(lane)
         self._parked.pop(before, None)
@@ -165,12 +157,12 @@ class Lanes:
         self._chosen(lane)
 
     def _copy(self) -> Parked:
-        """Return a copy of the present state."""
+        """Return a copy of the current state."""
         values = [parameter.detach().to("cpu", copy=True) for parameter in self._trained]
         return self._parked_with(values, OptimizerSnapshot(self._run.optimizer, self._trained, steps=True))
 
     def _park(self) -> Parked:
-        """Move the present state to main memory; on a CPU its tensors are taken as they are."""
+        """Move the current state to main memory; on a CPU, its tensors are already there and are not copied."""
         values = [parameter.data.to("cpu") for parameter in self._trained]
         return self._parked_with(values, OptimizerSnapshot(self._run.optimizer, self._trained))
 
@@ -220,16 +212,12 @@ class Lanes:
         for target in self._targets:
             update_peft_records(target, target.rank)
 
-    def state(self) -> dict[str, Any]:
-        """Return the parked lanes for `load`, as tensors and JSON values.
-
-        Raises:
-            ValueError: the optimizer's state is not made of tensors and numbers.
-        """
+    def state(self) -> dict[str, Any] | None:
+        """Return the parked lanes for `load`, as tensors and JSON values; None if the optimizer's state is not."""
         lanes: dict[str, Any] = {}
         for lane, parked in self._parked.items():
             if (state := parked.state.state_dict()) is None:
-                raise ValueError("the optimizer's state cannot be saved")
+                return None
             values, running = ({str(i): each for i, each in enumerate(own)} for own in (parked.values, parked.running))
             lanes[str(lane)] = {"values": values, "running": running, "state": state, "scaler": dict(parked.scaler)}
         return lanes

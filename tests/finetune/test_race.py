@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.common.errors import ConfigError, RunFolderError
+from rankpilot.common.errors import ConfigError
 from rankpilot.common.text import format_bytes
 from rankpilot.decide.race import MOST_TIME
 from rankpilot.decide.settings import DecisionSchedule
@@ -53,8 +53,9 @@ def weights_of(model: Any) -> list[torch.Tensor]:
     return [each.detach().clone() for each in model.parameters() if each.requires_grad]
 
 
-def race_of(pilot: RankPilot) -> RateRace | None:
+def race_of(pilot: RankPilot) -> RateRace:
     assert pilot._piloted is not None
+    assert pilot._piloted.rate.race is not None
     return pilot._piloted.rate.race
 
 
@@ -112,18 +113,26 @@ def test_lanes_of_a_trainer_are_runs_alone(family: Family, tmp_path: Path) -> No
     compare(partial(trainer_of, family, tmp_path))
 
 
+def begun_loop(
+    rate: float = RATES[1], steps: int = STEPS, family: Family = OF_SIX[0], **options: Any
+) -> tuple[RankPilot, Any, Any, Any]:
+    """A pilot that has begun, with the model, optimizer and loader of its loop."""
+    model = family.model(lora_dropout=0.1).train()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=rate)
+    loader: Any = DataLoader(rows_of(family), 4, collate_fn=stacked)  # type: ignore[arg-type]
+    pilot = RankPilot(**{"budget": "400%", "learning_rate": RATES} | options)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=steps))
+    torch.manual_seed(3)
+    return pilot, model, optimizer, loader
+
+
 def loop(family: Family, rate: float, raced: Any = None) -> tuple[dict[int, list[float]], list[torch.Tensor]]:
     """Losses by lane, and the weights at the end, of a loop with dropout, clipping and a schedule."""
-    model = family.model(lora_dropout=0.1).train()
+    pilot, model, optimizer, loader = begun_loop(rate, family=family, learning_rate=raced)
     weights = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate)
-    loader: Any = DataLoader(rows_of(family), 4, collate_fn=stacked)  # type: ignore[arg-type]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 4, 1.0))
-    pilot = RankPilot(budget="400%", learning_rate=raced)
-    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
-    torch.manual_seed(3)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 4, STEPS)
     losses: dict[int, list[float]] = {}
-    race = race_of(pilot)
+    race = race_of(pilot) if raced else None
     for step, batch in zip(range(STEPS), repeated(loader), strict=False):
         pilot.before_step(batch)
         for inputs in pilot.lanes(batch):
@@ -168,13 +177,8 @@ def test_lanes_with_a_new_head(tmp_path: Path) -> None:
     compare(partial(classification, tmp_path, max_steps=STEPS, warmup_steps=4, max_grad_norm=0.1))
 
 
-def test_a_loop_without_turns_is_told(make_llama: Any, llama_batch: Any) -> None:
-    model = make_llama().train()
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
-    rows = [{name: values[0] for name, values in llama_batch.items()}] * 8
-    loader: Any = DataLoader(rows, 4, collate_fn=stacked)  # type: ignore[arg-type]
-    pilot = RankPilot(budget="400%", learning_rate="race")
-    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
+def test_a_loop_without_turns_is_told() -> None:
+    pilot, model, optimizer, loader = begun_loop(learning_rate="race")
     batch = next(iter(loader))
     pilot.before_step(batch)
     loss = model(**batch).loss
@@ -183,22 +187,9 @@ def test_a_loop_without_turns_is_told(make_llama: Any, llama_batch: Any) -> None
     optimizer.step()
     with pytest.raises(ConfigError, match=r"for inputs in pilot\.lanes"):
         pilot.after_step()
-    pilot.break_off()
 
 
 # What happens meanwhile -----------------------------------------------------------------------------------------------
-
-
-def language_loop(rate: float = RATES[1], steps: int = STEPS, **options: Any) -> tuple[RankPilot, Any, Any, Any]:
-    """A pilot that has begun, with the model, optimizer and loader of its loop."""
-    family = OF_SIX[0]
-    model = family.model(lora_dropout=0.1).train()
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=rate)
-    loader: Any = DataLoader(rows_of(family), 4, collate_fn=stacked)  # type: ignore[arg-type]
-    pilot = RankPilot(**{"budget": "400%", "learning_rate": RATES} | options)
-    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=steps))
-    torch.manual_seed(3)
-    return pilot, model, optimizer, loader
 
 
 def step_of(pilot: RankPilot, model: Any, optimizer: Any, batch: Any, scheduler: Any = None) -> None:
@@ -225,22 +216,9 @@ def test_a_resumed_race_goes_on_as_it_would(saved: int, tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved}"))
     assert all(map(torch.equal, weights_of(whole.model), weights_of(again.model)))
     race = race_of(pilot)
-    assert race is not None
     assert race.lanes is None
     assert pilot.rates == (pytest.approx(LOW[2]), pytest.approx(LOW[2]))
     assert saved > RACED or len(race._losses[0]) >= RACED
-
-
-def test_a_race_of_other_rates_is_not_resumed(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 7, "max_steps": STEPS}
-    whole = trainer_of(OF_SIX[0], tmp_path, **options)
-    attach(whole, budget="400%", learning_rate=RATES)
-    whole.add_callback(Weights(whole, 7, stops=True))
-    whole.train()
-    again = trainer_of(OF_SIX[0], tmp_path, **options)
-    attach(again, budget="400%", learning_rate=RATES[:2])
-    with pytest.raises(RunFolderError, match="learning_rate"):
-        again.train(resume_from_checkpoint=True)
 
 
 def test_lanes_of_two_processes_whose_ranks_change_are_those_of_one(tmp_path: Path) -> None:
@@ -255,12 +233,11 @@ def test_lanes_of_two_processes_whose_ranks_change_are_those_of_one(tmp_path: Pa
 
 
 def test_new_ranks_reach_all_lanes_and_keep_what_they_learned() -> None:
-    pilot, model, optimizer, loader = language_loop()
+    pilot, model, optimizer, loader = begun_loop()
     batches = repeated(loader)
     for batch, _ in zip(batches, range(5), strict=False):
         step_of(pilot, model, optimizer, batch)
     race, batch = race_of(pilot), next(batches)
-    assert race is not None
     assert race.lanes is not None
 
     def outputs() -> list[torch.Tensor]:
@@ -292,25 +269,30 @@ def test_new_ranks_reach_all_lanes_and_keep_what_they_learned() -> None:
 
 def test_lanes_take_the_bytes_that_were_told_and_give_them_back() -> None:
     lines: list[str] = []
-    pilot, model, optimizer, loader = language_loop(tell=lines.append)
+    pilot, model, optimizer, loader = begun_loop(tell=lines.append)
     race = race_of(pilot)
-    assert race is not None
     assert race.lanes is not None
     told = 2 * copy_bytes(race._run, race._targets) + copy_bytes(race._run, race._targets, steps=False)
     assert any(f"{format_bytes(told)} of main memory" in line for line in lines)
     for batch, _ in zip(repeated(loader), range(3), strict=False):
         step_of(pilot, model, optimizer, batch)
-    assert race.lanes.nbytes == pytest.approx(told, rel=0.005)
+    kept = [*race.lanes._parked.values(), race.lanes.start]
+    tensors = [tensor for parked in kept if parked for tensor in parked.values]
+    states = [state for parked in kept if parked for state in parked.state._before.values() if state]
+    tensors += [value for state in states for value, _ in state.values()]
+    assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(told, rel=0.005)
     for batch, _ in zip(repeated(loader), range(RACED), strict=False):
         step_of(pilot, model, optimizer, batch)
     assert race.lanes is None
+    assert pilot._piloted is not None
+    assert pilot._piloted.finite.control is None, "after the race no step waits for the device"
     for step, predicted, measured in pilot.checks:
         assert measured <= predicted * 1.03, f"step {step}: lanes do not count in a step"
     pilot.finish()
 
 
 def test_a_lane_out_of_memory_is_repeated() -> None:
-    pilot, model, optimizer, loader = language_loop()
+    pilot, model, optimizer, loader = begun_loop()
     batches = repeated(loader)
     for batch, _ in zip(batches, range(3), strict=False):
         step_of(pilot, model, optimizer, batch)
@@ -340,9 +322,8 @@ def test_a_lane_out_of_memory_is_repeated() -> None:
 
 
 def test_each_lane_keeps_the_state_of_the_scaler() -> None:
-    pilot, model, optimizer, loader = language_loop()
-    race, scaler = race_of(pilot), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
-    assert race is not None
+    pilot, model, optimizer, loader = begun_loop()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
     scales = []
     for batch, _ in zip(repeated(loader), range(6), strict=False):
         pilot.before_step(batch)
@@ -360,24 +341,13 @@ def test_each_lane_keeps_the_state_of_the_scaler() -> None:
     pilot.break_off()
 
 
-def test_a_lane_that_diverges_leaves() -> None:
-    lines: list[str] = []
-    pilot, model, optimizer, loader = language_loop(tell=lines.append, learning_rate=(1e-3, 1e20))
+@pytest.mark.parametrize("rates", [(1e-3, 1e20), (1e-3, 1e20, 1e21)])
+def test_a_lane_that_diverges_leaves_even_if_it_is_the_run(rates: tuple[float, ...]) -> None:
+    pilot, model, optimizer, loader = begun_loop(learning_rate=rates)
     for batch, _ in zip(repeated(loader), range(STEPS - 1), strict=False):
         step_of(pilot, model, optimizer, batch)
     pilot.finish()
     assert pilot.rates == (pytest.approx(1e-3), pytest.approx(1e-3))
-    assert any("The run goes on at 0.001" in line for line in lines)
-
-
-def test_a_run_that_diverges_goes_on_as_another_lane() -> None:
-    lines: list[str] = []
-    pilot, model, optimizer, loader = language_loop(tell=lines.append, learning_rate=(1e-3, 1e20, 1e21))
-    for batch, _ in zip(repeated(loader), range(RACED + 3), strict=False):
-        step_of(pilot, model, optimizer, batch)
-    pilot.finish()
-    assert pilot.rates is not None
-    assert pilot.rates[1] == pytest.approx(1e-3)
 
 
 # What is refused, or steps aside --------------------------------------------------------------------------------------
@@ -397,9 +367,6 @@ def test_a_run_that_diverges_goes_on_as_another_lane() -> None:
 def test_other_values_are_refused(given: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         RankPilot(learning_rate=given)
-
-
-def test_control_beside_a_race_is_refused() -> None:
     with pytest.raises(ConfigError, match="Drop one of the two"):
         RankPilot(learning_rate="race", control=True)
 
@@ -411,30 +378,76 @@ def test_preferences_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_policy_that_steers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="policies that steer the rate"):
+        begun_loop(policy="rate", budget="100%")
+
+
+def test_without_room_the_run_trains_at_the_middle_of_its_rates() -> None:
+    pilot, *_ = begun_loop(rate=1.0)
+    race = race_of(pilot)
+    alone = RateRace(race._run, race._targets, race._rate, [0.001, 0.002, 0.004], 0.0, 0, race._journal)
+    pilot.break_off()
+    alone.begin(None)
+    assert alone.lanes is None
+    assert race._rate.moved == 0.002
+    state = alone.state()
+    race._rate.move(1.0)
+    alone.begin(state)
+    assert race._rate.moved == 0.002, "also after a resume"
+
+
+def test_ranks_that_change_before_a_lane_joins_end_the_race() -> None:
+    """It could not repeat the steps at the ranks that they had."""
+    length = 240
+    pilot, model, optimizer, loader = begun_loop(learning_rate=LOW, rate=LOW[1], steps=length)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 16, length)
+    race, batches = race_of(pilot), repeated(loader)
+    while race._called is None:
+        step_of(pilot, model, optimizer, next(batches), scheduler=scheduler)
+    assert pilot.applier is not None
+    pilot.take(dict.fromkeys(pilot.applier.names, 8))
+    step_of(pilot, model, optimizer, next(batches), scheduler=scheduler)
+    assert race.lanes is None
+    assert pilot.rates is not None
+    assert pilot.rates[0] == pytest.approx(LOW[2])
+    pilot.break_off()
+
+
+def test_batches_too_large_to_keep_are_not_kept() -> None:
+    pilot, model, optimizer, loader = begun_loop()
+    race, batches = race_of(pilot), repeated(loader)
+    assert race.lanes is not None
+    race._spare = 2 * sum(tensor.nbytes for tensor in next(batches).values())
+    for kept in (1, 2, 3, 0):
+        step_of(pilot, model, optimizer, next(batches))
+        assert len(race._past) == kept
+    assert race.lanes.start is None
+    pilot.break_off()
+
+
 def test_a_short_run_does_not_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = classification(tmp_path, max_steps=4)
     pilot = attach(trainer, learning_rate=(1e-3, 2e-3, 4e-3)).pilot
     trainer.train()
-    assert "No learning rates race: 4 steps are too few. The run trains at 0.002." in capsys.readouterr().out
+    assert "Learning rates do not race: 4 steps are too few. The run trains at 0.002." in capsys.readouterr().out
     assert pilot.rates is not None
     assert pilot.rates[1] == pytest.approx(2e-3)
 
 
 def test_lanes_fit_a_budget_of_the_whole_device(capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
-    pilot, *_ = language_loop(tell=lines.append)
+    pilot, *_ = begun_loop(tell=lines.append)
     race = race_of(pilot)
-    assert race is not None
-    one, limit = copy_bytes(race._run, race._targets), int(pilot.limit)
+    one = copy_bytes(race._run, race._targets)
     pilot.break_off()
     taken = pilot.predictions[0][1]
     frozen = 4 * sum(each.numel() for each in race._run.model.parameters() if not each.requires_grad)
-    for further, told in ((1.5, "has no room for 3"), (0.5, "no main memory for a second lane")):
+    for further, told in ((1.5, "no main memory for all 3"), (0.5, "no main memory for a second copy")):
         lines.clear()
-        pilot, *_ = language_loop(tell=lines.append, budget=f"{int(frozen + taken + further * one)}B")
+        pilot, *_ = begun_loop(tell=lines.append, budget=f"{int(frozen + taken + further * one)}B")
         assert any(told in line for line in lines), lines
         pilot.break_off()
-    assert limit > taken
 
 
 @pytest.mark.parametrize(
@@ -458,7 +471,7 @@ def test_a_lane_beyond_the_outermost_is_the_run_it_would_be_alone(
             pilot = attach(trainer, budget="400%", learning_rate=raced).pilot
             trainer.train()
             return pilot, weights_of(trainer.model)
-        pilot, model, optimizer, loader = language_loop(learning_rate=raced, rate=rate, steps=length)
+        pilot, model, optimizer, loader = begun_loop(learning_rate=raced, rate=rate, steps=length)
         scheduler = get_cosine_schedule_with_warmup(optimizer, 16, length)
         for batch, _ in zip(repeated(loader), range(length), strict=False):
             step_of(pilot, model, optimizer, batch, scheduler=scheduler)
@@ -467,7 +480,6 @@ def test_a_lane_beyond_the_outermost_is_the_run_it_would_be_alone(
 
     pilot, ended = trained(rates[1], rates)
     race = race_of(pilot)
-    assert race is not None
     assert set(race._factors) == {0, 1, 2, lane}
     assert pilot.rates is not None
     assert pilot.rates[1] == pytest.approx(won)

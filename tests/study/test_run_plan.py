@@ -233,6 +233,7 @@ def test_options_are_read_as_yaml_has_them(tmp_path):
     path.write_text(yaml.safe_dump(TRL | {"model_name_or_path": "m"}) + "rankpilot: {parts: off, stream: off}")
     file = read_trainer_file(path)
     assert (file.run.options.parts, file.run.options.stream, file.unread) == ("off", "off", ())
+    assert OptionsInFile.of({"learning_rate": ["1e-4", 2e-4]}, "x").options.learning_rate == [1e-4, 2e-4]
     bounded = OptionsInFile.of({"bounds": {"q_proj": [0, 4]}}, "x")
     assert bounded.options.bounds == {"q_proj": (0, 4)}
     assert not bounded.keeps_ranks
