@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         verdict = filter(None, (_verdict(outlook, run), doubts_text(outlook)))
         console.print("\n".join(verdict), markup=False, highlight=False)
         if options.details or options.budget:
-            console.print(report.choice_table(outlook))
+            console.print(*report.tables(outlook), sep="\n")
         if len(outlook.step.saved) > 1:
             console.print(report.saver_table(outlook.step.saved))
         if found:
@@ -196,7 +196,7 @@ def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
     return default
 
 
-_FURTHER = ("adapter", "double_quantization")
+_FURTHER = ("adapter", "double_quantization", "eval_length", "eval_packed")
 """Settings of a file without a command-line option."""
 
 

@@ -290,6 +290,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         step.follow(self)
         if not step.rollouts:
             step.methods.replace("evaluate", self._evaluations.run)
+            self._evaluations.expect()
         self._between_steps, self._save_later = True, False
         if state.global_step >= state.max_steps:
             # On resuming a finished run, the Trainer would train one more batch.
@@ -430,7 +431,7 @@ def bar_of_trainer(trainer: Trainer, items: Iterable[Any], label: str, count: in
 
 
 class Evaluations:
-    """Measures one evaluation per batch size in a Trainer's run, and keeps later ones within the budget.
+    """Predicts and measures one evaluation per batch size in a Trainer's run, and keeps them within the budget.
 
     Args:
         trainer: the Trainer, whose `per_device_eval_batch_size` may shrink.
@@ -440,6 +441,13 @@ class Evaluations:
     def __init__(self, trainer: Trainer, pilot: RankPilot) -> None:
         self._trainer, self._pilot = trainer, pilot
         self._measured, self._own = 0, 0  # batch sizes; 0 for none
+
+    def expect(self) -> None:
+        """Use smaller batches from the first evaluation on, if those of the user are predicted to exceed the budget."""
+        rows = self._trainer.args.per_device_eval_batch_size
+        share = self._pilot.guard.expected_evaluation(rows)
+        if self._trainer.args.eval_strategy != "no" and rows > 1 and share > 1 and not self._pilot.guard.parts.on:
+            self._shrink(rows, share, "would take")
 
     def run(self, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Run an evaluation, measuring the first one of each batch size."""
@@ -454,15 +462,20 @@ class Evaluations:
             self._measured = 0
             logger.warning("An evaluation took %.0f %% of the budget; the next one uses smaller parts.", 100 * share)
         elif share > 1 and rows > 1:
-            self._own = self._own or rows
-            self._have(max(1, int(EVALUATION_ROOM * rows / share)))
-            logger.warning(
-                "An evaluation with a batch size of %d took %.0f %% of the budget; the next one uses %d.",
-                rows,
-                100 * share,
-                self._trainer.args.per_device_eval_batch_size,
-            )
+            self._shrink(rows, share, "took")
         return result
+
+    def _shrink(self, rows: int, share: float, took: str) -> None:
+        """Have later evaluations use smaller batches than these, which take a share of the budget above 1."""
+        self._own = self._own or rows
+        self._have(max(1, int(EVALUATION_ROOM * rows / share)))
+        logger.warning(
+            "An evaluation with a batch size of %d %s %.0f %% of the budget; the next one uses %d.",
+            rows,
+            took,
+            100 * share,
+            self._trainer.args.per_device_eval_batch_size,
+        )
 
     def put_back(self) -> None:
         """Restore the user's batch size for evaluations after the run."""

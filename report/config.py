@@ -18,7 +18,7 @@ AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
 OF_CARD = (
     "gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant", "packed", "offload",
-    "expandable_segments", "stream",
+    "expandable_segments", "stream", "eval_batch_size", "keep_logits",
 )  # fmt: skip
 """Settings of the card rather than the step, as arguments of `memory_of`."""
 
@@ -61,12 +61,17 @@ class MemoryConfig(StepConfig):
             quantize_moe_experts; or as in Unsloth.
         attention: attention implementation on the card: eager, sdpa, flash (2 or 3), flex, or math, which sdpa uses on
             most AMD cards.
-        loss: model, with all logits; chunked, as in TRL's SFTTrainer; cut, as in cut cross-entropy.
+        loss: model, with all logits; chunked, as in TRL's SFTTrainer; cut, as in cut cross-entropy; liger, as Liger's
+            kernel does, which computes all logits in evaluation.
         reentrant: gradient checkpointing with use_reentrant=True.
         packed: a row holds several texts, and may exceed the model's positions.
         offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
         stream: number of layers whose frozen weights stream from main memory, or all (axolotl's layer_offloading).
         expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
+        eval_batch_size: rows of an evaluation batch (per_device_eval_batch_size); 0 for those of a training batch, none
+            for a run without evaluation.
+        keep_logits: rows of an evaluation whose logits stay on the card for compute_metrics: all of them, or those of
+            eval_accumulation_steps batches.
         os: operating system of the machine with the card; on Windows memory spills into main memory without an error.
 
     Raises:
@@ -93,12 +98,14 @@ class MemoryConfig(StepConfig):
     lora_dropout: float = 0.0
     experts: ExpertBits = "transformers"
     attention: AttentionKind | None = None
-    loss: Literal["model", "chunked", "cut"] = "model"
+    loss: Literal["model", "chunked", "cut", "liger"] = "model"
     reentrant: bool = False
     packed: bool = False
     offload: bool = False
     expandable_segments: bool = False
     stream: int | Literal["all"] = 0
+    eval_batch_size: int | Literal["none"] = 0
+    keep_logits: int = 0
     os: Literal["linux", "windows"] = "linux"
 
     @property

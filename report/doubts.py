@@ -52,10 +52,10 @@ def doubts_text(outlook: Outlook) -> str:
 def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     model, loaded, settings = outlook.step.model, outlook.step.loaded, outlook.settings
     shape, shards = outlook.memory.shape, outlook.shards
-    if loaded.loss == "cut":
+    if loaded.loss in ("cut", "liger"):
         logits = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
         more = f"up to {format_bytes(logits)} more" if logits else "additional memory"
-        yield Doubt(f"if cut cross-entropy is not supported for this model, logits take {more}", "more")
+        yield Doubt(f"if the kernel of the loss does not support this model, logits take {more}", "more")
     if settings.quantization != "none" and model.fused and loaded.experts != "transformers":
         yield Doubt("published runs with quantised experts took 3 to 32 % more than predicted, or less", "either")
     elif settings.quantization == "int8":

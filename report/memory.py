@@ -25,6 +25,7 @@ from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
 from .doubts import doubts, of_loading
+from .moments import highest_moment, moments_figures, moments_table, too_large_evaluation
 from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
 
 if TYPE_CHECKING:
@@ -70,12 +71,15 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
         *(text for name, text in _AS_LOADED if getattr(step.loaded, name)),
         *([f"{plural(outlook.streamed, 'layer')} streamed"] if outlook.streamed else []),
-        *({"chunked": ["TRL's chunked loss"], "cut": ["cut cross-entropy"]}.get(step.loaded.loss, [])),
+        *([_LOSSES[step.loaded.loss]] if step.loaded.loss in _LOSSES else []),
         *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
         *config.trainer,
     ]
     return ", ".join(parts)
 
+
+_LOSSES = {"chunked": "TRL's chunked loss", "cut": "cut cross-entropy", "liger": "Liger's loss"}
+"""Losses to mention."""
 
 _AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offload", "offloaded activations"))
 """Settings of `LoadedAs` to mention when set."""
@@ -137,6 +141,7 @@ def verdict_text(outlook: Outlook) -> str:
     what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
     found = _finding(outlook) if outlook.card is None else _fit(outlook)
+    found = too_large_evaluation(outlook) or found + highest_moment(outlook)
     return f"{found}{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
 
 
@@ -245,6 +250,11 @@ def choice_table(outlook: Outlook) -> Table:
             *([f"{choice.time:.2f}"] if choice.time is not None else []),
         )
     return table
+
+
+def tables(outlook: Outlook) -> tuple[Table, Table]:
+    """Return the tables of choices, and of the moments of a run under the main one."""
+    return choice_table(outlook), moments_table(outlook, outlook.main)
 
 
 def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
@@ -451,6 +461,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "margin_bytes": breakdown.margin,
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
         "layers": [{"layer": layer, **dict(zip(KINDS, row, strict=True))} for layer, row in rows],
+        "moments": moments_figures(outlook),
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
         "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],
         "measured": asdict(outlook.measured) if outlook.measured else None,

@@ -69,8 +69,7 @@ KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("trainer_k
 
 version: version of the program covered by the lists.
 priced: keys used by the readers below.
-unpriced: keys that affect memory, with their neutral value: null for any disabled value, "=key" for the value of
-    another key, "<key" for at most that value.
+unpriced: keys that affect memory, with their neutral value: null for any disabled value.
 harmless, older: keys without an effect on memory; the latter belong to earlier versions.
 renamed: keys of earlier versions no longer read, by their current name.
 refused: keys of other, unpriced kinds of training, with the kinds that use them.
@@ -195,13 +194,11 @@ class _Keys:
 
     def changes(self, name: str, rule: Any) -> bool:
         """True if an unpriced key has a value that affects memory (see `KEYS`)."""
-        value, other = self.get(name), self.get(rule[1:]) if isinstance(rule, str) else None
+        value = self.get(name)
         if value is None or rule is None:
             off = isinstance(value, str) and value.lower() in ("false", "no", "none", "")
             return bool(value) and not off
-        if str(rule).startswith("<"):
-            return not (isinstance(value, int) and isinstance(other, int) and value <= other)
-        return bool(value) != bool(other) if str(rule).startswith("=") else value != rule
+        return bool(value != rule)
 
     def model(self, name: str) -> str | None:
         """Return the model's name; None if the command line must provide it."""
@@ -283,6 +280,30 @@ def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> 
     return shape | {"packed": flat, "accumulation": keys.number("gradient_accumulation_steps", 1)}
 
 
+_EVAL_ROWS = "per_device_eval_batch_size"
+
+
+def _evaluation(
+    keys: _Keys, on: object, rows: str, default: int, length: int, *, packed: bool, packs: str = ""
+) -> dict[str, Any]:
+    """Return the settings of an evaluation.
+
+    Args:
+        keys: the file.
+        on: what must be set for an evaluation to take place, beside a strategy.
+        rows: key of the rows of a batch.
+        default: its default.
+        length: tokens of a row.
+        packed: whether rows of training are packed without padding.
+        packs: key that decides whether those of evaluation are; as in training if it is missing.
+    """
+    strategy = keys.word("eval_strategy") or keys.word("evaluation_strategy")
+    if not on or strategy == "no":
+        return {"eval_batch_size": "none"}
+    one = {"eval_batch_size": keys.number(rows, default), "eval_length": length}
+    return one | {"eval_packed": packed and keys.flag(packs, True)}
+
+
 def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
     on = keys.flag("activation_checkpointing", on)  # the name from transformers 5.24 on
     given = keys.get("activation_checkpointing_kwargs") or keys.get("gradient_checkpointing_kwargs") or {}
@@ -338,8 +359,8 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     switches += [PLUGIN] if PLUGIN in plugins else []
     if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
         keys.notes.append("lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)")
-    liger, cut = keys.flag("liger_fused_linear_cross_entropy"), "CutCrossEntropy" in str(plugins)
-    cut = keys.flag("cut_cross_entropy", cut) or liger
+    cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in str(plugins))
+    loss = "cut" if cut else "liger" if keys.flag("liger_fused_linear_cross_entropy") else None
     flags = [name for name in ("flash", "sdp", "flex", "eager", "xformers", "sage") if keys.flag(f"{name}_attention")]
     attention = _attention(keys, "attn_implementation", flags[0].replace("sdp", "sdpa") if flags else None)
     packs = keys.flag("sample_packing") and attention in ("flash", "flex", None)
@@ -349,6 +370,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     if not named and not keys.flag("lora_target_linear"):
         named, default = "q_proj,v_proj", "PEFT's default is assumed, q_proj and v_proj for most models"
         keys.notes.append(f"lora_target_modules (none given: {default})")
+    held, length = keys.number("val_set_size", 0.0, 0) or keys.get("test_datasets"), keys.number("sequence_len", 512)
     half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
     return {
         "model": keys.model("base_model"),
@@ -362,12 +384,21 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         "optimizer": _optimizer(keys, "optimizer", "adamw_torch_fused"),
         "dtype": "bf16" if precise else "fp16" if half else "fp32",
         "attention": attention,
-        "loss": "cut" if cut else None,
+        "loss": loss,
         "expandable_segments": True,
-        **_rows(keys, "micro_batch_size", 1, keys.number("sequence_len", 512), flat=packs),
+        **_rows(keys, "micro_batch_size", 1, length, flat=packs),
         **_checkpointing(keys, checkpointed, True),
         "offload": offload or str(keys.get("gradient_checkpointing")).startswith("offload"),
         "stream": "all" if keys.flag("layer_offloading") else None,
+        **_evaluation(
+            keys,
+            held,
+            "eval_batch_size",
+            keys.number("micro_batch_size", 1),
+            keys.number("eval_sequence_len", length),
+            packed=packs,
+            packs="eval_sample_packing",
+        ),
     }
 
 
@@ -403,6 +434,7 @@ def _trl(keys: _Keys) -> dict[str, Any]:
         "loss": "chunked" if loss != "dft" else None,
         **_rows(keys, "per_device_train_batch_size", 8, length, flat=flat),
         **({"max_length": None} if "max_length" in keys.empty else {}),
+        **_evaluation(keys, keys.get("eval_strategy"), _EVAL_ROWS, 8, length, packed=flat, packs="eval_packing"),
         **_checkpointing(keys, keys.flag("gradient_checkpointing", True), False),
         "offload": keys.flag("activation_offloading"),
     }
@@ -419,6 +451,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         raise ConfigError(f"{keys.path}: quantization_bit: {bits} is not supported. Use 4 or 8.")
     flash = _attention(keys, "flash_attn")
     flat = keys.flag("neat_packing") and flash == "flash"
+    held, length = keys.number("val_size", 0.0, 0) or keys.get("eval_dataset"), keys.number("cutoff_len", 2048)
     return {
         "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_rank", 8),
@@ -431,8 +464,9 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         "optimizer": _optimizer(keys, "optim", "adamw_torch"),
         "dtype": "bf16" if keys.any("bf16", "pure_bf16") else "fp16" if keys.flag("fp16") else None,
         "attention": flash,
-        "loss": "cut" if keys.flag("enable_liger_kernel") else None,
-        **_rows(keys, "per_device_train_batch_size", 8, keys.number("cutoff_len", 2048), flat=flat),
+        "loss": "liger" if keys.flag("enable_liger_kernel") else None,
+        **_rows(keys, "per_device_train_batch_size", 8, length, flat=flat),
+        **_evaluation(keys, held and keys.get("eval_strategy"), _EVAL_ROWS, 8, length, packed=flat),
         **_checkpointing(keys, not keys.flag("disable_gradient_checkpointing"), keys.flag("use_reentrant_gc", True)),
         "offload": keys.flag("use_unsloth_gc"),
     }
@@ -459,6 +493,7 @@ def _swift(keys: _Keys) -> dict[str, Any]:
         batch["accumulation"] = -(-16 // rows)  # on one GPU
     if not {"max_length", "packing_length"} & set(keys.values):
         batch["max_length"] = None
+    held = keys.number("split_dataset_ratio", 0.0, 0) or keys.get("val_dataset")
     target = _names(keys, "target_regex") or _names(keys, "target_modules", "all-linear")
     named = f"{keys.get('target_modules')} {keys.get('modules_to_save')}"
     if group := re.search("all-(embedding|norm|router)", named):
@@ -479,9 +514,10 @@ def _swift(keys: _Keys) -> dict[str, Any]:
         "dtype": _DTYPES[dtype] if dtype != "auto" else None,
         "bf16": keys.flag("bf16", _DTYPES[dtype] == "bf16") if {"bf16", "torch_dtype"} & set(keys.values) else None,
         "attention": attention,
-        "loss": "cut" if keys.flag("use_liger_kernel") else None,
+        "loss": "liger" if keys.flag("use_liger_kernel") else None,
         "expandable_segments": "expandable_segments:True" in str(keys.get("ENV")) or None,
         **batch,
+        **_evaluation(keys, held, _EVAL_ROWS, 1, length, packed=flat),
         **_checkpointing(keys, keys.flag("gradient_checkpointing", True), reentrant),
     }
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...common.arrays import BoolArray, FloatArray, IntArray
 from ..model import MemoryModel
+from ..moments import Evaluation, forward_span
 from ..recording import NEVER, BatchShape, Recording, Segment, adapted_modules
 
 _MIB = 2**20
@@ -209,9 +210,7 @@ def step_events(recording: Recording, sizes: FloatArray, ranks: IntArray) -> Ste
 
 def evaluation_events(recording: Recording, sizes: FloatArray) -> StepEvents:
     """Return the allocations of a forward pass without saved tensors; see `step_events`."""
-    serials = np.flatnonzero(recording.created <= recording.forward_end)
-    ended = np.where(recording.freed_if_unsaved > recording.forward_end, NEVER, recording.freed_if_unsaved)
-    return _in_order(recording, sizes, serials, recording.created[serials], ended[serials])
+    return _in_order(recording, sizes, *forward_span(recording))
 
 
 def _in_order(recording: Recording, sizes: FloatArray, serials: IntArray, born: IntArray, died: IntArray) -> StepEvents:
@@ -347,7 +346,7 @@ def replay(
     loaded: Sequence[int],
     *,
     shape: BatchShape | None = None,
-    evaluation: BatchShape | None = None,
+    evaluation: Evaluation | None = None,
     workspace_bytes: int = 0,
     expandable: bool = False,
 ) -> Replayed:
@@ -358,7 +357,7 @@ def replay(
         ranks: the plan, (modules,).
         loaded: bytes of each storage of the frozen model, in loading order.
         shape: shape of the batches; defaults to that of calibration.
-        evaluation: batch shape of an evaluation after the steps, a forward pass without a graph; None for none.
+        evaluation: batches of an evaluation after the steps; None for none.
         workspace_bytes: bytes that cuBLAS allocates, half of them in each thread.
         expandable: whether the allocator uses `expandable_segments`.
 
@@ -384,7 +383,10 @@ def replay(
     allocated = run.allocator.restart_peak()
     run.allocator.empty_cache()  # as the allocator itself does before it runs out of memory
     if evaluation:
-        run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation)))
+        before = run.keep([(evaluation.kept - 1) * evaluation.output_bytes])
+        run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation.shape)))
+        run.release(run.keep([evaluation.loss_bytes]))
+        run.release(run.keep([evaluation.output_bytes, evaluation.kept * evaluation.output_bytes]) + before)
     after = run.allocator.peak_allocated if evaluation else 0
     return Replayed(allocated, after, run.allocator.peak_reserved)
 

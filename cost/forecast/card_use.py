@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ...common.arrays import IntArray
 from ..cards import DeviceSpec
 from ..model import MemoryModel
+from ..moments import Evaluation
 from ..recording import BatchShape
 from ..step_config import Quantization
 from .allocator import replay
@@ -101,7 +102,7 @@ def card_use(
     device: DeviceSpec,
     *,
     shape: BatchShape | None = None,
-    evaluation: BatchShape | None = None,
+    evaluation: Evaluation | None = None,
     expandable: bool = False,
     slack: float = SLACK,
 ) -> CardUse:
@@ -113,8 +114,7 @@ def card_use(
         loaded: bytes of each storage of the frozen model, from `breakdown.frozen_sizes`.
         device: the card.
         shape: shape of the batches; defaults to that of calibration.
-        evaluation: shape of evaluation batches; None for no evaluation. Evaluation is the recorded forward pass without
-            saved tensors: all logits, and the widest layer.
+        evaluation: batches of an evaluation; None for no evaluation.
         expandable: whether the allocator uses `expandable_segments`.
         slack: share of the card left free by a plan that fits.
 
@@ -153,12 +153,14 @@ class CardRoom:
         loaded: bytes of each storage of the frozen model.
         expandable: whether the allocator uses `expandable_segments`.
         slack: share of the card left free by a plan that fits.
+        evaluation: returns the evaluation of a run with training batches of a shape; None for none.
     """
 
     card: DeviceSpec
     loaded: tuple[int, ...]
     expandable: bool
     slack: float
+    evaluation: Callable[[BatchShape], Evaluation | None] = Evaluation
     _uses: dict[tuple[int, BatchShape, tuple[int, ...]], tuple[MemoryModel, CardUse]] = field(default_factory=dict)
 
     @property
@@ -190,7 +192,7 @@ class CardRoom:
                 self.loaded,
                 self.card,
                 shape=shape,
-                evaluation=shape,
+                evaluation=self.evaluation(shape),
                 expandable=self.expandable,
                 slack=self.slack,
             )

@@ -12,6 +12,7 @@ import numpy as np
 from ...common.errors import ConfigError, shown
 from ...lora.spec import ModuleSpec, plain_ranks
 from ..model import MemoryModel
+from ..moments import LOSS_BYTES, Evaluation
 from ..recording import BatchShape
 from ..savers.prices import ACTIVATIONS, Measure, Saved, price_savers
 from ..step_config import Attention, ExpertBits
@@ -24,9 +25,10 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 Implementation = Literal["eager", "sdpa", "flash", "flex"]
 """Attention implementation: separate operators, torch's SDPA, or a kernel that never materialises scores or a mask."""
 
-LossKind = Literal["model", "chunked", "cut"]
+LossKind = Literal["model", "chunked", "cut", "liger"]
 """Implementation of the loss. model: transformers or the exact savers. chunked: TRL's SFTTrainer, in tiles of the
-vocabulary. cut: cut cross-entropy (arXiv:2411.09009), or another kernel that stores no logits.
+vocabulary. cut: cut cross-entropy (arXiv:2411.09009), or another kernel that stores no logits. liger: Liger's kernel,
+which stores none in training, and all of them in evaluation.
 """
 
 
@@ -55,6 +57,10 @@ class LoadedAs:
         offload: whether inputs of checkpointed layers stay in main memory until recomputation.
         expandable_segments: whether torch's allocator uses expandable segments.
         stream: number of layers whose frozen weights stream from main memory, evenly spread, or "all".
+        eval_batch_size: rows of an evaluation batch; 0 for those of a training batch, "none" for no evaluation.
+        eval_length: tokens of one of these rows; 0 for those of a training row.
+        eval_packed: whether an evaluation batch holds its rows without padding, in one row.
+        keep_logits: rows of an evaluation whose logits are on the device at once, for `compute_metrics`.
     """
 
     device: Literal["cuda", "cpu"] = "cuda"
@@ -74,10 +80,35 @@ class LoadedAs:
     offload: bool = False
     expandable_segments: bool = False
     stream: int | Literal["all"] = 0
+    eval_batch_size: int | Literal["none"] = 0
+    eval_length: int = 0
+    eval_packed: bool = False
+    keep_logits: int = 0
 
     def __post_init__(self) -> None:
         if self.stream != "all" and (type(self.stream) is not int or self.stream < 0):
             raise ConfigError(f'stream is a number of layers or "all"; got {shown(self.stream)}.')
+        if self.eval_batch_size != "none" and (type(self.eval_batch_size) is not int or self.eval_batch_size < 0):
+            told = 'eval_batch_size is a number of rows, 0 for those of training, or "none"'
+            raise ConfigError(f"{told}; got {shown(self.eval_batch_size)}.")
+        if type(self.keep_logits) is not int or self.keep_logits < 0:
+            raise ConfigError(f"keep_logits is a number of rows of at least 0; got {shown(self.keep_logits)}.")
+
+    def evaluation(self, shape: BatchShape, model: LoadedModel, *, bf16: bool) -> Evaluation | None:
+        """Return the evaluation of a run with training batches of a shape; None for none.
+
+        Args:
+            shape: shape of a training batch.
+            model: the model.
+            bf16: whether it runs under bf16 autocast, after which the Trainer casts outputs to fp32.
+        """
+        if self.eval_batch_size == "none":
+            return None
+        rows, length = self.eval_batch_size or shape.rows, self.eval_length or shape.length
+        one = BatchShape(1, rows * length) if self.eval_packed else BatchShape(rows, length)
+        each = 4.0 if bf16 or model.precision == "float32" else 2.0
+        every = model.words * (LOSS_BYTES + each) if self.loss == "liger" else 0.0
+        return Evaluation(one, -(-self.keep_logits // rows), model.words * each, every)
 
 
 @dataclass(frozen=True)

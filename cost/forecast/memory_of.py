@@ -151,7 +151,9 @@ class AskedStep:
         adapter = self.loaded.adapter
         if adapter.get("lora_dropout"):  # regardless of the rate
             adapter = {**adapter, "lora_dropout": 0.05}
-        return replace(self.loaded, offload=False, expandable_segments=False, stream=0, adapter=adapter)
+        loss = "cut" if self.loaded.loss == "liger" else self.loaded.loss
+        usual = {name: getattr(LoadedAs(), name) for name in _AFTER_RECORDING}
+        return replace(self.loaded, **usual, loss=loss, adapter=adapter)
 
     def configured(self) -> tuple[ConfiguredStep, StepConfig]:
         """Return the step and its settings, with default sizes filled in."""
@@ -208,6 +210,11 @@ class AskedStep:
         step = replace(self.settings, gradient_checkpointing=True)
         return StepRecorder(self.model, step, self._recorded, checkpointing_optional=optional)
 
+
+_AFTER_RECORDING = (
+    "offload", "expandable_segments", "stream", "eval_batch_size", "eval_length", "eval_packed", "keep_logits",
+)  # fmt: skip
+"""Settings of `LoadedAs` without an effect on a recording."""
 
 _RECORDED = ("quantization", "prepare_kbit", "target_modules", "target_parameters", "bf16")
 

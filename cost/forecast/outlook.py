@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ..budget import Limit
 from ..cards import USUAL_CARD, DeviceSpec, card_rates, device_table
 from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
+from ..moments import Evaluation, Moment, moments_of_run
 from ..recording import BatchShape
 from ..step_config import StepConfig
 from ..streaming import ON_DEVICE, BaseLayers, StreamedTime
@@ -190,11 +191,18 @@ class Outlook:
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
-        self.room: CardRoom | None = CardRoom(card, frozen, expandable, self.slack) if card else None
+        self.room: CardRoom | None = None
+        if card:
+            self.room = CardRoom(card, frozen, expandable, self.slack, self.evaluation)
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
         asked_for = settings.gradient_checkpointing if card else "auto"
         layers = self._free.memory.recording.layers if asked_for else ()
         self._set = None if asked_for == "auto" else layers
+
+    def evaluation(self, shape: BatchShape) -> Evaluation | None:
+        """Return the evaluation of a run with training batches of a shape; None for none."""
+        found = self.given.loaded.evaluation(shape, self.given.model, bf16=self.settings.bf16)
+        return found if found is None or self._free.memory.predicts(found.shape) else Evaluation(shape)
 
     @cached_property
     def step(self) -> ConfiguredStep:
@@ -301,7 +309,8 @@ class Outlook:
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
             within = cost <= self._limit.value
-        elif room and room.is_hopeless(step_bytes):
+        needed = max(step_bytes, self._evaluation_bytes(memory, ranks, shape)) if room else step_bytes
+        if room and room.is_hopeless(needed):
             within = False
         return Choice(
             kind,
@@ -316,7 +325,26 @@ class Outlook:
             _memory=memory,
             _use=cache(lambda: room.use(memory, ranks, shape) if room else None),
             _within=within,
-            _has_slack=not room or not room.is_hopeless(step_bytes, self.slack),
+            _has_slack=not room or not room.is_hopeless(needed, self.slack),
+        )
+
+    def _evaluation_bytes(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape) -> float:
+        """Return the peak of an evaluation without the frozen model; 0 for none."""
+        found = self.evaluation(shape)
+        return found.bytes(memory, ranks) if found else 0.0
+
+    def moments(self, choice: Choice) -> tuple[Moment, ...]:
+        """Return the peaks of a run under a choice, in the order in which they come."""
+        gathered = self.shards.sharding in ("fsdp2", "zero3")
+        return moments_of_run(
+            choice._memory,
+            self.step.targets,
+            choice.ranks,
+            self.step.model.frozen_bytes,
+            step_bytes=choice.step_bytes,
+            evaluation=self.evaluation(choice.shape),
+            quantised=self.settings.quantization != "none",
+            loaded_bytes=self.given.model.frozen_bytes if gathered else self.streamed * self.base.layer_bytes,
         )
 
     @cached_property
@@ -527,5 +555,37 @@ def brought_by_streaming(outlook: Outlook) -> Outlook | None:
 
 def with_streamed(outlook: Outlook, layers: int) -> Outlook:
     """Return the outlook of the same step with this number of streamed layers."""
-    step = replace(outlook.given, loaded=replace(outlook.given.loaded, stream=layers))
+    return _with(outlook, stream=layers)
+
+
+def _with(outlook: Outlook, **settings: Any) -> Outlook:
+    """Return the outlook of the same step with other settings of `LoadedAs`, which must not change its recording."""
+    step = replace(outlook.given, loaded=replace(outlook.given.loaded, **settings))
     return Outlook(step, outlook.rank, outlook.settings, card=outlook.card, dtype=outlook.dtype, shards=outlook.shards)
+
+
+def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
+    """Return the outlook with the largest evaluation that fits the card, if only the one asked for does not fit.
+
+    First fewer logits are kept, then none, then batches are halved.
+    """
+    asked, loaded = outlook.evaluation(outlook.memory.shape), outlook.given.loaded
+    if outlook.room is None or asked is None or (outlook.best and outlook.best.fits):
+        return None
+    bare = _with(outlook, eval_batch_size="none")
+    if bare.best is None or not bare.best.fits:
+        return None
+    rows = loaded.eval_batch_size or outlook.memory.shape.rows
+    assert isinstance(rows, int), "there is an evaluation"
+    smaller = [(rows, batches * rows) for batches in _halves(asked.kept)]
+    for size, kept in (*smaller, *((size, 0) for size in (rows, *_halves(rows)))):
+        other = _with(outlook, eval_batch_size=size, keep_logits=kept)
+        assert other.room is not None, "there is a card"
+        if other.room.use(bare.best._memory, bare.best.ranks, bare.best.shape).verdict == "fits":
+            return other
+    return None
+
+
+def _halves(count: int) -> list[int]:
+    """Return halves of a count, rounded down, to 1."""
+    return [count >> shift for shift in range(1, count.bit_length())]

@@ -16,6 +16,7 @@ from ...common.text import format_bytes
 from ...cost.batch_shape import Batch, reshaped, shape_of
 from ...cost.cost import ByteCost, plan_cost
 from ...cost.model import MemoryModel
+from ...cost.moments import Evaluation
 from ...cost.record.calibration import measure_memory
 from ...cost.record.model_states import excess_of_state
 from ...cost.record.peak_meter import PeakMeter, StepBatches, likely_cause
@@ -338,6 +339,17 @@ class PeakGuard(Participant):
             if self.plan.checkpointing:
                 self.plan.checkpointing.pause()
             yield
+
+    def expected_evaluation(self, rows: int) -> float:
+        """Return the predicted peak of an evaluation in batches of `rows`, as a share of the budget; 0 if unknown.
+
+        Its rows are assumed to be as long as those of training.
+        """
+        now, applier = self.plan.now, self.plan.applier
+        shape = BatchShape(rows, now.shape.length)
+        if not now.limits_bytes or now.memory is None or not now.memory.predicts(shape):
+            return 0.0
+        return Evaluation(shape).bytes(now.memory, applier.ranks) / applier.limit
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -95,7 +95,7 @@ def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path:
     assert set(figures) == described - {"model", "task", "device"}
     assert figures["schema"] == 1
     assert {"torch", "transformers"} <= set(figures["libraries"])
-    for name in ("choices", "grid", "exact_savers"):
+    for name in ("choices", "grid", "exact_savers", "moments"):
         assert set(figures[name][0]) <= texts[name], name
 
 

@@ -16,6 +16,7 @@ from rankpilot.cost.forecast.configured_step import LoadedAs
 from rankpilot.cost.forecast.memory_of import AskedStep
 from rankpilot.cost.forecast.of_targets import OfTargets, places_of
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
+from rankpilot.cost.moments import Evaluation
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.lora.spec import ModuleSpec, highest_ranks
@@ -68,7 +69,9 @@ def test_it_is_what_a_recording_of_its_own_tells(name: str, target_modules: str,
             pair = [step.memory.with_checkpointed(layers) for step in (mine, its)]
             assert_same([memory.peak(ranks, shape) for memory in pair])
             assert_same([plan_cost(memory.cost(shape), ranks) for memory in pair])
-            assert_same([replay(memory, ranks, its.model.frozen, evaluation=shape).allocated for memory in pair])
+            assert_same(
+                [replay(memory, ranks, its.model.frozen, evaluation=Evaluation(shape)).allocated for memory in pair]
+            )
             assert mine.work is not None
             assert its.work is not None
             seconds = [step.work.time(rates).seconds(ranks, layers) for step in (mine, its) if step.work]

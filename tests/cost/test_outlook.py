@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,13 +18,13 @@ from rankpilot.cost.forecast.allocator import replay
 from rankpilot.cost.forecast.card_use import SLACK
 from rankpilot.cost.forecast.configured_step import Shards
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.cost.forecast.outlook import Outlook, brought_by_offloading, smallest_use
+from rankpilot.cost.forecast.outlook import Outlook, brought_by_offloading, smallest_use, with_smaller_evaluation
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.report.memory import configuration_text, verdict_text
+from rankpilot.report.moments import too_large_evaluation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 LAYERS = 4
-
 
 ENCODER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENCODER["vocab_size"] = 64
@@ -285,3 +286,34 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], words: str) 
     given = {"model": t.LlamaConfig(**LLAMA), "card": "24GiB"} | options
     with pytest.raises(error, match=words):
         rankpilot.memory_of(given.pop("model"), given.pop("card"), **given)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_evaluation_that_does_not_fit_is_told_with_settings_that_do(seed: int) -> None:
+    drawn, wide = np.random.default_rng(seed), llama("24GiB")
+    asked: dict[str, Any] = {
+        "eval_batch_size": int(drawn.integers(8, 65)),
+        "eval_length": int(drawn.integers(64, 2048)),
+    }
+    asked |= {"loss": str(drawn.choice(["model", "liger"])), "eval_packed": bool(drawn.integers(2))}
+    asked |= {"keep_logits": int(drawn.integers(1, 400))} if drawn.integers(2) else {}
+    least = wide.choice(LAYERS, 8, wide.checkpointable).use.total_bytes
+    spec = find_device_spec(f"{1.1 * least / 2**20:.0f}MiB")
+
+    def evaluated(**settings: Any) -> Outlook:
+        step = replace(wide._free, loaded=replace(wide.given.loaded, **settings))
+        outlook = Outlook(step, 8, wide.settings, card=spec, dtype=wide.dtype)
+        outlook._lean = None  # not recorded again
+        return outlook
+
+    plan = wide.plan(LAYERS, 8)
+    while (found := evaluated(**asked)).evaluation(wide.memory.shape).bytes(wide.memory, plan) < spec.memory_bytes:
+        asked["eval_batch_size"] *= 2
+    assert not (found.best and found.best.fits)
+    other = with_smaller_evaluation(found)
+    assert other.best.fits
+    loaded, told = other.given.loaded, too_large_evaluation(found)
+    assert ("per_device_eval_batch_size" in told) == (loaded.eval_batch_size != asked["eval_batch_size"])
+    fewer = any(each in told for each in ("prediction_loss_only", "eval_accumulation_steps"))
+    assert fewer == (loaded.keep_logits != asked.get("keep_logits", 0))
+    assert evaluated(**asked | {"eval_batch_size": "none"}).best.fits

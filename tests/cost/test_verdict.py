@@ -11,6 +11,7 @@ from rankpilot.cost.forecast.allocator import replay
 from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import from_config
+from rankpilot.cost.moments import Evaluation
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from transformers import LlamaConfig
@@ -59,12 +60,14 @@ def test_verdicts_change_where_the_card_is_full(step):
 
 
 def test_evaluation_counts_where_it_is_the_peak(step):
-    training, few = use_of(step), use_of(step, evaluation=BatchShape(1, 64))
+    training, few = use_of(step), use_of(step, evaluation=Evaluation(BatchShape(1, 64)))
     assert 0 < few.evaluation_bytes < few.step_bytes
     assert few.total_bytes == training.total_bytes
-    many = use_of(step, evaluation=BatchShape(64, 512))
+    many = use_of(step, evaluation=Evaluation(BatchShape(64, 512)))
     assert many.evaluation_bytes > 64 * 512 * CONFIG.vocab_size * 4 > many.step_bytes
     assert many.allocated_bytes == many.base_bytes + many.evaluation_bytes
+    kept = use_of(step, evaluation=Evaluation(BatchShape(64, 512), 3, 4 * CONFIG.vocab_size))
+    assert kept.evaluation_bytes > 6 * 64 * 512 * CONFIG.vocab_size * 4
 
 
 def test_accumulated_gradients_and_rank_count(step):

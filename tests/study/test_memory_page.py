@@ -24,6 +24,7 @@ from rankpilot.cost.forecast.memory_of import AskedStep, shipped
 from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.model import MemoryModel
+from rankpilot.cost.moments import Evaluation
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
@@ -112,7 +113,7 @@ def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
         shards.loaded(model),
         device_table()[asked["card"]],
         shape=shape,
-        evaluation=shape,
+        evaluation=Evaluation(shape),
         expandable=asked["expandable"],
     )
 

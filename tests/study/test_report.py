@@ -60,8 +60,11 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
 
 @pytest.fixture(autouse=True)
 def _no_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An outlook of given numbers has no byte model to offload."""
+    """An outlook of given numbers has no byte model."""
     monkeypatch.setattr("rankpilot.report.memory.brought_by_offloading", lambda outlook: None)
+    for name in ("too_large_evaluation", "highest_moment"):
+        monkeypatch.setattr(f"rankpilot.report.memory.{name}", lambda outlook: "")
+    monkeypatch.setattr("rankpilot.report.memory.moments_figures", lambda outlook: [])
 
 
 def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measured: MeasuredStep | None = None) -> Any:

@@ -196,7 +196,7 @@ def test_swift(tmp_path):
         ("gradient_checkpointing: false", "reentrant", False),
         ("ENV: {NPROC_PER_NODE: 2}", "reentrant", False),
         ("ENV: {PYTORCH_CUDA_ALLOC_CONF: 'expandable_segments:True'}", "expandable_segments", True),
-        ("use_liger_kernel: true", "loss", "cut"),
+        ("use_liger_kernel: true", "loss", "liger"),
         ("max_length: null", "max_length", None),
     ],
 )
@@ -294,8 +294,6 @@ def test_bad_files_get_one_line(text, message, tmp_path):
     [
         (AXOLOTL, "lora_mlp_kernel: true", "lora_mlp_kernel"),
         (AXOLOTL, "{lora_mlp_kernel: false, eval_batch_size: 2, sample_packing: true, eval_sample_packing: true}", ""),
-        (AXOLOTL, "eval_batch_size: 8", "eval_batch_size"),
-        (AXOLOTL, "eval_sample_packing: false", "eval_sample_packing"),
         (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "bnb_config_kwargs"),
         (AXOLOTL, "unfrozen_parameters: [lm_head]", "unfrozen_parameters"),
         (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
@@ -310,7 +308,6 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, "attn_implementation: s2", "attn_implementation: 's2'"),
         (AXOLOTL, "deepspeed: {zero_optimization: {stage: 3.7}}", "ZeRO stage"),
         (TRL, "{neftune_noise_alpha: 5, label_smoothing_factor: 0.0}", "neftune_noise_alpha"),
-        (TRL, "{per_device_eval_batch_size: 16, eval_packing: false}", "per_device_eval_batch_size"),
         (LLAMA_FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", "image_max_pixels"),
         (LLAMA_FACTORY, "freeze_vision_tower: false", "freeze_vision_tower"),
         (SWIFT, "{freeze_vit: false, loss_scale: last_round}", "freeze_vit, loss_scale"),
@@ -323,6 +320,37 @@ def test_what_is_not_priced_is_named(base, change, told, tmp_path):
     file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
     named = [name for name in file.unpriced if "by default" not in name]
     assert (told in ", ".join(named), bool(named), file.unread) == (True, bool(told), ())
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "evaluation"),
+    [
+        (AXOLOTL, "val_set_size: 0", "none"),
+        (AXOLOTL, "val_set_size: 0.05", (2, 2048, True)),
+        (AXOLOTL, "{val_set_size: 0.05, eval_strategy: 'no'}", "none"),
+        (AXOLOTL, "{test_datasets: [{path: a}], eval_batch_size: 8, eval_sample_packing: false}", (8, 2048, False)),
+        (AXOLOTL, "{val_set_size: 100, eval_sequence_len: 4096}", (2, 4096, True)),
+        (TRL, "per_device_eval_batch_size: 16", "none"),
+        (TRL, "eval_strategy: steps", (8, 512, False)),
+        (TRL, "{eval_strategy: epoch, attn_implementation: flash_attention_2, packing: true}", (8, 512, True)),
+        (
+            TRL,
+            "{eval_strategy: epoch, attn_implementation: flash_attention_2, packing: true, eval_packing: false}",
+            (8, 512, False),
+        ),
+        (LLAMA_FACTORY, "{val_size: 0.1, eval_strategy: steps, cutoff_len: 1024}", (8, 1024, False)),
+        (LLAMA_FACTORY, "val_size: 0.1", "none"),
+        (SWIFT, "{val_dataset: a, per_device_eval_batch_size: 4, max_length: 512}", (4, 512, False)),
+        (SWIFT, "split_dataset_ratio: 0.0", "none"),
+    ],
+)
+def test_evaluation_is_read(base, change, evaluation, tmp_path):
+    values = yaml.safe_load(base) | yaml.safe_load(change)
+    settings = read_trainer_file(read(tmp_path, yaml.safe_dump(values))).settings
+    if evaluation == "none":
+        assert settings["eval_batch_size"] == "none"
+    else:
+        assert (settings["eval_batch_size"], settings["eval_length"], settings["eval_packed"]) == evaluation
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""Report on the moments of a run: the peak of each, the one that decides, and the setting that mends an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from ..common.text import byte_unit, format_bytes, make_table
+from ..cost.forecast.outlook import Choice, Outlook, with_smaller_evaluation
+from ..cost.moments import Evaluation
+
+_SHOWN = {
+    "load": "the frozen model",
+    "first step": "first step",
+    "step": "later steps",
+    "evaluation": "evaluation",
+    "checkpoint": "saving a checkpoint",
+    "resume": "resuming from one",
+    "merge": "merging the adapter",
+}
+"""Names of moments in tables."""
+
+
+def moments_table(outlook: Outlook, choice: Choice) -> Table:
+    """Tabulate the peak of tensors at each moment under a choice, and the bytes of main memory it needs."""
+    moments = outlook.moments(choice)
+    highest = max(moments, key=lambda moment: (moment.device_bytes, moment.name == "step"))
+    unit, size = byte_unit(highest.device_bytes)
+    where = "card" if outlook.card else "device"
+    table = make_table(f"Peak of tensors at each moment of the run, in {unit}", ("moment", f"on the {where}", "main"))
+    for moment in moments:
+        name = _SHOWN[moment.name]
+        name += f", {_evaluation_text(outlook.evaluation(choice.shape))}" if moment.name == "evaluation" else ""
+        main = format_bytes(moment.main_bytes) if moment.main_bytes else ""
+        table.add_row(name, f"{moment.device_bytes / size:.2f}{' *' if moment is highest else ''}", main)
+    return table
+
+
+def too_large_evaluation(outlook: Outlook) -> str:
+    """Return a line if a card has room for training but not for the evaluation, and what mends it; else empty."""
+    if not (other := with_smaller_evaluation(outlook)):
+        return ""
+    batches = _evaluation_text(outlook.evaluation(outlook.memory.shape))
+    takes = format_bytes(_by_name(outlook, outlook.choices[0])["evaluation"], up=True)
+    told = f"Training fits, but evaluation in {batches} does not: its tensors take {takes}"
+    return f"{told}. It fits with {_changes(outlook, other)}."
+
+
+def highest_moment(outlook: Outlook) -> str:
+    """Return a line if the peak of the run is not in a training step; else empty."""
+    peaks = _by_name(outlook, outlook.main)
+    highest = max(peaks, key=lambda name: (peaks[name], name == "step"))
+    if highest == "step":
+        return ""
+    batches = f" in {_evaluation_text(outlook.evaluation(outlook.main.shape))}" if highest == "evaluation" else ""
+    beside = f"{format_bytes(peaks[highest])} of tensors, beside {format_bytes(peaks['step'])} in a step"
+    return f" The peak of the run is {_SHOWN[highest]}{batches}: {beside}."
+
+
+def moments_figures(outlook: Outlook) -> list[dict[str, Any]]:
+    """Return the moments of the main choice as JSON values."""
+    return [asdict(moment) for moment in outlook.moments(outlook.main)]
+
+
+def _by_name(outlook: Outlook, choice: Choice) -> dict[str, float]:
+    """Return the bytes of tensors on the device by moment."""
+    return {moment.name: moment.device_bytes for moment in outlook.moments(choice)}
+
+
+def _evaluation_text(evaluation: Evaluation | None) -> str:
+    """Describe the batches of an evaluation."""
+    assert evaluation is not None, "the run evaluates"
+    told = f"batches of {evaluation.shape}"
+    return f"{told} (the logits of {evaluation.kept} at once)" if evaluation.kept else told
+
+
+def _changes(outlook: Outlook, other: Outlook) -> str:
+    """Name the settings by which an evaluation differs from another one, of the Trainer and of the command."""
+    asked, found = (each.evaluation(each.memory.shape) for each in (outlook, other))
+    assert asked, "both runs evaluate"
+    assert found, "both runs evaluate"
+    rows, kept = other.given.loaded.eval_batch_size, other.given.loaded.keep_logits
+    outputs = f"eval_accumulation_steps={found.kept} (--keep-logits {kept})" if found.kept else "prediction_loss_only"
+    return " and ".join(
+        [
+            *([outputs] if found.kept != asked.kept else []),
+            *([f"per_device_eval_batch_size={rows} (--eval-batch-size)"] if found.shape != asked.shape else []),
+        ]
+    )
