@@ -196,7 +196,7 @@ def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
     return default
 
 
-_FURTHER = ("adapter", "double_quantization", "eval_length", "eval_packed")
+_FURTHER = ("adapter", "double_quantization", "eval_length", "eval_packed", "rollouts")
 """Settings of a file without a command-line option."""
 
 

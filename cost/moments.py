@@ -19,7 +19,7 @@ from ..lora.spec import ModuleSpec
 from .model import MemoryModel
 from .recording import NEVER, BatchShape, Recording
 
-MomentName = Literal["load", "first step", "step", "evaluation", "checkpoint", "resume", "merge"]
+MomentName = Literal["load", "first step", "step", "evaluation", "generation", "checkpoint", "resume", "merge"]
 
 DELTA_BYTES, QUANTISED_DELTA_BYTES = 8, 14
 """Bytes per weight of a module during its merging into frozen weights, plain and quantised ones: two fp32 products, or
@@ -131,6 +131,8 @@ def moments_of_run(
     evaluation: Evaluation | None,
     quantised: bool = False,
     loaded_bytes: float = 0.0,
+    awake_bytes: float = 0.0,
+    generation_bytes: float = 0.0,
 ) -> tuple[Moment, ...]:
     """Return the moments of a run in the order in which they come.
 
@@ -143,6 +145,8 @@ def moments_of_run(
         evaluation: batches of an evaluation; None for a run without one.
         quantised: whether frozen weights are quantised.
         loaded_bytes: bytes of main memory that loading takes.
+        awake_bytes: bytes that an engine for generation holds during training.
+        generation_bytes: bytes of generation beside these and the model; 0 for none.
     """
     states = memory.states
     adapters = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
@@ -151,13 +155,19 @@ def moments_of_run(
     widest = max(
         (each.d_in * each.d_out // each.experts for each, rank in zip(targets, ranks, strict=True) if rank), default=0
     )
-    evaluated = () if evaluation is None else (Moment("evaluation", frozen_bytes + evaluation.bytes(memory, ranks)),)
-    return (
+    there = frozen_bytes + awake_bytes
+    found = [
         Moment("load", frozen_bytes, loaded_bytes),
-        Moment("first step", frozen_bytes + min(first_step_bytes(memory, ranks), step_bytes)),
-        Moment("step", frozen_bytes + step_bytes),
-        *evaluated,
-        Moment("checkpoint", frozen_bytes + held, adapters),
-        Moment("resume", frozen_bytes + held, held),
-        Moment("merge", frozen_bytes + held + delta * widest),
+        Moment("first step", there + min(first_step_bytes(memory, ranks), step_bytes)),
+        Moment("step", there + step_bytes),
+    ]
+    if evaluation:
+        found.append(Moment("evaluation", there + evaluation.bytes(memory, ranks)))
+    if awake_bytes or generation_bytes:
+        found.append(Moment("generation", there + held + generation_bytes))
+    return (
+        *found,
+        Moment("checkpoint", there + held, adapters),
+        Moment("resume", there + held, held),
+        Moment("merge", there + held + delta * widest),
     )

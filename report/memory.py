@@ -27,6 +27,7 @@ from .config import MemoryConfig
 from .doubts import doubts, of_loading
 from .moments import highest_moment, moments_figures, moments_table, too_large_evaluation
 from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
+from .rollouts import rollouts_text
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
@@ -142,6 +143,10 @@ def verdict_text(outlook: Outlook) -> str:
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
     found = _finding(outlook) if outlook.card is None else _fit(outlook)
     found = too_large_evaluation(outlook) or found + highest_moment(outlook)
+    if engine := rollouts_text(outlook):
+        if outlook.engine_lacks > 0:
+            return f"Does not fit: vLLM would not start. {engine}{told}{prepared}"
+        found += f" {engine}"
     return f"{found}{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
 
 

@@ -16,6 +16,7 @@ _SHOWN = {
     "first step": "first step",
     "step": "later steps",
     "evaluation": "evaluation",
+    "generation": "generating answers",
     "checkpoint": "saving a checkpoint",
     "resume": "resuming from one",
     "merge": "merging the adapter",

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 
 from ..common.errors import MOST_NAME, ConfigError, shown
 from ..common.files import parse_yaml, read_text
+from ..cost.rollouts import Engine, Rollouts
 from ..finetune.options import KEY, OptionsInFile
 
 MOST_BYTES = 2**20
@@ -46,7 +47,8 @@ class TrainerFile:
     @property
     def sums(self) -> bool:
         """True if the program's loss is known to be a sum over rows or tokens, as that of TRL's SFTTrainer."""
-        return self.program == "TRL" and not set(self.unpriced) & set(_NO_SUM)
+        unsuited = set(self.unpriced) & set(_NO_SUM) or "rollouts" in self.settings
+        return self.program == "TRL" and not unsuited
 
     def remarks(self, path: str) -> Iterator[str]:
         """Yield a line for each kind of uncounted key."""
@@ -96,11 +98,13 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     table = KEYS[program]
     if program == "ms-swift" and (kind := keys.get("rlhf_type")):
         raise keys.refuse(f"trains with rlhf_type: {shown(kind)}")
-    if foreign := [key for key in table["refused"] if keys.get(key, False) is not False]:
+    foreign = [key for key in table["refused"] if keys.get(key, False) is not False]
+    if foreign and not _is_grpo(program, foreign):
         known = Counter(training for key in foreign for training in table["refused"][key])
         most = [training for training, count in known.most_common(3) if count == max(known.values())]
         raise keys.refuse(f"configures another kind of training, {' or '.join(most)} ({', '.join(foreign[:4])})")
-    settings = _READERS[program](keys) | {"sharding": _sharding(keys), "exact_savers": False}
+    read = _grpo if foreign else _READERS[program]
+    settings = read(keys) | {"sharding": _sharding(keys), "exact_savers": False}
     if settings.get("quantization"):
         settings["prepare_kbit"] = False  # all of them keep norms and embeddings in 16 bits
     keys.notes += [key for key, rule in table["unpriced"].items() if keys.changes(key, rule)]
@@ -108,6 +112,11 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     unread = tuple(key for key in keys.values if key not in every)
     settings = {name: value for name, value in settings.items() if value is not None}
     return TrainerFile(program, settings, unread, tuple(keys.notes), run)
+
+
+def _is_grpo(program: str, foreign: Sequence[str]) -> bool:
+    """True if keys beside those of SFT are all of TRL's GRPOConfig."""
+    return program == "TRL" and all("GRPO" in KEYS[program]["refused"][key] for key in foreign)
 
 
 def _parsed(path: Path) -> Any:
@@ -209,7 +218,9 @@ class _Keys:
 
     def refuse(self, what: str, do: str = _MEASURE) -> ConfigError:
         """Return the error for an unsupported kind of training; `do` is the advice."""
-        return ConfigError(f"{self.path} {what}. rankpilot memory --config supports SFT with LoRA or QLoRA. {do}.")
+        return ConfigError(
+            f"{self.path} {what}. rankpilot memory --config supports SFT and TRL's GRPO with LoRA or QLoRA. {do}."
+        )
 
 
 _OPTIMIZERS = {
@@ -438,6 +449,33 @@ def _trl(keys: _Keys) -> dict[str, Any]:
         **_checkpointing(keys, keys.flag("gradient_checkpointing", True), False),
         "offload": keys.flag("activation_offloading"),
     }
+
+
+_GRPO_NOTES = ("cast_lm_head_to_fp32", "sync_ref_model", "use_liger_kernel", "use_transformers_continuous_batching")
+"""Settings of GRPO that affect memory and are not counted."""
+
+
+def _grpo(keys: _Keys) -> dict[str, Any]:
+    """Return the settings of TRL's GRPOTrainer, whose step is SFT's on prompts and answers, with generation between."""
+    if keys.guarded:
+        raise keys.refuse("sets options of rankpilot under GRPO", f"Remove {KEY}")
+    answer, batches = keys.number("max_completion_length", 512), keys.number("gradient_accumulation_steps", 1)
+    batches = keys.number("steps_per_generation", batches)
+    rows = keys.number("per_device_train_batch_size", 8) * batches
+    rows = keys.number("generation_batch_size", rows)
+    prompt, longest = keys.number("max_prompt_length", 0, 0), keys.number("vllm_max_model_length", 0, 0)
+    length = longest or (prompt + answer if prompt else None)
+    engine = None
+    if keys.flag("use_vllm") and keys.word("vllm_mode", "colocate") == "colocate":
+        share, cards = keys.number("vllm_gpu_memory_utilization", 0.3, 0), keys.number("vllm_tensor_parallel_size", 1)
+        engine = Engine(share, keys.flag("vllm_enable_sleep_mode"), cards)
+    keys.notes += [name for name in _GRPO_NOTES if keys.flag(name)]
+    own = {"loss_type": "nll", "max_length": length or 2, "eval_strategy": None}
+    of_sft = _Keys({**keys.values, **own}, keys.path)
+    settings = _trl(of_sft) | {"max_length": length, "eval_batch_size": "none"}
+    keys.notes += of_sft.notes
+    generates = not keys.flag("use_vllm") or engine is not None  # else a server elsewhere does
+    return settings | {"rollouts": Rollouts(rows, engine) if generates else None}
 
 
 def _llama_factory(keys: _Keys) -> dict[str, Any]:

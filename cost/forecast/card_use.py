@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...common.arrays import IntArray
 from ..cards import DeviceSpec
 from ..model import MemoryModel
-from ..moments import Evaluation
+from ..moments import Evaluation, between_steps
 from ..recording import BatchShape
 from ..step_config import Quantization
 from .allocator import replay
@@ -46,7 +46,7 @@ class CardUse:
         device: the card.
         base_bytes: the frozen model.
         step_bytes: tensors at the peak of a training step, excluding the frozen model, including library workspaces.
-        evaluation_bytes: the same at the peak of evaluation; 0 without evaluation.
+        evaluation_bytes: the same at the peak of evaluation, or of generation; 0 without both.
         reserve_bytes: bytes reserved by the allocator beyond tensors, at most.
         context_bytes: the CUDA context.
         margin_bytes: safety margin of the byte model against predictions that are too low.
@@ -154,6 +154,7 @@ class CardRoom:
         expandable: whether the allocator uses `expandable_segments`.
         slack: share of the card left free by a plan that fits.
         evaluation: returns the evaluation of a run with training batches of a shape; None for none.
+        generation: returns the bytes of generation beside the model for such batches; 0 for none.
     """
 
     card: DeviceSpec
@@ -161,6 +162,7 @@ class CardRoom:
     expandable: bool
     slack: float
     evaluation: Callable[[BatchShape], Evaluation | None] = Evaluation
+    generation: Callable[[BatchShape], float] = lambda shape: 0.0
     _uses: dict[tuple[int, BatchShape, tuple[int, ...]], tuple[MemoryModel, CardUse]] = field(default_factory=dict)
 
     @property
@@ -196,6 +198,9 @@ class CardRoom:
                 expandable=self.expandable,
                 slack=self.slack,
             )
+            if generates := self.generation(shape):
+                held = int(between_steps(memory, ranks) + generates)
+                use = replace(use, evaluation_bytes=max(use.evaluation_bytes, held))
             self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
         return self._uses[key][1]
 

@@ -14,6 +14,7 @@ from ...lora.spec import ModuleSpec, plain_ranks
 from ..model import MemoryModel
 from ..moments import LOSS_BYTES, Evaluation
 from ..recording import BatchShape
+from ..rollouts import Rollouts
 from ..savers.prices import ACTIVATIONS, Measure, Saved, price_savers
 from ..step_config import Attention, ExpertBits
 from ..step_time import StepWork
@@ -61,6 +62,7 @@ class LoadedAs:
         eval_length: tokens of one of these rows; 0 for those of a training row.
         eval_packed: whether an evaluation batch holds its rows without padding, in one row.
         keep_logits: rows of an evaluation whose logits are on the device at once, for `compute_metrics`.
+        rollouts: generation of answers between steps; None without.
     """
 
     device: Literal["cuda", "cpu"] = "cuda"
@@ -84,6 +86,7 @@ class LoadedAs:
     eval_length: int = 0
     eval_packed: bool = False
     keep_logits: int = 0
+    rollouts: Rollouts | None = None
 
     def __post_init__(self) -> None:
         if self.stream != "all" and (type(self.stream) is not int or self.stream < 0):
@@ -134,6 +137,7 @@ class LoadedModel:
         is_eager: whether attention stores the scores of all token pairs.
         has_xielu: whether it uses the xIELU activation function.
         words: vocabulary size in its configuration; 0 if not given.
+        config: fields of its configuration; empty for a loaded model.
         own_code: whether the configuration refers to code shipped with the weights; predictions use transformers' code.
         task_type: PEFT's name for the task.
         saved_modules: names of fully trained modules, such as a new classifier.
@@ -157,6 +161,7 @@ class LoadedModel:
     is_eager: bool = False
     has_xielu: bool = False
     words: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     own_code: bool = False
     task_type: str | None = None
     saved_modules: tuple[str, ...] = ()

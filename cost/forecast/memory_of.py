@@ -67,9 +67,9 @@ def memory_of(
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
         settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments,
-            stream, adapter ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
-            accumulation, gradient_checkpointing (all layers, none, or "auto": as few as fit). Sizes default to those of
-            the commands.
+            stream, adapter, eval_batch_size, keep_logits, rollouts ...; and of `StepConfig`: batch_size, max_length,
+            quantization, optimizer, target_modules, accumulation, gradient_checkpointing (all layers, none, or "auto":
+            as few as fit). Sizes default to those of the commands.
 
     Returns:
         The outlook; its `best`, `choices` and `grid` are computed lazily.
@@ -89,8 +89,10 @@ def memory_of(
     _check(rank, attention, settings)
     check_dropout(lora_dropout)
     adapter = _adapter(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {})
+    rollouts = of_load.pop("rollouts", None)
     loaded = replace(
         from_json(LoadedAs, {"padded": padded} | of_load),
+        rollouts=rollouts,
         dtype=dtype,
         attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
         implementation=None if attention == "math" else attention,
@@ -171,7 +173,7 @@ class AskedStep:
         """Add the facts only found in the model's configuration."""
         said = _fields(self.model)
         words = said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or 0
-        model = replace(found.model, words=words, own_code=bool(said.get("auto_map")))
+        model = replace(found.model, words=words, own_code=bool(said.get("auto_map")), config=said)
 
         def leaner() -> ConfiguredStep | None:
             lean = found.leaner()
@@ -213,6 +215,7 @@ class AskedStep:
 
 _AFTER_RECORDING = (
     "offload", "expandable_segments", "stream", "eval_batch_size", "eval_length", "eval_packed", "keep_logits",
+    "rollouts",
 )  # fmt: skip
 """Settings of `LoadedAs` without an effect on a recording."""
 

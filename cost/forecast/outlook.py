@@ -24,8 +24,9 @@ from ..budget import Limit
 from ..cards import USUAL_CARD, DeviceSpec, card_rates, device_table
 from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
-from ..moments import Evaluation, Moment, moments_of_run
+from ..moments import Evaluation, Moment, between_steps, moments_of_run
 from ..recording import BatchShape
+from ..rollouts import EngineNeeds, Rollouts, cache_bytes_of
 from ..step_config import StepConfig
 from ..streaming import ON_DEVICE, BaseLayers, StreamedTime
 from .card_use import SURELY, CardRoom, CardUse, Verdict, slack_of
@@ -39,6 +40,9 @@ SHARES = (0.75, 0.5, 0.25)
 
 RESERVE = 0.025
 """Initial guess of the allocator's reserve, as a share of all tensors."""
+
+MOST_ROW = 2**17
+"""Most tokens of a row that are tried for a model without a limit of its own."""
 
 RANKS = (1, 8, 16, 64)
 """Uniform ranks to show in addition to the requested one."""
@@ -191,13 +195,38 @@ class Outlook:
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
+        self._rollouts = step.loaded.rollouts or Rollouts(0)
         self.room: CardRoom | None = None
         if card:
-            self.room = CardRoom(card, frozen, expandable, self.slack, self.evaluation)
+            awake = int(self._rollouts.awake_bytes(card.memory_bytes))
+            beside = replace(card, context_bytes=card.context_bytes + awake)
+            self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self._generation_bytes)
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
         asked_for = settings.gradient_checkpointing if card else "auto"
         layers = self._free.memory.recording.layers if asked_for else ()
         self._set = None if asked_for == "auto" else layers
+
+    def _generation_bytes(self, shape: BatchShape) -> float:
+        """Return the bytes of generation beside the model, without those of an engine that stays awake."""
+        assert self.card is not None, "there is a card"
+        cache = cache_bytes_of(self.given.model.config)
+        return self._rollouts.generation_bytes(self.card.memory_bytes, shape.length, cache)
+
+    @cached_property
+    def engine_needs(self) -> EngineNeeds | None:
+        """The least bytes of a vLLM engine on the card; None without one."""
+        model, settings = self.given.model, self.settings
+        if self._rollouts.engine is None:
+            return None
+        whole = model.frozen_bytes if settings.quantization != "none" else 2.0 * model.parameters
+        return EngineNeeds.of(model.config, whole, self._rollouts, self.memory.shape.length)
+
+    @property
+    def engine_lacks(self) -> float:
+        """Bytes by which a vLLM engine's share of the card is too small to start; 0 or less if it starts."""
+        if self._rollouts.engine is None or self.card is None or self.engine_needs is None:
+            return 0.0
+        return self.engine_needs.total - self._rollouts.engine.share * self.card.memory_bytes
 
     def evaluation(self, shape: BatchShape) -> Evaluation | None:
         """Return the evaluation of a run with training batches of a shape; None for none."""
@@ -309,7 +338,7 @@ class Outlook:
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
             within = cost <= self._limit.value
-        needed = max(step_bytes, self._evaluation_bytes(memory, ranks, shape)) if room else step_bytes
+        needed = max(step_bytes, self._beside_steps(memory, ranks, shape)) if room else step_bytes
         if room and room.is_hopeless(needed):
             within = False
         return Choice(
@@ -328,10 +357,11 @@ class Outlook:
             _has_slack=not room or not room.is_hopeless(needed, self.slack),
         )
 
-    def _evaluation_bytes(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape) -> float:
-        """Return the peak of an evaluation without the frozen model; 0 for none."""
-        found = self.evaluation(shape)
-        return found.bytes(memory, ranks) if found else 0.0
+    def _beside_steps(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape) -> float:
+        """Return the peak of evaluation and generation without the frozen model."""
+        found, generates = self.evaluation(shape), self._generation_bytes(shape)
+        generates += between_steps(memory, ranks) if generates else 0.0
+        return max(found.bytes(memory, ranks) if found else 0.0, generates)
 
     def moments(self, choice: Choice) -> tuple[Moment, ...]:
         """Return the peaks of a run under a choice, in the order in which they come."""
@@ -343,6 +373,8 @@ class Outlook:
             self.step.model.frozen_bytes,
             step_bytes=choice.step_bytes,
             evaluation=self.evaluation(choice.shape),
+            awake_bytes=self._rollouts.awake_bytes(self.card.memory_bytes) if self.card else 0.0,
+            generation_bytes=self._generation_bytes(choice.shape) if self.card else 0.0,
             quantised=self.settings.quantization != "none",
             loaded_bytes=self.given.model.frozen_bytes if gathered else self.streamed * self.base.layer_bytes,
         )
@@ -392,6 +424,8 @@ class Outlook:
 
         If none fits with slack, this is the tight choice with the most spare memory.
         """
+        if self.engine_lacks > 0:
+            return None
         if fitting := next((choice for choice in self.by_depth() if choice.fits), None):
             return fitting
         near = (choice for choice in self.by_depth() if choice.verdict != "does not fit")
@@ -584,6 +618,43 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
         if other.room.use(bare.best._memory, bare.best.ranks, bare.best.shape).verdict == "fits":
             return other
     return None
+
+
+def largest_share(outlook: Outlook) -> float:
+    """Return the largest share of the card that a vLLM engine may take beside the request's smallest step."""
+    rollouts, card = outlook.given.loaded.rollouts, outlook.card
+    assert rollouts, "there is an engine"
+    assert rollouts.engine, "there is an engine"
+    assert card, "there is a card"
+    alone = _with(outlook, rollouts=None)
+    assert alone.room, "there is a card"
+    choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
+    assert choice.use, "there is a card"
+    taken = choice.use.total_bytes + rollouts.awake_bytes(0)
+    if rollouts.engine.sleeps:
+        taken = alone.room.taken + between_steps(choice._memory, choice.ranks) + rollouts.awake_bytes(0)
+    return (1 - outlook.slack) - taken / card.memory_bytes
+
+
+def longest_rows(outlook: Outlook) -> int:
+    """Return the most tokens of a row with which the requested step fits beside its engine, in multiples of 64."""
+    card, needs, shape = outlook.card, outlook.engine_needs, outlook.memory.shape
+    choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
+    assert card, "there is a card"
+    assert needs, "there is an engine"
+    room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
+    engine = outlook._rollouts.engine
+    assert engine, "there is an engine"
+    if needs.cache:
+        free = engine.share * card.memory_bytes - needs.weights - needs.prefill
+        most = min(most, int(free * shape.length / needs.cache))
+    low, high = 0, most // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        one = BatchShape(shape.rows, 64 * middle)
+        fits = choice._memory.predicts(one) and choice._memory.peak(choice.ranks, one) <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 64 * low
 
 
 def _halves(count: int) -> list[int]:

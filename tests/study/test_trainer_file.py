@@ -12,6 +12,7 @@ import pytest
 import yaml
 from rankpilot.cli import main as cli
 from rankpilot.common.errors import ConfigError
+from rankpilot.cost.rollouts import Engine, Rollouts
 from rankpilot.lora.spec import is_slow_pattern
 from rankpilot.report import trainer_file
 from rankpilot.report.trainer_file import KEYS, PLUGIN, read_trainer_file
@@ -248,7 +249,9 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: .full"),
         ("model_name_or_path: m\nuse_peft: false", "use_peft"),
         ("model_name_or_path: m\nlora_r: 8", "use_peft: true"),
-        ("model_name_or_path: m\nuse_peft: true\nuse_vllm: true\nnum_generations: 8\nepsilon: 0.2", "GRPO"),
+        ("model_name_or_path: m\nuse_peft: true\nnum_generations: 8\nnormalize_advantages: true", "RLOO"),
+        ("model_name_or_path: m\nuse_peft: true\nnum_generations: 8\nrankpilot: {budget: 80%}", "under GRPO"),
+        ("model_name_or_path: m\nuse_peft: true\nuse_vllm: true\nvllm_gpu_memory_utilization: 2", "at most 1"),
         ("model_name_or_path: m\nuse_peft: true\nprecompute_ref_log_probs: true\nbeta: 0.0", "DPO or KTO"),
         ("model_name_or_path: m\nuse_peft: true\nloss_type: [sigmoid]", "not an SFT loss"),
         ("model_name_or_path: m\nuse_peft: true\ncenter_rewards_coefficient: 0.01", "reward"),
@@ -320,6 +323,32 @@ def test_what_is_not_priced_is_named(base, change, told, tmp_path):
     file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
     named = [name for name in file.unpriced if "by default" not in name]
     assert (told in ", ".join(named), bool(named), file.unread) == (True, bool(told), ())
+
+
+GRPO = "{use_vllm: true, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, max_completion_length: 256"
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "rollouts"),
+    [
+        (GRPO + "}", None, Rollouts(8, Engine(0.3))),
+        (GRPO + ", max_prompt_length: 256}", 512, Rollouts(8, Engine(0.3))),
+        (GRPO + ", vllm_max_model_length: 4096, vllm_gpu_memory_utilization: 0.55}", 4096, Rollouts(8, Engine(0.55))),
+        (GRPO + ", vllm_enable_sleep_mode: true}", None, Rollouts(8, Engine(0.3, sleeps=True))),
+        (GRPO + ", vllm_tensor_parallel_size: 2}", None, Rollouts(8, Engine(0.3, cards=2))),
+        (GRPO + ", steps_per_generation: 16}", None, Rollouts(64, Engine(0.3))),
+        (GRPO + ", vllm_mode: server}", None, None),
+        ("{num_generations: 4, per_device_train_batch_size: 4}", None, Rollouts(8)),
+        ("{num_generations: 4, generation_batch_size: 32}", None, Rollouts(32)),
+    ],
+)
+def test_grpo_is_a_step_of_sft_with_generation_between(change, length, rollouts, tmp_path):
+    values = yaml.safe_load(TRL) | yaml.safe_load(change)
+    del values["max_length"]
+    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
+    assert file.settings.get("max_length") == length
+    assert file.settings.get("rollouts") == rollouts
+    assert (file.settings["eval_batch_size"], file.settings["loss"], file.sums) == ("none", "chunked", rollouts is None)
 
 
 @pytest.mark.parametrize(

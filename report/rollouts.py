@@ -1,0 +1,30 @@
+"""Report on generation between steps: whether training and a vLLM engine fit one card, and what would."""
+
+from __future__ import annotations
+
+from ..common.text import format_bytes
+from ..cost.forecast.outlook import Outlook, largest_share, longest_rows
+
+
+def rollouts_text(outlook: Outlook) -> str:
+    """Return the verdict on a vLLM engine beside the training, and the settings that fit; empty without one."""
+    rollouts, card, needs = outlook.given.loaded.rollouts, outlook.card, outlook.engine_needs
+    if rollouts is None or rollouts.engine is None or card is None or needs is None:
+        return ""
+    engine, length = rollouts.engine, outlook.memory.shape.length
+    share = format_bytes(engine.share * card.memory_bytes)
+    asleep = "asleep during training" if engine.sleeps else "beside the training"
+    least = f"It needs {format_bytes(needs.total, up=True)}: {format_bytes(needs.weights)} of weights, "
+    least += (
+        f"{format_bytes(needs.prefill)} for a prefill, {format_bytes(needs.cache)} for a sequence of {length:,} tokens"
+    )
+    told = [f"vLLM holds {share}, {engine.share:g} of the card, {asleep}. {least}."]
+    lowest = needs.total / card.memory_bytes
+    highest = largest_share(outlook)
+    if highest < lowest:
+        told.append("No vllm_gpu_memory_utilization fits both at this batch.")
+    else:
+        told.append(f"vllm_gpu_memory_utilization fits from {lowest + 0.005:.2f} to {highest - 0.005:.2f}.")
+    if longest := longest_rows(outlook):
+        told.append(f"The longest prompt and answer that fit have {longest:,} tokens.")
+    return " ".join(told)
