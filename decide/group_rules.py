@@ -10,14 +10,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .groups import DOUBLE, GO_BACK, HALVE, NOTHING, Actor, GroupView, Steering
+from .groups import DOUBLE, NOTHING, RATE_CHANGES, Actor, GroupView, Steering
 from .observation import RUN_FEATURES, STEPS_PREFIX
-from .rate_control import CHANGES, FEATURES, UNDO, AlignmentRule, RateControl
+from .rate_control import FEATURES, AlignmentRule, RateControl
+
+_ACTION_OF = {change: action for action, change in RATE_CHANGES.items()}
 
 _FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{FEATURES[0].replace(' ', '_')}")
 
@@ -33,23 +34,20 @@ class LeaveAlone:
 
 @dataclass(frozen=True)
 class SteerRate:
-    """Applies a rate control in factors of 2.
+    """Applies a rate control.
 
     Attributes:
-        control: reads the steps. A raise is twofold here, too much for a small but certain correction.
+        control: reads the steps.
     """
 
-    control: RateControl = AlignmentRule(surely_above=math.inf)  # noqa: RUF009  (it is frozen)
+    control: RateControl = AlignmentRule()  # noqa: RUF009  (it is frozen)
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
         if not view.allowed[DOUBLE]:
             return NOTHING
         seen = view.run[_FIRST_STEPS : _FIRST_STEPS + len(FEATURES)].astype(np.float64)
-        chosen = int(self.control.act(seen[None])[0])
-        if chosen == UNDO:
-            return GO_BACK
-        return DOUBLE if CHANGES[chosen] > 0 else HALVE if CHANGES[chosen] < 0 else NOTHING
+        return _ACTION_OF[int(self.control.act(seen[None])[0])]
 
 
 @dataclass(frozen=True)
