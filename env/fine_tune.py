@@ -201,7 +201,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         self.tasks: dict[int, FineTuneTask] = {}
         self._stacks: dict[str, StackedEpisodes] = {}
         self._generators: list[np.random.Generator] = []
-        self._views: list[GroupView] = []
+        self._current: list[GroupView] = []
         self._logged = 0
 
     # Gymnasium --------------------------------------------------------------------------------------------------------
@@ -243,9 +243,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         Returns:
             Observations, rewards, infos by slot, and True if the episodes have ended.
         """
-        stack = self._stack
+        decisions, stack = self._decisions(actions), self._stack
         ruled = {slot: self._rule.decide(stack.under_way[slot].observation) for slot in self._ruled}
-        stack.step(self._decisions(actions) | ruled)
+        stack.step(decisions | ruled)
         if not stack.over:
             self._look()
             return self._seen(), np.zeros(self.num_envs), self._infos(), False
@@ -273,9 +273,14 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     # Episodes ---------------------------------------------------------------------------------------------------------
 
     @property
-    def _stack(self) -> StackedEpisodes:
-        if not self.tasks:
+    def _views(self) -> list[GroupView]:
+        """Views of the current decisions, by slot."""
+        if not self._current:
             raise ConfigError("No episode is in progress: call reset() first.")
+        return self._current
+
+    @property
+    def _stack(self) -> StackedEpisodes:
         return self._stacks[self.tasks[0].base]
 
     @property
@@ -314,7 +319,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def _look(self) -> None:
         under_way = self._stack.under_way
-        self._views = [GroupView.of(under_way[slot].observation) for slot in range(self.num_envs)]
+        self._current = [GroupView.of(under_way[slot].observation) for slot in range(self.num_envs)]
 
     def _seen(self) -> Arrays:
         rows = [padded(view) for view in self._views]

@@ -23,6 +23,7 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 MakeTask = Callable[..., FineTuneTask]
 
@@ -66,6 +67,14 @@ ONE_LINERS: list[Callable[[], Any]] = [
 @pytest.mark.parametrize("number", range(len(ONE_LINERS)))
 def test_each_algorithm_learns_by_the_id_in_one_line(number: int) -> None:
     assert ONE_LINERS[number]().learn(2).num_timesteps >= 2
+
+
+@pytest.mark.slow
+def test_worker_processes_find_the_environment() -> None:
+    spawned: dict[str, Any] = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "spawn"}}
+    envs: Any = make_vec_env(rankpilot.ENV_ID, 2, env_kwargs={"base": "llama-4x32"}, **spawned)
+    assert envs.reset()["present"].shape == (2, MOST_GROUPS)
+    envs.close()
 
 
 def test_the_manual_tells_the_spaces() -> None:
