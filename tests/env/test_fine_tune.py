@@ -37,7 +37,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def roll(env: gym.Env[Any, Any], seed: int, episodes: int = 1) -> list[Any]:
     """All that an environment tells in some episodes of drawn actions."""
-    draw, told = np.random.default_rng(seed), []
+    draw, told = np.random.default_rng(seed), list[Any]()
     for number in range(episodes):
         told.append(env.reset(seed=seed if not number else None))
         over = False
