@@ -38,7 +38,7 @@ CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
 
 
 class Progress(BaseCallback):
-    """After each round, append a row to progress.jsonl, validate if due, and write a checkpoint."""
+    """After each round's update, validate if due, append a row to progress.jsonl, and write a checkpoint."""
 
     def __init__(self, options: Train, tell: Callable[[str], object]) -> None:
         super().__init__()
@@ -51,22 +51,21 @@ class Progress(BaseCallback):
         self._returns = SOFT * np.sinh(self.locals["rewards"])  # episodes end at the last step, so its rewards count
         return True
 
-    def _on_rollout_end(self) -> None:
-        self.done += 1
-        row: dict[str, Any] = {"round": self.done, "episodes": len(self._returns)}
-        row["over_rule"] = float(self._returns.mean())
-        row |= {f"over_rule_p{at}": float(np.percentile(self._returns, at)) for at in (10, 50, 90)}
-        row |= {name: float(value) for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
-        if self.done % self.options.validate_every == 0:
-            row["validation"] = self.validate()
-        self.logger.record("rollout/over_rule", row["over_rule"])
-        self.write(row)
-
-    def _on_rollout_start(self) -> None:  # the update of the previous round is done
+    def _on_rollout_start(self) -> None:
         self._on_training_end()
         set_random_seed(1000 * self.options.seed + self.done)  # so that a resumed run draws the same
 
     def _on_training_end(self) -> None:
+        if len(self._returns):  # the update is done
+            self.done += 1
+            self.logger.record("over_rule", self._returns.mean())
+            for at in (10, 50, 90):
+                self.logger.record(f"over_rule_p{at}", np.percentile(self._returns, at))
+            if self.done % self.options.validate_every == 0:
+                self.logger.record("validation", self.validate())
+            recorded = {name: float(value) for name, value in self.logger.name_to_value.items()}
+            self.write({"round": self.done, "episodes": len(self._returns), **recorded})
+            self.logger.dump(self.num_timesteps)
         more = {"done": self.done, "best": self.best}
         write_checkpoint(self.options.output / CHECKPOINT, cast(MaskablePPO, self.model), more)
 

@@ -150,10 +150,9 @@ def write_checkpoint(path: Path, model: MaskablePPO, more: Mapping[str, Any]) ->
         model: model in training.
         more: further state, tensors and numbers.
     """
-    policy: Any = model.policy
-    state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "more": dict(more)}
+    state = {"parameters": model.get_parameters(), "timesteps": model.num_timesteps, "more": dict(more)}
     with atomic_path(path) as temporary:
-        torch.save(state | {"timesteps": model.num_timesteps}, temporary)
+        torch.save(state, temporary)
 
 
 def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
@@ -162,11 +161,9 @@ def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
     Raises:
         RunFolderError: it is damaged, or has other settings.
     """
-    policy: Any = model.policy
     try:
         state = load_archive(path)
-        policy.load_state_dict(state["policy"])
-        policy.optimizer.load_state_dict(state["optimizer"])
+        model.set_parameters(state["parameters"])
         model.num_timesteps = int(state["timesteps"])
         return state["more"]
     except Exception as error:  # torch raises many types for a damaged file

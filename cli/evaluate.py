@@ -58,7 +58,9 @@ def main(arguments: Sequence[str]) -> None:
             append_json_line(options.output / "rows.jsonl", asdict(row))
     first = options.policies[0]
     found = table(rows, first)
-    cells = [(name, *(f"{cell:+.1f}" for cell in row.values())) for name, row in found.items()]
+    cells = [(name, *(f"{row[of]:+.1f}" if of in row else "" for of in found[first])) for name, row in found.items()]
     title = f"Held-out loss relative to {first}, %"
     console.print(make_table(title, ("policy", *found[first]), cells, first_wraps=True))
+    if options.tasks == 1:
+        console.print("A single task per regime gives no intervals: pass more --tasks.")
     console.print(f"One line per run: {options.output / 'rows.jsonl'}", soft_wrap=True, markup=False)

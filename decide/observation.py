@@ -1,6 +1,6 @@
 """The observation at a decision, computed the same way for a proxy episode and a real fine-tune.
 
-Two tables list the features of each module and of the run, with their meanings and ranges. All values are relative
+`MODULE_FEATURES` and `RUN_FEATURES` name the features of each module and of the run. All values are relative
 (shares, ratios, logarithms), so a policy transfers to models of other sizes. Module names are not read: a module's role
 follows from its shape and its place in its layer. In a transformer layer, the MLP has a wide inner side, written by one
 module and read by another; attention keeps the width of the layer, or writes sides it does not read.
@@ -35,54 +35,14 @@ MODULE_FEATURES = (
     *SIGNALS, "rank", "adapted", "relative_depth", "shape", "rank_cost", "next_rung_cost", "drop_saving",
     "adapt_cost", "signal_age", "wide", "position", "last_move", "since_move", "fall", "fall_error",
 )  # fmt: skip
-"""Columns of `Observation.modules`, signals first; new ones are appended.
-
-| feature | meaning | range |
-|---|---|---|
-| sensitivity | log component sensitivity per rank, minus its mean over the modules | -3 to 3 |
-| snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
-| relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
-| gradient_norm | log root mean square norm of the gradient of B, minus its mean | -3 to 3 |
-| importance | log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean | -3 to 3 |
-| rank | rung over highest rung | 0 to 1 |
-| adapted | 1 if the rank is above 0 | 0 or 1 |
-| relative_depth | layer, from the bottom (0) to the top (1) | 0 to 1 |
-| shape | log(d_out / d_in) | -3 to 3 |
-| rank_cost | log cost of one rank at the moment where it is highest, minus its mean | -3 to 3 |
-| next_rung_cost | log10(cost of the next rung up x modules / budget); -3 at the highest rung | -3 to 3 |
-| drop_saving | the same of what dropping the module would save; -3 if it is not adapted | -3 to 3 |
-| adapt_cost | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
-| signal_age | decisions since its signals were fresh, over 4 | 0 to 3 |
-| wide | 1 if it has the wide inner side of its layer, as the modules of an MLP do | 0 or 1 |
-| position | place among the modules of its layer, from the first (0) to the last (1) | 0 to 1 |
-| last_move | rungs by which its rank moved last, over 2; 0 if it never did | -3 to 3 |
-| since_move | decisions since then, over 4; 3 if its rank never moved | 0 to 3 |
-| fall | log loss of the interval before that move, less that of the latest interval, times 4 | -3 to 3 |
-| fall_error | standard error of `fall` | 0 to 3 |
-"""
+"""Columns of `Observation.modules`, signals first; new ones are appended. For the meanings see `FineTuneEnv`."""
 
 RUN_FEATURES = (
     "progress", "decisions_left", "budget", "spent", "modules", "depth", "loss", "trend", "horizon", "rows",
     "probe_fall", "predicted", "limit_move", *(f"{STEPS_PREFIX}{name.replace(' ', '_')}" for name in STEP_FEATURES),
 )  # fmt: skip
 """Columns of `Observation.run`; those at the end are the rate control's step features, 0 if the steps are not read. New
-ones are appended.
-
-| feature | meaning | range |
-|---|---|---|
-| progress | share of the run's steps that are done | 0 to 1 |
-| decisions_left | decisions after this one, over 4 | 0 to 3 |
-| budget | the budget over what rank 8 on all modules takes | 0 to 3 |
-| spent | cost of the current ranks over the budget | 0 to 3 |
-| modules | log2 of the number of modules, over 10 | 0 to 3 |
-| depth | share of the layers that are adapted | 0 to 1 |
-| loss | log of training loss since the last decision over the loss of the probe's start | -3 to 3 |
-| trend | change of `loss` since the last decision | -3 to 3 |
-| horizon | log10 of the run's optimizer steps, less 2: 0 for 100 steps | -3 to 3 |
-| rows | log10 of the rows of an optimizer step | 0 to 3 |
-| probe_fall | share of the training loss that the probe took off | -3 to 1 |
-| predicted | log2 of the share of the tokens whose prediction the loss counts, over 4 | -3 to 0 |
-| limit_move | log2 of the limit over that at the decision before | -3 to 3 |
+ones are appended. For the meanings see `FineTuneEnv`.
 """
 
 LABELS = 0.2

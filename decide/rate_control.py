@@ -44,25 +44,7 @@ FEATURES = (
     "alignment", "alignment over the first", "spread of the alignment", "evidence", "loss", "change of loss",
     "above the best", "noise", "moved", "time", "steps", "schedule", "warm-up", "undone",
 )  # fmt: skip
-"""Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`.
-
-| feature | meaning |
-|---|---|
-| alignment | mean over the window, times 4 |
-| alignment over the first | that mean over the mean of the first steps |
-| spread of the alignment | its standard deviation over the window, times 4 |
-| evidence | mean alignment over its standard error, over 4 |
-| loss | log of the mean loss over that of the first steps, times 2 |
-| change of loss | log of the mean loss over that of the window before, times 4 |
-| above the best | log of the mean loss over that of the best window so far, times 4 |
-| noise | standard deviation of the log loss over the window, times 4 |
-| moved | log2 of the rate over the one at the start, over 3 |
-| time | share of the steps that are done |
-| steps | log2 of the steps that are done over 5, over 4 |
-| schedule | the schedule's rate now, as a share of its peak |
-| warm-up | 1 while the schedule's rate rises |
-| undone | 1 if the last action went back |
-"""
+"""Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`; for the meanings see `FineTuneEnv`."""
 
 MOST_FEATURE = 3.0
 

@@ -2,6 +2,9 @@
 
 from ..common.errors import naming_extras
 
+with naming_extras():
+    import gymnasium
+
 
 class _Id(str):
     """An id that registers the environment in any process unpickling it, such as the workers of `SubprocVecEnv`."""
@@ -10,18 +13,15 @@ class _Id(str):
 
 
 ENV_ID = _Id("rankpilot/FineTune-v5")
-"""Id of the environment for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`."""
+"""Id of the environment for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`.
 
+A worker process that gets the name as plain text finds `rankpilot.env:rankpilot/FineTune-v5`.
+"""
 
-def _register() -> None:
-    with naming_extras():
-        import gymnasium
-    if ENV_ID not in gymnasium.registry:
-        module = f"{__name__}.fine_tune"
-        one, many = f"{module}:FineTuneEnv", f"{module}:FineTuneVectorEnv"
-        gymnasium.register(ENV_ID, entry_point=one, vector_entry_point=many)
-
-
-_register()
+gymnasium.register(
+    ENV_ID,
+    entry_point=f"{__name__}.fine_tune:FineTuneEnv",
+    vector_entry_point=f"{__name__}.fine_tune:FineTuneVectorEnv",
+)
 
 __all__ = ["ENV_ID"]

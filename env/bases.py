@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from ..common.errors import AssetError, UnknownNameError
 from ..lora.targets import TargetModule, find_target_modules
+from .tasks import POSITIONS
 
 MASK_TOKEN = 256
 """Token id of a masked byte in masked language models."""
@@ -39,9 +40,6 @@ class ProxyBase:
         """True for a masked language model, False for a causal one."""
         return self.family == "bert"
 
-
-POSITIONS = 128
-"""Maximum sequence length of a base."""
 
 NARROW = 64
 """Layers up to this width are initialized with standard deviation .06; at the usual .02 they learn nothing."""

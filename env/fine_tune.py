@@ -201,7 +201,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         self.tasks: dict[int, FineTuneTask] = {}
         self._stacks: dict[str, StackedEpisodes] = {}
         self._generators: list[np.random.Generator] = []
-        self._views: list[GroupView] = []
+        self._current: list[GroupView] = []
         self._logged = 0
 
     # Gymnasium --------------------------------------------------------------------------------------------------------
@@ -243,9 +243,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         Returns:
             Observations, rewards, infos by slot, and True if the episodes have ended.
         """
-        stack = self._stack
+        decisions, stack = self._decisions(actions), self._stack
         ruled = {slot: self._rule.decide(stack.under_way[slot].observation) for slot in self._ruled}
-        stack.step(self._decisions(actions) | ruled)
+        stack.step(decisions | ruled)
         if not stack.over:
             self._look()
             return self._seen(), np.zeros(self.num_envs), self._infos(), False
@@ -273,9 +273,14 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
     # Episodes ---------------------------------------------------------------------------------------------------------
 
     @property
-    def _stack(self) -> StackedEpisodes:
-        if not self.tasks:
+    def _views(self) -> list[GroupView]:
+        """Views of the current decisions, by slot."""
+        if not self._current:
             raise ConfigError("No episode is in progress: call reset() first.")
+        return self._current
+
+    @property
+    def _stack(self) -> StackedEpisodes:
         return self._stacks[self.tasks[0].base]
 
     @property
@@ -314,7 +319,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def _look(self) -> None:
         under_way = self._stack.under_way
-        self._views = [GroupView.of(under_way[slot].observation) for slot in range(self.num_envs)]
+        self._current = [GroupView.of(under_way[slot].observation) for slot in range(self.num_envs)]
 
     def _seen(self) -> Arrays:
         rows = [padded(view) for view in self._views]
@@ -377,9 +382,69 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     ## Observation Space
     | key | space | what |
     |---|---|---|
-    | groups | Box(-3, 3, (24 * 21,)) | `GROUP_FEATURES` per group: rank, costs, signals, loss since its last move |
+    | groups | Box(-3, 3, (24 * 21,)) | 21 features of each group, group by group; 0 for missing groups |
     | present | MultiBinary(24) | mask of existing groups |
-    | run | Box(-3, 3, (27,)) | `RUN_FEATURES`: progress, loss, budget, and alignment and noise of the steps |
+    | run | Box(-3, 3, (27,)) | 27 features of the run |
+
+    All features are float32 without a unit: shares, ratios, counts and logs (natural, unless a base is given), clipped
+    to -3 and 3. A feature of a group is the mean over its modules of:
+
+    | feature | meaning | range |
+    |---|---|---|
+    | sensitivity | log component sensitivity per rank, minus its mean over all modules | -3 to 3 |
+    | snr | log gradient signal-to-noise, minus its mean | -3 to 3 |
+    | relative_change | log norm(delta W) / norm(W), minus its mean | -3 to 3 |
+    | gradient_norm | log root mean square norm of the gradient of B, minus its mean | -3 to 3 |
+    | importance | log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean | -3 to 3 |
+    | rank | rung over highest rung | 0 to 1 |
+    | adapted | 1 if the rank is above 0 | 0 or 1 |
+    | relative_depth | layer, from the bottom (0) to the top (1) | 0 to 1 |
+    | shape | log(d_out / d_in) | -3 to 3 |
+    | rank_cost | log cost of one rank at the moment where it is highest, minus its mean | -3 to 3 |
+    | next_rung_cost | log10(cost of the next rung up x modules / budget); -3 at the highest rung | -3 to 3 |
+    | drop_saving | the same of what dropping the module would save; -3 if it is not adapted | -3 to 3 |
+    | adapt_cost | the same of what adapting it at rank 1 would add; -3 if it is adapted | -3 to 3 |
+    | signal_age | decisions since its signals were fresh, over 4 | 0 to 3 |
+    | wide | 1 if it has the wide inner side of its layer, as the modules of an MLP do | 0 or 1 |
+    | position | place among the modules of its layer, from the first (0) to the last (1) | 0 to 1 |
+    | last_move | rungs by which its rank moved last, over 2; 0 if it never did | -3 to 3 |
+    | since_move | decisions since then, over 4; 3 if its rank never moved | 0 to 3 |
+    | fall | log loss of the interval before that move, less that of the latest interval, times 4 | -3 to 3 |
+    | fall_error | standard error of `fall` | 0 to 3 |
+    | share | share of all modules that are in the group | 0 to 1 |
+
+    Features of the run; those named `steps_` are 0 at the first decision. The alignment of a step is the cosine between
+    it and the next descent direction.
+
+    | feature | meaning | range |
+    |---|---|---|
+    | progress | share of the run's steps that are done | 0 to 1 |
+    | decisions_left | decisions after this one, over 4 | 0 to 3 |
+    | budget | the budget over what rank 8 on all modules takes | 0 to 3 |
+    | spent | cost of the current ranks over the budget | 0 to 3 |
+    | modules | log2 of the number of modules, over 10 | 0 to 3 |
+    | depth | share of the layers that are adapted | 0 to 1 |
+    | loss | log of training loss since the last decision over the loss of the probe's start | -3 to 3 |
+    | trend | change of `loss` since the last decision | -3 to 3 |
+    | horizon | log10 of the run's optimizer steps, less 2: 0 for 100 steps | -3 to 3 |
+    | rows | log10 of the rows of an optimizer step | 0 to 3 |
+    | probe_fall | share of the training loss that the probe took off | -3 to 1 |
+    | predicted | log2 of the share of the tokens whose prediction the loss counts, over 4 | -3 to 0 |
+    | limit_move | log2 of the limit over that at the decision before | -3 to 3 |
+    | steps_alignment | mean alignment since the last decision, times 4 | -3 to 3 |
+    | steps_alignment_over_the_first | that mean over the mean of the first steps | -3 to 3 |
+    | steps_spread_of_the_alignment | standard deviation of the alignment since the last decision, times 4 | 0 to 3 |
+    | steps_evidence | mean alignment over its standard error, over 4 | -3 to 3 |
+    | steps_loss | log of the mean loss since the last decision over that of the first steps, times 2 | -3 to 3 |
+    | steps_change_of_loss | log of that mean loss over the one at the decision before, times 4 | -3 to 3 |
+    | steps_above_the_best | log of that mean loss over the best one before, times 4 | -3 to 3 |
+    | steps_noise | standard deviation of the log loss since the last decision, times 4 | 0 to 3 |
+    | steps_moved | log2 of the learning rate over the one without the actions, over 3 | -3 to 3 |
+    | steps_time | share of the steps that are done | 0 to 1 |
+    | steps_steps | log2 of a fifth of the steps that are done, over 4 | -3 to 3 |
+    | steps_schedule | the schedule's rate now, as a share of its peak | 0 to 1 |
+    | steps_warm-up | 1 while the schedule's rate rises | 0 or 1 |
+    | steps_undone | 1 if the last action went back | 0 or 1 |
 
     ## Rewards
     At the end, -100 log(held-out loss / held-out loss of the baseline rule on the same task, seed and batches):

@@ -23,6 +23,7 @@ from ..common.errors import ConfigError, WorkerError, naming_extras, shown
 from .fine_tune import Arrays, FineTuneVectorEnv
 
 with naming_extras():
+    from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import VecEnv
 
 
@@ -108,7 +109,8 @@ class StackVecEnv(VecEnv):
         workers: local processes to train them in; 1 means this process. With `cluster`, the number of actors.
         cluster: address of a Ray cluster: "local" starts one, "auto" joins the one running here; None for no cluster.
         seed: seed of the tasks. They depend on nothing else here.
-        soft: scale of the reward transform arcsinh(r / soft), which limits outliers; None for raw rewards.
+        soft: scale of the reward transform arcsinh(r / soft), which limits outliers; None for raw rewards. Returns in
+            `info["episode"]`, which `evaluate_policy` reports, are always raw.
         settings: fields of `FineTuneConfig`.
 
     Attributes:
@@ -138,19 +140,19 @@ class StackVecEnv(VecEnv):
         self._stacks, self._soft = stacks, soft
         self._workers = _workers(min(workers, stacks), cluster)
         self._seed, self.round = seed, 0
-        self._seeds, self._taken = [0] * stacks, [list[list[int]]() for _ in range(stacks)]
+        self._seed_of, self._taken = list[int](), list[list[list[int]]]()
         self._played: list[Played] = []
         self.render_mode = None
         super().__init__(stacks * num_envs, like.single_observation_space, like.single_action_space)
 
-    def _play(self, numbers: Sequence[int]) -> dict[int, Played]:
-        """Bring some stacks up to date."""
-        futures = {}
-        for number in numbers:
-            worker, taken = self._workers[number % len(self._workers)], list(self._taken[number])
-            futures[number] = worker.submit(play, number, self._settings, self._seeds[number], taken)
+    def _play(self) -> None:
+        """Bring all stacks up to date."""
+        futures = []
+        for number, (seed, taken) in enumerate(zip(self._seed_of, self._taken, strict=True)):
+            worker = self._workers[number % len(self._workers)]
+            futures.append(worker.submit(play, number, self._settings, seed, list(taken)))
         try:
-            return {number: future.result() for number, future in futures.items()}
+            self._played = [future.result() for future in futures]
         except BrokenExecutor as error:
             reason = "A worker process died, possibly out of memory. Continue with --resume and fewer workers."
             raise WorkerError(reason) from error
@@ -161,25 +163,34 @@ class StackVecEnv(VecEnv):
         return self._seen()
 
     def _begin_round(self) -> None:
-        for number in range(self._stacks):
-            draw = np.random.SeedSequence([self._seed, self.round, number])
-            self._seeds[number], self._taken[number] = int(draw.generate_state(1)[0]) // 2, []
+        draws = [np.random.SeedSequence([self._seed, self.round, number]) for number in range(self._stacks)]
+        self._seed_of, self._taken = [int(draw.generate_state(1)[0]) // 2 for draw in draws], [[] for _ in draws]
         self.round += 1
-        self._played = list(self._play(range(self._stacks)).values())
+        self._play()
 
     def _seen(self) -> Arrays:
         rows = [played.seen for played in self._played]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
+    def _check_begun(self) -> None:
+        if not self._played:
+            raise ConfigError("No episode is in progress: call reset() first.")
+
+    def _joined(self, name: str) -> NDArray[Any]:
+        """One field of `Played`, for the episodes of all stacks."""
+        self._check_begun()
+        return np.concatenate([getattr(played, name) for played in self._played])
+
     def step_async(self, actions: NDArray[Any]) -> None:
         """Submit actions, (episodes of all stacks,)."""
-        for number, part in enumerate(np.split(np.asarray(actions), self._stacks)):
-            self._taken[number].append([int(action) for action in part])
+        self._check_begun()
+        for taken, part in zip(self._taken, np.split(np.asarray(actions), self._stacks), strict=True):
+            taken.append([int(action) for action in part])
 
     def step_wait(self) -> Any:
         """Return the results of the actions; all episodes end together, and the next ones start at once."""
-        self._played = list(self._play(range(self._stacks)).values())
-        rewards = np.concatenate([played.rewards for played in self._played])
+        self._play()
+        rewards = self._joined("rewards")
         infos = [dict(info) for played in self._played for info in played.infos]
         over = all(played.over for played in self._played)
         if over:
@@ -200,7 +211,7 @@ class StackVecEnv(VecEnv):
 
     def rule_actions(self) -> NDArray[np.int64]:
         """Actions the baseline rule would take now, int64 (num_envs,)."""
-        return np.concatenate([played.ruled for played in self._played])
+        return self._joined("ruled")
 
     def close(self) -> None:
         """Shut down the workers."""
@@ -226,12 +237,12 @@ class StackVecEnv(VecEnv):
         """
         if method_name != "action_masks":
             raise AttributeError(method_name)
-        masks = np.concatenate([played.masks for played in self._played])
+        masks = self._joined("masks")
         return [masks[index] for index in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Return False for each episode: none is wrapped."""
-        return [False] * len(list(self._get_indices(indices)))
+        """Return True for `Monitor` alone, whose returns and lengths of episodes are in the infos."""
+        return [wrapper_class is Monitor] * len(list(self._get_indices(indices)))
 
 
 def _workers(count: int, cluster: str | None) -> Sequence[Any]:

@@ -130,6 +130,7 @@ def test_a_training_from_end_to_end(tmp_path: Path) -> None:
     folder = train(Train(output=tmp_path / "policy", rounds=1, **OPTIONS), told.append)
     rows = read_json_lines(folder / "progress.jsonl")
     assert [row["round"] for row in rows] == [0, 1]
+    assert rows[1]["train/n_updates"] == 4, "of its own update, with four epochs"
     assert len(told) == 2
     assert read_json(folder / "card.json")["above_rule"] == rows[0]["validation"]
     policy = load_policy(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -370,13 +371,16 @@ def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     from rankpilot.env.tasks import FineTuneTask
 
     sizes: dict[str, Any] = {"base": "bert-4x32", "steps": 25, "length": 16, "eval_rows": 16}
-    tasks = {FineTuneTask("planted", seed, corpus="documentation", **sizes): "plain" for seed in (1, 2)}
+    planted = FineTuneTask("planted", 1, corpus="documentation", **sizes)
+    tasks = {FineTuneTask("text", 2, **sizes): "moving", planted: "plain"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "evaluation_tasks", lambda *args, **kwargs: tasks)
-        command = f"policy evaluate left-alone union --oracle --output {tmp_path / 'rows'}"
+        command = f"policy evaluate left-alone union --oracle --tasks 1 --output {tmp_path / 'rows'}"
         assert cli.run(command.split()) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows" / "rows.jsonl").read_text().splitlines()]
     assert {row["policy"] for row in rows} == {"left-alone", "union", "oracle"}
-    assert len(rows) == 6
-    assert "union" in capsys.readouterr().out
+    assert len(rows) == 5
+    printed = capsys.readouterr().out
+    assert re.search(r"oracle +│ +│ +[+-]\d+\.\d │", printed), "of the regime with its task"
+    assert not re.search(r"\d to [+-]", printed), "a single task gives no interval"
     assert "Unknown rule 'unoin'" in failure(f"policy evaluate unoin --output {tmp_path / 'other'}", capsys)

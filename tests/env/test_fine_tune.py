@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,14 @@ from gymnasium.utils.env_checker import check_env
 from rankpilot.common.errors import ConfigError, RankPilotError
 from rankpilot.decide.groups import DOUBLE, GO_BACK, GROUP_FEATURES, HALVE, NOTHING
 from rankpilot.decide.log import DecisionLog
-from rankpilot.decide.observation import RUN_FEATURES
+from rankpilot.decide.observation import MOST_FEATURE, RUN_FEATURES
 from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, FineTuneEnv, FineTuneVectorEnv
 from rankpilot.env.tasks import FineTuneTask
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 MakeTask = Callable[..., FineTuneTask]
 
@@ -35,7 +37,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def roll(env: gym.Env[Any, Any], seed: int, episodes: int = 1) -> list[Any]:
     """All that an environment tells in some episodes of drawn actions."""
-    draw, told = np.random.default_rng(seed), []
+    draw, told = np.random.default_rng(seed), list[Any]()
     for number in range(episodes):
         told.append(env.reset(seed=seed if not number else None))
         over = False
@@ -68,13 +70,33 @@ def test_each_algorithm_learns_by_the_id_in_one_line(number: int) -> None:
     assert ONE_LINERS[number]().learn(2).num_timesteps >= 2
 
 
+@pytest.mark.slow
+def test_worker_processes_find_the_environment() -> None:
+    spawned: dict[str, Any] = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "spawn"}}
+    envs: Any = make_vec_env(rankpilot.ENV_ID, 2, env_kwargs={"base": "llama-4x32"}, **spawned)
+    assert envs.reset()["present"].shape == (2, MOST_GROUPS)
+    envs.close()
+
+
 def test_the_manual_tells_the_spaces() -> None:
     env, manual = gym.make(rankpilot.ENV_ID), str(FineTuneEnv.__doc__)
     assert f"Discrete({ACTIONS})" in manual
-    assert f"(24 * {len(GROUP_FEATURES)},)" in manual
-    assert f"Box(-3, 3, ({len(RUN_FEATURES)},))" in manual
+    most = f"{MOST_FEATURE:.0f}"
+    assert f"Box(-{most}, {most}, ({MOST_GROUPS} * {len(GROUP_FEATURES)},))" in manual
+    assert f"Box(-{most}, {most}, ({len(RUN_FEATURES)},))" in manual
+    assert f"MultiBinary({MOST_GROUPS})" in manual
     assert f"{4 + MOST_GROUPS} + g takes" in manual
     assert env.action_space == gym.spaces.Discrete(ACTIONS)
+
+
+def test_the_manual_tells_each_feature_and_its_range() -> None:
+    rows = re.findall(r"^ *\| ([\w-]+) \| .* \| (\S+) (?:to|or) (\S+) \|$", str(FineTuneEnv.__doc__), re.M)
+    assert [name for name, _, _ in rows] == [*GROUP_FEATURES, *RUN_FEATURES]
+    told = [seen for base in ("llama-4x32", "bert-4x32") for seen, *_ in roll(FineTuneEnv(base=base, steps=60), 0, 2)]
+    groups = np.concatenate([each["groups"].reshape(MOST_GROUPS, -1)[each["present"] > 0] for each in told])
+    run = np.stack([each["run"] for each in told])
+    for (name, low, high), values in zip(rows, [*groups.T, *run.T], strict=True):
+        assert float(low) <= values.min() <= values.max() <= float(high), name
 
 
 def test_the_same_seed_gives_the_same_episodes_also_after_pickling() -> None:

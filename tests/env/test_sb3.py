@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from rankpilot.common.errors import ConfigError, WorkerError
 from rankpilot.env import sb3
-from rankpilot.env.fine_tune import ACTIONS, FineTuneVectorEnv
+from rankpilot.env.fine_tune import FineTuneVectorEnv
 from rankpilot.env.sb3 import StackVecEnv
 from rankpilot.env.tasks import FineTuneTask
-from sb3_contrib.common.maskable.utils import is_masking_supported
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.evaluation import evaluate_policy
+from stable_baselines3.common import evaluation
 
 from ..ray_nodes import Nodes
 
@@ -41,7 +44,7 @@ def settings(make_task: MakeTask) -> dict[str, Any]:
 def test_the_stacks_are_vectors_side_by_side(settings: dict[str, Any]) -> None:
     envs = StackVecEnv(**settings | {"stacks": 1, "num_envs": 2})
     seen, vector = envs.reset(), FineTuneVectorEnv(2, tasks=settings["tasks"], against="union")
-    np.testing.assert_equal(seen, vector.reset(seed=envs._seeds[0])[0])
+    np.testing.assert_equal(seen, vector.reset(seed=envs._seed_of[0])[0])
     over = np.zeros(2)
     while not over.all():
         actions = vector.rule_actions()
@@ -95,7 +98,9 @@ def test_what_it_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="No answer from"):
         StackVecEnv(**settings, cluster="127.0.0.1:9")
     envs = StackVecEnv(**settings)
-    envs.reset()
+    for call in (envs.rule_actions, envs.get_attr("action_masks")[0], lambda: envs.step(np.array([0, 0]))):
+        with pytest.raises(ConfigError, match="call reset"):
+            call()
     with pytest.raises(AttributeError):
         envs.env_method("render_all")
     with pytest.raises(ConfigError, match="cannot be set"):
@@ -103,19 +108,23 @@ def test_what_it_refuses(settings: dict[str, Any]) -> None:
     assert envs.env_is_wrapped(object) == [False] * 2
 
 
-def test_masks_are_found_before_the_first_round(settings: dict[str, Any]) -> None:
-    """As `evaluate_policy` of sb3-contrib looks for them."""
-    envs = StackVecEnv(**settings)
-    assert is_masking_supported(envs)
-    envs.reset()
-    assert [masks().shape for masks in envs.get_attr("action_masks")] == [(ACTIONS,)] * 2
+def test_stable_baselines_evaluates_on_an_environment_that_was_not_reset(settings: dict[str, Any]) -> None:
+    """Warnings are errors here: returns are found as in a `Monitor`, before they are softened."""
+    plain, soft = (StackVecEnv(**settings, soft=size) for size in (None, 5.0))
+    model = MaskablePPO("MultiInputPolicy", StackVecEnv(**settings), n_steps=2, batch_size=2, seed=0)
+    returns, lengths = evaluate_policy(model, plain, 2, return_episode_rewards=True)
+    assert (returns, lengths) == evaluate_policy(model, soft, 2, return_episode_rewards=True)
+    assert lengths == [12, 12]
+    evaluated = MaskableEvalCallback(plain, n_eval_episodes=2, eval_freq=2, verbose=0)
+    model.learn(4, evaluated)
+    assert np.isfinite([evaluated.last_mean_reward, *evaluation.evaluate_policy(model, plain, 2)]).all()
 
 
-def test_a_seed_that_is_given_later(settings: dict[str, Any]) -> None:
-    late, fresh = StackVecEnv(**settings | {"seed": 6}), StackVecEnv(**settings)
-    for envs in (late, fresh):
-        envs.reset()
-    assert late._seeds != fresh._seeds
-    assert late.seed(settings["seed"]) == [5, 5]
-    late.reset()
-    assert late._seeds == fresh._seeds
+def test_a_seed_that_is_given_later() -> None:
+    """It gives the tasks, observations and rewards of an environment that was made with it."""
+    drawn: dict[str, Any] = {"num_envs": 1, "stacks": 2, "base": "llama-4x32", "steps": 25}
+    late, fresh = StackVecEnv(**drawn, seed=6), StackVecEnv(**drawn, seed=5)
+    expected, other = story(fresh, rounds=1), story(late, rounds=1)
+    assert not np.array_equal(other[0]["groups"], expected[0]["groups"])
+    assert late.seed(5) == [5, 5]
+    np.testing.assert_equal(story(late, rounds=1), expected)
