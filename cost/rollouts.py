@@ -27,6 +27,8 @@ class Engine:
         share: its share of the card, `gpu_memory_utilization`, above 0 and at most 1.
         sleeps: whether it frees its memory during training.
         cards: cards that share its weights and cache, its tensor parallel size.
+        lends: whether the model being trained uses the engine's weights, as in Unsloth's `fast_inference`, instead of a
+            second copy.
 
     Raises:
         ConfigError: the share is out of range.
@@ -35,6 +37,7 @@ class Engine:
     share: float
     sleeps: bool = False
     cards: int = 1
+    lends: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -53,23 +56,31 @@ class Rollouts:
     rows: int
     engine: Engine | None = None
 
-    def awake_bytes(self, card_bytes: float) -> float:
-        """Return the bytes of a card that the engine holds during training."""
+    def awake_bytes(self, card_bytes: float, frozen_bytes: float) -> float:
+        """Return the bytes of a card that the engine holds during training, beside the frozen model.
+
+        Args:
+            card_bytes: memory of the card.
+            frozen_bytes: bytes of the frozen model, which the engine may hold.
+        """
         if self.engine is None:
             return 0.0
-        return GRAPHS_BYTES + (0.0 if self.engine.sleeps else self.engine.share * card_bytes)
+        held = 0.0 if self.engine.sleeps else self.engine.share * card_bytes
+        return GRAPHS_BYTES + max(held - self.engine.lends * frozen_bytes, 0.0)
 
-    def generation_bytes(self, card_bytes: float, length: int, cache_bytes: float) -> float:
+    def generation_bytes(self, card_bytes: float, frozen_bytes: float, length: int, cache_bytes: float) -> float:
         """Return the bytes of generation beside the model being trained, without `awake_bytes`.
 
         Args:
             card_bytes: memory of the card.
+            frozen_bytes: bytes of the frozen model, which the engine may hold.
             length: tokens of a prompt and its answer.
             cache_bytes: bytes of a token's keys and values, see `cache_bytes_of`.
         """
         if self.engine is None:
             return self.rows * length * cache_bytes
-        return self.engine.share * card_bytes if self.engine.sleeps else 0.0
+        held = self.engine.share * card_bytes if self.engine.sleeps else 0.0
+        return max(held - self.engine.lends * frozen_bytes, 0.0)
 
 
 @dataclass(frozen=True)

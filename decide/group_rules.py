@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .groups import DOUBLE, NOTHING, RATE_CHANGES, Actor, GroupView, Steering
+from .groups import Actor, GroupView, Steering
 from .observation import RUN_FEATURES, STEPS_PREFIX
-from .rate_control import FEATURES, AlignmentRule, RateControl
-
-_ACTION_OF = {change: action for action, change in RATE_CHANGES.items()}
+from .rate_control import DOUBLED, FEATURES, KEEP, AlignmentRule, RateControl
 
 _FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{FEATURES[0].replace(' ', '_')}")
 
@@ -29,7 +27,7 @@ class LeaveAlone:
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
-        return NOTHING
+        return KEEP
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,10 @@ class SteerRate:
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
-        if not view.allowed[DOUBLE]:
-            return NOTHING
+        if not view.allowed[DOUBLED]:
+            return KEEP
         seen = view.run[_FIRST_STEPS : _FIRST_STEPS + len(FEATURES)].astype(np.float64)
-        return _ACTION_OF[int(self.control.act(seen[None])[0])]
+        return int(self.control.act(seen[None])[0])
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Halving:
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
         if view.run_feature("progress") > self.until:
-            return NOTHING
+            return KEEP
         member, counts = view.groups.member, np.bincount(view.groups.member)
         ranks = np.bincount(member, weights=view.ranks) / counts
         score = self.gain * np.bincount(member, weights=view.worth) / counts
@@ -75,7 +73,7 @@ class Halving:
         lead = np.where(grows, score - np.log(ranks + 1.0), -np.inf)
         giving = np.where(ranks > 0, score - np.log(np.maximum(ranks, 0.5)), np.inf)
         if not grows.any() or lead.max() - giving.min() < self.margin:
-            return NOTHING
+            return KEEP
         return view.grow(int(lead.argmax()))
 
 

@@ -29,7 +29,7 @@ SHORTEST = 60
 """Shorter runs are not controlled: their first decisions would have too little data."""
 
 CHANGES = (0.0, -1.0, 1.0, -2.0)
-"""Change of log2 of the rate by each action. The last action also restores the saved copy."""
+"""Change of log2 of the rate by each action, the first ones of `decide/groups.py`. The last also restores the copy."""
 
 KEEP, UNDO = 0, len(CHANGES) - 1
 """The no-op action, and the action to restore the copy."""
@@ -173,13 +173,15 @@ class AlignmentRule:
             are undone, too: those at a rate four times too high are worth less than repeating them.
         evidence: minimum distance of the mean alignment from 0 for both, in standard errors.
         early: share of the run considered early.
-        warm: minimum share of its peak for a raise while the schedule is warming up: early steps agree at any rate.
+        first_raise: optimizer steps before the first raise: early steps agree at any rate.
+        warm: minimum share of its peak for a raise while the schedule is warming up, for the same reason.
     """
 
     raise_above: float = 0.25
     lower_below: float = -0.2
     evidence: float = 2.0
     early: float = 0.16
+    first_raise: int = 9
     warm: float = 0.7
 
     def act(self, observations: FloatArray) -> Sequence[int]:
@@ -190,5 +192,6 @@ class AlignmentRule:
         share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
         if share < self.lower_below and evidence < -self.evidence:
             return UNDO if seen["time"] <= self.early and seen["moved"] >= 0 else HALVED
-        ready = not seen["warm-up"] or seen["schedule"] >= self.warm
+        ready = 5 * 2 ** (4 * seen["steps"]) >= self.first_raise  # see `FEATURES`
+        ready &= not seen["warm-up"] or seen["schedule"] >= self.warm
         return DOUBLED if ready and share > self.raise_above and evidence > self.evidence else KEEP

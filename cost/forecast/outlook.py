@@ -198,7 +198,7 @@ class Outlook:
         self._rollouts = step.loaded.rollouts or Rollouts(0)
         self.room: CardRoom | None = None
         if card:
-            awake = int(self._rollouts.awake_bytes(card.memory_bytes))
+            awake = int(self._rollouts.awake_bytes(card.memory_bytes, sum(frozen)))
             beside = replace(card, context_bytes=card.context_bytes + awake)
             self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self._generation_bytes)
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
@@ -206,11 +206,17 @@ class Outlook:
         layers = self._free.memory.recording.layers if asked_for else ()
         self._set = None if asked_for == "auto" else layers
 
+    @property
+    def _awake_bytes(self) -> float:
+        """Bytes of the card that an engine for generation holds during training; 0 without one."""
+        return self.room.card.context_bytes - self.card.context_bytes if self.room and self.card else 0.0
+
     def _generation_bytes(self, shape: BatchShape) -> float:
         """Return the bytes of generation beside the model, without those of an engine that stays awake."""
         assert self.card is not None, "there is a card"
         cache = cache_bytes_of(self.given.model.config)
-        return self._rollouts.generation_bytes(self.card.memory_bytes, shape.length, cache)
+        frozen = self._free.model.frozen_bytes
+        return self._rollouts.generation_bytes(self.card.memory_bytes, frozen, shape.length, cache)
 
     @cached_property
     def engine_needs(self) -> EngineNeeds | None:
@@ -373,7 +379,7 @@ class Outlook:
             self.step.model.frozen_bytes,
             step_bytes=choice.step_bytes,
             evaluation=self.evaluation(choice.shape),
-            awake_bytes=self._rollouts.awake_bytes(self.card.memory_bytes) if self.card else 0.0,
+            awake_bytes=self._awake_bytes,
             generation_bytes=self._generation_bytes(choice.shape) if self.card else 0.0,
             quantised=self.settings.quantization != "none",
             loaded_bytes=self.given.model.frozen_bytes if gathered else self.streamed * self.base.layer_bytes,
@@ -630,9 +636,10 @@ def largest_share(outlook: Outlook) -> float:
     assert alone.room, "there is a card"
     choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
     assert choice.use, "there is a card"
-    taken = choice.use.total_bytes + rollouts.awake_bytes(0)
+    taken, frozen = choice.use.total_bytes + rollouts.awake_bytes(0, 0), choice.use.base_bytes
     if rollouts.engine.sleeps:
-        taken = alone.room.taken + between_steps(choice._memory, choice.ranks) + rollouts.awake_bytes(0)
+        taken = alone.room.taken + between_steps(choice._memory, choice.ranks) + rollouts.awake_bytes(0, 0)
+    taken -= rollouts.engine.lends * frozen
     return (1 - outlook.slack) - taken / card.memory_bytes
 
 

@@ -88,6 +88,7 @@ RULES = [
     (LOW, DOUBLED),
     (LOW | {"alignment_over_the_first": 0.2}, KEEP),
     (LOW | {"evidence": 0.4}, KEEP),
+    (LOW | {"steps": 0.0}, KEEP),
     (LOW | {"warm_up": 1.0, "schedule": 0.6}, KEEP),
     (LOW | {"warm_up": 1.0, "schedule": 0.8}, DOUBLED),
     (HIGH, HALVED),
