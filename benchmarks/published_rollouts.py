@@ -53,6 +53,7 @@ def compare_rollouts(console: Console) -> Figures:
         right += fits == (row["outcome"] == "fits")
         told = "fits" if fits else "fails" if outlook.engine_lacks <= 0 else "engine does not start"
         total = f"{choice.use.total_bytes / 2**30:.1f}"
-        table.add_row(row["run"], row["share"], row["outcome"], told, total, f"{largest_share(outlook):.2f}", row["note"])
+        most = f"{largest_share(outlook):.2f}"
+        table.add_row(row["run"], row["share"], row["outcome"], told, total, most, row["note"])
     console.print(table)
     return {"grpo.runs": len(rows), "grpo.right": right}
