@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,16 @@ def _quantization(keys: _Keys) -> str | None:
     return "nf4" if four else "int8" if eight else None
 
 
+def _bnb(keys: _Keys) -> bool:
+    """Return whether axolotl quantises the scales of nf4 weights too; other options of bitsandbytes are noted."""
+    given = keys.get("bnb_config_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{keys.path}: bnb_config_kwargs must be a mapping; got {shown(given)}.")
+    name = "bnb_4bit_use_double_quant"
+    keys.notes += [f"bnb_config_kwargs: {shown(key)}" for key in given if key not in (name, "bnb_4bit_quant_type")]
+    return keys.switch(name, given.get(name, True))
+
+
 def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> dict[str, Any]:
     """Return the shape of a batch; packed rows become one row if a kernel separates texts."""
     rows = keys.number(batch, default)
@@ -322,7 +333,18 @@ def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
         raise ConfigError(f"{keys.path}: gradient_checkpointing_kwargs must be a mapping; got {shown(given)}.")
     keys.notes += ["every_n_layers"] if given.get("every_n_layers", 1) != 1 else []
     reentrant = keys.switch("use_reentrant", given.get("use_reentrant", reentrant))
-    return {"gradient_checkpointing": on, "reentrant": on and reentrant}
+    by_fsdp = re.search(r"activation_checkpointing\W+true", str(_contents(keys, "fsdp_config")).lower()) is not None
+    return {"gradient_checkpointing": on or by_fsdp, "reentrant": on and reentrant}
+
+
+def _contents(keys: _Keys, name: str) -> Any:
+    """Return a key's value, or the contents of the file it names, in the config's folder or the working directory."""
+    given = keys.get(name)
+    for folder in (Path(keys.path).parent, Path()) if isinstance(given, str) else ():
+        with suppress(OSError):  # a text too long for a path
+            if (file := folder / given).is_file():
+                return _parsed(file)  # JSON is YAML
+    return given
 
 
 def _sharding(keys: _Keys) -> str | None:
@@ -333,20 +355,23 @@ def _sharding(keys: _Keys) -> str | None:
         if not (value is False or isinstance(value, kinds | None)) or not all(map(_is_name, names)):
             raise ConfigError(f"{keys.path}: {name} must be a name or a mapping; got {shown(value)}.")
     if keys.get("fsdp") or keys.get("fsdp_config"):
-        text = f"{keys.get('fsdp')} {keys.get('fsdp_config')}".lower()
+        text = f"{keys.get('fsdp')} {_contents(keys, 'fsdp_config')}".lower()
         keys.notes += ["FSDP offload"] if re.search(r"offload_params\W+true|\boffload\b", text) else []
+        keys.notes += ["FSDP that does not shard fully"] if re.search(_PARTLY, text) else []
         return "fsdp2"
-    given = keys.get("deepspeed")
+    given = _contents(keys, "deepspeed")
     if not given:
         return None
-    if isinstance(given, str) and (file := Path(keys.path).parent / given).is_file():
-        given = _parsed(file)  # JSON is YAML
     zero = given.get("zero_optimization") if isinstance(given, dict) else None
     text = f"zero{zero.get('stage')} {zero}" if isinstance(zero, dict) else str(given)
     stage = re.search(r"(?<![a-z])z(?:ero)?_?(?:stage)?_?([0-3])(?![0-9]|\.[0-9])", text.lower())
     keys.notes += ["DeepSpeed offload"] if re.search(r"offload(?!\w*\W+device\W+none)", text.lower()) else []
     keys.notes += [] if stage else ["deepspeed (unknown ZeRO stage)"]
     return f"zero{stage[1]}" if stage and stage[1] in "23" else None
+
+
+_PARTLY = r"reshard_after_forward\W+false|shard_grad_op|no_shard|hybrid_shard|sharding_strategy\W+[2-5]"
+"""Settings of FSDP that keep whole weights after the forward pass, or on each machine."""
 
 
 PLUGIN = "rankpilot.integrations.axolotl.RankpilotPlugin"
@@ -382,6 +407,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         named, default = "q_proj,v_proj", "PEFT's default is assumed, q_proj and v_proj for most models"
         keys.notes.append(f"lora_target_modules (none given: {default})")
     held, length = keys.number("val_set_size", 0.0, 0) or keys.get("test_datasets"), keys.number("sequence_len", 512)
+    quantization, nested = _quantization(keys), _bnb(keys)
     half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
     return {
         "model": keys.model("base_model"),
@@ -390,7 +416,8 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         "target_modules": "all-linear" if keys.flag("lora_target_linear") else named,
         "target_parameters": _names(keys, "lora_target_parameters"),
         "adapter": _adapter(keys, use_dora="peft_use_dora", modules_to_save="lora_modules_to_save"),
-        "quantization": _quantization(keys),
+        "quantization": quantization,
+        "double_quantization": nested if quantization == "nf4" else None,
         "experts": "axolotl" if keys.flag("quantize_moe_experts") else None,
         "optimizer": _optimizer(keys, "optimizer", "adamw_torch_fused"),
         "dtype": "bf16" if precise else "fp16" if half else "fp32",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 from rankpilot.cli import main as cli
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.rollouts import Engine, Rollouts
@@ -18,7 +19,11 @@ from rankpilot.report import trainer_file
 from rankpilot.report.trainer_file import KEYS, PLUGIN, read_trainer_file
 from transformers import LlamaConfig
 
+from tools.trainer_keys import SETTINGS, unknown_keys
+
 from ..cli.mistakes import failure, usage_error
+
+PACKAGES = {"axolotl": "axolotl", "TRL": "trl", "LLaMA-Factory": "llamafactory", "ms-swift": "ms-swift"}
 
 AXOLOTL = """
 base_model: Qwen/Qwen3-4B
@@ -127,6 +132,12 @@ def test_axolotl(tmp_path):
         ("deepspeed: deepspeed_configs/zero3.json", "sharding", "zero3"),
         ("deepspeed: deepspeed_configs/zero2.json", "sharding", "zero2"),
         ("optimizer: adamw_torch_4bit", "optimizer", "adamw4bit"),
+        ("bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "double_quantization", False),
+        (
+            "{gradient_checkpointing: false, fsdp_config: {fsdp_activation_checkpointing: true}}",
+            "gradient_checkpointing",
+            True,
+        ),
     ],
 )
 def test_what_axolotl_can_set_otherwise(change, setting, value, tmp_path):
@@ -273,6 +284,7 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ),
         ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation must be a string"),
         ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp must be a name"),
+        ("base_model: m\nadapter: lora\nbnb_config_kwargs: [1]", "bnb_config_kwargs must be a mapping"),
         ("model: m\ntuner_type: full", "trains with tuner_type: .full"),
         ("model: m\ntrain_type: longlora", "trains with train_type: .longlora"),
         ("model: m\nrlhf_type: dpo\nbeta: 0.1", "trains with rlhf_type: .dpo"),
@@ -297,7 +309,14 @@ def test_bad_files_get_one_line(text, message, tmp_path):
     [
         (AXOLOTL, "lora_mlp_kernel: true", "lora_mlp_kernel"),
         (AXOLOTL, "{lora_mlp_kernel: false, eval_batch_size: 2, sample_packing: true, eval_sample_packing: true}", ""),
-        (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "bnb_config_kwargs"),
+        (
+            AXOLOTL,
+            "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}",
+            "bnb_config_kwargs: 'llm_int8_skip_modules'",
+        ),
+        (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: true, bnb_4bit_quant_type: fp4}", ""),
+        (AXOLOTL, "{ple_cpu_offload: true, processor_type: AutoProcessor}", "ple_cpu_offload, processor_type"),
+        (AXOLOTL, "{lora_model_dir: runs/first, fp8_config: {recipe: rowwise}}", "lora_model_dir"),
         (AXOLOTL, "unfrozen_parameters: [lm_head]", "unfrozen_parameters"),
         (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
         (AXOLOTL, "image_size: 512", "image_size"),
@@ -305,6 +324,10 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, f"{{plugins: [{PLUGIN}], rankpilot: {{budget: 80%}}}}", ""),
         (AXOLOTL, "fsdp_config: {offload_params: true}", "FSDP offload"),
         (AXOLOTL, "fsdp: [full_shard, offload]", "FSDP offload"),
+        (AXOLOTL, "fsdp_config: {reshard_after_forward: false}", "FSDP that does not shard fully"),
+        (AXOLOTL, "fsdp: [shard_grad_op]", "FSDP that does not shard fully"),
+        (AXOLOTL, "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, reshard_after_forward: true}", ""),
+        (AXOLOTL, f"deepspeed: '{'x' * 300}'", "ZeRO stage"),
         (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "DeepSpeed offload"),
         (AXOLOTL, "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: none}}}", ""),
         (AXOLOTL, "deepspeed: other.json", "ZeRO stage"),
@@ -392,6 +415,16 @@ def test_deepspeed_is_read_where_it_stands(deepspeed, sharding, tmp_path):
     assert read_trainer_file(read(tmp_path, text)).settings["sharding"] == sharding
 
 
+@pytest.mark.parametrize(("key", "note"), [("deepspeed", "DeepSpeed offload"), ("fsdp_config", "FSDP offload")])
+def test_a_file_named_in_the_config_is_found_where_the_program_runs(key, note, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    Path("named.json").write_text(json.dumps({"zero_optimization": zero, "offload_params": True}))
+    text = yaml.safe_dump(yaml.safe_load(TRL) | {key: "named.json"})
+    assert note in read_trainer_file(read(tmp_path, text)).unpriced
+
+
 @pytest.mark.parametrize("program", KEYS)
 def test_priced_keys_are_those_that_are_asked_for(program):
     source = Path(str(trainer_file.__file__)).read_text(encoding="utf-8")
@@ -401,28 +434,36 @@ def test_priced_keys_are_those_that_are_asked_for(program):
     assert len(kinds) == len(set(kinds)), "a key is of one kind"
 
 
-def test_keys_are_those_of_the_program():
-    trl = pytest.importorskip(
-        "trl", reason="axolotl and LLaMA-Factory are never there; their versions are in the table"
-    )
+@pytest.mark.parametrize("program", SETTINGS)
+def test_every_key_of_an_installed_program_is_known(program):
+    """A new key fails here: it belongs in trainer_keys.json, by what it does to memory."""
+    try:
+        unknown = unknown_keys(program)
+    except ImportError as error:
+        pytest.skip(f"{program} is not installed: {error}")
+    if Version(metadata.version(PACKAGES[program])) < Version(KEYS[program]["version"]):
+        pytest.skip(f"the lists are of {program} {KEYS[program]['version']}")
+    assert unknown == []
+
+
+def test_keys_of_other_trainings_are_refused():
+    trl = pytest.importorskip("trl")
     table = KEYS["TRL"]
     if trl.__version__ != table["version"]:
         pytest.skip(f"the table is of TRL {table['version']}")
-    known = {each.name for kind in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for each in fields(kind)}
-    assert known <= {*table["priced"], *table["unpriced"], *table["harmless"]}
+    known = {*SETTINGS["TRL"]()}
     for name, kind in {"GRPO": trl.GRPOConfig, "DPO": trl.DPOConfig, "KTO": trl.KTOConfig}.items():
         assert {each.name for each in fields(kind)} - known <= {
             key for key, of in table["refused"].items() if name in of
         }
 
 
-def test_keys_are_those_of_swift():
+def test_keys_of_swift_for_other_trainings_are_refused():
     arguments = pytest.importorskip("swift.arguments", reason="ms-swift is only there where its keys are renewed")
     table = KEYS["ms-swift"]
     if metadata.version("ms-swift") != table["version"]:
         pytest.skip(f"the table is of ms-swift {table['version']}")
-    known = {each.name for each in fields(arguments.SftArguments)}
-    assert known <= {*table["priced"], *table["unpriced"], *table["harmless"], *table["older"]}
+    known = {*SETTINGS["ms-swift"]()}
     assert {each.name for each in fields(arguments.RLHFArguments)} - known <= {*table["refused"], "rlhf_type"}
 
 
