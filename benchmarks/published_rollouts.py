@@ -24,7 +24,12 @@ def outlook_of(row: dict[str, str]) -> Outlook:
     settings |= {name: int(row[name]) for name in ("rank", "batch_size", "max_length")}
     if row["quantization"]:
         settings["prepare_kbit"] = False
-    engine = Engine(float(row["share"]), sleeps=row["sleeps"] == "True", lends=row["lends"] == "True")
+    engine = Engine(
+        float(row["share"]),
+        sleeps=row["sleeps"] == "True",
+        length=int(row["engine_length"] or 0),
+        lends=row["lends"] == "True",
+    )
     return memory_of(
         row["model"],
         row["card"],

@@ -27,6 +27,7 @@ class Engine:
         share: its share of the card, `gpu_memory_utilization`, above 0 and at most 1.
         sleeps: whether it frees its memory during training.
         cards: cards that share its weights and cache, its tensor parallel size.
+        length: most tokens of a sequence, its `max_model_len`; 0 for those of the training's rows.
         lends: whether the model being trained uses the engine's weights, as in Unsloth's `fast_inference`, instead of a
             second copy.
 
@@ -37,6 +38,7 @@ class Engine:
     share: float
     sleeps: bool = False
     cards: int = 1
+    length: int = 0
     lends: bool = False
 
     def __post_init__(self) -> None:
@@ -110,14 +112,14 @@ class EngineNeeds:
             config: fields of the model's configuration.
             weights: bytes of all weights in its precision.
             rollouts: the answers generated at once, by an engine.
-            length: most tokens of a sequence.
+            length: tokens of the training's rows.
         """
         assert rollouts.engine is not None, "an engine generates"
-        text = text_fields(config)
+        text, most = text_fields(config), rollouts.engine.length or length
         width = _first(text, "hidden_size", "n_embd", "d_model")
         inner = _first(text, "intermediate_size", "n_inner") or 4 * width
         prefill = 2 * BATCHED_TOKENS * (3 * inner + 4 * width) + 8 * rollouts.rows * _first(text, "vocab_size")
-        return cls(*(part / rollouts.engine.cards for part in (weights, prefill, cache_bytes_of(config) * length)))
+        return cls(*(part / rollouts.engine.cards for part in (weights, prefill, cache_bytes_of(config) * most)))
 
 
 def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:

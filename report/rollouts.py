@@ -11,7 +11,8 @@ def rollouts_text(outlook: Outlook) -> str:
     rollouts, card, needs = outlook.given.loaded.rollouts, outlook.card, outlook.engine_needs
     if rollouts is None or rollouts.engine is None or card is None or needs is None:
         return ""
-    engine, length = rollouts.engine, outlook.memory.shape.length
+    engine = rollouts.engine
+    length = engine.length or outlook.memory.shape.length
     share = format_bytes(engine.share * card.memory_bytes)
     asleep = "asleep during training" if engine.sleeps else "beside the training"
     least = f"It needs {format_bytes(needs.total, up=True)}: {format_bytes(needs.weights)} of weights, "

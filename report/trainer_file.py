@@ -491,11 +491,11 @@ def _grpo(keys: _Keys) -> dict[str, Any]:
     rows = keys.number("per_device_train_batch_size", 8) * batches
     rows = keys.number("generation_batch_size", rows)
     prompt, longest = keys.number("max_prompt_length", 0, 0), keys.number("vllm_max_model_length", 0, 0)
-    length = longest or (prompt + answer if prompt else None)
+    length = (prompt + answer if prompt else 0) or longest or None
     engine = None
     if keys.flag("use_vllm") and keys.word("vllm_mode", "colocate") == "colocate":
         share, cards = keys.number("vllm_gpu_memory_utilization", 0.3, 0), keys.number("vllm_tensor_parallel_size", 1)
-        engine = Engine(share, keys.flag("vllm_enable_sleep_mode"), cards)
+        engine = Engine(share, keys.flag("vllm_enable_sleep_mode"), cards, longest)
     keys.notes += [name for name in _GRPO_NOTES if keys.flag(name)]
     own = {"loss_type": "nll", "max_length": length or 2, "eval_strategy": None}
     of_sft = _Keys({**keys.values, **own}, keys.path)

@@ -652,10 +652,10 @@ def longest_rows(outlook: Outlook) -> int:
     room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
     engine = outlook._rollouts.engine
     assert engine, "there is an engine"
-    if needs.cache:
+    if needs.cache and not engine.length:
         free = engine.share * card.memory_bytes - needs.weights - needs.prefill
         most = min(most, int(free * shape.length / needs.cache))
-    low, high = 0, most // 64
+    low, high = 0, min(most, engine.length or most) // 64
     while low < high:
         middle = (low + high + 1) // 2
         one = BatchShape(shape.rows, 64 * middle)

@@ -356,7 +356,11 @@ GRPO = "{use_vllm: true, per_device_train_batch_size: 4, gradient_accumulation_s
     [
         (GRPO + "}", None, Rollouts(8, Engine(0.3))),
         (GRPO + ", max_prompt_length: 256}", 512, Rollouts(8, Engine(0.3))),
-        (GRPO + ", vllm_max_model_length: 4096, vllm_gpu_memory_utilization: 0.55}", 4096, Rollouts(8, Engine(0.55))),
+        (
+            GRPO + ", vllm_max_model_length: 4096, vllm_gpu_memory_utilization: 0.55}",
+            4096,
+            Rollouts(8, Engine(0.55, length=4096)),
+        ),
         (GRPO + ", vllm_enable_sleep_mode: true}", None, Rollouts(8, Engine(0.3, sleeps=True))),
         (GRPO + ", vllm_tensor_parallel_size: 2}", None, Rollouts(8, Engine(0.3, cards=2))),
         (GRPO + ", steps_per_generation: 16}", None, Rollouts(64, Engine(0.3))),
