@@ -175,6 +175,7 @@ class AlignmentRule:
         early: share of the run considered early.
         first_raise: optimizer steps before the first raise: early steps agree at any rate.
         warm: minimum share of its peak for a raise while the schedule is warming up, for the same reason.
+        warming_above: the same as `raise_above` then, since the warm-up itself will raise the rate.
     """
 
     raise_above: float = 0.25
@@ -183,6 +184,7 @@ class AlignmentRule:
     early: float = 0.16
     first_raise: int = 9
     warm: float = 0.7
+    warming_above: float = 0.55
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `RateControl`."""
@@ -192,6 +194,7 @@ class AlignmentRule:
         share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
         if share < self.lower_below and evidence < -self.evidence:
             return UNDO if seen["time"] <= self.early and seen["moved"] >= 0 else HALVED
-        ready = 5 * 2 ** (4 * seen["steps"]) >= self.first_raise  # see `FEATURES`
-        ready &= not seen["warm-up"] or seen["schedule"] >= self.warm
-        return DOUBLED if ready and share > self.raise_above and evidence > self.evidence else KEEP
+        ready, least = 5 * 2 ** (4 * seen["steps"]) >= self.first_raise, self.raise_above  # see `FEATURES`
+        if seen["warm-up"]:
+            ready, least = ready and seen["schedule"] >= self.warm, self.warming_above
+        return DOUBLED if ready and share > least and evidence > self.evidence else KEEP

@@ -91,6 +91,7 @@ RULES = [
     (LOW | {"steps": 0.0}, KEEP),
     (LOW | {"warm_up": 1.0, "schedule": 0.6}, KEEP),
     (LOW | {"warm_up": 1.0, "schedule": 0.8}, DOUBLED),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.5}, KEEP),
     (HIGH, HALVED),
     (HIGH | {"warm_up": 1.0, "schedule": 0.2}, HALVED),
     (HIGH | {"alignment_over_the_first": -0.15}, KEEP),
