@@ -55,6 +55,9 @@ class LoadedAs:
         offload: whether inputs of checkpointed layers stay in main memory until recomputation.
         expandable_segments: whether torch's allocator uses expandable segments.
         stream: number of layers whose frozen weights stream from main memory, evenly spread, or "all".
+        image: width and height in pixels of the pictures in a row, "1024x768"; empty for rows without pictures.
+        images: number of such pictures in each row.
+        max_pixels: the image processor's setting of this name (Qwen); 0 for the published one.
     """
 
     device: Literal["cuda", "cpu"] = "cuda"
@@ -74,10 +77,16 @@ class LoadedAs:
     offload: bool = False
     expandable_segments: bool = False
     stream: int | Literal["all"] = 0
+    image: str = ""
+    images: int = 1
+    max_pixels: int = 0
 
     def __post_init__(self) -> None:
         if self.stream != "all" and (type(self.stream) is not int or self.stream < 0):
             raise ConfigError(f'stream is a number of layers or "all"; got {shown(self.stream)}.')
+        if not self.image and (self.images, self.max_pixels) != (1, 0):
+            given = f"{shown(self.images)} and {shown(self.max_pixels)}"
+            raise ConfigError(f"images and max_pixels need image, such as image='1024x768'; got {given} without it.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,10 @@ class LoadedModel:
         own_code: whether the configuration refers to code shipped with the weights; predictions use transformers' code.
         task_type: PEFT's name for the task.
         saved_modules: names of fully trained modules, such as a new classifier.
+        picture_tokens: tokens that the pictures in each row take; 0 for rows without pictures.
+        picture_bytes: bytes of the pictures in each row, as the tower's input.
+        pixels: pixels of a picture after scaling, if max_pixels decides them; else 0.
+        sees: whether the model reads pictures too.
     """
 
     kind: str
@@ -129,6 +142,10 @@ class LoadedModel:
     own_code: bool = False
     task_type: str | None = None
     saved_modules: tuple[str, ...] = ()
+    picture_tokens: int = 0
+    picture_bytes: int = 0
+    pixels: int = 0
+    sees: bool = False
 
     @property
     def frozen_bytes(self) -> int:

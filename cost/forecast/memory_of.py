@@ -21,6 +21,7 @@ from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, S
 from .known_models import check_known, published_models, short_name
 from .of_targets import OfTargets, places_of
 from .outlook import Outlook
+from .pictures import check_holds
 from .stored_step import StepFile, StoredStep, step_key, versions
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def memory_of(
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
         settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments,
-            stream, adapter ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
+            stream, adapter, image, images, max_pixels ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
             accumulation, gradient_checkpointing (all layers, none, or "auto": as few as fit). Sizes default to those of
             the commands.
 
@@ -160,6 +161,8 @@ class AskedStep:
         step = self.settings.sized(continues=model.continues, positions=model.positions)
         if not self.loaded.packed:
             check_length(step.max_length, model.positions)
+        if self.loaded.image:
+            check_holds(model.picture_tokens, step.max_length)
         found = source.configured(step)
         if step.gradient_checkpointing is True and not found.memory.segments:
             self.recorder(optional=False)  # raises, since the model has no layers to checkpoint

@@ -190,6 +190,8 @@ class Outlook:
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
+        if pictures := settings.batch_size * step.model.picture_bytes:
+            frozen = *frozen, pictures
         self.room: CardRoom | None = CardRoom(card, frozen, expandable, self.slack) if card else None
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
         asked_for = settings.gradient_checkpointing if card else "auto"
@@ -392,7 +394,8 @@ class Outlook:
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
-        return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
+        least = self.step.model.picture_tokens
+        return tuple(_cell(self, shape) for shape in shapes if shape.length >= least and self.memory.predicts(shape))
 
 
 def room_for_tensors(outlook: Outlook) -> float:

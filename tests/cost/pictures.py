@@ -94,12 +94,12 @@ class Sees:
         return 4 * int(np.prod(pixels["pixel_values"].shape[:-3]))  # pictures or tiles of 4 x 4 patches
 
     def batch(self, rows: int, length: int, size: tuple[int, int], images: int = 1) -> dict[str, torch.Tensor]:
-        """A batch with pictures of a width and height, after 2 tokens of text."""
+        """A batch with pictures of a width and height, each after a token of text."""
         pixels = self.pixels(rows, size, images)
-        each = self.tokens(pixels) // rows
-        assert each + 2 < length
+        each = self.tokens(pixels) // (rows * images) + 1
         ids = torch.full((rows, length), TEXT)
-        ids[:, 2 : 2 + each] = PICTURE
+        for number in range(images):
+            ids[:, number * each + 1 : (number + 1) * each] = PICTURE
         types = {self.types: (ids == PICTURE).long()} if self.types else {}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), **types, **pixels}
 
