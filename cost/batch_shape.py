@@ -40,6 +40,13 @@ def texts_of(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if not str(name).startswith(PICTURES)}
 
 
+def follows_rows(batch: Batch) -> bool:
+    """True unless a batch of texts has pictures whose first axis holds no rows, so that it must run whole."""
+    rows, texts = shape_of(batch).rows, texts_of(batch)
+    pictures = () if texts is batch else (value for name, value in batch.items() if name not in texts)
+    return all(tensor.shape[0] == rows for tensor in tensors_of(list(pictures)) if tensor.dim())
+
+
 LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
 """Boundaries of texts in an unpadded row, int32 (texts + 1,), and the length of the longest text."""
 

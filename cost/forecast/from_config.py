@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from traceback import walk_tb
 from typing import Any
@@ -33,6 +33,7 @@ from ..cards import WORKSPACE_BYTES
 from ..model import MemoryModel, ModelStates
 from ..record.calibration import keeps_state, measure_memory, step_states
 from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
+from ..record.frozen_towers import frozen_towers, towers_cut
 from ..record.kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
 from ..record.known_contents import known_contents
 from ..record.measured_time import product_sizes
@@ -205,7 +206,7 @@ class StepRecorder:
         if not self._keeps_state and (pictures is None or pictures.alike):
             least = 2 * pictures.tokens if pictures else 0  # half the length still holds the pictures
             known = calibration_shape(self._base.config, shape, padded=self.loaded.padded, least=least)
-        with self._with(savers):
+        with self._with(savers), towers_cut(self._base) if pictures else nullcontext():
             with self._batch(known) as batch:
                 memory = measure_by_layers(self._training, self._targets, batch, self._ways)
             if not memory.predicts(shape):
@@ -311,22 +312,13 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         target_parameters=step.target_parameters,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
-    for layer in _frozen_tower(base):  # its tensors are freed at once, so checkpointing has no effect
+    for layer in (layer for tower in frozen_towers(base) for layer in tower) if sees(base.config) else ():
         layer.gradient_checkpointing = False
     if loaded.input_gradients:
         base.enable_input_require_grads()
     else:
         training_step.release_inputs(model)  # PEFT makes them require gradients again
     return model.train()
-
-
-def _frozen_tower(base: PreTrainedModel) -> Iterator[GradientCheckpointingLayer]:
-    """Yield the checkpointable layers that read pictures and hold no adapter."""
-    texts = {id(module) for module in base.get_decoder().modules()} if sees(base.config) else set()
-    for layer in base.modules() if texts else ():
-        if isinstance(layer, GradientCheckpointingLayer) and id(layer) not in texts:
-            if not any(parameter.requires_grad for parameter in layer.parameters()):
-                yield layer
 
 
 def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.LossFunction:

@@ -31,9 +31,9 @@ _TEXT: dict[str, Any] = {
 }
 _SIGHT: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-_QWEN = {"depth": 2, "num_heads": 4, "out_hidden_size": 64}
+_QWEN = {"depth": 4, "num_heads": 4, "out_hidden_size": 64}
 _IDS = {"image_token_id": PICTURE, "video_token_id": 201, "vision_start_token_id": 202, "vision_end_token_id": 203}
-_SQUARE = {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+_SQUARE = {"num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
 
 
 def _qwen2_5_vl() -> t.PreTrainedConfig:
@@ -104,13 +104,18 @@ class Sees:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), **types, **pixels}
 
 
-_FEW = {"min_pixels": 28 * 28, "max_pixels": 120_000}
+MOST_PIXELS = 120_000
+"""The setting `max_pixels` of Qwen's processors."""
+
+_FEW = {"min_pixels": 56 * 56, "max_pixels": MOST_PIXELS}
 _SIZES = {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 56}}
 
 FAMILIES = {
     "qwen2.5-vl": Sees(_qwen2_5_vl, lambda: Qwen2VLImageProcessorPil(**_FEW), types="mm_token_type_ids"),
     "qwen3-vl": Sees(
-        _qwen3_vl, lambda: Qwen2VLImageProcessorPil(**_FEW, patch_size=16), types="mm_token_type_ids"
+        _qwen3_vl,
+        lambda: Qwen2VLImageProcessorPil(min_pixels=256 * 256, max_pixels=MOST_PIXELS, patch_size=16),
+        types="mm_token_type_ids",
     ),
     "gemma3": Sees(
         _gemma3, lambda: Gemma3ImageProcessorPil(size={"height": 56, "width": 56}), types="token_type_ids"
