@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     from ..report import memory as report
     from ..report.doubts import doubts_text
 
+    if options.lengths is not None and options.image:
+        raise ConfigError("--lengths are those of rows of texts: drop --image or --lengths.")
     if options.output:
         refuse_file(options.output)  # now, to fail early
     rows = None
@@ -133,6 +136,8 @@ def main(arguments: Sequence[str]) -> int:
             console.print(SPILLS, markup=False)
         notes = [*(file.remarks(str(options.config)) if file else ())]
         notes += [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]
+        if options.details and options.card and outlook.step.model.pixels:
+            notes.append(report.max_pixels_text(outlook, _asking(options, options.card, file)))
         for note in notes:
             console.print(note, markup=False, highlight=False)
     written = report.write_memory_report(outlook, options, options.output, found, run) if options.output else ""
@@ -200,8 +205,8 @@ _FURTHER = ("adapter", "double_quantization")
 """Settings of a file without a command-line option."""
 
 
-def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
-    """Outlook of the model's configuration on a card."""
+def _asking(options: Memory, card: str, file: TrainerFile | None) -> Callable[..., Outlook]:
+    """Function that predicts the model's step on a card, with changes to the settings by name."""
     from ..cost.forecast.memory_of import memory_of
 
     names = (*(each.name for each in fields(StepConfig)), *OF_CARD)
@@ -210,9 +215,14 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
         del settings["bf16"]  # the card decides
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
+    return partial(memory_of, _configured(options.model), card, rank=options.rank, **settings)
+
+
+def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
+    """Outlook of the model's configuration on a card."""
     told = f"deriving the training step of {options.model} from its configuration ..."
     with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
-        return memory_of(_configured(options.model), card, rank=options.rank, **settings)
+        return _asking(options, card, file)()
 
 
 def _configured(model: str) -> str:

@@ -18,7 +18,7 @@ AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
 OF_CARD = (
     "gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant", "packed", "offload",
-    "expandable_segments", "stream",
+    "expandable_segments", "stream", "image", "images", "max_pixels",
 )  # fmt: skip
 """Settings of the card rather than the step, as arguments of `memory_of`."""
 
@@ -66,6 +66,11 @@ class MemoryConfig(StepConfig):
         packed: a row holds several texts, and may exceed the model's positions.
         offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
         stream: number of layers whose frozen weights stream from main memory, or all (axolotl's layer_offloading).
+        image: width and height in pixels of the pictures in each row, "1024x768"; for models that read pictures. Their
+            tokens are part of --max-length.
+        images: number of such pictures in each row.
+        max_pixels: the image processor's setting of this name (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); 0 for its published
+            value.
         expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
         os: operating system of the machine with the card; on Windows memory spills into main memory without an error.
 
@@ -99,6 +104,9 @@ class MemoryConfig(StepConfig):
     offload: bool = False
     expandable_segments: bool = False
     stream: int | Literal["all"] = 0
+    image: str = ""
+    images: int = 1
+    max_pixels: int = 0
     os: Literal["linux", "windows"] = "linux"
 
     @property

@@ -68,9 +68,9 @@ def memory_of(
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
         settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments,
-            stream, adapter, image, images, max_pixels ...; and of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules,
-            accumulation, gradient_checkpointing (all layers, none, or "auto": as few as fit). Sizes default to those of
-            the commands.
+            stream, adapter, image, images, max_pixels ...; and of `StepConfig`: batch_size, max_length, quantization,
+            optimizer, target_modules, accumulation, gradient_checkpointing (all layers, none, or "auto": as few as
+            fit). Sizes default to those of the commands.
 
     Returns:
         The outlook; its `best`, `choices` and `grid` are computed lazily.
@@ -193,7 +193,7 @@ class AskedStep:
 
     def _of_all_linear(self) -> StoredStep | None:
         """Return the step for a subset of modules, derived from the all-linear recording if there is one."""
-        usual = self.settings.target_modules == "all-linear" or self.settings.target_parameters
+        usual = self.settings.target_modules == "all-linear" or self.settings.target_parameters or self.loaded.image
         if usual or self.loaded.adapter.get("use_dora"):  # DoRA holds magnitudes for other modules too
             return None
         whole = replace(self, settings=replace(self.settings, target_modules="all-linear"))

@@ -88,7 +88,7 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def know(self, tensor: torch.Tensor, content: torch.Tensor) -> None:
         """Set the content of a new meta tensor; one of more than `MOST` different elements stays unknown."""
         if len(self._mirrors) >= self._most:
-            self._mirrors = {key: pair for key, pair in self._mirrors.items() if not pair[0].expired()}
+            self._mirrors = {key: pair for key, pair in self._mirrors.items() if not _is_freed(pair[0])}
             self._most = 2 * len(self._mirrors) + 1024
         storage = tensor.untyped_storage()
         if _is_filled(content):
@@ -98,7 +98,7 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             mirror = dense.as_strided((storage.nbytes() // dense.element_size(),), (1,), 0)
         else:
             return
-        self._mirrors[storage._cdata] = StorageWeakRef(storage), mirror
+        self._mirrors[storage._cdata] = StorageWeakRef(storage), mirror  # type: ignore[no-untyped-call]
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the content of a tensor, for a meta tensor as a view of its mirror; None if unknown."""
@@ -138,7 +138,9 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Repeat an operator on mirrors, if it changes one or makes new storages.
 
         Args:
-            func, args, kwargs: the operator and its arguments.
+            func: the operator.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
             known: the contents of its tensors.
             result: its result on the meta device.
         """
@@ -176,6 +178,10 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.is_meta:
             self._mirrors.pop(tensor.untyped_storage()._cdata, None)
+
+
+def _is_freed(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
 
 
 def _is_filled(content: torch.Tensor) -> bool:

@@ -108,7 +108,7 @@ MOST_PIXELS = 120_000
 """The setting `max_pixels` of Qwen's processors."""
 
 _FEW = {"min_pixels": 56 * 56, "max_pixels": MOST_PIXELS}
-_SIZES = {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 56}}
+_SIZES = {"size": {"longest_edge": 224}, "max_image_size": {"longest_edge": 56}}
 
 FAMILIES = {
     "qwen2.5-vl": Sees(_qwen2_5_vl, lambda: Qwen2VLImageProcessorPil(**_FEW), types="mm_token_type_ids"),
@@ -117,9 +117,7 @@ FAMILIES = {
         lambda: Qwen2VLImageProcessorPil(min_pixels=256 * 256, max_pixels=MOST_PIXELS, patch_size=16),
         types="mm_token_type_ids",
     ),
-    "gemma3": Sees(
-        _gemma3, lambda: Gemma3ImageProcessorPil(size={"height": 56, "width": 56}), types="token_type_ids"
-    ),
+    "gemma3": Sees(_gemma3, lambda: Gemma3ImageProcessorPil(size={"height": 56, "width": 56}), types="token_type_ids"),
     "smolvlm": Sees(lambda: _tiles(t.SmolVLMConfig), lambda: SmolVLMImageProcessorPil(**_SIZES), nested=True),
     "idefics3": Sees(lambda: _tiles(t.Idefics3Config), lambda: Idefics3ImageProcessorPil(**_SIZES), nested=True),
 }
