@@ -272,8 +272,10 @@ def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, An
 
 @cache
 def _makes_one_tensor(operator: Any) -> bool:
-    """True if an operator's schema returns one new tensor and mutates no inputs."""
+    """True if an operator's schema returns one new tensor, of a size free of contents, and mutates no inputs."""
     schema = operator._schema
+    if torch.Tag.dynamic_output_shape in operator.tags:
+        return False
     single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
     return single and schema.returns[0].alias_info is None and not schema.is_mutable
 

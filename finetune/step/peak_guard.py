@@ -13,7 +13,7 @@ import torch
 from ...common.checks import counted, finite
 from ...common.errors import BudgetError, UnsupportedError
 from ...common.text import format_bytes
-from ...cost.batch_shape import Batch, reshaped, shape_of
+from ...cost.batch_shape import Batch, follows_rows, reshaped, shape_of
 from ...cost.cost import ByteCost, plan_cost
 from ...cost.model import MemoryModel
 from ...cost.record.calibration import measure_memory
@@ -128,7 +128,8 @@ class RisenCosts:
         """Measure the byte model again, with a step of a given shape.
 
         Args:
-            batch: the batch to measure with, extended to the shape; None for the run's largest batch.
+            batch: the batch to measure with, extended to the shape if its rows can be repeated; None for the run's
+                largest batch.
             shape: the shape of the measured step.
         """
         plan, run, targets = self._plan, self._plan.run, self._plan.applier.targets
@@ -138,10 +139,16 @@ class RisenCosts:
         def measure() -> MemoryModel:
             # The largest rows and length so far may come from two batches, or from another process.
             largest = run.largest_batch() if batch is None else run.on_device(batch)
-            whole = reshaped(largest, shape, run.step.rows_per_example)
+            whole = reshaped(largest, shape, run.step.rows_per_example) if follows_rows(largest) else largest
             return measure_memory(run.step, targets, whole, signals=True)
 
-        plan.update(recorded=run.measured(measure))
+        found = run.measured(measure)
+        if not found.predicts(shape):  # a batch with patches of pictures ran whole: the costliest stands for all
+            ranks, known = plan.applier.ranks, plan.now.recorded
+            if known and known.peak(ranks) > found.peak(ranks):
+                found = known
+            found = found.standing_for(shape)
+        plan.update(recorded=found)
         run.replicas.changed(targets, plan.step)
         if plan.checkpointing:
             plan.checkpoint_fewest()
