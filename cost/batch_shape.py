@@ -40,11 +40,21 @@ def texts_of(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if not str(name).startswith(PICTURES)}
 
 
+def _pictures_of(batch: Batch) -> list[torch.Tensor]:
+    """Return the tensors of a batch of texts that hold pictures, or describe them."""
+    texts = texts_of(batch)
+    return [] if texts is batch else tensors_of([value for name, value in batch.items() if name not in texts])
+
+
+def picture_values(batch: Batch) -> int:
+    """Return the number of values in the pictures of a batch of texts; 0 without pictures."""
+    return sum(tensor.numel() for tensor in _pictures_of(batch))
+
+
 def follows_rows(batch: Batch) -> bool:
     """True unless a batch of texts has pictures whose first axis holds no rows, so that it must run whole."""
-    rows, texts = shape_of(batch).rows, texts_of(batch)
-    pictures = () if texts is batch else (value for name, value in batch.items() if name not in texts)
-    return all(tensor.shape[0] == rows for tensor in tensors_of(list(pictures)) if tensor.dim())
+    rows = shape_of(batch).rows
+    return all(tensor.shape[0] == rows for tensor in _pictures_of(batch) if tensor.dim())
 
 
 LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
