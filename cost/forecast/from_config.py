@@ -33,7 +33,7 @@ from ..cards import WORKSPACE_BYTES
 from ..model import MemoryModel, ModelStates
 from ..record.calibration import keeps_state, measure_memory, step_states
 from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
-from ..record.frozen_towers import frozen_towers, towers_cut
+from ..record.frozen_towers import no_checkpoints_in_towers, towers_cut
 from ..record.kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
 from ..record.known_contents import known_contents
 from ..record.measured_time import product_sizes
@@ -312,8 +312,8 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         target_parameters=step.target_parameters,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
-    for layer in (layer for tower in frozen_towers(base) for layer in tower) if sees(base.config) else ():
-        layer.gradient_checkpointing = False
+    if sees(base.config):
+        no_checkpoints_in_towers(base)
     if loaded.input_gradients:
         base.enable_input_require_grads()
     else:

@@ -17,7 +17,7 @@ LEAST = 2
 """Fewest layers to keep: one, and one that reads the output of another."""
 
 
-def frozen_towers(base: PreTrainedModel) -> Iterator[nn.ModuleList]:
+def _frozen_towers(base: PreTrainedModel) -> Iterator[nn.ModuleList]:
     """Yield the lists of checkpointable layers outside the language model that hold no adapter."""
     texts = {id(module) for module in base.get_decoder().modules()}
     for module in base.modules():
@@ -30,11 +30,18 @@ def _is_frozen(layers: nn.ModuleList) -> bool:
     return not trained and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers) and len(layers) > 0
 
 
+def no_checkpoints_in_towers(base: PreTrainedModel) -> None:
+    """Turn gradient checkpointing off in frozen towers, for recordings to count only layers on which it has effects."""
+    for layer in (layer for layers in _frozen_towers(base) for layer in layers):
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = False
+
+
 @contextmanager
 def towers_cut(base: PreTrainedModel) -> Iterator[None]:
     """Cut frozen towers to their first layers of all kinds inside the context."""
     with ExitStack() as stack:
-        for layers in list(frozen_towers(base)):
+        for layers in list(_frozen_towers(base)):
             stack.enter_context(_cut(layers, _layers_of_all_kinds(base)))
         yield
 
