@@ -14,9 +14,8 @@ from torch import nn
 
 from ..common.checks import is_count
 from ..common.errors import ConfigError, shown
-from ..decide.groups import GROUP_FEATURES
+from ..decide.groups import GROUP_FEATURES, RATE_CHANGES
 from ..decide.observation import RUN_FEATURES
-from ..decide.rate_control import CHANGES
 
 MOST_WIDTH = 8192
 """Maximum width of a hidden layer: a policy's card requests it before weights are read."""
@@ -55,7 +54,7 @@ class GroupNetwork(nn.Module):
         self.token = nn.Sequential(nn.Linear(group + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.context = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
         self.moves = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 2))
-        self.rate = nn.Linear(width, len(CHANGES))
+        self.rate = nn.Linear(width, len(RATE_CHANGES))
         self.worth = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh(), nn.Linear(width, 1))
 
     def forward(

@@ -8,7 +8,8 @@ from typing import Any
 
 from rankpilot.common.text import make_table
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.cost.forecast.outlook import Outlook, largest_share
+from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.cost.forecast.what_else import largest_share
 from rankpilot.cost.rollouts import Engine, Rollouts
 from rich.console import Console
 

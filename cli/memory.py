@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,6 +78,8 @@ class Memory(MemoryConfig):
         super().__post_init__()
         if self.json and self.python:
             raise ConfigError("--json and --python cannot be combined; pass one of them.")
+        if self.lengths is not None and self.image:
+            raise ConfigError("--lengths are those of rows of texts: drop --image or --lengths.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -131,14 +134,23 @@ def main(arguments: Sequence[str]) -> int:
             console.print(report.grid_table(outlook))
         if options.os == "windows":
             console.print(SPILLS, markup=False)
-        notes = [*(file.remarks(str(options.config)) if file else ())]
-        notes += [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]
-        for note in notes:
+        for note in _notes(options, file, outlook):
             console.print(note, markup=False, highlight=False)
     written = report.write_memory_report(outlook, options, options.output, found, run) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
     return 0 if (run.fits if run else outlook.best or not options.card) else NOTHING_FITS
+
+
+def _notes(options: Memory, file: TrainerFile | None, outlook: Outlook) -> Iterator[str]:
+    """Yield lines on what is not counted, and the details of the answer."""
+    from ..report import memory as report
+
+    yield from file.remarks(str(options.config)) if file else ()
+    yield from report.notes(outlook) if options.details else ()
+    yield from report.remarks(outlook)
+    if options.details and options.card and outlook.step.model.pixels:
+        yield report.max_pixels_text(outlook, _asking(options, options.card, file))
 
 
 def _verdict(outlook: Outlook, run: RunPlan | None) -> str:
@@ -200,8 +212,8 @@ _FURTHER = ("adapter", "double_quantization", "eval_length", "eval_packed", "rol
 """Settings of a file without a command-line option."""
 
 
-def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
-    """Outlook of the model's configuration on a card."""
+def _asking(options: Memory, card: str, file: TrainerFile | None) -> Callable[..., Outlook]:
+    """Function that predicts the model's step on a card, with changes to the settings by name."""
     from ..cost.forecast.memory_of import memory_of
 
     names = (*(each.name for each in fields(StepConfig)), *OF_CARD)
@@ -210,9 +222,14 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
         del settings["bf16"]  # the card decides
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
+    return partial(memory_of, _configured(options.model), card, rank=options.rank, **settings)
+
+
+def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
+    """Outlook of the model's configuration on a card."""
     told = f"deriving the training step of {options.model} from its configuration ..."
     with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
-        return memory_of(_configured(options.model), card, rank=options.rank, **settings)
+        return _asking(options, card, file)()
 
 
 def _configured(model: str) -> str:

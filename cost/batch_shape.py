@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,43 @@ Batch = Any
 def shape_of(batch: Batch) -> BatchShape:
     """Read the shape: the first axis of the tensors holds rows; the second holds tokens if there are just two axes.
 
-    One-axis tensors set the rows only if there are no others: for packed rows they hold the limits of texts.
+    One-axis tensors set the rows only if there are no others: for packed rows they hold the limits of texts. Pictures
+    alongside texts have no say: their first axis may hold patches.
     """
-    tensors = tensors_of(batch)
+    tensors = tensors_of(texts_of(batch))
     most = min(max((tensor.dim() for tensor in tensors), default=0), 2)
     rows = max((tensor.shape[0] for tensor in tensors if tensor.dim() >= max(most, 1)), default=1)
     return BatchShape(rows, max((t.shape[1] for t in tensors if _has_tokens(t, rows)), default=1))
 
 
 MASK, PLACES = "attention_mask", "position_ids"
+
+PICTURES = ("pixel_", "image_", "video_")
+"""Beginnings of the names of tensors that hold pictures, or describe them."""
+
+
+def texts_of(batch: Batch) -> Batch:
+    """Return a batch without its pictures, if it also holds the tokens of texts; else the batch itself."""
+    if not isinstance(batch, Mapping) or batch.get("input_ids") is None:
+        return batch
+    return {name: value for name, value in batch.items() if not str(name).startswith(PICTURES)}
+
+
+def _pictures_of(batch: Batch) -> list[torch.Tensor]:
+    """Return the tensors of a batch of texts that hold pictures, or describe them."""
+    texts = texts_of(batch)
+    return [] if texts is batch else tensors_of([value for name, value in batch.items() if name not in texts])
+
+
+def picture_values(batch: Batch) -> int:
+    """Return the number of values in the pictures of a batch of texts; 0 without pictures."""
+    return sum(tensor.numel() for tensor in _pictures_of(batch))
+
+
+def follows_rows(batch: Batch) -> bool:
+    """True unless a batch of texts has pictures whose first axis holds no rows, so that it must run whole."""
+    rows = shape_of(batch).rows
+    return all(tensor.shape[0] == rows for tensor in _pictures_of(batch) if tensor.dim())
 
 
 LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
@@ -108,7 +137,7 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
     """Cut or repeat a batch to a shape.
 
     Tensors shorter than the longest (labels of an encoder-decoder) change in proportion. Padding and rows with several
-    texts are preserved.
+    texts are preserved. Pictures alongside texts change with the rows if their first axis holds them.
 
     Args:
         batch: the batch.
@@ -119,10 +148,12 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
     old = shape_of(batch)
     before, after = old.rows // rows_per_example, shape.rows // rows_per_example
 
-    def change(tensor: torch.Tensor) -> torch.Tensor:
+    texts = texts_of(batch)
+
+    def change(tensor: torch.Tensor, *, is_text: bool = True) -> torch.Tensor:
         if not tensor.dim() or tensor.shape[0] not in (old.rows, before):
             return tensor
-        has_tokens = _has_tokens(tensor, old.rows)
+        has_tokens = is_text and _has_tokens(tensor, old.rows)
         blocks = tensor.reshape(-1, before, *tensor.shape[1:])[:, _cycled(after, before, tensor)]
         tensor = blocks.flatten(0, 1)
         if has_tokens:
@@ -130,7 +161,10 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
             tensor = tensor[:, _cycled(length, tensor.shape[1], tensor)]
         return tensor
 
-    result = _with_ends(map_tensors(batch, change), batch)
+    result = map_tensors(texts, change)
+    if texts is not batch:
+        result = like(batch, {**map_tensors(batch, partial(change, is_text=False)), **result})
+    result = _with_ends(result, batch)
     result = _with_limits(result, shape.rows * shape.length, old.rows * old.length)
     result = in_texts(result) if _holds_texts(batch) else result
     return result if all(bool(mask.all()) for mask in _masks(batch).values()) else padded(result)

@@ -129,6 +129,10 @@ class MemoryModel:
             return False
         return True
 
+    def standing_for(self, shape: BatchShape) -> MemoryModel:
+        """Return the model of a step of one known shape as that of another, which it is then to stand for alone."""
+        return replace(self, shape=shape, _growth=Growth.unknown(shape, len(self._base)))
+
     def cost(self, shape: BatchShape | None = None) -> ByteCost:
         """Return the cost of plans at a batch shape, by default the shape of calibration.
 

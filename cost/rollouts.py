@@ -139,7 +139,7 @@ def cache_bytes_of(config: Mapping[str, Any]) -> float:
     text = text_fields(config)
     layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
     if text.get("kv_lora_rank"):  # latent attention keeps one vector (DeepSeek-V2, arXiv:2405.04434, section 2.1)
-        return 2.0 * layers * (text["kv_lora_rank"] + _first(text, "qk_rope_head_dim"))
+        return 2.0 * layers * (_first(text, "kv_lora_rank") + _first(text, "qk_rope_head_dim"))
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
     if types := text.get("layer_types"):  # recurrent layers keep a state of fixed size
         layers = sum("attention" in kind and "linear" not in kind for kind in types)

@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .groups import Actor, GroupView, Steering
+from .groups import DOUBLE, GO_BACK, HALVE, NOTHING, Actor, GroupView, Steering
 from .observation import RUN_FEATURES, STEPS_PREFIX
-from .rate_control import DOUBLED, FEATURES, KEEP, AlignmentRule, RateControl
+from .rate_control import CHANGES, FEATURES, UNDO, AlignmentRule, RateControl
 
 _FIRST_STEPS = RUN_FEATURES.index(f"{STEPS_PREFIX}{FEATURES[0].replace(' ', '_')}")
 
@@ -27,25 +28,28 @@ class LeaveAlone:
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
-        return KEEP
+        return NOTHING
 
 
 @dataclass(frozen=True)
 class SteerRate:
-    """Applies a rate control.
+    """Applies a rate control in factors of 2.
 
     Attributes:
-        control: reads the steps.
+        control: reads the steps. A raise is twofold here, too much for a small but certain correction.
     """
 
-    control: RateControl = AlignmentRule()  # noqa: RUF009  (it is frozen)
+    control: RateControl = AlignmentRule(surely_above=math.inf)  # noqa: RUF009  (it is frozen)
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
-        if not view.allowed[DOUBLED]:
-            return KEEP
+        if not view.allowed[DOUBLE]:
+            return NOTHING
         seen = view.run[_FIRST_STEPS : _FIRST_STEPS + len(FEATURES)].astype(np.float64)
-        return int(self.control.act(seen[None])[0])
+        chosen = int(self.control.act(seen[None])[0])
+        if chosen == UNDO:
+            return GO_BACK
+        return DOUBLE if CHANGES[chosen] > 0 else HALVE if CHANGES[chosen] < 0 else NOTHING
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Halving:
     def act(self, view: GroupView) -> int:
         """See `Actor`."""
         if view.run_feature("progress") > self.until:
-            return KEEP
+            return NOTHING
         member, counts = view.groups.member, np.bincount(view.groups.member)
         ranks = np.bincount(member, weights=view.ranks) / counts
         score = self.gain * np.bincount(member, weights=view.worth) / counts
@@ -73,7 +77,7 @@ class Halving:
         lead = np.where(grows, score - np.log(ranks + 1.0), -np.inf)
         giving = np.where(ranks > 0, score - np.log(np.maximum(ranks, 0.5)), np.inf)
         if not grows.any() or lead.max() - giving.min() < self.margin:
-            return KEEP
+            return NOTHING
         return view.grow(int(lead.argmax()))
 
 

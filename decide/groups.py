@@ -23,10 +23,16 @@ from ..common.text import kinds_in_layers
 from .chooser import PlanChooser
 from .observation import MODULE_FEATURES, RUN_FEATURES, Observation, mean_feature
 from .policy import Decision, decided_plan, decision_to_keep, is_first
-from .rate_control import CHANGES, DOUBLED, HALVED, KEEP, SHORTEST, UNDO
+from .rate_control import DOUBLED, HALVED, KEEP, SHORTEST, UNDO
 from .settings import DecisionSchedule
 
 THIRDS = ("lower", "middle", "upper")
+
+NOTHING, HALVE, DOUBLE, GO_BACK = range(4)
+"""The actions without rank changes, named after their effect on the learning rate."""
+
+RATE_CHANGES = {NOTHING: KEEP, HALVE: HALVED, DOUBLE: DOUBLED, GO_BACK: UNDO}
+"""Index in `CHANGES` of each action without rank changes."""
 
 GROUP_FEATURES = (*MODULE_FEATURES, "share")
 """Features of a group: means over its modules, and its share of all modules."""
@@ -132,25 +138,25 @@ class GroupView:
     @property
     def actions(self) -> int:
         """Number of actions: four, then one per group to grow it, then one per group to shrink it."""
-        return len(CHANGES) + 2 * len(self.groups.names)
+        return len(RATE_CHANGES) + 2 * len(self.groups.names)
 
     def grow(self, group: int) -> int:
         """Action to grow a group by a rung."""
-        return len(CHANGES) + group
+        return len(RATE_CHANGES) + group
 
     def take(self, group: int) -> int:
         """Action to take a rung from a group."""
-        return len(CHANGES) + len(self.groups.names) + group
+        return len(RATE_CHANGES) + len(self.groups.names) + group
 
     @cached_property
     def allowed(self) -> BoolArray:
         """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed."""
         problem, member, ladder = self.observation.problem, self.groups.member, self.observation.problem.ladder
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)
-        found[KEEP] = True
+        found[NOTHING] = True
         steps_seen = any(self.run_feature(name) for name in ("steps_loss", "steps_noise", "steps_time"))
         long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two show only noise
-        found[[HALVED, DOUBLED, UNDO]] = steps_seen and long and not is_first(self.observation)
+        found[[HALVE, DOUBLE, GO_BACK]] = steps_seen and long and not is_first(self.observation)
         can_rise, can_fall = (rungs < problem.tops) & ~problem.is_pinned, (rungs > problem.bottoms) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
         for group in range(len(self.groups.names)):
@@ -177,10 +183,10 @@ class GroupView:
         if not 0 <= action < self.actions:
             raise ConfigError(f"Actions must be from 0 to {self.actions - 1} here; got {shown(action)}.")
         if not self.allowed[action]:
-            action = KEEP
-        if action < len(CHANGES):
-            return replace(self.start, change=action)
-        takes, group = divmod(action - len(CHANGES), len(self.groups.names))
+            action = NOTHING
+        if action in RATE_CHANGES:
+            return replace(self.start, change=RATE_CHANGES[action])
+        takes, group = divmod(action - len(RATE_CHANGES), len(self.groups.names))
         own = self.groups.member == group
         scores = self.worth if takes else self.worth + np.where(own, FIRST_OF_ALL, 0.0)
         return Decision(self._moved(own, -1 if takes else 1), scores, exact=True)

@@ -28,8 +28,8 @@ LEAST_WINDOW = 5
 SHORTEST = 60
 """Shorter runs are not controlled: their first decisions would have too little data."""
 
-CHANGES = (0.0, -1.0, 1.0, -2.0)
-"""Change of log2 of the rate by each action, the first ones of `decide/groups.py`. The last also restores the copy."""
+CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
+"""Change of log2 of the rate by each action. The last action also restores the saved copy."""
 
 KEEP, UNDO = 0, len(CHANGES) - 1
 """The no-op action, and the action to restore the copy."""
@@ -47,6 +47,9 @@ FEATURES = (
 """Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`; for the meanings see `FineTuneEnv`."""
 
 MOST_FEATURE = 3.0
+
+LEAST_RAISE = 0.25
+"""Minimum raise of log2 of the rate, beyond the remaining warm-up; smaller raises are dropped."""
 
 FIRST = 2
 """Steps averaged for the initial loss: by the second one the model has hardly changed."""
@@ -162,29 +165,50 @@ class RateControl(Protocol):
 
 @dataclass(frozen=True)
 class AlignmentRule:
-    """Double the rate while steps keep their direction, and halve it when they reverse it.
+    """Raise the rate while steps keep their direction, and lower it when they reverse it.
 
     Rule-of-thumb rates are ignored: alignments are reliable even on models where such rules fail.
 
     Attributes:
         raise_above: minimum mean alignment for a raise, as a share of that of the first steps. The share is about a
             tenth at the best rate, a half at half of it, and nearly 1 below a third of it.
-        lower_below: the rate falls if that share is below this one. Early in the run and before any other fall, steps
-            are undone, too: those at a rate four times too high are worth less than repeating them.
-        evidence: minimum distance of the mean alignment from 0 for both, in standard errors.
-        early: share of the run considered early.
+        raise_evidence: minimum mean alignment for a raise, in standard errors above 0.
+        surely_above: after the warm-up, raise by the least amount from this share on, if the mean alignment is more
+            than `surely_evidence` standard errors above 0: half of the best rate may look like this.
+        surely_evidence: see `surely_above`.
+        least_alignment: minimum mean alignment, a cosine, for a raise.
+        lower_evidence: minimum evidence for lowering, in standard errors below 0. A rate too high costs more than one
+            too low.
+        lower_product: minimum of that evidence times the share for lowering.
+        gains: log2 change of the rate per unit of the share, for raises and cuts. A raise is at most twofold, a cut at
+            most to a quarter.
+        back_below: undo if the mean alignment is surely below this share of that of the first steps, early in the run
+            and before any cut. Steps at a rate four times too high are worth less than repeating them.
+        back_product: minimum of its standard errors times the share for such an undo: right rates reach 0.65 by
+            chance, rates four times too high 0.74 and more.
+        back_until: share of the run considered early.
+        undo_threshold: undo if log(loss / initial loss) exceeds this and the alignment is negative.
+        undo_noise: increase of that threshold per standard deviation of the log loss.
         first_raise: optimizer steps before the first raise: early steps agree at any rate.
-        warm: minimum share of its peak for a raise while the schedule is warming up, for the same reason.
-        warming_above: the same as `raise_above` then, since the warm-up itself will raise the rate.
+        warm: minimum share of its peak for a raise while the schedule is warming up. Above it, nothing is raised if
+            the rest of the warm-up adds about as much as wanted.
     """
 
     raise_above: float = 0.25
-    lower_below: float = -0.2
-    evidence: float = 2.0
-    early: float = 0.16
+    raise_evidence: float = 2.0
+    surely_above: float = 0.12
+    surely_evidence: float = 3.0
+    least_alignment: float = 0.02
+    lower_evidence: float = 1.5
+    lower_product: float = 0.4
+    gains: tuple[float, float] = (1.2, 2.0)
+    back_below: float = -0.2
+    back_product: float = 0.7
+    back_until: float = 0.16
+    undo_threshold: float = 0.05
+    undo_noise: float = 1.5
     first_raise: int = 9
     warm: float = 0.7
-    warming_above: float = 0.55
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `RateControl`."""
@@ -192,9 +216,29 @@ class AlignmentRule:
 
     def _one(self, seen: dict[str, float]) -> int:
         share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
-        if share < self.lower_below and evidence < -self.evidence:
-            return UNDO if seen["time"] <= self.early and seen["moved"] >= 0 else HALVED
-        ready, least = 5 * 2 ** (4 * seen["steps"]) >= self.first_raise, self.raise_above  # see `FEATURES`
-        if seen["warm-up"]:
-            ready, least = ready and seen["schedule"] >= self.warm, self.warming_above
-        return DOUBLED if ready and share > least and evidence > self.evidence else KEEP
+        risen = seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4
+        early = seen["time"] <= self.back_until and seen["moved"] >= 0
+        takes_back = share < self.back_below and evidence < -self.lower_evidence
+        if (seen["alignment"] < 0 and risen) or (early and takes_back and evidence * share > self.back_product):
+            return UNDO
+        goes_on = seen["alignment"] / 4 >= self.least_alignment
+        if goes_on and share > self.raise_above:
+            return self._raised(seen, share) if evidence > self.raise_evidence else KEEP
+        if goes_on and share > self.surely_above and evidence > self.surely_evidence and not seen["warm-up"]:
+            return self._raised(seen, LEAST_RAISE / self.gains[0])
+        surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
+        return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5))) if surely else KEEP
+
+    def _raised(self, seen: dict[str, float], share: float) -> int:
+        """Action to raise the rate, if at all."""
+        warming = seen["warm-up"] and seen["schedule"] < self.warm
+        if warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise:
+            return KEEP
+        wanted = self.gains[0] * share
+        beyond = wanted + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
+        return _nearest(min(max(wanted, 0.5), 1.0)) if beyond >= LEAST_RAISE else KEEP
+
+
+def _nearest(wanted: float) -> int:
+    """Action closest to a wanted change of log2 of the rate, excluding `UNDO`."""
+    return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from ..common.checks import is_count
 from ..common.errors import ConfigError, UnknownNameError, naming_extras, shown
 from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import GROUP_FEATURES, STEERING, GroupView, Steering
+from ..decide.groups import GROUP_FEATURES, NOTHING, RATE_CHANGES, STEERING, GroupView, Steering
 from ..decide.log import DecisionLog
 from ..decide.observation import MOST_FEATURE, RUN_FEATURES
 from ..decide.policy import Decision, Policy
-from ..decide.rate_control import CHANGES, KEEP
 from .bases import find_base
 from .stack.episodes import StackedEpisodes
 from .tasks import SPLITS, FineTuneTask, Regime, draw_task
@@ -33,7 +32,7 @@ with naming_extras():
 MOST_GROUPS = 24
 """Maximum number of groups in observations and actions; the proxy bases have 12 to 21."""
 
-ACTIONS = len(CHANGES) + 2 * MOST_GROUPS
+ACTIONS = len(RATE_CHANGES) + 2 * MOST_GROUPS
 
 BAR, PICTURE_WIDTH = 8, 160
 """Bar height of a group and width of the widest bar (rank 255), in pixels."""
@@ -68,7 +67,7 @@ def padded(view: GroupView) -> Arrays:
 
 def padded_actions(view: GroupView) -> list[int]:
     """Action of the environment for each action of a view."""
-    first, count = len(CHANGES), len(view.groups.names)
+    first, count = len(RATE_CHANGES), len(view.groups.names)
     grows = range(first, first + count)
     return [*range(first), *grows, *(MOST_GROUPS + action for action in grows)]
 
@@ -83,7 +82,7 @@ def padded_mask(view: GroupView) -> NDArray[np.bool_]:
 def action_of(view: GroupView, action: int) -> int:
     """Convert an action of the environment to an action of a view; actions on missing groups become a no-op."""
     padded = padded_actions(view)
-    return padded.index(action) if action in padded else KEEP
+    return padded.index(action) if action in padded else NOTHING
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
 OF_CARD = (
     "gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant", "packed", "offload",
-    "expandable_segments", "stream", "eval_batch_size", "keep_logits",
+    "expandable_segments", "stream", "eval_batch_size", "keep_logits", "image", "images",
+    "max_pixels",
 )  # fmt: skip
 """Settings of the card rather than the step, as arguments of `memory_of`."""
 
@@ -67,6 +68,11 @@ class MemoryConfig(StepConfig):
         packed: a row holds several texts, and may exceed the model's positions.
         offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
         stream: number of layers whose frozen weights stream from main memory, or all (axolotl's layer_offloading).
+        image: width and height in pixels of the pictures in each row, "1024x768"; for models that read pictures. Their
+            tokens are part of --max-length.
+        images: number of such pictures in each row.
+        max_pixels: the image processor's setting of this name (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); 0 for its published
+            value.
         expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
         eval_batch_size: rows of an evaluation batch (per_device_eval_batch_size); 0 for those of a training batch, none
             for a run without evaluation.
@@ -106,6 +112,9 @@ class MemoryConfig(StepConfig):
     stream: int | Literal["all"] = 0
     eval_batch_size: int | Literal["none"] = 0
     keep_logits: int = 0
+    image: str = ""
+    images: int = 1
+    max_pixels: int = 0
     os: Literal["linux", "windows"] = "linux"
 
     @property

@@ -52,6 +52,10 @@ def doubts_text(outlook: Outlook) -> str:
 def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     model, loaded, settings = outlook.step.model, outlook.step.loaded, outlook.settings
     shape, shards = outlook.memory.shape, outlook.shards
+    if model.sees and not loaded.image:
+        yield Doubt("rows are counted without pictures; pass their size (--image 1024x768)", "more")
+    if loaded.image:
+        yield Doubt("no runs with pictures have been published, and none was measured on a GPU", "either")
     if loaded.loss in ("cut", "liger"):
         logits = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
         more = f"up to {format_bytes(logits)} more" if logits else "additional memory"

@@ -6,7 +6,7 @@ It contains the subject and the verdict in words, one table of choices, the batc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table, plural
 from ..cost.breakdown import KINDS
 from ..cost.cards import USUAL_CARD
-from ..cost.forecast.outlook import Choice, GridCell, Outlook, brought_by_offloading, brought_by_streaming, smallest_use
+from ..cost.forecast.outlook import Choice, GridCell, Outlook
+from ..cost.forecast.pictures_that_fit import largest_max_pixels
+from ..cost.forecast.what_else import brought_by_offloading, brought_by_streaming, smallest_use
 from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
@@ -71,6 +73,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
         *(text for name, text in _AS_LOADED if getattr(step.loaded, name)),
+        *([_pictures_text(outlook)] if step.loaded.image else []),
         *([f"{plural(outlook.streamed, 'layer')} streamed"] if outlook.streamed else []),
         *([_LOSSES[step.loaded.loss]] if step.loaded.loss in _LOSSES else []),
         *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
@@ -84,6 +87,14 @@ _LOSSES = {"chunked": "TRL's chunked loss", "cut": "cut cross-entropy", "liger":
 
 _AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offload", "offloaded activations"))
 """Settings of `LoadedAs` to mention when set."""
+
+
+def _pictures_text(outlook: Outlook) -> str:
+    """Return the pictures of a row, and the share of its tokens that they take."""
+    model, loaded = outlook.step.model, outlook.step.loaded
+    scaled = f" (scaled to {model.pixels:,} pixels)" if model.pixels else ""
+    each = f"{plural(loaded.images, 'picture')} of {loaded.image}{scaled} per row"
+    return f"{each} in {model.picture_tokens:,} of its tokens"
 
 
 def _absent_text(outlook: Outlook) -> str:
@@ -342,6 +353,14 @@ def remarks(outlook: Outlook) -> Iterator[str]:
     yield from outlook.notes
 
 
+def max_pixels_text(outlook: Outlook, ask: Callable[..., Outlook]) -> str:
+    """Return the largest `max_pixels` that fits; see `largest_max_pixels`."""
+    found, loaded = largest_max_pixels(outlook, ask), outlook.step.loaded
+    text = outlook.settings.max_length - outlook.step.model.picture_tokens
+    beside = f"{plural(loaded.images, 'picture')} and {text:,} tokens of text per row"
+    return f"No max_pixels fits with {beside}." if found is None else f"max_pixels={found} fits with {beside}."
+
+
 def _moment_text(label: str) -> str:
     """Return the name of a moment of the step, without the names of the wrappers."""
     phase, colon, place = label.partition(": ")
@@ -450,6 +469,8 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "libraries": dict(outlook.step.libraries),
         "parameters": outlook.step.model.parameters,
         "frozen_bytes": outlook.step.model.frozen_bytes,
+        "picture_tokens": outlook.step.model.picture_tokens,
+        "picture_bytes": outlook.settings.batch_size * outlook.step.model.picture_bytes,
         "streamed": outlook.streamed,
         "main_memory_bytes": outlook.streamed * outlook.base.layer_bytes,
         **asdict(shape),

@@ -8,8 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from ..common.text import byte_unit, format_bytes, make_table
-from ..cost.forecast.outlook import Choice, Outlook, with_smaller_evaluation
-from ..cost.moments import Evaluation
+from ..cost.forecast.outlook import Choice, Outlook
+from ..cost.forecast.what_else import with_smaller_evaluation
+from ..cost.moments import Evaluation, Moment, moments_of_run
 
 _SHOWN = {
     "load": "the frozen model",
@@ -24,9 +25,27 @@ _SHOWN = {
 """Names of moments in tables."""
 
 
+def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
+    """Return the peaks of a run under a choice, in the order in which they come."""
+    gathered, card, room = outlook.shards.sharding in ("fsdp2", "zero3"), outlook.card, outlook.room
+    streamed = outlook.streamed * outlook.base.layer_bytes
+    return moments_of_run(
+        choice.memory,
+        outlook.step.targets,
+        choice.ranks,
+        outlook.step.model.frozen_bytes,
+        step_bytes=choice.step_bytes,
+        evaluation=outlook.evaluation(choice.shape),
+        quantised=outlook.settings.quantization != "none",
+        loaded_bytes=outlook.given.model.frozen_bytes if gathered else streamed,
+        awake_bytes=room.card.context_bytes - card.context_bytes if card and room else 0.0,
+        generation_bytes=outlook.generation_bytes(choice.shape) if card else 0.0,
+    )
+
+
 def moments_table(outlook: Outlook, choice: Choice) -> Table:
     """Tabulate the peak of tensors at each moment under a choice, and the bytes of main memory it needs."""
-    moments = outlook.moments(choice)
+    moments = moments_of(outlook, choice)
     highest = max(moments, key=lambda moment: (moment.device_bytes, moment.name == "step"))
     unit, size = byte_unit(highest.device_bytes)
     where = "card" if outlook.card else "device"
@@ -62,12 +81,12 @@ def highest_moment(outlook: Outlook) -> str:
 
 def moments_figures(outlook: Outlook) -> list[dict[str, Any]]:
     """Return the moments of the main choice as JSON values."""
-    return [asdict(moment) for moment in outlook.moments(outlook.main)]
+    return [asdict(moment) for moment in moments_of(outlook, outlook.main)]
 
 
 def _by_name(outlook: Outlook, choice: Choice) -> dict[str, float]:
     """Return the bytes of tensors on the device by moment."""
-    return {moment.name: moment.device_bytes for moment in outlook.moments(choice)}
+    return {moment.name: moment.device_bytes for moment in moments_of(outlook, choice)}
 
 
 def _evaluation_text(evaluation: Evaluation | None) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..common.text import format_bytes
-from ..cost.forecast.outlook import Outlook, largest_share, longest_rows
+from ..cost.forecast.outlook import Outlook
+from ..cost.forecast.what_else import largest_share, longest_rows
 
 
 def rollouts_text(outlook: Outlook) -> str:

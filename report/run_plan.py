@@ -21,7 +21,8 @@ from ..cost.budget import Budget, Limit
 from ..cost.cards import MOST_WORKSPACE_BYTES
 from ..cost.cost import ParameterCost, UntimedCost, plan_cost
 from ..cost.forecast.card_use import CardUse
-from ..cost.forecast.outlook import Outlook, with_streamed
+from ..cost.forecast.outlook import Outlook
+from ..cost.forecast.what_else import with_streamed
 from ..cost.model import MemoryModel, checkpointed_cost, fewest_checkpointed
 from ..cost.recording import BatchShape
 from ..cost.savers.prices import TILES, Priced, free_savers, price_savers, price_within

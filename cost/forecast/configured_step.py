@@ -63,6 +63,9 @@ class LoadedAs:
         eval_packed: whether an evaluation batch holds its rows without padding, in one row.
         keep_logits: rows of an evaluation whose logits are on the device at once, for `compute_metrics`.
         rollouts: generation of answers between steps; None without.
+        image: width and height in pixels of the pictures in a row, "1024x768"; empty for rows without pictures.
+        images: number of such pictures in each row.
+        max_pixels: the image processor's setting of this name (Qwen); 0 for the published one.
     """
 
     device: Literal["cuda", "cpu"] = "cuda"
@@ -87,6 +90,9 @@ class LoadedAs:
     eval_packed: bool = False
     keep_logits: int = 0
     rollouts: Rollouts | None = None
+    image: str = ""
+    images: int = 1
+    max_pixels: int = 0
 
     def __post_init__(self) -> None:
         if self.stream != "all" and (type(self.stream) is not int or self.stream < 0):
@@ -96,6 +102,9 @@ class LoadedAs:
             raise ConfigError(f"{told}; got {shown(self.eval_batch_size)}.")
         if type(self.keep_logits) is not int or self.keep_logits < 0:
             raise ConfigError(f"keep_logits is a number of rows of at least 0; got {shown(self.keep_logits)}.")
+        if not self.image and (self.images, self.max_pixels) != (1, 0):
+            given = f"{shown(self.images)} and {shown(self.max_pixels)}"
+            raise ConfigError(f"images and max_pixels need image, such as image='1024x768'; got {given} without it.")
 
     def evaluation(self, shape: BatchShape, model: LoadedModel, *, bf16: bool) -> Evaluation | None:
         """Return the evaluation of a run with training batches of a shape; None for none.
@@ -141,6 +150,10 @@ class LoadedModel:
         own_code: whether the configuration refers to code shipped with the weights; predictions use transformers' code.
         task_type: PEFT's name for the task.
         saved_modules: names of fully trained modules, such as a new classifier.
+        picture_tokens: tokens that the pictures in each row take; 0 for rows without pictures.
+        picture_bytes: bytes of the pictures in each row, as the tower's input.
+        pixels: pixels of a picture after scaling, if max_pixels decides them; else 0.
+        sees: whether the model reads pictures too.
     """
 
     kind: str
@@ -165,6 +178,10 @@ class LoadedModel:
     own_code: bool = False
     task_type: str | None = None
     saved_modules: tuple[str, ...] = ()
+    picture_tokens: int = 0
+    picture_bytes: int = 0
+    pixels: int = 0
+    sees: bool = False
 
     @property
     def frozen_bytes(self) -> int:

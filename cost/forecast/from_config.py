@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from traceback import walk_tb
 from typing import Any
@@ -33,7 +33,9 @@ from ..cards import WORKSPACE_BYTES
 from ..model import MemoryModel, ModelStates
 from ..record.calibration import keeps_state, measure_memory, step_states
 from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
+from ..record.frozen_towers import no_checkpoints_in_towers, towers_cut
 from ..record.kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
+from ..record.known_contents import known_contents
 from ..record.measured_time import product_sizes
 from ..record.model_states import frozen_bytes, frozen_sizes
 from ..record.quantised import adapters_on_quantised_experts, quantise, quiet
@@ -44,6 +46,7 @@ from ..savers.prices import free_savers
 from ..step_config import OptimizerName, StepConfig, check_length
 from ..step_time import MASK_ALIGNMENT, StepWork
 from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
+from .pictures import RowPictures, check_holds, row_pictures
 from .published import (
     check_experts,
     check_reads_tokens,
@@ -123,7 +126,10 @@ class StepRecorder:
         stored_method(config, step.quantization)
         self.loaded = loaded = loaded or LoadedAs()
         self._device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
-        self._auto_class = auto_class = usual_class(config)
+        self._pictures = None
+        if loaded.image:
+            self._pictures = row_pictures(config, loaded.image, loaded.images, loaded.max_pixels)
+        self._auto_class = auto_class = "AutoModelForImageTextToText" if self._pictures else usual_class(config)
         kind = PEFT_TYPES[auto_class]
         with _on_meta(self._device):
             if loaded.implementation in ("eager", "sdpa"):
@@ -171,7 +177,7 @@ class StepRecorder:
             workspace_bytes=2 * WORKSPACE_BYTES if self.loaded.device == "cuda" else 0,
             products=product_sizes(model),
             precision=str(base.dtype).removeprefix("torch."),
-            continues=self._auto_class == "AutoModelForCausalLM",
+            continues=PEFT_TYPES[self._auto_class] == "CAUSAL_LM",
             positions=most_positions(base),
             windows=tuple(sorted(set(_windows(base.config)))),
             keeps_state=self._keeps_state,
@@ -181,6 +187,10 @@ class StepRecorder:
             has_xielu=any(type(module).__name__ == "XIELUActivation" for module in base.modules()),
             task_type=lora.task_type and str(getattr(lora.task_type, "value", lora.task_type)),
             saved_modules=tuple(lora.modules_to_save or ()),
+            picture_tokens=self._pictures.tokens if self._pictures else 0,
+            picture_bytes=self._pictures.bytes if self._pictures else 0,
+            pixels=(self._pictures.pixels or 0) if self._pictures else 0,
+            sees=sees(base.config),
         )
 
     @contextmanager
@@ -192,21 +202,32 @@ class StepRecorder:
 
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
         """Return the byte model of the step with these exact savers, for a batch of this shape."""
-        known = shape
-        if not self._keeps_state:
-            known = calibration_shape(self._base.config, shape, padded=self.loaded.padded)
-        with self._with(savers):
-            memory = measure_by_layers(self._training, self._targets, batch_on_meta(self._base, known), self._ways)
+        pictures, known = self._pictures, shape
+        if not self._keeps_state and (pictures is None or pictures.alike):
+            least = 2 * pictures.tokens if pictures else 0  # half the length still holds the pictures
+            known = calibration_shape(self._base.config, shape, padded=self.loaded.padded, least=least)
+        with self._with(savers), towers_cut(self._base) if pictures else nullcontext():
+            with self._batch(known) as batch:
+                memory = measure_by_layers(self._training, self._targets, batch, self._ways)
             if not memory.predicts(shape):
-                batch = batch_on_meta(self._base, shape)
-                memory = measure_memory(self._training, self._targets, batch, signals=False)
+                with self._batch(shape) as batch:
+                    memory = measure_memory(self._training, self._targets, batch, signals=False)
         memory = replace(memory, shape=shape)
         return memory.offloaded() if self.loaded.offload else memory
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         """Return the computation of the step with these exact savers on a batch of this shape."""
-        with self._with(savers):
-            return work_by_layers(self._training, self._targets, batch_on_meta(self._base, shape), self._ways)
+        with self._with(savers), self._batch(shape) as batch:
+            return work_by_layers(self._training, self._targets, batch, self._ways)
+
+    @contextmanager
+    def _batch(self, shape: BatchShape) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield a batch of this shape on the meta device."""
+        if self._pictures is None:
+            yield batch_on_meta(self._base, shape)
+            return
+        with known_contents(batch_with_pictures(self._base, self._pictures, shape, self.loaded.padded)) as batch:
+            yield batch
 
     def states(self, optimizer: OptimizerName) -> ModelStates:
         """Return the state held by the adapters and this optimizer between steps."""
@@ -291,6 +312,8 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         target_parameters=step.target_parameters,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
+    if sees(base.config):
+        no_checkpoints_in_towers(base)
     if loaded.input_gradients:
         base.enable_input_require_grads()
     else:
@@ -335,6 +358,11 @@ _ENDINGS = {
 }
 
 
+def sees(config: PreTrainedConfig) -> bool:
+    """Return whether a model of this configuration reads pictures along with texts."""
+    return type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def usual_class(config: PreTrainedConfig) -> str:
     """Return the transformers class for a model with its architecture's usual fine-tuning head."""
     kind = type(config)
@@ -344,8 +372,7 @@ def usual_class(config: PreTrainedConfig) -> str:
                 return name
     if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return "AutoModelForSeq2SeqLM"
-    sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if sees and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if sees(config) and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         return "AutoModelForImageTextToText"
     reads_one_way = (
         kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
@@ -395,14 +422,17 @@ def _windows(config: PreTrainedConfig) -> list[int]:
     return [value for name in _WINDOWS if isinstance(value := getattr(text, name, None), int) and value > 0]
 
 
-def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
+def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool, least: int = 0) -> BatchShape:
     """Return a shape at least as large, for which all calibration steps run the same operators as for `shape`.
 
     Calibration halves lengths. Half the returned length exceeds every attention window that `shape` exceeds. It is a
     multiple of `MASK_ALIGNMENT` with padding, or with a window if `shape` is one, and otherwise neither length is.
-    Larger steps are free without contents.
+    Larger steps are free without contents. If it takes a window that `shape` does not exceed to reach the `least`
+    length, this is `shape` itself.
     """
-    length = max([shape.length, *(2 * window for window in _windows(config) if window <= shape.length)])
+    if any(shape.length < window <= least for window in _windows(config)):
+        return shape
+    length = max([shape.length, least, *(2 * window for window in _windows(config) if window <= shape.length)])
     if padded or (length > shape.length and shape.length % MASK_ALIGNMENT == 0):
         length += -length % (2 * MASK_ALIGNMENT)
     elif length > shape.length:
@@ -421,3 +451,33 @@ def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.
     regression = rows_only and model.config.num_labels == 1
     labels = torch.zeros(shape.rows, dtype=torch.float32 if regression else torch.long) if rows_only else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+def batch_with_pictures(
+    model: PreTrainedModel, pictures: RowPictures, shape: BatchShape, padded: bool
+) -> dict[str, torch.Tensor]:
+    """Return a batch on the CPU whose rows begin with their pictures; see `known_contents`.
+
+    Args:
+        model: a model of texts and pictures.
+        pictures: the pictures of a row.
+        shape: rows and tokens of the batch; the tokens include those of pictures.
+        padded: whether the last token is padding.
+
+    Raises:
+        ConfigError: a row is too short for its pictures.
+    """
+    check_holds(pictures.tokens, shape.length)
+    places, each = torch.arange(shape.length, device="cpu"), pictures.tokens // pictures.images
+    marks = ((places < pictures.tokens) & (places % each > 0)).expand(shape.rows, -1)
+    token: int = getattr(model.config, "image_token_id", None) or model.config.image_token_index
+    ids = marks * token + ~marks * int(token == 0)
+    mask = torch.ones_like(ids)
+    mask[-1, -1] -= int(padded)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    if pictures.types:
+        batch[pictures.types] = marks.long()
+    for name, tensor in pictures.tensors.items():
+        values = torch.tensor(tensor.values, device="cpu")
+        batch[name] = values.expand(shape.rows * tensor.shape[0], *tensor.shape[1:])
+    return batch

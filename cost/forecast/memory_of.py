@@ -21,6 +21,7 @@ from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, S
 from .known_models import check_known, published_models, short_name
 from .of_targets import OfTargets, places_of
 from .outlook import Outlook
+from .pictures import check_holds
 from .stored_step import StepFile, StoredStep, step_key, versions
 
 if TYPE_CHECKING:
@@ -66,10 +67,8 @@ def memory_of(
         sharding: what the cards share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
-        settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments,
-            stream, adapter, eval_batch_size, keep_logits, rollouts ...; and of `StepConfig`: batch_size, max_length,
-            quantization, optimizer, target_modules, accumulation, gradient_checkpointing (all layers, none, or "auto":
-            as few as fit). Sizes default to those of the commands.
+        settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, stream, adapter, image ...; and of
+            `StepConfig`: batch_size, max_length, quantization, optimizer ... Sizes default to those of the commands.
 
     Returns:
         The outlook; its `best`, `choices` and `grid` are computed lazily.
@@ -164,6 +163,8 @@ class AskedStep:
         step = self.settings.sized(continues=model.continues, positions=model.positions)
         if not self.loaded.packed:
             check_length(step.max_length, model.positions)
+        if self.loaded.image:
+            check_holds(model.picture_tokens, step.max_length)
         found = source.configured(step)
         if step.gradient_checkpointing is True and not found.memory.segments:
             self.recorder(optional=False)  # raises, since the model has no layers to checkpoint
@@ -194,7 +195,7 @@ class AskedStep:
 
     def _of_all_linear(self) -> StoredStep | None:
         """Return the step for a subset of modules, derived from the all-linear recording if there is one."""
-        usual = self.settings.target_modules == "all-linear" or self.settings.target_parameters
+        usual = self.settings.target_modules == "all-linear" or self.settings.target_parameters or self.loaded.image
         if usual or self.loaded.adapter.get("use_dora"):  # DoRA holds magnitudes for other modules too
             return None
         whole = replace(self, settings=replace(self.settings, target_modules="all-linear"))

@@ -4,8 +4,7 @@ All choices derive from one recording with every layer checkpointed. It yields t
 checkpointed layers and batch. If plain LoRA does not fit the card, the recording uses selective checkpointing too, as a
 run does (`cost/savers/exact.py`). A model known from its configuration is recorded on the meta device
 (`cost/forecast/memory_of.py`), a loaded one on its own device (`report/here.py`). `cost/forecast/card_use.py` decides
-if a plan fits a card. Last come the answers to what else would fit: the choice that uses least of the card, offloaded
-inputs, and a streamed base.
+if a plan fits a card.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -24,12 +23,12 @@ from ..budget import Limit
 from ..cards import USUAL_CARD, DeviceSpec, card_rates, device_table
 from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
-from ..moments import Evaluation, Moment, between_steps, moments_of_run
+from ..moments import Evaluation, between_steps
 from ..recording import BatchShape
 from ..rollouts import EngineNeeds, Rollouts, cache_bytes_of
 from ..step_config import StepConfig
-from ..streaming import ON_DEVICE, BaseLayers, StreamedTime
-from .card_use import SURELY, CardRoom, CardUse, Verdict, slack_of
+from ..streaming import BaseLayers, StreamedTime
+from .card_use import CardRoom, CardUse, Verdict, slack_of
 from .configured_step import ConfiguredStep, Shards, base_of, streamed_layers
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
@@ -40,9 +39,6 @@ SHARES = (0.75, 0.5, 0.25)
 
 RESERVE = 0.025
 """Initial guess of the allocator's reserve, as a share of all tensors."""
-
-MOST_ROW = 2**17
-"""Most tokens of a row that are tried for a model without a limit of its own."""
 
 RANKS = (1, 8, 16, 64)
 """Uniform ranks to show in addition to the requested one."""
@@ -65,6 +61,7 @@ class Choice:
         time: step time relative to plain LoRA (rank 8 on all modules, no checkpointing); None if work was not counted.
         shape: shape of the batch.
         label: display name, for choices that numbers do not describe.
+        memory: the byte model of its step.
     """
 
     kind: ChoiceKind
@@ -76,7 +73,7 @@ class Choice:
     time: float | None
     shape: BatchShape
     label: str = ""
-    _memory: MemoryModel = field(repr=False, kw_only=True)
+    memory: MemoryModel = field(repr=False, kw_only=True)
     _use: Callable[[], CardUse | None] = field(repr=False, kw_only=True)
     _within: bool | None = field(repr=False, kw_only=True)
     _has_slack: bool = field(repr=False, kw_only=True)
@@ -196,22 +193,19 @@ class Outlook:
         self.slack: float = slack_of(settings.quantization)
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
         self._rollouts = step.loaded.rollouts or Rollouts(0)
+        if pictures := settings.batch_size * step.model.picture_bytes:
+            frozen = *frozen, pictures
         self.room: CardRoom | None = None
         if card:
-            awake = int(self._rollouts.awake_bytes(card.memory_bytes, sum(frozen)))
+            awake = int(self._rollouts.awake_bytes(card.memory_bytes, self._free.model.frozen_bytes))
             beside = replace(card, context_bytes=card.context_bytes + awake)
-            self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self._generation_bytes)
+            self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self.generation_bytes)
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
         asked_for = settings.gradient_checkpointing if card else "auto"
         layers = self._free.memory.recording.layers if asked_for else ()
         self._set = None if asked_for == "auto" else layers
 
-    @property
-    def _awake_bytes(self) -> float:
-        """Bytes of the card that an engine for generation holds during training; 0 without one."""
-        return self.room.card.context_bytes - self.card.context_bytes if self.room and self.card else 0.0
-
-    def _generation_bytes(self, shape: BatchShape) -> float:
+    def generation_bytes(self, shape: BatchShape) -> float:
         """Return the bytes of generation beside the model, without those of an engine that stays awake."""
         assert self.card is not None, "there is a card"
         cache = cache_bytes_of(self.given.model.config)
@@ -357,7 +351,7 @@ class Outlook:
             time,
             shape,
             label,
-            _memory=memory,
+            memory=memory,
             _use=cache(lambda: room.use(memory, ranks, shape) if room else None),
             _within=within,
             _has_slack=not room or not room.is_hopeless(needed, self.slack),
@@ -365,25 +359,9 @@ class Outlook:
 
     def _beside_steps(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape) -> float:
         """Return the peak of evaluation and generation without the frozen model."""
-        found, generates = self.evaluation(shape), self._generation_bytes(shape)
+        found, generates = self.evaluation(shape), self.generation_bytes(shape)
         generates += between_steps(memory, ranks) if generates else 0.0
         return max(found.bytes(memory, ranks) if found else 0.0, generates)
-
-    def moments(self, choice: Choice) -> tuple[Moment, ...]:
-        """Return the peaks of a run under a choice, in the order in which they come."""
-        gathered = self.shards.sharding in ("fsdp2", "zero3")
-        return moments_of_run(
-            choice._memory,
-            self.step.targets,
-            choice.ranks,
-            self.step.model.frozen_bytes,
-            step_bytes=choice.step_bytes,
-            evaluation=self.evaluation(choice.shape),
-            awake_bytes=self._awake_bytes,
-            generation_bytes=self._generation_bytes(choice.shape) if self.card else 0.0,
-            quantised=self.settings.quantization != "none",
-            loaded_bytes=self.given.model.frozen_bytes if gathered else self.streamed * self.base.layer_bytes,
-        )
 
     @cached_property
     def plain_seconds(self) -> float:
@@ -393,7 +371,7 @@ class Outlook:
 
     def breakdown(self, choice: Choice) -> Breakdown:
         """Break down the peak of a choice's step by layer and kind of bytes."""
-        return break_down(choice._memory, self.step.targets, choice.ranks, choice.shape)
+        return break_down(choice.memory, self.step.targets, choice.ranks, choice.shape)
 
     def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
         """Return the choice with the fewest checkpointed layers that fit, with the allocator's reserve if possible."""
@@ -460,7 +438,8 @@ class Outlook:
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
-        return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
+        least = self.step.model.picture_tokens
+        return tuple(_cell(self, shape) for shape in shapes if shape.length >= least and self.memory.predicts(shape))
 
 
 def room_for_tensors(outlook: Outlook) -> float:
@@ -536,134 +515,3 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
     total = (peak + outlook.room.taken) * (1 + _reserve_share(outlook))
     return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
-
-
-def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
-    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
-    assert outlook.room is not None, "there is no card"
-    beside, found = outlook.room.taken, list[tuple[int, int]]()
-    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
-        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
-            break
-        if use := choice.use:
-            found.append((use.total_bytes, index))
-    total, index = min(found)
-    return outlook.choices[index], total
-
-
-def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
-    """Return spare bytes with checkpointed inputs offloaded to main memory, and the seconds per step for the copies.
-
-    None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
-    seconds are an upper bound at the bus rate of the card.
-    """
-    room = outlook.room
-    if not room or outlook.step.loaded.offload or not outlook.checkpointable:
-        return None
-    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
-    if (best and best.layers == outlook.blocks) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
-        return None
-    use, moved = room.use(lighter, ranks), outlook.memory.peak(ranks) - least
-    if use.verdict != "fits":
-        return None
-    return use.spare_bytes, 2 * moved / room.card.bus_bytes_per_s
-
-
-def brought_by_streaming(outlook: Outlook) -> Outlook | None:
-    """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
-
-    All layers stream, with the fewest checkpointed ones that fit; or all are checkpointed, and as few stream as fit.
-    None if streaming is needless or does not help.
-    """
-    best, count = outlook.best, outlook.base.count
-    if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
-        return None
-    if best and best.layers == outlook.blocks:
-        return None
-    every = with_streamed(outlook, count)
-    found = every.fitting(outlook.blocks, outlook.rank)
-    if not found.fits:
-        return None
-    use = every.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
-    assert use is not None, "there is a card"
-    spare = (use.spare_bytes - outlook.slack * outlook.card.memory_bytes) / (1 + use.reserve_share)
-    fewer = with_streamed(outlook, max(count - int(spare / outlook.base.layer_bytes), ON_DEVICE + 1))
-    other = fewer.fitting(outlook.blocks, outlook.rank)
-    quicker = other.fits and (other.time or 0.0) <= (found.time or 0.0)
-    return fewer if quicker else every
-
-
-def with_streamed(outlook: Outlook, layers: int) -> Outlook:
-    """Return the outlook of the same step with this number of streamed layers."""
-    return _with(outlook, stream=layers)
-
-
-def _with(outlook: Outlook, **settings: Any) -> Outlook:
-    """Return the outlook of the same step with other settings of `LoadedAs`, which must not change its recording."""
-    step = replace(outlook.given, loaded=replace(outlook.given.loaded, **settings))
-    return Outlook(step, outlook.rank, outlook.settings, card=outlook.card, dtype=outlook.dtype, shards=outlook.shards)
-
-
-def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
-    """Return the outlook with the largest evaluation that fits the card, if only the one asked for does not fit.
-
-    First fewer logits are kept, then none, then batches are halved.
-    """
-    asked, loaded = outlook.evaluation(outlook.memory.shape), outlook.given.loaded
-    if outlook.room is None or asked is None or (outlook.best and outlook.best.fits):
-        return None
-    bare = _with(outlook, eval_batch_size="none")
-    if bare.best is None or not bare.best.fits:
-        return None
-    rows = loaded.eval_batch_size or outlook.memory.shape.rows
-    assert isinstance(rows, int), "there is an evaluation"
-    smaller = [(rows, batches * rows) for batches in _halves(asked.kept)]
-    for size, kept in (*smaller, *((size, 0) for size in (rows, *_halves(rows)))):
-        other = _with(outlook, eval_batch_size=size, keep_logits=kept)
-        assert other.room is not None, "there is a card"
-        if other.room.use(bare.best._memory, bare.best.ranks, bare.best.shape).verdict == "fits":
-            return other
-    return None
-
-
-def largest_share(outlook: Outlook) -> float:
-    """Return the largest share of the card that a vLLM engine may take beside the request's smallest step."""
-    rollouts, card = outlook.given.loaded.rollouts, outlook.card
-    assert rollouts, "there is an engine"
-    assert rollouts.engine, "there is an engine"
-    assert card, "there is a card"
-    alone = _with(outlook, rollouts=None)
-    assert alone.room, "there is a card"
-    choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
-    assert choice.use, "there is a card"
-    taken, frozen = choice.use.total_bytes + rollouts.awake_bytes(0, 0), choice.use.base_bytes
-    if rollouts.engine.sleeps:
-        taken = alone.room.taken + between_steps(choice._memory, choice.ranks) + rollouts.awake_bytes(0, 0)
-    taken -= rollouts.engine.lends * frozen
-    return (1 - outlook.slack) - taken / card.memory_bytes
-
-
-def longest_rows(outlook: Outlook) -> int:
-    """Return the most tokens of a row with which the requested step fits beside its engine, in multiples of 64."""
-    card, needs, shape = outlook.card, outlook.engine_needs, outlook.memory.shape
-    choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
-    assert card, "there is a card"
-    assert needs, "there is an engine"
-    room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
-    engine = outlook._rollouts.engine
-    assert engine, "there is an engine"
-    if needs.cache and not engine.length:
-        free = engine.share * card.memory_bytes - needs.weights - needs.prefill
-        most = min(most, int(free * shape.length / needs.cache))
-    low, high = 0, min(most, engine.length or most) // 64
-    while low < high:
-        middle = (low + high + 1) // 2
-        one = BatchShape(shape.rows, 64 * middle)
-        fits = choice._memory.predicts(one) and choice._memory.peak(choice.ranks, one) <= room
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return 64 * low
-
-
-def _halves(count: int) -> list[int]:
-    """Return halves of a count, rounded down, to 1."""
-    return [count >> shift for shift in range(1, count.bit_length())]

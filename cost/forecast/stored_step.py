@@ -232,7 +232,7 @@ class StoredStep:
 
     def _work_at(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         usual = self._shapes(shape)[0]
-        if self.file.text["level"] == 0 and not self.model.keeps_state:
+        if self.file.text["level"] == 0 and not (self.model.keeps_state or self._loaded.image):
             if work := self._work(savers, counted_shapes(usual)):
                 return work.at(shape)
             self.file.text["level"] = 1
@@ -242,6 +242,8 @@ class StoredStep:
 
     def _shapes(self, shape: BatchShape) -> tuple[BatchShape, ...]:
         """Return batch shapes whose recordings may cover a batch, the most general first."""
+        if self._loaded.image:
+            return (shape,)
         model, rows = self.model, USUAL.rows
         same_length = BatchShape(rows if shape.rows > 1 else 1, shape.length)
         below = max((window for window in model.windows if window <= shape.length), default=0)

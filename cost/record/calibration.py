@@ -21,7 +21,7 @@ from ...common.text import branches_to
 from ...lora.adapters import signal_buffer_bytes
 from ...lora.resize import write_in_place
 from ...lora.targets import TargetModule
-from ..batch_shape import Batch, reshaped, shape_of
+from ..batch_shape import Batch, follows_rows, reshaped, shape_of
 from ..budget import Budget, Limit
 from ..cards import MOST_WORKSPACE_BYTES
 from ..cost import ByteCost, ParameterCost, UntimedCost
@@ -78,15 +78,15 @@ def calibrate(
     Raises:
         UnsupportedError: the model returns no loss, or a target module is not part of its forward pass.
     """
-    shape = shape_of(batch)
+    shape, outside = shape_of(batch), trained_outside(model, optimizer)
     tiles = LossTiles(shape)
-    outside = trained_outside(model, optimizer)
     with all_training(model, targets, outside), expecting_one(model):
         recorder = _ScaledRecorder(Recorder(model, targets, loss, outside), targets, tiles)
         shapes = _small_shapes(shape, rows_per_example, cut=not keeps_state(model))
         batches = [reshaped(batch, other, rows_per_example) for other in shapes]
-        small, series = batches[0], _same_series(recorder, batches)
-        series = _same_series(recorder, batches) if AGREE.get() and not series else series
+        small, cuts = batches[0], follows_rows(batch)
+        series = _same_series(recorder, batches) if cuts else None
+        series = _same_series(recorder, batches) if AGREE.get() and cuts and not series else series
         growth = series and Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
         if series and growth:
             base = series[0]

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from ...common.devices import META_AUTOCAST
 from ..step_config import Attention
+from .known_contents import content_of
 from .live_storages import META_STANDS_FOR, DeviceKind, tensors_in
 
 ATEN = torch.ops.aten
@@ -120,15 +121,19 @@ def _dropout(device: DeviceOnMeta, tensor: torch.Tensor, p: float, train: bool) 
 
 
 def _read(device: DeviceOnMeta, tensor: torch.Tensor) -> Any:
-    """Return the value read from a tensor: for a mask, whether it is all ones; for numbers, 1."""
+    """Return the value read from a tensor; of unknown contents, for a mask whether it is all ones, for numbers 1."""
     if not tensor.is_meta:
         return _below(ATEN._local_scalar_dense.default, tensor)
+    if (content := content_of(tensor)) is not None:
+        return content.item()
     if tensor.dtype == torch.bool:
         return not device.padded
     return 1.0 if tensor.is_floating_point() else 1
 
 
 def _equal(device: DeviceOnMeta, one: torch.Tensor, other: torch.Tensor) -> Any:
+    if one.is_meta and (content := content_of(one)) is not None and (others := content_of(other)) is not None:
+        return content.equal(others)
     return not device.padded if one.is_meta else _below(ATEN.equal.default, one, other)
 
 

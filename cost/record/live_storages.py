@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .known_contents import knows_all
+
 DeviceKind = Literal["cpu", "cuda"]
 
 META_STANDS_FOR: ContextVar[DeviceKind] = ContextVar("META_STANDS_FOR", default="cpu")
@@ -254,7 +256,7 @@ def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, An
     """
     real = arguments and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta
     key = None if real or not _makes_one_tensor(operator) else _key((operator, arguments, options))
-    if key is None:
+    if key is None or knows_all(tensors_in([*arguments, *options.values()])):
         return operator(*arguments, **options)
     if key in _RESULTS:
         size, strides, dtype = _RESULTS[key]
@@ -270,8 +272,10 @@ def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, An
 
 @cache
 def _makes_one_tensor(operator: Any) -> bool:
-    """True if an operator's schema returns one new tensor and mutates no inputs."""
+    """True if an operator's schema returns one new tensor, of a size free of contents, and mutates no inputs."""
     schema = operator._schema
+    if torch.Tag.dynamic_output_shape in operator.tags:
+        return False
     single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
     return single and schema.returns[0].alias_info is None and not schema.is_mutable
 

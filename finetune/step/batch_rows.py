@@ -15,7 +15,7 @@ import torch
 
 from ...common.arrays import BoolArray, IntArray
 from ...common.errors import UnsupportedError
-from ...cost.batch_shape import LIMITS, LONGEST, MASK, PLACES, Batch, like, shape_of
+from ...cost.batch_shape import LIMITS, LONGEST, MASK, PICTURES, PLACES, Batch, like, shape_of
 from ...cost.recording import BatchShape
 from ...data.batches import IGNORED
 
@@ -259,8 +259,6 @@ class BatchRows:
         return [float(counts[list(part)].sum() / total) if total else 0.0 for part in parts]
 
 
-_PICTURES = ("pixel_", "image_", "video_")
-
 _TEXTS = ("input_ids", "labels")
 """Tensors that, along with masks, define the rows of a batch if present: pictures may be split into pieces."""
 
@@ -296,7 +294,7 @@ def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") ->
 
 def _check_rows(name: str, value: Any, rows: int, examples: int, *, texts: bool) -> None:
     """Raise UnsupportedError if a value has entries, but not one for each row."""
-    if name.startswith(_PICTURES) and texts:
+    if name.startswith(PICTURES) and texts:
         raise UnsupportedError(f"{name} contains images, of which a row may have several")
     if name in (*LIMITS, *LONGEST):
         raise UnsupportedError(f"{name} marks where texts in a shared row end")

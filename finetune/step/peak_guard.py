@@ -13,7 +13,7 @@ import torch
 from ...common.checks import counted, finite
 from ...common.errors import BudgetError, UnsupportedError
 from ...common.text import format_bytes
-from ...cost.batch_shape import Batch, reshaped, shape_of
+from ...cost.batch_shape import Batch, follows_rows, picture_values, reshaped, shape_of
 from ...cost.cost import ByteCost, plan_cost
 from ...cost.model import MemoryModel
 from ...cost.moments import Evaluation
@@ -43,18 +43,21 @@ class RisenCosts:
     def __init__(self, plan: PlanKeeper) -> None:
         self._plan = plan
 
-    def larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
+    def larger_batch(self, batches: Sequence[Batch], shape: BatchShape, *, pictures: bool = False) -> None:
         """Predict costs for batches larger than all earlier ones, and shrink the plan if it no longer fits.
 
         Args:
             batches: the batches of the next step; the model has not seen them.
             shape: the largest number of rows and the largest length of any batch so far, including these.
+            pictures: True if one of the batches has more or larger pictures than all earlier ones.
         """
         plan = self._plan
         plan.update(shape=shape)
         if not plan.now.limits_bytes:
             return
         plan.measure_next()
+        if pictures:
+            self.measure_again(max(batches, key=picture_values), shape)
         try:
             cost = plan.now.cost_of(shape)
         except UnsupportedError:  # the byte model predicts only the shape of its calibration
@@ -126,10 +129,11 @@ class RisenCosts:
             plan.correct(f"shrunk: {cause}", plan.applier.ranks)
 
     def measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
-        """Measure the byte model again, with a step of a given shape.
+        """Measure the byte model again, with a step of a given shape; with pictures, the costlier model stays.
 
         Args:
-            batch: the batch to measure with, extended to the shape; None for the run's largest batch.
+            batch: the batch to measure with, extended to the shape if its rows can be repeated; None for the run's
+                largest batch.
             shape: the shape of the measured step.
         """
         plan, run, targets = self._plan, self._plan.run, self._plan.applier.targets
@@ -139,10 +143,14 @@ class RisenCosts:
         def measure() -> MemoryModel:
             # The largest rows and length so far may come from two batches, or from another process.
             largest = run.largest_batch() if batch is None else run.on_device(batch)
-            whole = reshaped(largest, shape, run.step.rows_per_example)
+            whole = reshaped(largest, shape, run.step.rows_per_example) if follows_rows(largest) else largest
             return measure_memory(run.step, targets, whole, signals=True)
 
-        plan.update(recorded=run.measured(measure))
+        found, known, ranks = run.measured(measure), plan.now.recorded, plan.applier.ranks
+        if batch is not None and picture_values(batch):  # no batch has both the longest texts and the most pictures
+            steps = [step if step.predicts(shape) else step.standing_for(shape) for step in (found, known) if step]
+            found = max(steps, key=lambda step: step.peak(ranks))
+        plan.update(recorded=found)
         run.replicas.changed(targets, plan.step)
         if plan.checkpointing:
             plan.checkpoint_fewest()
@@ -182,6 +190,7 @@ class PeakGuard(Participant):
         self.evaluation_share: float = 0.0
         self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)
         self._keeps_gradients: bool | None = None  # through the forward pass; None if not checked yet
+        self._pictures: int | None = None  # values in those of the largest batch so far; None if not counted yet
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Restore the state in a resumed run; call this before the plan is attached."""
@@ -233,20 +242,30 @@ class PeakGuard(Participant):
             self._watch_gradients()
         if plan.checkpointing:
             plan.checkpointing.before_step()
-        larger = plan.now.shape.joined(self._step_shape)
-        if larger != plan.now.shape:
+        larger, pictures = plan.now.shape.joined(self._step_shape), self._has_more_pictures(batches)
+        if larger != plan.now.shape or pictures:
             if plan.now.limits_bytes:
                 self.shortage.keep()
-            self._larger_batch(batches, larger)
+            self._larger_batch(batches, larger, pictures=pictures)
         if self.meter.due(step):
             held, signals = run.replicas.begin_measuring(), plan.applier.adapters.meter
             # Signal buffers are allocated in the first step of an interval, and kept.
             self.meter.begin(run.model, run.optimizer, held, lambda: signals.buffer_bytes)
 
-    def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
-        """Make the plan fit a larger shape."""
+    def _has_more_pictures(self, batches: Sequence[Batch]) -> bool:
+        """Return whether a batch has more values in its pictures than all before; False with several processes."""
+        most, run = max(map(picture_values, batches), default=0), self.plan.run
+        if not most or run.replicas.processes.count > 1 or not self.plan.now.limits_bytes:
+            return False
+        if self._pictures is None:
+            self._pictures = run.measured(lambda: picture_values(run.largest_batch()))
+        before, self._pictures = self._pictures, max(self._pictures, most)
+        return most > before
+
+    def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape, *, pictures: bool) -> None:
+        """Make the plan fit a larger shape, or larger pictures."""
         try:
-            self.costs.larger_batch(batches, shape)
+            self.costs.larger_batch(batches, shape, pictures=pictures)
         except BudgetError as error:
             if not self.parts.on:
                 raise

@@ -16,9 +16,8 @@ from rankpilot.agents.policy_file import LearnedPolicy, load_policy
 from rankpilot.agents.sb3_policy import GroupPolicy
 from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.common.files import read_json, read_json_lines
-from rankpilot.decide.groups import GROUP_FEATURES, STEERING, GroupView
+from rankpilot.decide.groups import DOUBLE, GROUP_FEATURES, HALVE, STEERING, GroupView
 from rankpilot.decide.observation import RUN_FEATURES, Observation
-from rankpilot.decide.rate_control import DOUBLED, HALVED
 from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, observation_space, padded, padded_actions, padded_mask
 from rankpilot.env.tasks import Split
 from rankpilot.train_agent import Train, train
@@ -48,7 +47,7 @@ class ClosedForm(gym.Env[Any, int]):
         return {"groups": groups, "present": present, "run": run}
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.off += {HALVED: -1, DOUBLED: 1}.get(action, 0)
+        self.off += {HALVE: -1, DOUBLE: 1}.get(action, 0)
         self.left -= 1
         return self.seen(), -(self.off**2) if not self.left else 0.0, not self.left, False, {}
 

@@ -18,7 +18,8 @@ from rankpilot.cost.forecast.allocator import replay
 from rankpilot.cost.forecast.card_use import SLACK
 from rankpilot.cost.forecast.configured_step import Shards
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.cost.forecast.outlook import Outlook, brought_by_offloading, smallest_use, with_smaller_evaluation
+from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.cost.forecast.what_else import brought_by_offloading, smallest_use, with_smaller_evaluation
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.report.memory import configuration_text, verdict_text
 from rankpilot.report.moments import too_large_evaluation

@@ -12,9 +12,11 @@ import transformers as t
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cards import find_device_spec
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.cost.forecast.outlook import Outlook, largest_share, longest_rows
+from rankpilot.cost.forecast.outlook import Outlook
+from rankpilot.cost.forecast.what_else import largest_share, longest_rows
 from rankpilot.cost.rollouts import Engine, EngineNeeds, Rollouts, cache_bytes_of
 from rankpilot.report.memory import verdict_text
+from rankpilot.report.moments import moments_of
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2}
@@ -94,6 +96,6 @@ def test_needs_are_shared_by_the_cards_of_an_engine() -> None:
 def test_transformers_keeps_a_cache_for_all_rows() -> None:
     few, many = beside(None, 8), beside(None, 20_000)
     assert few.best is not None
-    moments = {moment.name: moment.device_bytes for moment in many.moments(many.choices[0])}
+    moments = {moment.name: moment.device_bytes for moment in moments_of(many, many.choices[0])}
     assert moments["generation"] - moments["checkpoint"] == 20_000 * 512 * cache_bytes_of(many.given.model.config)
     assert many.best is None

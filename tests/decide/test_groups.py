@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from rankpilot.common.errors import ConfigError
 from rankpilot.decide.group_rules import GROUP_RULES, Halving, SteerRate
-from rankpilot.decide.groups import STEERING, GroupView, Steering
+from rankpilot.decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, STEERING, GroupView, Steering
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.policy import decided_plan
-from rankpilot.decide.rate_control import CHANGES, DOUBLED, HALVED, KEEP, UNDO
+from rankpilot.decide.rate_control import CHANGES, KEEP, UNDO
 
 MakeObservation = Callable[..., Observation]
 
@@ -36,14 +36,14 @@ def test_each_action_that_is_allowed_changes_its_group_and_fits(make_observation
     observation = make_observation(24, seed, max_step=step)
     observation = replace(observation, problem=replace(observation.problem, limit=float(seed + 1) * 2400))
     view = GroupView.of(observation)
-    assert view.allowed[KEEP]
-    assert view.allowed[DOUBLED] == (step is not None)
+    assert view.allowed[NOTHING]
+    assert view.allowed[DOUBLE] == (step is not None)
     for action in np.flatnonzero(view.allowed).tolist():
         decision = view.decision(action)
         plan = decided_plan(observation.problem, decision)
         assert observation.problem.fits(plan.ranks)
         if action < 4:
-            assert decision.change == action
+            assert decision.change == {NOTHING: KEEP, HALVE: 2, DOUBLE: 5, GO_BACK: UNDO}[action]
             continue
         grows, group = divmod(action - 4, len(view.groups.names))
         own = view.groups.member == group
@@ -55,7 +55,7 @@ def test_each_action_that_is_allowed_changes_its_group_and_fits(make_observation
         if grows == 0 and observation.problem.fits(view.ranks):
             assert plan.ranks[own].sum() > view.ranks[own].sum(), "room is made by the others"
     for action in np.flatnonzero(~view.allowed).tolist():
-        np.testing.assert_array_equal(view.decision(action).ranks, view.decision(KEEP).ranks)
+        np.testing.assert_array_equal(view.decision(action).ranks, view.decision(NOTHING).ranks)
 
 
 def test_the_last_adapter_is_not_taken(make_observation: MakeObservation) -> None:
@@ -90,11 +90,11 @@ SEEN = {"steps_time": 0.2, "steps_spread_of_the_alignment": 0.4, "steps_steps": 
 @pytest.mark.parametrize(
     ("steps", "action"),
     [
-        (SEEN | {"steps_alignment": 1.0, "steps_alignment_over_the_first": 1.0, "steps_evidence": 2.0}, DOUBLED),
-        (SEEN | {"steps_alignment": -1.0, "steps_alignment_over_the_first": -1.0, "steps_evidence": -2.0}, HALVED),
-        (SEEN | {"steps_alignment_over_the_first": -1.0, "steps_evidence": -2.0, "steps_time": 0.1}, UNDO),
-        (SEEN | {"steps_alignment": 0.01, "steps_noise": 0.1}, KEEP),
-        ({}, KEEP),
+        (SEEN | {"steps_alignment": 1.0, "steps_alignment_over_the_first": 1.0, "steps_evidence": 2.0}, DOUBLE),
+        (SEEN | {"steps_alignment": -1.0, "steps_alignment_over_the_first": -1.0, "steps_evidence": -2.0}, HALVE),
+        (SEEN | {"steps_alignment": -1.0, "steps_loss": 2.0}, GO_BACK),
+        (SEEN | {"steps_alignment": 0.01, "steps_noise": 0.1}, NOTHING),
+        ({}, NOTHING),
     ],
 )
 def test_the_rate_follows_the_steps(make_observation: MakeObservation, steps: dict[str, Any], action: int) -> None:
@@ -112,7 +112,7 @@ def test_halving_moves_rank_to_what_signals_say_and_only_early(make_observation:
     view = GroupView.of(with_run(seen, progress=0.1))
     assert Halving(margin=0.1).act(view) == view.grow(int(view.groups.member[5]))
     late = GroupView.of(with_run(seen, progress=0.9))
-    assert Halving(margin=0.1).act(late) == KEEP
+    assert Halving(margin=0.1).act(late) == NOTHING
 
 
 @pytest.mark.parametrize("name", GROUP_RULES)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.decide import rate_control
-from rankpilot.decide.rate_control import DOUBLED, HALVED, KEEP, UNDO
 
 
 def record(losses: list[float], alignments: list[float], total: int = 200) -> rate_control.RunRecord:
@@ -83,28 +82,53 @@ def test_what_was_undone_is_no_level_to_compare_with() -> None:
 
 LOW = {"alignment": 1.0, "alignment_over_the_first": 0.9, "evidence": 2.0}
 HIGH = {"alignment": -0.4, "alignment_over_the_first": -0.5, "evidence": -1.0}
-EARLY = HIGH | {"time": 0.1}
 RULES = [
-    (LOW, DOUBLED),
-    (LOW | {"alignment_over_the_first": 0.2}, KEEP),
-    (LOW | {"evidence": 0.4}, KEEP),
-    (LOW | {"steps": 0.0}, KEEP),
-    (LOW | {"warm_up": 1.0, "schedule": 0.6}, KEEP),
-    (LOW | {"warm_up": 1.0, "schedule": 0.8}, DOUBLED),
-    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.5}, KEEP),
-    (HIGH, HALVED),
-    (HIGH | {"warm_up": 1.0, "schedule": 0.2}, HALVED),
-    (HIGH | {"alignment_over_the_first": -0.15}, KEEP),
-    (HIGH | {"evidence": -0.4}, KEEP),
-    (EARLY, UNDO),
-    (EARLY | {"moved": 1 / 3}, UNDO),
-    (EARLY | {"moved": -1 / 3}, HALVED),
-    (EARLY | {"evidence": -0.4}, KEEP),
-    ({}, KEEP),
+    (LOW, 1.0),
+    (LOW | {"alignment_over_the_first": 0.4}, 0.5),
+    (LOW | {"evidence": 0.25}, 0.0),
+    (LOW | {"alignment_over_the_first": 0.2}, 0.5),
+    (LOW | {"alignment_over_the_first": 0.2, "evidence": 0.7}, 0.0),
+    (LOW | {"alignment_over_the_first": 0.2, "warm_up": 1.0}, 0.0),
+    (LOW | {"alignment_over_the_first": 0.1}, 0.0),
+    (LOW | {"alignment": 0.07}, 0.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.6}, 0.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8}, 1.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.5}, 0.5),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.4}, 0.0),
+    (LOW | {"steps": 0.0}, 0.0),
+    (HIGH, -1.0),
+    (HIGH | {"alignment_over_the_first": -1.0}, -2.0),
+    (HIGH | {"alignment_over_the_first": -0.25}, -0.5),
+    (HIGH | {"alignment_over_the_first": -0.08}, 0.0),
+    (HIGH | {"alignment_over_the_first": -0.15}, -0.5),
+    (HIGH | {"evidence": -0.2}, 0.0),
+    (HIGH | {"warm_up": 1.0, "steps": 0.0}, -1.0),
 ]
-"""Observations, and the action of the rule."""
+"""Observations, and log2 of the change that the rule makes."""
 
 
-@pytest.mark.parametrize(("values", "action"), RULES)
-def test_the_rule_follows_the_alignment(values: dict[str, float], action: int) -> None:
-    assert rate_control.AlignmentRule().act(seen(**values)) == [action]
+@pytest.mark.parametrize(("values", "change"), RULES)
+def test_the_rule_follows_the_alignment(values: dict[str, float], change: float) -> None:
+    (action,) = rate_control.AlignmentRule().act(seen(**values))
+    assert action != rate_control.UNDO
+    assert rate_control.CHANGES[action] == change
+
+
+def test_the_rule_goes_back_where_the_loss_has_risen_beyond_its_noise() -> None:
+    rule, risen = rate_control.AlignmentRule(), {"alignment": -0.1, "loss": 0.8}
+    assert rule.act(seen(**risen)) == [rate_control.UNDO]
+    assert rule.act(seen(**risen, noise=2.0)) != [rate_control.UNDO]
+    assert rule.act(seen(**risen | {"alignment": 0.1})) != [rate_control.UNDO], "steps that go on do no damage"
+
+
+def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
+    rule, early = rate_control.AlignmentRule(), HIGH | {"time": 0.1}
+    assert rule.act(seen(**early)) == [rate_control.UNDO]
+    for values in (
+        early | {"time": 0.17},
+        early | {"moved": -1 / 3},
+        early | {"evidence": -0.3},
+        early | {"alignment_over_the_first": -0.15},
+        early | {"alignment_over_the_first": -0.3, "evidence": -0.5},
+    ):
+        assert rule.act(seen(**values)) != [rate_control.UNDO]

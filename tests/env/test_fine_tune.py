@@ -15,10 +15,9 @@ import pytest
 import rankpilot
 from gymnasium.utils.env_checker import check_env
 from rankpilot.common.errors import ConfigError, RankPilotError
-from rankpilot.decide.groups import GROUP_FEATURES
+from rankpilot.decide.groups import DOUBLE, GO_BACK, GROUP_FEATURES, HALVE, NOTHING
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import MOST_FEATURE, RUN_FEATURES
-from rankpilot.decide.rate_control import DOUBLED, HALVED, KEEP, UNDO
 from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, FineTuneEnv, FineTuneVectorEnv
 from rankpilot.env.tasks import FineTuneTask
 from sb3_contrib import MaskablePPO, RecurrentPPO
@@ -157,27 +156,27 @@ def test_what_is_not_allowed_keeps_all(make_task: MakeTask) -> None:
 
     def end(action: int) -> Any:
         env.reset(seed=0)
-        env.step(KEEP)
+        env.step(NOTHING)
         mask, told = env.action_masks(), []
-        told.append(env.step(action if not mask[action] else KEEP)[0])
+        told.append(env.step(action if not mask[action] else NOTHING)[0])
         return told
 
     env.reset(seed=0)
-    assert env.action_masks()[[KEEP, HALVED, DOUBLED, UNDO]].tolist() == [True, False, False, False]
+    assert env.action_masks()[[NOTHING, HALVE, DOUBLE, GO_BACK]].tolist() == [True, False, False, False]
     forbidden = [4 + MOST_GROUPS - 1, ACTIONS - 1]
     for action in forbidden:
-        np.testing.assert_equal(end(action), end(KEEP))
+        np.testing.assert_equal(end(action), end(NOTHING))
 
 
 @pytest.mark.parametrize(
     ("steps", "action", "moved"),
-    [(60, HALVED, 0.5), (60, DOUBLED, 2.0), (60, UNDO, 0.25), (60, KEEP, 1.0), (59, DOUBLED, 1.0)],
+    [(60, HALVE, 0.5), (60, DOUBLE, 2.0), (60, GO_BACK, 0.25), (60, NOTHING, 1.0), (59, DOUBLE, 1.0)],
 )
 def test_actions_on_the_rate(make_task: MakeTask, steps: int, action: int, moved: float) -> None:
     """A short run shows too little between two decisions."""
     env = FineTuneEnv(tasks=[make_task(steps=steps)])
     rate = env.reset(seed=0)[1]["rate"]
-    env.step(KEEP)
+    env.step(NOTHING)
     assert env.step(action)[4]["rate"] == pytest.approx(moved * rate)
 
 
@@ -185,7 +184,7 @@ def test_actions_on_ranks(make_task: MakeTask) -> None:
     """A group that grows takes from others what does not fit; one that gives leaves room."""
     env = FineTuneEnv(tasks=[make_task(mean_rank=1.0)])
     env.reset(seed=0)
-    before = env.step(KEEP)[4]["ranks"]
+    before = env.step(NOTHING)[4]["ranks"]
     grown = env.step(int(np.flatnonzero(env.action_masks()[4 : 4 + MOST_GROUPS])[0]) + 4)[4]["ranks"]
     assert (grown > before).any()
     room = env.step(4 + MOST_GROUPS + int(np.flatnonzero(env.action_masks()[4 + MOST_GROUPS :])[0]))[4]["ranks"]

@@ -15,9 +15,9 @@ from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import load_policy, policy_of, read_card, save_policy
 from rankpilot.cli import main as cli
 from rankpilot.common.errors import ConfigError
-from rankpilot.decide.groups import STEERING, GroupView, Steering
+from rankpilot.decide.groups import DOUBLE, GO_BACK, STEERING, GroupView, Steering
 from rankpilot.decide.log import CONTROL, POLICY, DecisionLog
-from rankpilot.decide.rate_control import CHANGES, DOUBLED, UNDO
+from rankpilot.decide.rate_control import CHANGES
 from rankpilot.study.replay import replay
 from rankpilot.study.why import explanations
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -89,7 +89,7 @@ class Doubles:
 
     def act(self, view: GroupView) -> int:
         turn = STEERING.steps(STEPS).index(round(STEPS * view.run_feature("progress")))
-        return {2: DOUBLED, 4: UNDO}.get(turn, 0)
+        return {2: DOUBLE, 4: GO_BACK}.get(turn, 0)
 
 
 def test_going_back_in_a_run_puts_adapters_back_at_a_quarter_of_the_rate(tmp_path: Path) -> None:

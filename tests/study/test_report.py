@@ -91,7 +91,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
             time,
             SHAPE,
             label,
-            _memory=None,
+            memory=None,
             _use=lambda: use,
             _within=within,
             _has_slack=True,

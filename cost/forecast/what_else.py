@@ -1,0 +1,146 @@
+"""What else would fit a card: offloaded inputs, a streamed base, a smaller evaluation, another share of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..moments import between_steps
+from ..recording import BatchShape
+from ..streaming import ON_DEVICE
+from .card_use import SURELY
+from .outlook import Choice, Outlook, room_for_tensors
+
+MOST_ROW = 2**17
+"""Most tokens of a row that are tried for a model without a limit of its own."""
+
+
+def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
+    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
+    assert outlook.room is not None, "there is no card"
+    beside, found = outlook.room.taken, list[tuple[int, int]]()
+    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
+        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
+            break
+        if use := choice.use:
+            found.append((use.total_bytes, index))
+    total, index = min(found)
+    return outlook.choices[index], total
+
+
+def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
+    """Return spare bytes with checkpointed inputs offloaded to main memory, and the seconds per step for the copies.
+
+    None if all layers fit with adapters already, or none fits with offloading. Copies overlap with the passes, so the
+    seconds are an upper bound at the bus rate of the card.
+    """
+    room = outlook.room
+    if not room or outlook.step.loaded.offload or not outlook.checkpointable:
+        return None
+    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
+    if (best and best.layers == outlook.blocks) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
+        return None
+    use, moved = room.use(lighter, ranks), outlook.memory.peak(ranks) - least
+    if use.verdict != "fits":
+        return None
+    return use.spare_bytes, 2 * moved / room.card.bus_bytes_per_s
+
+
+def brought_by_streaming(outlook: Outlook) -> Outlook | None:
+    """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
+
+    All layers stream, with the fewest checkpointed ones that fit; or all are checkpointed, and as few stream as fit.
+    None if streaming is needless or does not help.
+    """
+    best, count = outlook.best, outlook.base.count
+    if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
+        return None
+    if best and best.layers == outlook.blocks:
+        return None
+    every = with_streamed(outlook, count)
+    found = every.fitting(outlook.blocks, outlook.rank)
+    if not found.fits:
+        return None
+    use = every.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
+    assert use is not None, "there is a card"
+    spare = (use.spare_bytes - outlook.slack * outlook.card.memory_bytes) / (1 + use.reserve_share)
+    fewer = with_streamed(outlook, max(count - int(spare / outlook.base.layer_bytes), ON_DEVICE + 1))
+    other = fewer.fitting(outlook.blocks, outlook.rank)
+    quicker = other.fits and (other.time or 0.0) <= (found.time or 0.0)
+    return fewer if quicker else every
+
+
+def with_streamed(outlook: Outlook, layers: int) -> Outlook:
+    """Return the outlook of the same step with this number of streamed layers."""
+    return _with(outlook, stream=layers)
+
+
+def _with(outlook: Outlook, **settings: Any) -> Outlook:
+    """Return the outlook of the same step with other settings of `LoadedAs`, which must not change its recording."""
+    step = replace(outlook.given, loaded=replace(outlook.given.loaded, **settings))
+    return Outlook(step, outlook.rank, outlook.settings, card=outlook.card, dtype=outlook.dtype, shards=outlook.shards)
+
+
+def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
+    """Return the outlook with the largest evaluation that fits the card, if only the one asked for does not fit.
+
+    First fewer logits are kept, then none, then batches are halved.
+    """
+    asked, loaded = outlook.evaluation(outlook.memory.shape), outlook.given.loaded
+    if outlook.room is None or asked is None or (outlook.best and outlook.best.fits):
+        return None
+    bare = _with(outlook, eval_batch_size="none")
+    if bare.best is None or not bare.best.fits:
+        return None
+    rows = loaded.eval_batch_size or outlook.memory.shape.rows
+    assert isinstance(rows, int), "there is an evaluation"
+    smaller = [(rows, batches * rows) for batches in _halves(asked.kept)]
+    for size, kept in (*smaller, *((size, 0) for size in (rows, *_halves(rows)))):
+        other = _with(outlook, eval_batch_size=size, keep_logits=kept)
+        assert other.room is not None, "there is a card"
+        if other.room.use(bare.best.memory, bare.best.ranks, bare.best.shape).verdict == "fits":
+            return other
+    return None
+
+
+def largest_share(outlook: Outlook) -> float:
+    """Return the largest share of the card that a vLLM engine may take beside the request's smallest step."""
+    rollouts, card = outlook.given.loaded.rollouts, outlook.card
+    assert rollouts, "there is an engine"
+    assert rollouts.engine, "there is an engine"
+    assert card, "there is a card"
+    alone = _with(outlook, rollouts=None)
+    assert alone.room, "there is a card"
+    choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
+    assert choice.use, "there is a card"
+    taken, frozen = choice.use.total_bytes + rollouts.awake_bytes(0, 0), choice.use.base_bytes
+    if rollouts.engine.sleeps:
+        taken = alone.room.taken + between_steps(choice.memory, choice.ranks) + rollouts.awake_bytes(0, 0)
+    taken -= rollouts.engine.lends * frozen
+    return (1 - outlook.slack) - taken / card.memory_bytes
+
+
+def longest_rows(outlook: Outlook) -> int:
+    """Return the most tokens of a row with which the requested step fits beside its engine, in multiples of 64."""
+    card, needs, shape = outlook.card, outlook.engine_needs, outlook.memory.shape
+    choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
+    assert card, "there is a card"
+    assert needs, "there is an engine"
+    room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
+    engine = outlook._rollouts.engine
+    assert engine, "there is an engine"
+    if needs.cache and not engine.length:
+        free = engine.share * card.memory_bytes - needs.weights - needs.prefill
+        most = min(most, int(free * shape.length / needs.cache))
+    low, high = 0, min(most, engine.length or most) // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        one = BatchShape(shape.rows, 64 * middle)
+        fits = choice.memory.predicts(one) and choice.memory.peak(choice.ranks, one) <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 64 * low
+
+
+def _halves(count: int) -> list[int]:
+    """Return halves of a count, rounded down, to 1."""
+    return [count >> shift for shift in range(1, count.bit_length())]
