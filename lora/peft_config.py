@@ -223,7 +223,7 @@ def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
     if not found:
         raise ConfigError(
             f"target_modules={pattern!r} matches no linear layer or embedding of {type(base).__name__}. The "
-            f"expression must match full names, such as {paths[-1]!r}."
+            f"expression must match full names, such as {max(paths, key=len)!r}."
         )
     return pattern
 

@@ -356,7 +356,7 @@ def _sharding(keys: _Keys) -> str | None:
             raise ConfigError(f"{keys.path}: {name} must be a name or a mapping; got {shown(value)}.")
     if keys.get("fsdp") or keys.get("fsdp_config"):
         text = f"{keys.get('fsdp')} {_contents(keys, 'fsdp_config')}".lower()
-        keys.notes += ["FSDP offload"] if re.search(r"offload_params\W+true|\boffload\b", text) else []
+        keys.notes += ["FSDP offload"] if re.search(r"(offload_params|cpu_offload)\W+true|\boffload\b", text) else []
         keys.notes += ["FSDP that does not shard fully"] if re.search(_PARTLY, text) else []
         return "fsdp2"
     given = _contents(keys, "deepspeed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -38,7 +38,7 @@ def _of_classes(module: str, *names: str) -> Iterator[str]:
 
 
 _HPARAMS = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
-SETTINGS: dict[str, Callable[[], Iterable[str]]] = {
+SETTINGS: dict[str, Callable[[], Iterator[str]]] = {
     "axolotl": _of_axolotl,
     "TRL": partial(_of_classes, "trl", "SFTConfig", "ModelConfig", "ScriptArguments"),
     "LLaMA-Factory": partial(_of_classes, "llamafactory.hparams", *_HPARAMS),

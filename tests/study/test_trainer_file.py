@@ -133,11 +133,7 @@ def test_axolotl(tmp_path):
         ("deepspeed: deepspeed_configs/zero2.json", "sharding", "zero2"),
         ("optimizer: adamw_torch_4bit", "optimizer", "adamw4bit"),
         ("bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "double_quantization", False),
-        (
-            "{gradient_checkpointing: false, fsdp_config: {fsdp_activation_checkpointing: true}}",
-            "gradient_checkpointing",
-            True,
-        ),
+        ("{gradient_checkpointing: off, fsdp_config: {activation_checkpointing: on}}", "gradient_checkpointing", True),
     ],
 )
 def test_what_axolotl_can_set_otherwise(change, setting, value, tmp_path):
@@ -309,11 +305,7 @@ def test_bad_files_get_one_line(text, message, tmp_path):
     [
         (AXOLOTL, "lora_mlp_kernel: true", "lora_mlp_kernel"),
         (AXOLOTL, "{lora_mlp_kernel: false, eval_batch_size: 2, sample_packing: true, eval_sample_packing: true}", ""),
-        (
-            AXOLOTL,
-            "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}",
-            "bnb_config_kwargs: 'llm_int8_skip_modules'",
-        ),
+        (AXOLOTL, "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}", "llm_int8_skip_modules"),
         (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: true, bnb_4bit_quant_type: fp4}", ""),
         (AXOLOTL, "{ple_cpu_offload: true, processor_type: AutoProcessor}", "ple_cpu_offload, processor_type"),
         (AXOLOTL, "{lora_model_dir: runs/first, fp8_config: {recipe: rowwise}}", "lora_model_dir"),
@@ -324,6 +316,7 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, f"{{plugins: [{PLUGIN}], rankpilot: {{budget: 80%}}}}", ""),
         (AXOLOTL, "fsdp_config: {offload_params: true}", "FSDP offload"),
         (AXOLOTL, "fsdp: [full_shard, offload]", "FSDP offload"),
+        (AXOLOTL, "fsdp_config: {cpu_offload: true, cpu_offload_pin_memory: true}", "FSDP offload"),
         (AXOLOTL, "fsdp_config: {reshard_after_forward: false}", "FSDP that does not shard fully"),
         (AXOLOTL, "fsdp: [shard_grad_op]", "FSDP that does not shard fully"),
         (AXOLOTL, "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, reshard_after_forward: true}", ""),
