@@ -34,6 +34,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from . import published_page
 from .harness import Figures, with_progress
 from .published_contexts import contexts, longest
+from .published_rollouts import compare_rollouts
 from .published_trainers import compare_examples
 
 FOLDER = Path(__file__).with_name("published_peaks")
@@ -440,7 +441,7 @@ def benchmark(options: Options, console: Console) -> Figures:
         on_cards = [Compared(each.name, longest(each), each.tokens) for each in with_progress(contexts(), "contexts")]
         trained = [each for each in on_cards if each.measured]
         figures |= _report("contexts", "The longest row on a card, tokens", trained, console)
-        figures |= compare_examples(console)
+        figures |= compare_examples(console) | compare_rollouts(console)
     if options.pack:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
         rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]

@@ -205,14 +205,15 @@ def regrets(rows: Mapping[Run, Any], start: float = 1.0) -> dict[tuple[str, str,
     for cell in {(run.model, run.text, run.schedule, run.seed) for run in rows}:
         own = {run.factor: row for run, row in rows.items() if (run.model, run.text, run.schedule, run.seed) == cell}
         auto, lanes = own.pop(0.0, None), [start * lane for lane in LANES]
-        if not {*SWEPT, *lanes} <= own.keys():
+        least = min(own, key=lambda factor: own[factor]["loss"])
+        if not {*lanes} <= own.keys() or not ({*SWEPT} <= own.keys() or min(own) < least < max(own)):
             continue
-        best = min(row["loss"] for row in own.values())
+        best = own[least]["loss"]
         chosen, further = race({factor: row["losses"] for factor, row in own.items()}, cell[2], start)
         found[cell] = {
             "race": 100 * math.log(own[chosen]["loss"] / best),
             "start": 100 * math.log(own[start]["loss"] / best),
-            "chosen": chosen / min(own, key=lambda factor: own[factor]["loss"]),
+            "chosen": chosen / least,
             "further": further,
         } | ({"auto": 100 * math.log(auto["loss"] / best)} if auto else {})
     return found
