@@ -29,7 +29,7 @@ from .config import MemoryConfig
 from .doubts import doubts, of_loading
 from .moments import highest_moment, moments_figures, moments_table, too_large_evaluation
 from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
-from .rollouts import rollouts_text
+from .rollouts import engine_figures, rollouts_text
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
@@ -488,6 +488,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
         "layers": [{"layer": layer, **dict(zip(KINDS, row, strict=True))} for layer, row in rows],
         "moments": moments_figures(outlook),
+        "engine": engine_figures(outlook),
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
         "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],
         "measured": asdict(outlook.measured) if outlook.measured else None,

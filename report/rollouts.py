@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from ..common.text import format_bytes
 from ..cost.forecast.outlook import Outlook
 from ..cost.forecast.what_else import largest_share, longest_rows
@@ -30,3 +33,10 @@ def rollouts_text(outlook: Outlook) -> str:
     if longest := longest_rows(outlook):
         told.append(f"The longest prompt and answer that fit have {longest:,} tokens.")
     return " ".join(told)
+
+
+def engine_figures(outlook: Outlook) -> dict[str, Any] | None:
+    """Return the least bytes of a vLLM engine, and its largest share of the card, as JSON values; None without one."""
+    if (needs := outlook.engine_needs) is None:
+        return None
+    return asdict(needs) | {"lacks": max(outlook.engine_lacks, 0.0), "largest_share": largest_share(outlook)}

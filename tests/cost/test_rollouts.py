@@ -17,6 +17,7 @@ from rankpilot.cost.forecast.what_else import largest_share, longest_rows
 from rankpilot.cost.rollouts import Engine, EngineNeeds, Rollouts, cache_bytes_of
 from rankpilot.report.memory import verdict_text
 from rankpilot.report.moments import moments_of
+from rankpilot.report.rollouts import engine_figures
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2}
@@ -84,6 +85,7 @@ def test_an_engine_without_room_for_its_weights_does_not_start() -> None:
     assert outlook.best is None
     assert "vLLM would not start" in verdict_text(outlook)
     assert beside(Engine(0.3)).engine_lacks < 0
+    assert engine_figures(outlook)["lacks"] == outlook.engine_lacks
 
 
 def test_needs_are_shared_by_the_cards_of_an_engine() -> None:

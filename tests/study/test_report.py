@@ -65,6 +65,7 @@ def _no_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("too_large_evaluation", "highest_moment", "rollouts_text"):
         monkeypatch.setattr(f"rankpilot.report.memory.{name}", lambda outlook: "")
     monkeypatch.setattr("rankpilot.report.memory.moments_figures", lambda outlook: [])
+    monkeypatch.setattr("rankpilot.report.memory.engine_figures", lambda outlook: None)
 
 
 def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measured: MeasuredStep | None = None) -> Any:
