@@ -7,6 +7,7 @@ from typing import Any
 
 from ..moments import between_steps
 from ..recording import BatchShape
+from ..rollouts import cache_bytes_of
 from ..streaming import ON_DEVICE
 from .card_use import SURELY
 from .outlook import Choice, Outlook, room_for_tensors
@@ -121,7 +122,7 @@ def largest_share(outlook: Outlook) -> float:
 
 
 def longest_rows(outlook: Outlook) -> int:
-    """Return the most tokens of a row with which the requested step fits beside its engine, in multiples of 64."""
+    """Return the most tokens of a row for which step and engine have room, in multiples of 64, whatever limit is set."""
     card, needs, shape = outlook.card, outlook.engine_needs, outlook.memory.shape
     choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
     assert card, "there is a card"
@@ -129,10 +130,9 @@ def longest_rows(outlook: Outlook) -> int:
     room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
     engine = outlook._rollouts.engine
     assert engine, "there is an engine"
-    if needs.cache and not engine.length:
-        free = engine.share * card.memory_bytes - needs.weights - needs.prefill
-        most = min(most, int(free * shape.length / needs.cache))
-    low, high = 0, min(most, engine.length or most) // 64
+    if each := cache_bytes_of(outlook.given.model.config) / engine.cards:
+        most = min(most, int((engine.share * card.memory_bytes - needs.weights - needs.prefill) / each))
+    low, high = 0, most // 64
     while low < high:
         middle = (low + high + 1) // 2
         one = BatchShape(shape.rows, 64 * middle)

@@ -73,7 +73,7 @@ def test_races_on_stored_sweeps_choose_a_good_rate() -> None:
     assert np.mean([each["race"] for each in found.values()]) <= 0.5
     assert max(each["further"] for each in found.values()) <= MOST_TIME
     for cell in found:
-        own = {factor: rows[Run(*cell, factor)]["losses"] for factor in SWEPT}
+        own = {run.factor: row["losses"] for run, row in rows.items() if run == Run(*cell, run.factor) and run.factor}
         chosen, further = race(own, cell[2], 1.0)
         assert chosen in SWEPT
         assert 0 < further <= MOST_TIME

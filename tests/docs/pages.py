@@ -66,3 +66,11 @@ def prose_of(page: Path) -> str:
     """A page without its blocks of code, and without code inside lines."""
     text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return re.sub(r"`[^`]*`", "", text)
+
+
+def write_files(folder: Path) -> None:
+    """Write the files that pages show, whose first line is a comment with their name."""
+    for page in PAGES:
+        for block in blocks_of(page):
+            if found := re.match(r"# (\w+\.yaml)\n", block.code):
+                (folder / found[1]).write_text(block.code, encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .pages import PAGES, ROOT, blocks_of, commands_of
+from .pages import PAGES, ROOT, blocks_of, commands_of, write_files
 
 HEAVY = (
     *("torch", "transformers", "huggingface_hub", "tokenizers", "peft", "trl", "accelerate", "datasets", "filelock"),
@@ -84,6 +84,7 @@ def test_every_answer_or_one_line_without_torch(tmp_path: Path, monkeypatch: pyt
     assert any(needs for _, needs in shown)
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    write_files(tmp_path)
     (tmp_path / "qlora.yaml").write_text("base_model: qwen3-8b\nadapter: qlora\nload_in_4bit: true\n")
     own = "model_name_or_path: Qwen/Qwen3-8B\nper_device_train_batch_size: 1\n"
     (tmp_path / "trl.yaml").write_text(own + "use_peft: true\ndtype: bfloat16\nload_in_4bit: true\n")

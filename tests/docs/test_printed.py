@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rankpilot.cli import main as cli
 
-from .pages import PAGES, ROOT, blocks_of
+from .pages import PAGES, ROOT, blocks_of, write_files
 
 SHOWN: dict[str, list[str]] = defaultdict(list)
 """The parts of what pages show of each command: its paragraphs and tables."""
@@ -36,6 +36,7 @@ def test_commands_print_what_pages_show(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
     cli.run(shlex.split(command))
     printed = words(capsys.readouterr().out)
     assert [part for part in SHOWN[command] if words(part) not in printed] == []
