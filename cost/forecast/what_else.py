@@ -122,7 +122,7 @@ def largest_share(outlook: Outlook) -> float:
 
 
 def longest_rows(outlook: Outlook) -> int:
-    """Return the most tokens of a row for which step and engine have room, in multiples of 64, whatever limit is set."""
+    """Return the most tokens of a row for which step and engine have room, in multiples of 64."""
     card, needs, shape = outlook.card, outlook.engine_needs, outlook.memory.shape
     choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
     assert card, "there is a card"
