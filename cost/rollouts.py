@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import ConfigError, shown
+from .step_config import MOST_TOKENS
 
 BATCHED_TOKENS = 4096
 """Tokens of a prefill of TRL's engine (`max_num_batched_tokens` in `trl/generation/vllm_generation.py`)."""
+
+MOST_ANSWERS = 2**20
 
 GRAPHS_BYTES = 600 * 2**20
 """Bytes of the engine's CUDA graphs and communication buffers beyond its share of the card; an assumption."""
@@ -32,7 +35,7 @@ class Engine:
             second copy.
 
     Raises:
-        ConfigError: the share is out of range.
+        ConfigError: a value is out of range.
     """
 
     share: float
@@ -44,6 +47,9 @@ class Engine:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ConfigError(f"vllm_gpu_memory_utilization must be above 0 and at most 1; got {shown(self.share)}.")
+        if not (1 <= self.cards <= MOST_ANSWERS and 0 <= self.length <= MOST_TOKENS):
+            told = f"1 to {MOST_ANSWERS:,} cards and 0 to {MOST_TOKENS:,} tokens"
+            raise ConfigError(f"A vLLM engine has {told}; got {shown(self.cards)} and {shown(self.length)}.")
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,17 @@ class Rollouts:
     Attributes:
         rows: answers generated at once.
         engine: what generates them; None for transformers.
+
+    Raises:
+        ConfigError: there are no answers, or too many.
     """
 
     rows: int
     engine: Engine | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= MOST_ANSWERS:
+            raise ConfigError(f"Answers generated at once must be 1 to {MOST_ANSWERS:,}; got {shown(self.rows)}.")
 
     def awake_bytes(self, card_bytes: float, frozen_bytes: float) -> float:
         """Return the bytes of a card that the engine holds during training, beside the frozen model.
@@ -124,8 +137,8 @@ class EngineNeeds:
 
 def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the fields of a configuration's language model."""
-    text: Mapping[str, Any] = config.get("text_config") or config
-    return text
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) and text else config
 
 
 def cache_bytes_of(config: Mapping[str, Any]) -> float:
@@ -141,8 +154,8 @@ def cache_bytes_of(config: Mapping[str, Any]) -> float:
     if text.get("kv_lora_rank"):  # latent attention keeps one vector (DeepSeek-V2, arXiv:2405.04434, section 2.1)
         return 2.0 * layers * (_first(text, "kv_lora_rank") + _first(text, "qk_rope_head_dim"))
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
-    if types := text.get("layer_types"):  # recurrent layers keep a state of fixed size
-        layers = sum("attention" in kind and "linear" not in kind for kind in types)
+    if isinstance(types := text.get("layer_types"), list):  # recurrent layers keep a state of fixed size
+        layers = sum("attention" in kind and "linear" not in kind for kind in map(str, types))
     width = _first(text, "head_dim") or _first(text, "hidden_size", "n_embd", "d_model") // max(heads, 1)
     return 4.0 * layers * (_first(text, "num_key_value_heads") or heads) * width
 

@@ -27,7 +27,7 @@ from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
 from .doubts import doubts, of_loading
-from .moments import highest_moment, moments_figures, moments_table, too_large_evaluation
+from .moments import highest_moment, moments_figures, moments_table, too_large_evaluation, uncounted_moments
 from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
 from .rollouts import engine_figures, rollouts_text
 
@@ -349,6 +349,7 @@ def remarks(outlook: Outlook) -> Iterator[str]:
         yield f"{outlook.step.model.kind} does not support gradient checkpointing."
     if outlook.card:
         yield from of_loading(outlook)
+    yield from uncounted_moments(outlook)
     yield from _measured(outlook)
     yield from outlook.notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.forecast.outlook import Choice, Outlook
 from ..cost.forecast.what_else import with_smaller_evaluation
 from ..cost.moments import Evaluation, Moment, moments_of_run
+from ..cost.rollouts import cache_bytes_of
 
 _SHOWN = {
     "load": "the frozen model",
@@ -77,6 +79,16 @@ def highest_moment(outlook: Outlook) -> str:
     batches = f" in {_evaluation_text(outlook.evaluation(outlook.main.shape))}" if highest == "evaluation" else ""
     beside = f"{format_bytes(peaks[highest])} of tensors, beside {format_bytes(peaks['step'])} in a step"
     return f" The peak of the run is {_SHOWN[highest]}{batches}: {beside}."
+
+
+def uncounted_moments(outlook: Outlook) -> Iterator[str]:
+    """Yield a line for each moment that is not counted as it was asked for."""
+    model, loaded, shape = outlook.given.model, outlook.given.loaded, outlook.memory.shape
+    asked, found = loaded.evaluation(shape, model, bf16=outlook.settings.bf16), outlook.evaluation(shape)
+    if asked != found:
+        yield f"Evaluation is counted as a batch of {shape}: other batches of this model cannot be predicted."
+    if loaded.rollouts and not cache_bytes_of(model.config):
+        yield "Keys and values of generated answers are not counted, since the configuration does not tell their size."
 
 
 def moments_figures(outlook: Outlook) -> list[dict[str, Any]]:

@@ -497,7 +497,12 @@ def _grpo(keys: _Keys) -> dict[str, Any]:
         share, cards = keys.number("vllm_gpu_memory_utilization", 0.3, 0), keys.number("vllm_tensor_parallel_size", 1)
         engine = Engine(share, keys.flag("vllm_enable_sleep_mode"), cards, longest)
     keys.notes += [name for name in _GRPO_NOTES if keys.flag(name)]
+    keys.notes += ["eval_strategy"] if keys.word("eval_strategy", "no") != "no" else []
     own = {"loss_type": "nll", "max_length": length or 2, "eval_strategy": None}
+    if engine and keys.flag("load_in_8bit"):
+        raise ConfigError(
+            f"{keys.path}: vLLM does not load a base in 8 bits under TRL. Use 4 bits, or leave use_vllm out."
+        )
     of_sft = _Keys({**keys.values, **own}, keys.path)
     settings = _trl(of_sft) | {"max_length": length, "eval_batch_size": "none"}
     keys.notes += of_sft.notes

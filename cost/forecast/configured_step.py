@@ -16,7 +16,7 @@ from ..moments import LOSS_BYTES, Evaluation
 from ..recording import BatchShape
 from ..rollouts import Rollouts
 from ..savers.prices import ACTIVATIONS, Measure, Saved, price_savers
-from ..step_config import Attention, ExpertBits
+from ..step_config import MOST_TOKENS, Attention, ExpertBits
 from ..step_time import StepWork
 from ..streaming import BaseLayers
 
@@ -97,11 +97,12 @@ class LoadedAs:
     def __post_init__(self) -> None:
         if self.stream != "all" and (type(self.stream) is not int or self.stream < 0):
             raise ConfigError(f'stream is a number of layers or "all"; got {shown(self.stream)}.')
-        if self.eval_batch_size != "none" and (type(self.eval_batch_size) is not int or self.eval_batch_size < 0):
-            told = 'eval_batch_size is a number of rows, 0 for those of training, or "none"'
-            raise ConfigError(f"{told}; got {shown(self.eval_batch_size)}.")
-        if type(self.keep_logits) is not int or self.keep_logits < 0:
-            raise ConfigError(f"keep_logits is a number of rows of at least 0; got {shown(self.keep_logits)}.")
+        for name, words in (("eval_batch_size", " or none"), ("eval_length", ""), ("keep_logits", "")):
+            value = getattr(self, name)
+            if (value != "none" or not words) and (type(value) is not int or not 0 <= value <= MOST_TOKENS):
+                raise ConfigError(
+                    f"{name} must be a whole number from 0 to {MOST_TOKENS:,}{words}; got {shown(value)}."
+                )
         if not self.image and (self.images, self.max_pixels) != (1, 0):
             given = f"{shown(self.images)} and {shown(self.max_pixels)}"
             raise ConfigError(f"images and max_pixels need image, such as image='1024x768'; got {given} without it.")

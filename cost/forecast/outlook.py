@@ -25,7 +25,7 @@ from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
 from ..moments import Evaluation, between_steps
 from ..recording import BatchShape
-from ..rollouts import EngineNeeds, Rollouts, cache_bytes_of
+from ..rollouts import EngineNeeds, cache_bytes_of
 from ..step_config import StepConfig
 from ..streaming import BaseLayers, StreamedTime
 from .card_use import CardRoom, CardUse, Verdict, slack_of
@@ -192,12 +192,12 @@ class Outlook:
         self.blocks: int = len({*self._blocks.tolist()})
         self.slack: float = slack_of(settings.quantization)
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
-        self._rollouts = step.loaded.rollouts or Rollouts(0)
+        rollouts = step.loaded.rollouts
         if pictures := settings.batch_size * step.model.picture_bytes:
             frozen = *frozen, pictures
         self.room: CardRoom | None = None
         if card:
-            awake = int(self._rollouts.awake_bytes(card.memory_bytes, self._free.model.frozen_bytes))
+            awake = int(rollouts.awake_bytes(card.memory_bytes, self._free.model.frozen_bytes)) if rollouts else 0
             beside = replace(card, context_bytes=card.context_bytes + awake)
             self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self.generation_bytes)
         # The layers checkpointed by every choice on a card, by request; None if each choice decides.
@@ -207,26 +207,28 @@ class Outlook:
 
     def generation_bytes(self, shape: BatchShape) -> float:
         """Return the bytes of generation beside the model, without those of an engine that stays awake."""
-        assert self.card is not None, "there is a card"
-        cache = cache_bytes_of(self.given.model.config)
-        frozen = self._free.model.frozen_bytes
-        return self._rollouts.generation_bytes(self.card.memory_bytes, frozen, shape.length, cache)
+        rollouts = self.given.loaded.rollouts
+        if rollouts is None or self.card is None:
+            return 0.0
+        cache, frozen = cache_bytes_of(self.given.model.config), self._free.model.frozen_bytes
+        return rollouts.generation_bytes(self.card.memory_bytes, frozen, shape.length, cache)
 
     @cached_property
     def engine_needs(self) -> EngineNeeds | None:
         """The least bytes of a vLLM engine on the card; None without one."""
-        model, settings = self.given.model, self.settings
-        if self._rollouts.engine is None:
+        model, settings, rollouts = self.given.model, self.settings, self.given.loaded.rollouts
+        if rollouts is None or rollouts.engine is None:
             return None
         whole = model.frozen_bytes if settings.quantization != "none" else 2.0 * model.parameters
-        return EngineNeeds.of(model.config, whole, self._rollouts, self.memory.shape.length)
+        return EngineNeeds.of(model.config, whole, rollouts, self.memory.shape.length)
 
     @property
     def engine_lacks(self) -> float:
         """Bytes by which a vLLM engine's share of the card is too small to start; 0 or less if it starts."""
-        if self._rollouts.engine is None or self.card is None or self.engine_needs is None:
+        rollouts, needs = self.given.loaded.rollouts, self.engine_needs
+        if not (rollouts and rollouts.engine and needs and self.card):
             return 0.0
-        return self.engine_needs.total - self._rollouts.engine.share * self.card.memory_bytes
+        return needs.total - rollouts.engine.share * self.card.memory_bytes
 
     def evaluation(self, shape: BatchShape) -> Evaluation | None:
         """Return the evaluation of a run with training batches of a shape; None for none."""

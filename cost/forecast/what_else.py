@@ -128,10 +128,11 @@ def longest_rows(outlook: Outlook) -> int:
     assert card, "there is a card"
     assert needs, "there is an engine"
     room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
-    engine = outlook._rollouts.engine
-    assert engine, "there is an engine"
-    if each := cache_bytes_of(outlook.given.model.config) / engine.cards:
-        most = min(most, int((engine.share * card.memory_bytes - needs.weights - needs.prefill) / each))
+    rollouts = outlook.given.loaded.rollouts
+    assert rollouts, "there is an engine"
+    assert rollouts.engine, "there is an engine"
+    if each := cache_bytes_of(outlook.given.model.config) / rollouts.engine.cards:
+        most = min(most, int((rollouts.engine.share * card.memory_bytes - needs.weights - needs.prefill) / each))
     low, high = 0, most // 64
     while low < high:
         middle = (low + high + 1) // 2

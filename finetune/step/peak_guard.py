@@ -362,9 +362,12 @@ class PeakGuard(Participant):
     def expected_evaluation(self, rows: int) -> float:
         """Return the predicted peak of an evaluation in batches of `rows`, as a share of the budget; 0 if unknown.
 
-        Its rows are assumed to be as long as those of training.
+        Its rows are assumed to be as long as those of training. Models with dropout are not predicted, since their
+        recorded passes take more than those of an evaluation, nor are logits kept for `compute_metrics`.
         """
         now, applier = self.plan.now, self.plan.applier
+        if any(isinstance(module, torch.nn.Dropout) and module.p for module in self.plan.run.model.modules()):
+            return 0.0
         shape = BatchShape(rows, now.shape.length)
         if not now.limits_bytes or now.memory is None or not now.memory.predicts(shape):
             return 0.0
