@@ -54,12 +54,14 @@ def compare_rollouts(console: Console) -> Figures:
     for row in rows:
         outlook = outlook_of(row)
         choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
+        engine = outlook.given.loaded.engine
         assert choice.use, "there is a card"
+        assert engine, "there is an engine"
         fits = outlook.engine_lacks <= 0 and choice.use.spare_bytes >= 0
         right += fits == (row["outcome"] == "fits")
         told = "fits" if fits else "fails" if outlook.engine_lacks <= 0 else "engine does not start"
         total = f"{choice.use.total_bytes / 2**30:.1f}"
-        most = f"{largest_share(outlook):.2f}"
+        most = f"{largest_share(outlook, engine):.2f}"
         table.add_row(row["run"], row["share"], row["outcome"], told, total, most, row["note"])
     console.print(table)
     return {"grpo.runs": len(rows), "grpo.right": right}

@@ -104,12 +104,13 @@ def forward_bytes(memory: MemoryModel, ranks: IntArray, shape: BatchShape) -> fl
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
     """
-    serials, born, died = forward_span(memory.recording)
+    recording = memory.recording
+    serials, born, died = forward_span(recording)
     sizes = memory.sizes_under(ranks, shape)[serials]
-    changes: FloatArray = np.zeros(memory.recording.forward_end + 2)
+    changes: FloatArray = np.zeros(recording.forward_end + 2)
     np.add.at(changes, born, sizes)
-    ends = died < NEVER  # a storage lives through the operator of its last use
-    np.add.at(changes, np.minimum(died[ends] + 1, len(changes) - 1), -sizes[ends])
+    # A storage lives through the operator of its last use.
+    np.add.at(changes, np.minimum(died, recording.forward_end) + 1, -sizes * (died < NEVER))
     return float(np.cumsum(changes).max())
 
 
@@ -148,13 +149,12 @@ def moments_of_run(
         awake_bytes: bytes that an engine for generation holds during training.
         generation_bytes: bytes of generation beside these and the model; 0 for none.
     """
-    states = memory.states
+    states, held = memory.states, between_steps(memory, ranks)
     adapters = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
-    held = between_steps(memory, ranks)
-    delta = QUANTISED_DELTA_BYTES if quantised else DELTA_BYTES
     widest = max(
         (each.d_in * each.d_out // each.experts for each, rank in zip(targets, ranks, strict=True) if rank), default=0
     )
+    merged = (QUANTISED_DELTA_BYTES if quantised else DELTA_BYTES) * widest
     there = frozen_bytes + awake_bytes
     found = [
         Moment("load", frozen_bytes, loaded_bytes),
@@ -169,5 +169,5 @@ def moments_of_run(
         *found,
         Moment("checkpoint", there + held, adapters),
         Moment("resume", there + held, held),
-        Moment("merge", there + held + delta * widest),
+        Moment("merge", there + held + merged),
     )

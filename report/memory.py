@@ -27,7 +27,7 @@ from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
 from .doubts import doubts, of_loading
-from .moments import highest_moment, moments_figures, moments_table, too_large_evaluation, uncounted_moments
+from .moments import highest_moment, moments_of, moments_table, too_large_evaluation, uncounted_moments
 from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
 from .rollouts import engine_figures, rollouts_text
 
@@ -488,7 +488,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "margin_bytes": breakdown.margin,
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
         "layers": [{"layer": layer, **dict(zip(KINDS, row, strict=True))} for layer, row in rows],
-        "moments": moments_figures(outlook),
+        "moments": [asdict(moment) for moment in moments_of(outlook, outlook.main)],
         "engine": engine_figures(outlook),
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
         "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
 
 from rich.table import Table
 
@@ -89,11 +87,6 @@ def uncounted_moments(outlook: Outlook) -> Iterator[str]:
         yield f"Evaluation is counted as a batch of {shape}: other batches of this model cannot be predicted."
     if loaded.rollouts and not cache_bytes_of(model.config):
         yield "Keys and values of generated answers are not counted, since the configuration does not tell their size."
-
-
-def moments_figures(outlook: Outlook) -> list[dict[str, Any]]:
-    """Return the moments of the main choice as JSON values."""
-    return [asdict(moment) for moment in moments_of(outlook, outlook.main)]
 
 
 def _by_name(outlook: Outlook, choice: Choice) -> dict[str, float]:

@@ -12,31 +12,28 @@ from ..cost.forecast.what_else import largest_share, longest_rows
 
 def rollouts_text(outlook: Outlook) -> str:
     """Return the verdict on a vLLM engine beside the training, and the settings that fit; empty without one."""
-    rollouts, card, needs = outlook.given.loaded.rollouts, outlook.card, outlook.engine_needs
-    if rollouts is None or rollouts.engine is None or card is None or needs is None:
+    engine, card, needs = outlook.given.loaded.engine, outlook.card, outlook.engine_needs
+    if engine is None or card is None or needs is None:
         return ""
-    engine = rollouts.engine
-    length = engine.length or outlook.memory.shape.length
-    share = format_bytes(engine.share * card.memory_bytes)
+    share, length = format_bytes(engine.share * card.memory_bytes), engine.length or outlook.memory.shape.length
     asleep = "asleep during training" if engine.sleeps else "beside the training"
-    least = f"It needs {format_bytes(needs.total, up=True)}: {format_bytes(needs.weights)} of weights, "
-    least += (
-        f"{format_bytes(needs.prefill)} for a prefill, {format_bytes(needs.cache)} for a sequence of {length:,} tokens"
-    )
-    told = [f"vLLM holds {share}, {engine.share:g} of the card, {asleep}. {least}."]
-    lowest = needs.total / card.memory_bytes
-    highest = largest_share(outlook)
+    total, weights = format_bytes(needs.total, up=True), format_bytes(needs.weights)
+    rest = f"{format_bytes(needs.prefill)} for a prefill, {format_bytes(needs.cache)} for a sequence"
+    told = [f"vLLM holds {share}, {engine.share:g} of the card, {asleep}."]
+    told.append(f"It needs {total}: {weights} of weights, {rest} of {length:,} tokens.")
+    lowest, highest = needs.total / card.memory_bytes, largest_share(outlook, engine)
     if highest < lowest:
         told.append("No vllm_gpu_memory_utilization fits both at this batch.")
     else:
         told.append(f"vllm_gpu_memory_utilization fits from {lowest + 0.005:.2f} to {highest - 0.005:.2f}.")
-    if longest := longest_rows(outlook):
+    if longest := longest_rows(outlook, engine, needs):
         told.append(f"The longest prompt and answer that fit have {longest:,} tokens.")
     return " ".join(told)
 
 
 def engine_figures(outlook: Outlook) -> dict[str, Any] | None:
     """Return the least bytes of a vLLM engine, and its largest share of the card, as JSON values; None without one."""
-    if (needs := outlook.engine_needs) is None:
+    engine, needs = outlook.given.loaded.engine, outlook.engine_needs
+    if engine is None or needs is None:
         return None
-    return asdict(needs) | {"lacks": max(outlook.engine_lacks, 0.0), "largest_share": largest_share(outlook)}
+    return asdict(needs) | {"lacks": max(outlook.engine_lacks, 0.0), "largest_share": largest_share(outlook, engine)}

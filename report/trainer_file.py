@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,8 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     if program == "ms-swift" and (kind := keys.get("rlhf_type")):
         raise keys.refuse(f"trains with rlhf_type: {shown(kind)}")
     foreign = [key for key in table["refused"] if keys.get(key, False) is not False]
-    if foreign and not _is_grpo(program, foreign):
+    of_grpo = program == "TRL" and all("GRPO" in table["refused"][key] for key in foreign)
+    if foreign and not of_grpo:
         known = Counter(training for key in foreign for training in table["refused"][key])
         most = [training for training, count in known.most_common(3) if count == max(known.values())]
         raise keys.refuse(f"configures another kind of training, {' or '.join(most)} ({', '.join(foreign[:4])})")
@@ -113,11 +114,6 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     unread = tuple(key for key in keys.values if key not in every)
     settings = {name: value for name, value in settings.items() if value is not None}
     return TrainerFile(program, settings, unread, tuple(keys.notes), run)
-
-
-def _is_grpo(program: str, foreign: Sequence[str]) -> bool:
-    """True if keys beside those of SFT are all of TRL's GRPOConfig."""
-    return program == "TRL" and all("GRPO" in KEYS[program]["refused"][key] for key in foreign)
 
 
 def _parsed(path: Path) -> Any:
@@ -322,8 +318,8 @@ def _evaluation(
     strategy = keys.word("eval_strategy") or keys.word("evaluation_strategy")
     if not on or strategy == "no":
         return {"eval_batch_size": "none"}
-    one = {"eval_batch_size": keys.number(rows, default), "eval_length": length}
-    return one | {"eval_packed": packed and keys.flag(packs, True)}
+    packed = packed and keys.flag(packs, True)
+    return {"eval_batch_size": keys.number(rows, default), "eval_length": length, "eval_packed": packed}
 
 
 def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
@@ -407,6 +403,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         named, default = "q_proj,v_proj", "PEFT's default is assumed, q_proj and v_proj for most models"
         keys.notes.append(f"lora_target_modules (none given: {default})")
     held, length = keys.number("val_set_size", 0.0, 0) or keys.get("test_datasets"), keys.number("sequence_len", 512)
+    rows, span = keys.number("micro_batch_size", 1), keys.number("eval_sequence_len", length)
     quantization, nested = _quantization(keys), _bnb(keys)
     half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
     return {
@@ -428,15 +425,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         **_checkpointing(keys, checkpointed, True),
         "offload": offload or str(keys.get("gradient_checkpointing")).startswith("offload"),
         "stream": "all" if keys.flag("layer_offloading") else None,
-        **_evaluation(
-            keys,
-            held,
-            "eval_batch_size",
-            keys.number("micro_batch_size", 1),
-            keys.number("eval_sequence_len", length),
-            packed=packs,
-            packs="eval_sample_packing",
-        ),
+        **_evaluation(keys, held, "eval_batch_size", rows, span, packed=packs, packs="eval_sample_packing"),
     }
 
 
@@ -488,8 +477,7 @@ def _grpo(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse("sets options of rankpilot under GRPO", f"Remove {KEY}")
     answer, batches = keys.number("max_completion_length", 512), keys.number("gradient_accumulation_steps", 1)
     batches = keys.number("steps_per_generation", batches)
-    rows = keys.number("per_device_train_batch_size", 8) * batches
-    rows = keys.number("generation_batch_size", rows)
+    rows = keys.number("generation_batch_size", keys.number("per_device_train_batch_size", 8) * batches)
     prompt, longest = keys.number("max_prompt_length", 0, 0), keys.number("vllm_max_model_length", 0, 0)
     length = (prompt + answer if prompt else 0) or longest or None
     engine = None

@@ -199,8 +199,8 @@ class CardRoom:
                 slack=self.slack,
             )
             if generates := self.generation(shape):
-                held = int(between_steps(memory, ranks) + generates)
-                use = replace(use, evaluation_bytes=max(use.evaluation_bytes, held))
+                generates += between_steps(memory, ranks)
+                use = replace(use, evaluation_bytes=max(use.evaluation_bytes, int(generates)))
             self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
         return self._uses[key][1]
 

@@ -14,7 +14,7 @@ from ...lora.spec import ModuleSpec, plain_ranks
 from ..model import MemoryModel
 from ..moments import LOSS_BYTES, Evaluation
 from ..recording import BatchShape
-from ..rollouts import Rollouts
+from ..rollouts import Engine, Rollouts
 from ..savers.prices import ACTIVATIONS, Measure, Saved, price_savers
 from ..step_config import MOST_TOKENS, Attention, ExpertBits
 from ..step_time import StepWork
@@ -106,6 +106,11 @@ class LoadedAs:
         if not self.image and (self.images, self.max_pixels) != (1, 0):
             given = f"{shown(self.images)} and {shown(self.max_pixels)}"
             raise ConfigError(f"images and max_pixels need image, such as image='1024x768'; got {given} without it.")
+
+    @property
+    def engine(self) -> Engine | None:
+        """The vLLM engine that generates answers; None without one."""
+        return self.rollouts.engine if self.rollouts else None
 
     def evaluation(self, shape: BatchShape, model: LoadedModel, *, bf16: bool) -> Evaluation | None:
         """Return the evaluation of a run with training batches of a shape; None for none.

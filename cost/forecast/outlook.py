@@ -225,10 +225,8 @@ class Outlook:
     @property
     def engine_lacks(self) -> float:
         """Bytes by which a vLLM engine's share of the card is too small to start; 0 or less if it starts."""
-        rollouts, needs = self.given.loaded.rollouts, self.engine_needs
-        if not (rollouts and rollouts.engine and needs and self.card):
-            return 0.0
-        return needs.total - rollouts.engine.share * self.card.memory_bytes
+        engine, needs = self.given.loaded.engine, self.engine_needs
+        return needs.total - engine.share * self.card.memory_bytes if engine and needs and self.card else 0.0
 
     def evaluation(self, shape: BatchShape) -> Evaluation | None:
         """Return the evaluation of a run with training batches of a shape; None for none."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..moments import between_steps
 from ..recording import BatchShape
-from ..rollouts import cache_bytes_of
+from ..rollouts import GRAPHS_BYTES, Engine, EngineNeeds, cache_bytes_of
 from ..streaming import ON_DEVICE
 from .card_use import SURELY
 from .outlook import Choice, Outlook, room_for_tensors
@@ -104,39 +104,30 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
     return None
 
 
-def largest_share(outlook: Outlook) -> float:
+def largest_share(outlook: Outlook, engine: Engine) -> float:
     """Return the largest share of the card that a vLLM engine may take beside the request's smallest step."""
-    rollouts, card = outlook.given.loaded.rollouts, outlook.card
-    assert rollouts, "there is an engine"
-    assert rollouts.engine, "there is an engine"
-    assert card, "there is a card"
     alone = _with(outlook, rollouts=None)
-    assert alone.room, "there is a card"
     choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
+    assert alone.room, "there is a card"
     assert choice.use, "there is a card"
-    taken, frozen = choice.use.total_bytes + rollouts.awake_bytes(0, 0), choice.use.base_bytes
-    if rollouts.engine.sleeps:
-        taken = alone.room.taken + between_steps(choice.memory, choice.ranks) + rollouts.awake_bytes(0, 0)
-    taken -= rollouts.engine.lends * frozen
-    return (1 - outlook.slack) - taken / card.memory_bytes
+    taken = choice.use.total_bytes
+    if engine.sleeps:
+        taken = int(alone.room.taken + between_steps(choice.memory, choice.ranks))
+    taken += GRAPHS_BYTES - engine.lends * choice.use.base_bytes
+    return 1 - outlook.slack - taken / alone.room.card.memory_bytes
 
 
-def longest_rows(outlook: Outlook) -> int:
+def longest_rows(outlook: Outlook, engine: Engine, needs: EngineNeeds) -> int:
     """Return the most tokens of a row for which step and engine have room, in multiples of 64."""
-    card, needs, shape = outlook.card, outlook.engine_needs, outlook.memory.shape
     choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
-    assert card, "there is a card"
-    assert needs, "there is an engine"
+    assert outlook.card, "there is a card"
     room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
-    rollouts = outlook.given.loaded.rollouts
-    assert rollouts, "there is an engine"
-    assert rollouts.engine, "there is an engine"
-    if each := cache_bytes_of(outlook.given.model.config) / rollouts.engine.cards:
-        most = min(most, int((rollouts.engine.share * card.memory_bytes - needs.weights - needs.prefill) / each))
+    if each := cache_bytes_of(outlook.given.model.config) / engine.cards:
+        most = min(most, int((engine.share * outlook.card.memory_bytes - needs.weights - needs.prefill) / each))
     low, high = 0, most // 64
     while low < high:
         middle = (low + high + 1) // 2
-        one = BatchShape(shape.rows, 64 * middle)
+        one = BatchShape(outlook.memory.shape.rows, 64 * middle)
         fits = choice.memory.predicts(one) and choice.memory.peak(choice.ranks, one) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
     return 64 * low

@@ -88,7 +88,7 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def know(self, tensor: torch.Tensor, content: torch.Tensor) -> None:
         """Set the content of a new meta tensor; one of more than `MOST` different elements stays unknown."""
         if len(self._mirrors) >= self._most:
-            self._mirrors = {key: pair for key, pair in self._mirrors.items() if not _is_freed(pair[0])}
+            self._mirrors = {key: pair for key, pair in self._mirrors.items() if not pair[0].expired()}  # type: ignore[no-untyped-call]
             self._most = 2 * len(self._mirrors) + 1024
         storage = tensor.untyped_storage()
         if _is_filled(content):
@@ -125,7 +125,8 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func._schema.is_mutable:
                 self._forget(args[0])
             return func(*args, **kwargs)
-        if func is ATEN._local_scalar_dense.default or (func is ATEN._to_copy.default and _to_cpu(kwargs)):
+        to_cpu = func is ATEN._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu"
+        if func is ATEN._local_scalar_dense.default or to_cpu:
             return func(known[0], **kwargs)
         if given and torch.Tag.dynamic_output_shape in func.tags and func is not ATEN.index.Tensor:
             return tree_map(self._on_meta, _on_cpu(func, args, kwargs, known))
@@ -180,20 +181,12 @@ class _Mirrors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._mirrors.pop(tensor.untyped_storage()._cdata, None)
 
 
-def _is_freed(storage: StorageWeakRef) -> bool:
-    return bool(storage.expired())  # type: ignore[no-untyped-call]
-
-
 def _is_filled(content: torch.Tensor) -> bool:
     return content.numel() > 1 and not any(content.stride())
 
 
 def _first(content: torch.Tensor) -> torch.Tensor:
     return content[(0,) * content.dim()]
-
-
-def _to_cpu(options: Mapping[str, Any]) -> bool:
-    return torch.device(options.get("device") or "meta").type == "cpu"
 
 
 def _on_cpu(func: Any, args: Any, kwargs: Any, known: Sequence[torch.Tensor]) -> Any:

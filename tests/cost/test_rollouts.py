@@ -66,7 +66,7 @@ def beside(engine: Engine | None, rows: int = 16) -> Outlook:
 
 @pytest.mark.parametrize("sleeps", [False, True])
 def test_the_largest_share_is_the_one_that_still_fits(sleeps: bool) -> None:
-    highest = largest_share(beside(Engine(0.3, sleeps)))
+    highest = largest_share(beside(Engine(0.3, sleeps)), Engine(0.3, sleeps))
     assert 0.3 < highest < 1
     assert beside(Engine(highest - 0.01, sleeps)).best is not None
     assert beside(Engine(highest - 0.01, sleeps)).best.fits
@@ -75,7 +75,8 @@ def test_the_largest_share_is_the_one_that_still_fits(sleeps: bool) -> None:
 
 
 def test_a_sleeping_engine_leaves_room_for_longer_rows() -> None:
-    awake, asleep = (longest_rows(beside(Engine(0.5, sleeps))) for sleeps in (False, True))
+    found = [beside(Engine(0.5, sleeps)) for sleeps in (False, True)]
+    awake, asleep = (longest_rows(each, each.given.loaded.engine, each.engine_needs) for each in found)
     assert 512 <= awake < asleep
 
 

@@ -62,9 +62,9 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
 def _no_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outlook of given numbers has no byte model."""
     monkeypatch.setattr("rankpilot.report.memory.brought_by_offloading", lambda outlook: None)
-    for name in ("too_large_evaluation", "highest_moment", "rollouts_text"):
+    for name in ("too_large_evaluation", "highest_moment", "rollouts_text", "uncounted_moments"):
         monkeypatch.setattr(f"rankpilot.report.memory.{name}", lambda outlook: "")
-    monkeypatch.setattr("rankpilot.report.memory.moments_figures", lambda outlook: [])
+    monkeypatch.setattr("rankpilot.report.memory.moments_of", lambda outlook, choice: ())
     monkeypatch.setattr("rankpilot.report.memory.engine_figures", lambda outlook: None)
 
 
