@@ -34,8 +34,9 @@ PICTURES = ("pixel_", "image_", "video_")
 
 
 def texts_of(batch: Batch) -> Batch:
-    """Return a batch without its pictures, if it also holds the tokens of texts; else the batch itself."""
-    if not isinstance(batch, Mapping) or batch.get("input_ids") is None:
+    """Return a batch of texts without its pictures; the batch itself if it has none, or no tokens."""
+    texts = isinstance(batch, Mapping) and batch.get("input_ids") is not None
+    if not texts or not any(str(name).startswith(PICTURES) for name in batch):
         return batch
     return {name: value for name, value in batch.items() if not str(name).startswith(PICTURES)}
 

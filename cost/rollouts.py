@@ -72,11 +72,11 @@ class Rollouts:
             raise ConfigError(f"Answers generated at once must be 1 to {MOST_ANSWERS:,}; got {shown(self.rows)}.")
 
     def awake_bytes(self, card_bytes: float, frozen_bytes: float) -> float:
-        """Return the bytes of a card that the engine holds during training, beside the frozen model.
+        """Return the bytes of the engine during training, beside the frozen model.
 
         Args:
             card_bytes: memory of the card.
-            frozen_bytes: bytes of the frozen model, which the engine may hold.
+            frozen_bytes: bytes of the frozen model, possibly held by the engine.
         """
         if self.engine is None:
             return 0.0

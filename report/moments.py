@@ -1,4 +1,4 @@
-"""Report on the moments of a run: the peak of each, the one that decides, and the setting that mends an evaluation."""
+"""Report on the moments of a run: the peak of each, the decisive one, and settings for an evaluation to fit."""
 
 from __future__ import annotations
 

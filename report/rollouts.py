@@ -11,7 +11,7 @@ from ..cost.forecast.what_else import largest_share, longest_rows
 
 
 def rollouts_text(outlook: Outlook) -> str:
-    """Return the verdict on a vLLM engine beside the training, and the settings that fit; empty without one."""
+    """Tell what a vLLM engine beside the training takes, and which settings fit; empty without one."""
     engine, card, needs = outlook.given.loaded.engine, outlook.card, outlook.engine_needs
     if engine is None or card is None or needs is None:
         return ""

@@ -206,7 +206,7 @@ class Outlook:
         self._set = None if asked_for == "auto" else layers
 
     def generation_bytes(self, shape: BatchShape) -> float:
-        """Return the bytes of generation beside the model, without those of an engine that stays awake."""
+        """Return the bytes of generation beside the model and any awake engine."""
         rollouts = self.given.loaded.rollouts
         if rollouts is None or self.card is None:
             return 0.0

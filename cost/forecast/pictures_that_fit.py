@@ -68,7 +68,7 @@ def _crossing(known: dict[int, float]) -> int:
 
 
 def _room(outlook: Outlook) -> float:
-    """Return the bytes that the choice with the least memory leaves on the card beside its slack."""
+    """Return the bytes left on the card, beside its slack, by the choice with the least memory."""
     layers = () if outlook.settings.gradient_checkpointing is False else outlook.checkpointable
     use = outlook.choice(outlook.blocks, outlook.rank, layers).use
     assert use, "there is a card"

@@ -13,7 +13,7 @@ from .card_use import SURELY
 from .outlook import Choice, Outlook, room_for_tensors
 
 MOST_ROW = 2**17
-"""Most tokens of a row that are tried for a model without a limit of its own."""
+"""Largest row to try for a model without a limit, in tokens."""
 
 
 def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
@@ -105,7 +105,7 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
 
 
 def largest_share(outlook: Outlook, engine: Engine) -> float:
-    """Return the largest share of the card that a vLLM engine may take beside the request's smallest step."""
+    """Return the largest share of the card for a vLLM engine beside the request's smallest step."""
     alone = _with(outlook, rollouts=None)
     choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
     assert alone.room, "there is a card"
