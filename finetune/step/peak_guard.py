@@ -369,9 +369,8 @@ class PeakGuard(Participant):
         if any(isinstance(module, torch.nn.Dropout) and module.p for module in self.plan.run.model.modules()):
             return 0.0
         shape = BatchShape(rows, now.shape.length)
-        if not now.limits_bytes or now.memory is None or not now.memory.predicts(shape):
-            return 0.0
-        return Evaluation(shape).bytes(now.memory, applier.ranks) / applier.limit
+        known = now.limits_bytes and now.memory is not None and now.memory.predicts(shape)
+        return Evaluation(shape).bytes(now.memory, applier.ranks) / applier.limit if known and now.memory else 0.0
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
