@@ -28,13 +28,13 @@ _SHOWN = {
 def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
     """Return the peaks of a run under a choice, in the order in which they come."""
     gathered, card, room = outlook.shards.sharding in ("fsdp2", "zero3"), outlook.card, outlook.room
-    streamed = outlook.streamed * outlook.base.layer_bytes
+    streamed, use = outlook.streamed * outlook.base.layer_bytes, choice.use
     return moments_of_run(
         choice.memory,
         outlook.step.targets,
         choice.ranks,
         outlook.step.model.frozen_bytes,
-        step_bytes=choice.step_bytes,
+        step_bytes=use.step_bytes - use.device.workspace_bytes if use else choice.step_bytes,
         evaluation=outlook.evaluation(choice.shape),
         quantised=outlook.settings.quantization != "none",
         loaded_bytes=outlook.given.model.frozen_bytes if gathered else streamed,

@@ -25,7 +25,7 @@ from rankpilot.common.files import write_text
 from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, card_rates, device_table, find_device_spec
 from rankpilot.cost.forecast.card_use import slack_of
 from rankpilot.cost.forecast.known_models import published_models
-from rankpilot.cost.forecast.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
 from rankpilot.cost.forecast.step_file import anchors_of, lagged, narrow, read_memory, read_work, repeats, spans_after
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.growth import OF_STORAGES
@@ -86,10 +86,11 @@ def packed_model(name: str, quantization: Quantization, trainer: str = "trainer"
         return None
     source = StoredStep(file, _refuse, None, asked.loaded)
     exact = file.text["level"] > 1  # a recording tells of its own batch alone
-    return packed_step(source, asked.settings) if source.model.continues and not exact else None
+    words = words_of(published_models()[name]["config"])
+    return packed_step(source, asked.settings, words) if source.model.continues and not exact else None
 
 
-def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
+def packed_step(source: StoredStep, settings: StepConfig, words: int) -> bytes:
     """What the page knows of a stored step: a text and arrays, deflated.
 
     Four bytes tell how long the text is. Then come the text in JSON and the arrays, in the order that it tells.
@@ -97,11 +98,14 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
     Args:
         source: the step.
         settings: with which it was recorded.
+        words: vocabulary size of the model.
     """
     model, file = source.model, source.file
     highest = highest_ranks(model.targets)
     widths = np.array([target.d_in + target.d_out for target in model.targets])
-    arrays: Parts = [(-1, "highest", highest, 0), (-1, "frozen", np.array(model.frozen), 0), (-1, "widths", widths, 0)]
+    weights = np.array([target.d_in * target.d_out // target.experts for target in model.targets])
+    of_model = {"highest": highest, "frozen": np.array(model.frozen), "widths": widths, "weights": weights}
+    arrays: Parts = [(-1, name, values, 0) for name, values in of_model.items()]
     states: dict[str, Any] = {}
     for optimizer in get_args(OptimizerName):
         held = asdict(source.states(optimizer))
@@ -125,7 +129,8 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
         "arrays": [], "steps": steps, "works": works, "states": states, "parameters": model.parameters,
         "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows,
         "isEager": model.is_eager, "byLength": model.keeps_state or file.text["level"] > 0,
-        "products": model.products, "fused": model.fused, "base": _base(BaseLayers.of(model.frozen, layers)),
+        "products": model.products, "fused": model.fused, "words": words,
+        "base": _base(BaseLayers.of(model.frozen, layers)),
     }  # fmt: skip
     return _deflated(text, arrays)
 

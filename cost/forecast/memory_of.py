@@ -173,8 +173,7 @@ class AskedStep:
     def _with_what_is_said(self, found: ConfiguredStep) -> ConfiguredStep:
         """Add the facts only found in the model's configuration."""
         said = _fields(self.model)
-        words = said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or 0
-        model = replace(found.model, words=words, own_code=bool(said.get("auto_map")), config=said)
+        model = replace(found.model, words=words_of(said), own_code=bool(said.get("auto_map")), config=said)
 
         def leaner() -> ConfiguredStep | None:
             lean = found.leaner()
@@ -229,6 +228,11 @@ def shipped(model: str | PreTrainedConfig) -> Path:
     built = published_models()[name]["config"] if name else {}
     layers = built.get("num_hidden_layers", built.get("num_layers"))
     return Path(__file__).with_name("recorded") / f"{built.get('model_type')}-{layers}.xz"
+
+
+def words_of(fields: Mapping[str, Any]) -> int:
+    """Return the vocabulary size in a model's configuration; 0 if not given."""
+    return int(fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size") or 0)
 
 
 def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:

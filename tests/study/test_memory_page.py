@@ -19,12 +19,11 @@ from rankpilot.common.files import write_text
 from rankpilot.cost.cards import USUAL_CARD, card_rates, device_table
 from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
-from rankpilot.cost.forecast.known_models import short_name
-from rankpilot.cost.forecast.memory_of import AskedStep, shipped
+from rankpilot.cost.forecast.known_models import published_models, short_name
+from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
 from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.moments import Evaluation
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
@@ -63,6 +62,9 @@ COMPUTE = """async ([models, cards, asked]) => {
     const use = cardUse(model, step, cards[each.card], { ...each, checkpointed });
     const parts = use.parts.reduce((sum, bytes) => sum + bytes, 0);
     found.push([Math.max(use.allocated, use.evaluation), use.reserved, use.margin, use.total, use.verdict, parts]);
+    const [base, first, later, evaluation, between, merging] = use.moments;
+    found.at(-1).push([base, Math.max(first, later), evaluation]);
+    if (!(base <= between && between < merging && between <= later)) throw new Error(`${use.moments}`);
   }
   return found;
 }"""
@@ -88,9 +90,17 @@ def drawn(sources: dict[str, StoredStep], count: int) -> list[dict[str, Any]]:
                 "accumulates": generator.random() < 0.5,
                 "expandable": generator.random() < 0.3,
                 "slack": SLACK,
+                "evalRows": generator.choice([0, 0, 1, 8]),
+                "keepLogits": generator.choice([0, 0, 7, 300]),
+                "bits": generator.choice(["none", "nf4"]),
             }
         )
     return found
+
+
+def vocabulary(model: str) -> int:
+    """The size of a model's vocabulary."""
+    return TINY[model].vocab_size if model in TINY else words_of(published_models()[model]["config"])
 
 
 def stored_memory(source: StoredStep, asked: dict[str, Any]) -> MemoryModel:
@@ -105,6 +115,7 @@ def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
     """What the command line would say of these settings."""
     model, shards = source.model, Shards(asked["gpus"], asked["sharding"])
     shape = BatchShape(asked["rows"], asked["length"])
+    loaded = LoadedAs(eval_batch_size=asked["evalRows"], keep_logits=asked["keepLogits"])
     memory = shards.of(ConfiguredStep(stored_memory(source, asked), model)).memory
     layers = [segment.name for segment in memory.segments][: asked["checkpointed"]]
     return card_use(
@@ -113,7 +124,7 @@ def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
         shards.loaded(model),
         device_table()[asked["card"]],
         shape=shape,
-        evaluation=Evaluation(shape),
+        evaluation=loaded.evaluation(shape, replace(model, words=vocabulary(asked["model"])), bf16=True),
         expandable=asked["expandable"],
     )
 
@@ -121,8 +132,9 @@ def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
 def in_python(source: StoredStep, asked: dict[str, Any]) -> list[Any]:
     """The same in the order of `COMPUTE`."""
     use = python_use(source, asked)
-    allocated = use.allocated_bytes
-    return [allocated, use.reserved_bytes, use.margin_bytes, use.total_bytes, use.verdict, allocated]
+    allocated, workspace = use.allocated_bytes, use.device.workspace_bytes
+    tensors = [use.base_bytes, *(use.base_bytes + each - workspace for each in (use.step_bytes, use.evaluation_bytes))]
+    return [allocated, use.reserved_bytes, use.margin_bytes, use.total_bytes, use.verdict, allocated, tensors]
 
 
 def check_same(browser: Any, models: dict[str, bytes], sources: dict[str, StoredStep]) -> None:
@@ -158,7 +170,7 @@ def tiny() -> dict[str, StoredStep]:
 
 
 def test_the_arithmetic_is_that_of_python(browser: Any, tiny: dict[str, StoredStep]) -> None:
-    check_same(browser, {name: packed_step(source, SETTINGS) for name, source in tiny.items()}, tiny)
+    check_same(browser, {name: packed_step(source, SETTINGS, vocabulary(name)) for name, source in tiny.items()}, tiny)
 
 
 LENGTHS = """async ([models, order, asked]) => {
@@ -183,7 +195,7 @@ def check_same_lengths(browser: Any, models: dict[str, bytes], sources: dict[str
     generator, asked, wanted = np.random.default_rng(0), [], []
     for each in drawn(sources, 500):
         source, shards = sources[each["model"]], Shards(each["gpus"], each["sharding"])
-        each["length"] = max(each["length"], 16)
+        each |= {"length": max(each["length"], 16), "evalRows": 0, "keepLogits": 0}
         lengths = np.clip(np.exp(generator.normal(np.log(each["length"]) - 1, 1, 40)), 1, each["length"]).astype(int)
         memory = stored_memory(source, each)
         ranks = np.minimum(each["rank"], highest_ranks(source.model.targets))
@@ -223,7 +235,7 @@ def check_same_lengths(browser: Any, models: dict[str, bytes], sources: dict[str
 
 
 def test_steps_in_parts_are_those_of_the_command(browser: Any, tiny: dict[str, StoredStep]) -> None:
-    models = {name: packed_step(source, SETTINGS) for name, source in tiny.items()}
+    models = {name: packed_step(source, SETTINGS, vocabulary(name)) for name, source in tiny.items()}
     check_same_lengths(browser, models, tiny, 20)
 
 
@@ -312,7 +324,8 @@ def test_an_answer_is_linked_and_followed(visit: Callable[..., Visit]) -> None:
 PLANNED = """async (given) => {
   const asked = { ...DEFAULTS, ...given }, model = await modelOf(asked), way = await planned(model, asked);
   const [lines] = programs(asked, way)["command line"];
-  return [lines.join("\\n"), way.verdict, way.total, way.spare, way.layers, way.savers, timeOf(model, asked, way)];
+  const plan = [way.layers, way.savers, timeOf(model, asked, way)];
+  return [lines.join("\\n"), way.verdict, way.total, way.spare, plan, way.moments];
 }"""
 
 
@@ -337,6 +350,8 @@ def settings_drawn(count: int) -> list[dict[str, Any]]:
             "gpus": gpus,
             "sharding": generator.choice(["ddp", "fsdp2"]) if gpus > 1 else "ddp",
             "expandable": generator.random() < 0.2,
+            "evalRows": generator.choice([0, 1, 16]),
+            "keepLogits": generator.choice([0, 0, 40]),
         }
         found.append({"model": "smollm2-135m"} | asked)
     return found
@@ -349,8 +364,8 @@ def test_the_command_that_is_pasted_says_what_the_page_says(
     """The verdict, bytes on the card, checkpointed layers and time of a plan with adapters on all layers."""
     here, plans = visit("#model=smollm2-135m"), set()
     for asked in settings_drawn(50)[10 * part : 10 * part + 10]:
-        lines, verdict, total, spare, layers, savers, time = here.page.evaluate(PLANNED, asked)
-        _, choices = told_by(lines, capsys)
+        lines, verdict, total, spare, (layers, savers, time), moments = here.page.evaluate(PLANNED, asked)
+        told, choices = told_by(lines, capsys)
         mine = next((choice for choice in choices if choice["checkpointed"] == layers), None)
         assert mine, (lines, layers, [choice["checkpointed"] for choice in choices])
         found = mine["verdict"], mine["total_bytes"], mine["spare_bytes"]
@@ -359,6 +374,13 @@ def test_the_command_that_is_pasted_says_what_the_page_says(
         fitting = [choice["checkpointed"] for choice in choices if choice["verdict"] == "fits"]
         assert verdict != "fits" or layers == min(fitting), lines
         assert verdict == "fits" or not fitting, lines
+        peaks = {moment["name"]: moment["device_bytes"] for moment in told["moments"]}
+        names = ("load", "step", "first step", "evaluation", "checkpoint", "merge")
+        if verdict == "fits":
+            its = [peaks[name] for name in names]
+            base, first, later, *others = moments
+            assert [base, later] == its[:2], lines
+            assert [first, *others] == pytest.approx(its[2:], rel=0.02), lines
         plans.add((verdict, layers in (0, 30), savers))
     assert len(plans) > 2, "cases that tell little"
 
@@ -378,6 +400,15 @@ TOO_LARGE: list[dict[str, Any]] = [
     *({"memory": 12, "checkpointing": "all"} | EIGHT, {"memory": 12, "savers": False} | EIGHT),
     {"card": "RTX 3090"} | SEVENTY,
 ]
+
+
+def test_an_evaluation_that_decides_is_named(visit: Callable[..., Visit]) -> None:
+    here = visit("#model=smollm2-135m&card=RTX+4070&rows=2&keepLogits=200")
+    assert here.text(".verdict .mark") == "does not fit"
+    assert "evaluation, batches of 2 rows (the logits of 100 at once)" in here.text("#moments .chosen")
+    assert "Evaluation decides" in here.text("#evaluation")
+    fitting = visit("#model=smollm2-135m&card=RTX+4070&rows=2&keepLogits=2&evalRows=1")
+    assert (fitting.text(".verdict .mark"), fitting.text("#evaluation")) == ("fits", "")
 
 
 @pytest.mark.parametrize("asked", first_cases(3, TOO_LARGE))

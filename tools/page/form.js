@@ -5,6 +5,7 @@ const form = document.getElementById("form"), answer = document.getElementById("
 const DEFAULTS = {
   model: "llama-3.1-8b", bits: "nf4", trainer: "trl", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
   memory: 12, optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
+  evalRows: 0, keepLogits: 0,
 };
 const OTHER = "another card"; // of which only the memory is known
 const LONGEST_IN_ADDRESS = 1500; // letters of lengths
@@ -46,7 +47,7 @@ function readAddress() {
     field.setCustomValidity(unknown ? `This page has no ${name} ${value}. Choose another.` : "");
   }
   document.getElementById("differing").open ||= given.has("lengths");
-  document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable"].some((name) => given.has(name));
+  document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable", "evalRows", "keepLogits"].some((name) => given.has(name));
 }
 
 function readForm() {
@@ -77,8 +78,8 @@ async function modelOf(asked) {
 // What one way to train takes; null where no recording tells of it. Answers are kept for as long as the page is open.
 const uses = new Map();
 function use(model, asked, savers, checkpointed) {
-  const { rank, rows, length, optimizer, gpus, expandable, stream } = asked;
-  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, bits } = asked;
+  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, bits, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const card = cardOf(asked), key = JSON.stringify([idOf(asked), asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
@@ -205,6 +206,14 @@ function showAnswer(model, asked, way, counted) {
   );
 }
 
+// The peak of tensors at each moment of a run; see `moments_of_run`.
+function showMoments(model, asked, way) {
+  const { rows, kept } = evaluationOf(model, asked), names = ["the frozen model", "first step", "later steps", `evaluation, batches of ${count(rows, "row")}${kept ? ` (the logits of ${kept} at once)` : ""}`, "saving a checkpoint, resuming from one", "merging the adapter"];
+  const highest = Math.max(...way.moments), decisive = way.moments.indexOf(highest) === 1 && way.moments[2] === highest ? 2 : way.moments.indexOf(highest);
+  document.getElementById("moments").replaceChildren(...names.map((name, i) => element("tr", i === decisive ? { class: "chosen" } : {}, element("td", {}, name), element("td", { class: "figure" }, gib(way.moments[i])))));
+  document.getElementById("evaluation").textContent = names[decisive].startsWith("evaluation") ? "Evaluation decides here. A smaller per_device_eval_batch_size, eval_accumulation_steps or prediction_loss_only lowers it; the command line names the value that fits." : "";
+}
+
 // Returns whether one of them fits.
 function showWays(model, asked, best, streamed = []) {
   const rows = [["plain LoRA, no checkpointing", "none", 0], [`plain LoRA, all layers checkpointed${asked.trainer === "trl" ? " (TRL's default)" : ""}`, "none", ALL], ["exact savers, no checkpointing", "free", 0], ["exact savers, all layers checkpointed", "free", ALL], ["exact and selective, all layers checkpointed", "selective", ALL]];
@@ -298,6 +307,7 @@ function programs(asked, way) {
   const more = [
     ...(asked.gpus > 1 ? [`--gpus ${asked.gpus} --sharding ${asked.sharding}`] : []), ...(trl ? ["--loss chunked"] : []), ...(trl && four ? ["--no-prepare-kbit"] : []), ...(asked.savers ? [] : ["--no-exact-savers"]),
     ...(asked.checkpointing === "auto" ? [] : [`--gradient-checkpointing ${asked.checkpointing === "all" ? "True" : "False"}`]), ...(asked.expandable ? ["--expandable-segments"] : []), ...(asked.stream ? [`--stream ${asked.stream}`] : []), ...(asked.lengths ? ["--lengths lengths.txt"] : []),
+    ...(asked.evalRows ? [`--eval-batch-size ${asked.evalRows}`] : []), ...(asked.keepLogits ? [`--keep-logits ${asked.keepLogits}`] : []),
   ];
   const command = [
     `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
@@ -376,6 +386,7 @@ async function show() {
   answer.setAttribute("aria-busy", "false");
   await pause();
   showLines(asked, way);
+  showMoments(model, there, way);
   await showStreamed(model, there, way, isLatest);
   await showRows(model, there, read.lengths, isLatest);
   if (!isLatest()) return;

@@ -237,6 +237,11 @@ class Allocator {
     this.peakReserved = Math.max(this.peakReserved, this.reserved);
   }
 
+  restartPeak() {
+    this.peakAllocated = this.allocated;
+    this.atPeak = this.byKind.slice();
+  }
+
   emptyCache() {
     if (this.last) return;
     this.free = this.free.map((list) =>
@@ -362,8 +367,18 @@ function ofFactors(step, parameters, ofModules, others) {
   );
 }
 
+// The batches of an evaluation: rows, batches whose logits are kept, and bytes of a batch's logits; see `Evaluation`.
+function evaluationOf({ words }, { rows, length, evalRows, keepLogits }) {
+  const each = evalRows || rows, kept = Math.ceil((keepLogits || 0) / each);
+  return { rows: each, kept, output: kept ? 4 * words * each * length : 0 };
+}
+
+// Bytes per weight of a module during its merging; see `DELTA_BYTES`.
+const MERGED = { none: 8, nf4: 14 };
+
 // Two steps and an evaluation through the allocator, and what the card must hold; see `replay` and `card_use`.
-// settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack, stream}
+// settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack, stream, evalRows,
+// keepLogits, bits}
 function cardUse(model, step, card, settings) {
   const states = shardedStates(model.states[settings.optimizer], settings), loaded = loadedSizes(model, settings);
   const ranks = [...model.highest].map((highest) => Math.min(settings.rank, highest));
@@ -389,22 +404,31 @@ function cardUse(model, step, card, settings) {
   };
   const optimizer = ofFactors(step, parameters, ranked(states.optimizer), () => 0);
   const scratch = [states.other_gradients, ...ofFactors(step, parameters, ranked(states.scratch), () => 0)];
+  const peaks = [];
   for (let number = 0; number < 2; number++) {
+    allocator.restartPeak();
     passes.forEach(play);
     if (number === 0) keep([...optimizer.flatMap((size) => [size / 2, size / 2]), ...ranks.map((rank, i) => (rank > 0 ? states.fixed[i] : 0))], ADAPTERS);
     for (const address of keep(scratch, ADAPTERS).concat(gradients)) allocator.release(address);
     gradients = [];
+    peaks.push([allocator.peakAllocated, allocator.atPeak]);
   }
-  const allocated = allocator.peakAllocated, parts = allocator.atPeak;
-  allocator.peakAllocated = allocator.allocated;
+  const [[first], [later]] = peaks, [allocated, parts] = peaks[first >= later ? 0 : 1], between = allocator.allocated;
+  allocator.restartPeak();
   allocator.emptyCache();
-  play(evaluationEvents(step, sizes));
+  const evaluated = evaluationOf(model, settings), release = (addresses) => addresses.forEach((address) => allocator.release(address));
+  const before = keep([(evaluated.kept - 1) * evaluated.output], TEMPORARY);
+  play(evaluationEvents(step, evaluated.rows === settings.rows ? sizes : storageSizes(model, step, { ...settings, rows: evaluated.rows })));
+  release(keep([evaluated.output, evaluated.kept * evaluated.output], TEMPORARY));
+  release(before);
   const base = loaded.reduce((sum, size) => sum + size, 0), evaluation = allocator.peakAllocated;
+  const merging = between + (MERGED[settings.bits] ?? MERGED.none) * Math.max(0, ...model.weights.map((weights, i) => (ranks[i] ? weights : 0)));
+  const tensors = [first, later, evaluation, between, merging].map((peak) => peak - allocator.byKind[WORKSPACE]);
   const margin = Math.trunc((settings.checkpointed && step.segments.length ? CHECKPOINTING_MARGIN : 0) * (allocated - base));
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
   const reserve = reserved - Math.max(allocated, evaluation);
   const verdict = spare >= settings.slack * card.memory ? "fits" : spare + reserve >= 0 ? "tight" : "does not fit";
-  return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, parts: evaluation > allocated ? allocator.atPeak : parts };
+  return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, moments: [base, ...tensors], parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
 // The length of the recording that tells of this one; see `StoredStep._shapes`.
