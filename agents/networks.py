@@ -1,8 +1,8 @@
 """The network of an agent: one set of weights shared by all groups of modules, so it can steer any model.
 
 Each group is a token: its features concatenated with those of the run. Mean and maximum over the groups form the
-context. Each group gets two scores, to grow and to give, from its token and the context; the learning-rate actions and
-the value of the run are computed from the context alone.
+context. Each group gets a score, to grow, from its token and the context; the learning-rate actions and the value of
+the run are computed from the context alone.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class GroupNetwork(nn.Module):
         self.config = config
         self.token = nn.Sequential(nn.Linear(group + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.context = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
-        self.moves = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 2))
+        self.moves = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1))
         self.rate = nn.Linear(width, len(RATE_CHANGES))
         self.worth = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh(), nn.Linear(width, 1))
 
     def forward(
         self, groups: torch.Tensor, present: torch.Tensor, run: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores (batch, 4 + 2 * groups), in the order of `GroupView`'s actions, and values (batch, 1).
+        """Return scores (batch, 4 + groups), in the order of `GroupView`'s actions, and values (batch, 1).
 
         Args:
             groups: features of each group, (batch, groups, len(GROUP_FEATURES)).
@@ -75,4 +75,4 @@ class GroupNetwork(nn.Module):
         seen = torch.cat([mean, most, run], dim=1)
         context = self.context(seen)
         moves = self.moves(torch.cat([tokens, context[:, None].expand(-1, groups.shape[1], -1)], dim=2))
-        return torch.cat([self.rate(context), moves[:, :, 0], moves[:, :, 1]], dim=1), self.worth(seen)
+        return torch.cat([self.rate(context), moves[:, :, 0]], dim=1), self.worth(seen)

@@ -34,7 +34,7 @@ from .networks import GroupNetwork, NetworkConfig
 logger = logging.getLogger(__name__)
 
 FORMAT = "rankpilot-policy"
-SCHEMA = 6
+SCHEMA = 7
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30

@@ -40,7 +40,7 @@ class _Heads(nn.Module):
     def __init__(self, network: GroupNetwork, groups: int) -> None:
         super().__init__()
         self.network, self._groups = network, groups
-        self.latent_dim_pi = network.rate.out_features + 2 * groups
+        self.latent_dim_pi = network.rate.out_features + groups
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = self._groups * len(GROUP_FEATURES)
@@ -59,7 +59,7 @@ class GroupPolicy(MaskableActorCriticPolicy):
     """Actor and critic in one `GroupNetwork`; its scores are the logits of the actions.
 
     Args:
-        observation_space: observation space of `rankpilot/FineTune-v5`.
+        observation_space: observation space of `rankpilot/FineTune-v6`.
         action_space: action space of the same environment.
         lr_schedule: learning rate as a function of the remaining share of training.
         width: width of the network's hidden layers.

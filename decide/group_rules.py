@@ -73,7 +73,7 @@ class Halving:
         member, counts = view.groups.member, np.bincount(view.groups.member)
         ranks = np.bincount(member, weights=view.ranks) / counts
         score = self.gain * np.bincount(member, weights=view.worth) / counts
-        grows = view.allowed[view.grow(0) : view.take(0)]
+        grows = view.allowed[view.grow(0) :]
         lead = np.where(grows, score - np.log(ranks + 1.0), -np.inf)
         giving = np.where(ranks > 0, score - np.log(np.maximum(ranks, 0.5)), np.inf)
         if not grows.any() or lead.max() - giving.min() < self.margin:

@@ -1,15 +1,17 @@
 """Groups of modules, and the small action set for steering a run during training.
 
-A group holds the modules of one kind in one third of the depth. Each decision takes one action: keep everything; halve
-or double the learning rate; restore the saved copy of adapters and optimizer, at a quarter of the rate; grow a group by
-a rung; or take a rung from it. If growth exceeds the budget, the modules with the lowest signals lose rungs. The first
-decision starts from the plan of the default policy, modified by the action.
+A group holds the modules of one kind in one third of the depth; modules outside the repeated layers, such as a pooler,
+are groups of no third, which no action grows. Each decision takes one action: keep everything; halve
+or double the learning rate; restore the saved copy of adapters and optimizer, at a quarter of the rate; or grow a group
+by a rung. If growth exceeds the budget, the modules with the lowest signals lose rungs. The first decision starts from
+the plan of the default policy, modified by the action.
 
 Group features are the means of the features of the group's modules, so a policy on groups can steer any model.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -44,6 +46,9 @@ STEERING = DecisionSchedule(
 )
 """Schedule for steering: twelve decisions, denser early on."""
 
+_IN_LAYER = re.compile(r"(^|\.)\d+\.")
+"""Matches the names of modules in a numbered layer."""
+
 WORTH_SIGNALS = ("sensitivity", "snr", "relative_change")
 """Signals averaged to rank modules for giving up rungs."""
 
@@ -55,20 +60,26 @@ class Groups:
     Attributes:
         names: names of the groups, such as "v_proj, upper third".
         member: group index of each module, int64 (modules,).
+        repeated: whether a group is inside the repeated layers, bool (groups,).
     """
 
     names: tuple[str, ...]
     member: IntArray
+    repeated: BoolArray
 
 
 @lru_cache(maxsize=64)
 def _groups(names: tuple[str, ...], blocks: tuple[int, ...]) -> Groups:
-    _, turn = np.unique(blocks, return_inverse=True)
-    thirds = turn * len(THIRDS) // (int(turn.max()) + 1)
+    inside = np.array([bool(_IN_LAYER.search(name)) for name in names])
+    inside |= not inside.any()  # no layer has a number
+    _, turn = np.unique(np.array(blocks)[inside], return_inverse=True)
+    thirds = np.full(len(names), len(THIRDS))
+    thirds[inside] = turn * len(THIRDS) // (int(turn.max()) + 1)
     pairs = list(zip(kinds_in_layers(names, blocks), thirds.tolist(), strict=True))
     order = {pair: number for number, pair in enumerate(dict.fromkeys(sorted(pairs, key=lambda pair: pair[1])))}
-    labels = tuple(f"{kind}, {THIRDS[third]} third" for kind, third in order)
-    return Groups(labels, np.array([order[pair] for pair in pairs], dtype=np.int64))
+    repeated = np.array([third < len(THIRDS) for _, third in order])
+    labels = tuple(f"{kind}, {THIRDS[third]} third" if third < len(THIRDS) else kind for kind, third in order)
+    return Groups(labels, np.array([order[pair] for pair in pairs], dtype=np.int64), repeated)
 
 
 def groups_of(observation: Observation) -> Groups:
@@ -137,16 +148,12 @@ class GroupView:
 
     @property
     def actions(self) -> int:
-        """Number of actions: four, then one per group to grow it, then one per group to shrink it."""
-        return len(RATE_CHANGES) + 2 * len(self.groups.names)
+        """Number of actions: four, then one per group to grow it."""
+        return len(RATE_CHANGES) + len(self.groups.names)
 
     def grow(self, group: int) -> int:
         """Action to grow a group by a rung."""
         return len(RATE_CHANGES) + group
-
-    def take(self, group: int) -> int:
-        """Action to take a rung from a group."""
-        return len(RATE_CHANGES) + len(self.groups.names) + group
 
     @cached_property
     def allowed(self) -> BoolArray:
@@ -157,21 +164,20 @@ class GroupView:
         steps_seen = any(self.run_feature(name) for name in ("steps_loss", "steps_noise", "steps_time"))
         long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two show only noise
         found[[HALVE, DOUBLE, GO_BACK]] = steps_seen and long and not is_first(self.observation)
-        can_rise, can_fall = (rungs < problem.tops) & ~problem.is_pinned, (rungs > problem.bottoms) & ~problem.is_pinned
+        can_rise = (rungs < problem.tops) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
         for group in range(len(self.groups.names)):
             own = member == group
-            if (own & can_rise).any():
-                alone = np.where(own, np.maximum(self._moved(own, 1), lowest), lowest)
+            if self.groups.repeated[group] and (own & can_rise).any():
+                alone = np.where(own, np.maximum(self._grown(own), lowest), lowest)
                 found[self.grow(group)] = problem.fits(alone)
-            found[self.take(group)] = bool((own & can_fall).any() and self._moved(own, -1).any())
         return found
 
-    def _moved(self, own: BoolArray, by: int) -> IntArray:
-        """Ranks with some modules raised by a number of rungs, within the bounds, int64 (modules,)."""
+    def _grown(self, own: BoolArray) -> IntArray:
+        """Ranks with some modules raised by a rung, within the bounds, int64 (modules,)."""
         problem = self.observation.problem
         rungs = problem.ladder.rung(self.ranks)
-        moved = np.clip(rungs + by * own, problem.bottoms, np.maximum(problem.tops, rungs))
+        moved = np.clip(rungs + own, problem.bottoms, np.maximum(problem.tops, rungs))
         return np.where(own, problem.ladder.array[moved], self.ranks)
 
     def decision(self, action: int) -> Decision:
@@ -186,10 +192,8 @@ class GroupView:
             action = NOTHING
         if action in RATE_CHANGES:
             return replace(self.start, change=RATE_CHANGES[action])
-        takes, group = divmod(action - len(RATE_CHANGES), len(self.groups.names))
-        own = self.groups.member == group
-        scores = self.worth if takes else self.worth + np.where(own, FIRST_OF_ALL, 0.0)
-        return Decision(self._moved(own, -1 if takes else 1), scores, exact=True)
+        own = self.groups.member == action - len(RATE_CHANGES)
+        return Decision(self._grown(own), self.worth + np.where(own, FIRST_OF_ALL, 0.0), exact=True)
 
 
 FIRST_OF_ALL = 20.0

@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/FineTune-v5`: steer one short fine-tune while it trains."""
+"""The Gymnasium environment `rankpilot/FineTune-v6`: steer one short fine-tune while it trains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ with naming_extras():
 MOST_GROUPS = 24
 """Maximum number of groups in observations and actions; the proxy bases have 12 to 21."""
 
-ACTIONS = len(RATE_CHANGES) + 2 * MOST_GROUPS
+ACTIONS = len(RATE_CHANGES) + MOST_GROUPS
 
 BAR, PICTURE_WIDTH = 8, 160
 """Bar height of a group and width of the widest bar (rank 255), in pixels."""
@@ -65,24 +65,11 @@ def padded(view: GroupView) -> Arrays:
     return {"groups": groups.reshape(-1), "present": present, "run": view.run.copy()}
 
 
-def padded_actions(view: GroupView) -> list[int]:
-    """Action of the environment for each action of a view."""
-    first, count = len(RATE_CHANGES), len(view.groups.names)
-    grows = range(first, first + count)
-    return [*range(first), *grows, *(MOST_GROUPS + action for action in grows)]
-
-
 def padded_mask(view: GroupView) -> NDArray[np.bool_]:
-    """Action mask of the environment, bool (4 + 2 * MOST_GROUPS,)."""
+    """Action mask of the environment, bool (4 + MOST_GROUPS,)."""
     mask = np.zeros(ACTIONS, dtype=np.bool_)
-    mask[padded_actions(view)] = view.allowed
+    mask[: view.actions] = view.allowed
     return mask
-
-
-def action_of(view: GroupView, action: int) -> int:
-    """Convert an action of the environment to an action of a view; actions on missing groups become a no-op."""
-    padded = padded_actions(view)
-    return padded.index(action) if action in padded else NOTHING
 
 
 @dataclass(frozen=True)
@@ -268,7 +255,7 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
 
     def rule_actions(self) -> NDArray[np.int64]:
         """Actions the baseline rule would take now, int64 (num_envs,)."""
-        return np.array([padded_actions(view)[self._rule.actor.act(view)] for view in self._views], dtype=np.int64)
+        return np.array([self._rule.actor.act(view) for view in self._views], dtype=np.int64)
 
     # Episodes ---------------------------------------------------------------------------------------------------------
 
@@ -331,8 +318,8 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         if not whole or not bool(((actions >= 0) & (actions < ACTIONS)).all()):
             count, last = self.num_envs, ACTIONS - 1
             raise ConfigError(f"Actions must be {count} whole numbers from 0 to {last}; got {shown(actions)}.")
-        pairs = zip(self._views, actions.tolist(), strict=True)
-        return {slot: view.decision(action_of(view, action)) for slot, (view, action) in enumerate(pairs)}
+        pairs = zip(self._views, actions.tolist(), strict=True)  # actions on missing groups are no-ops
+        return {n: view.decision(act if act < view.actions else NOTHING) for n, (view, act) in enumerate(pairs)}
 
     def _reward(self, losses: Mapping[int, float], slot: int) -> float:
         """-100 times the log of the held-out loss over the baseline's."""
@@ -373,11 +360,10 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     runs, so a policy trained here can steer one.
 
     ## Action Space
-    `Discrete(52)`: 0 is a no-op; 1 halves the learning rate and 2 doubles it; 3 restores the adapters and optimizer
+    `Discrete(28)`: 0 is a no-op; 1 halves the learning rate and 2 doubles it; 3 restores the adapters and optimizer
     state saved when ranks last changed or the rate was last kept or raised, at a quarter of the rate; 4 + g grows group
-    g by a rung, taking any excess over the budget from the modules with the lowest signals; 28 + g takes a rung from
-    group g. A group is a kind of module in a third of the depth. `action_masks()` marks the actions with an effect; any
-    other is a no-op.
+    g by a rung, taking any excess over the budget from the modules with the lowest signals. A group is a kind of module
+    in a third of the depth. `action_masks()` marks the actions with an effect; any other is a no-op.
 
     ## Observation Space
     | key | space | what |
@@ -461,6 +447,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `tasks`, `against`, `logs`, `device`.
 
     ## Version History
+    * v6: without the actions to take a rung from a group, which no agent took.
     * v5: decisions on ranks and learning rate in one environment, on groups of modules; replaces RankAllocation and
       RunControl.
     """

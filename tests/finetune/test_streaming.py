@@ -18,6 +18,7 @@ from rankpilot.finetune import streaming
 from rankpilot.finetune.options import PlanOptions
 from transformers import LlamaConfig, Trainer
 
+from ..cases import first_cases
 from .tiny_runs import PLAIN, Recorder, adapted, arguments, counting, messages_of, ranks_of
 
 LAYERS = 6
@@ -55,15 +56,18 @@ def run(folder: Path, model: PeftModel | None = None, *, resume: bool = False, e
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        PLAIN,
-        {"parts": "off"},
-        {"goal": "bytes"},
-        {"budget": "50%"},
-        {"arguments": {"gradient_accumulation_steps": 2}},
-        {"arguments": {"bf16": True}},
-    ],
+    first_cases(
+        4,
+        [
+            {},
+            PLAIN,
+            {"parts": "off"},
+            {"goal": "bytes"},
+            {"budget": "50%"},
+            {"arguments": {"gradient_accumulation_steps": 2}},
+            {"arguments": {"bf16": True}},
+        ],
+    ),
     ids=["parts", "plain", "whole", "bytes", "half", "accumulation", "bf16"],
 )
 def test_losses_and_plans_are_equal(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -258,6 +258,7 @@ def test_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_accelerate(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [program("accelerate"), "launch", "--cpu", "--num_processes", "1", "train.py", "out"]

@@ -411,7 +411,7 @@ def test_an_evaluation_that_decides_is_named(visit: Callable[..., Visit]) -> Non
     assert (fitting.text(".verdict .mark"), fitting.text("#evaluation")) == ("fits", "")
 
 
-@pytest.mark.parametrize("asked", first_cases(3, TOO_LARGE))
+@pytest.mark.parametrize("asked", first_cases(1, TOO_LARGE))
 def test_a_streamed_base_takes_what_the_command_says(
     asked: dict[str, Any], visit: Callable[..., Visit], capsys: pytest.CaptureFixture[str]
 ) -> None:
