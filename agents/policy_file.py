@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..common.arrays import FloatArray
 from ..common.devices import without_autocast
 from ..common.errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ..common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
@@ -68,6 +69,12 @@ class LearnedPolicy:
         groups, run = torch.from_numpy(view.features)[None], torch.from_numpy(view.run)[None]
         scores: torch.Tensor = self.network(groups, torch.ones(groups.shape[:2]), run)[0][0]
         return scores.masked_fill(~torch.from_numpy(view.allowed), -torch.inf)
+
+    @without_autocast()
+    def probabilities(self, view: GroupView) -> FloatArray:
+        """Probability of each action in training, float64 (actions,); 0 for masked ones."""
+        found: FloatArray = self.scores(view).double().softmax(dim=0).numpy()
+        return found
 
     @without_autocast()
     def act(self, view: GroupView) -> int:

@@ -23,7 +23,7 @@ from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..common.errors import ConfigError, UnknownNameError, shown
 from ..common.text import kinds_in_layers
 from .chooser import PlanChooser
-from .observation import MODULE_FEATURES, RUN_FEATURES, Observation, mean_feature
+from .observation import MODULE_FEATURES, RUN_FEATURES, Observation, learns_labels, mean_feature
 from .policy import Decision, decided_plan, decision_to_keep, is_first
 from .rate_control import DOUBLED, HALVED, KEEP, SHORTEST, UNDO
 from .settings import DecisionSchedule
@@ -157,13 +157,17 @@ class GroupView:
 
     @cached_property
     def allowed(self) -> BoolArray:
-        """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed."""
+        """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed.
+
+        On labels the rate stays: alignments of their steps are noise (docs/control.md).
+        """
         problem, member, ladder = self.observation.problem, self.groups.member, self.observation.problem.ladder
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)
         found[NOTHING] = True
         steps_seen = any(self.run_feature(name) for name in ("steps_loss", "steps_noise", "steps_time"))
         long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two show only noise
-        found[[HALVE, DOUBLE, GO_BACK]] = steps_seen and long and not is_first(self.observation)
+        shows = steps_seen and long and not learns_labels(self.run.tolist())
+        found[[HALVE, DOUBLE, GO_BACK]] = shows and not is_first(self.observation)
         can_rise = (rungs < problem.tops) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
         for group in range(len(self.groups.names)):

@@ -241,7 +241,7 @@ def in_force(changes: FloatArray, steps: FloatArray) -> FloatArray:
 
 
 def ranks_sentence(ranks: IntArray, modules: Sequence[str]) -> str:
-    """Describe the module with the largest rank change in a run, and the concentration of final ranks.
+    """Describe the largest rank change of a run, or the concentration of the ranks of a single plan.
 
     Args:
         ranks: ranks after each decision, int (decisions, modules).
@@ -259,8 +259,11 @@ def ranks_sentence(ranks: IntArray, modules: Sequence[str]) -> str:
     change = np.abs(final - first)
     most, moved = int(np.argmax(change)), int(np.count_nonzero(change))
     beside = "the only change" if moved == 1 else f"the largest of {moved} changes"
-    event = f"{short_names(modules)[most]} went from rank {first[most]} to {final[most]}, {beside}; " if moved else ""
-    return f"{event}{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of the total rank{ending}"
+    if moved:
+        return f"{short_names(modules)[most]} went from rank {first[most]} to {final[most]}, {beside}{ending}"
+    if len(ranks) > 1:
+        return f"No rank changed after the first plan{ending}"
+    return f"{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of the total rank{ending}"
 
 
 def _end(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,9 @@ from ..cost.savers.prices import plain_text
 from ..decide.choice import PLAIN, Choice, percent
 from ..decide.chooser import PlanChooser
 from ..decide.group_rules import GROUP_RULES
+from ..decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, RATE_CHANGES, GroupView
 from ..decide.log import DecisionLog, DecisionRecord
+from ..decide.observation import STEPS_PREFIX
 from ..decide.plan.worth import FEATURES
 from ..decide.policy import Policy
 from ..decide.rate_control import DOUBLED, HALVED, UNDO
@@ -37,11 +40,13 @@ class Explanation:
 
     Attributes:
         logged: the decision.
+        steered: sentences on the action of a policy that steers ranks and learning rate.
         what_ifs: changes that would have altered the decision.
         notes: sentences on unknowns and their reasons.
     """
 
     logged: DecisionRecord
+    steered: tuple[str, ...] = ()
     what_ifs: tuple[WhatIf, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -64,7 +69,7 @@ class Explanation:
     def sentences(self) -> list[str]:
         """Return the explanation in plain English, the most important first, without the verdict."""
         logged, found = self.logged, self.logged.choice
-        told = [] if found is None else list(_of_choice(logged, found))
+        told = [*self.steered] if found is None else [*self.steered, *_of_choice(logged, found)]
         told += [rates_sentence(logged), plain_text(logged.saved) if logged.saved else ""]
         told += _of_budget(logged)
         return [*filter(None, told), *(answer.text for answer in self.what_ifs), *self.notes]
@@ -125,12 +130,15 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
     found = Explanation(logged)
     if logged.correction:
         return replace(found, notes=("The log does not record how the guard or a user chose these ranks.",))
-    if not what_ifs or (logged.kept and not logged.decision.change):
-        return found
     named: Policy | None = GROUP_RULES.get(logged.policy) or RULES.get(logged.policy)
     given = policy or named or (PlanChooser() if logged.choice else None)
     same_weights = (sha256 := getattr(given, "sha256", None)) == logged.policy_sha256
-    if given is None or not same_weights or (sha256 is None and given.name != logged.policy):
+    known = given is not None and same_weights and (sha256 is not None or given.name == logged.policy)
+    if known and getattr(given, "steers_rate", False):
+        found = replace(found, steered=tuple(_steered(logged, given)))
+    if not what_ifs or (logged.kept and not logged.decision.change):
+        return found
+    if given is None or not known:
         return replace(found, notes=(f"The policy {logged.policy} is not available, so there are no what-ifs.",))
     case = redecide(logged, given)
     if differences := ", ".join(name for name in case.differences if name != "rank_after"):
@@ -145,6 +153,34 @@ def best_first(found: Choice) -> IntArray:
     wanted = found.goal.saves & found.within_tolerance
     cautious = np.where(found.fits, found.cautious, np.inf)
     return np.lexsort((cautious, np.where(wanted, found.goal_costs, np.inf)))
+
+
+# Steering -------------------------------------------------------------------------------------------------------------
+
+_OF_RATE = {NOTHING: "change nothing", HALVE: "halve the rate", DOUBLE: "double the rate", GO_BACK: "restore the copy"}
+
+
+def _steered(logged: DecisionRecord, policy: Any) -> Iterator[str]:
+    """Yield a steering policy's action beside the next best ones, what it saw, and the action of the rule `union`."""
+    view = GroupView.of(logged.observation)
+    chosen, union = (int(actor.act(view)) for actor in (getattr(policy, "actor", policy), GROUP_RULES["union"].actor))
+    grown = [f"grow {name}" for name in view.groups.names]
+    words = [*(_OF_RATE[action] for action in RATE_CHANGES), *grown]
+    decided = view.decision(chosen)
+    if decided.change != logged.decision.change or not np.array_equal(decided.ranks, logged.rank_wanted):
+        return  # another version of the rules decided
+    yield f"The action was to {words[chosen]}."
+    if hasattr(policy, "probabilities"):
+        likely = policy.probabilities(view)
+        best = (each for each in np.argsort(-likely)[:SHOWN] if likely[each] >= 0.005)
+        told = "; ".join(f"{words[each]} ({likely[each]:.0%})" for each in best)
+        yield f"The most likely actions in training: {told}."
+    done, spent = (view.run_feature(name) for name in ("progress", "spent"))
+    aligned, loss = view.run_feature(f"{STEPS_PREFIX}alignment") / 4, view.run_feature(f"{STEPS_PREFIX}loss") / 2
+    steps = f", alignment of recent steps {aligned:+.2f}, their loss {math.exp(loss):.2f} of its initial value"
+    yield f"It saw: {done:.0%} of the run done, {spent:.0%} of the budget in use{steps if aligned or loss else ''}."
+    if policy.name != "union":
+        yield f"The rule union would {'do the same' if union == chosen else words[union]}."
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

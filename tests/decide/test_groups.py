@@ -79,6 +79,13 @@ def test_features_are_means_over_the_modules_of_a_group(view: GroupView) -> None
     np.testing.assert_allclose(view.features[:, -1].sum(), 1, rtol=1e-6)
 
 
+def test_on_labels_the_rate_stays(make_observation: MakeObservation) -> None:
+    observation = make_observation(24, max_step=2)
+    rates = [HALVE, DOUBLE, GO_BACK]
+    assert GroupView.of(with_run(observation, steps_loss=0.5, horizon=1.0)).allowed[rates].all()
+    assert not GroupView.of(with_run(observation, steps_loss=0.5, horizon=1.0, predicted=-1.5)).allowed[rates].any()
+
+
 def test_an_action_that_there_is_not(view: GroupView) -> None:
     with pytest.raises(ConfigError, match="Actions must be from 0 to 15"):
         view.decision(16)

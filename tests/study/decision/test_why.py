@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.agents.policy_file import LearnedPolicy, load_policy
 from rankpilot.common.errors import RunFolderError
 from rankpilot.cost.savers.prices import Saved
 from rankpilot.decide.choice import Choice
+from rankpilot.decide.group_rules import GROUP_RULES
+from rankpilot.decide.groups import GroupView
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.plan.goal import CAUTION, Goal
 from rankpilot.decide.policy import Decision, decision_to_keep
+from rankpilot.decide.rate_control import KEEP, UNDO
 from rankpilot.decide.rules import find_rule
 from rankpilot.study.why import Explanation, explain, explanations
 
@@ -149,6 +154,25 @@ def test_policies_that_are_not_at_hand(first: Observation, log_decision: Decide,
     )
     assert "parts, spread" in explain(logged, replace(chooser(), worth=None)).notes[0]
     assert explain(logged, rule, what_ifs=False).notes == ()
+
+
+def test_a_decision_of_an_agent_shows_what_it_weighed(make_observation: Observe, log_decision: Decide) -> None:
+    agent, observation = load_policy("agent"), make_observation(24, max_step=2)
+    assert isinstance(agent, LearnedPolicy)
+    logged = log_decision(observation, agent)
+    action, likely, saw, rule = explain(logged, agent, what_ifs=False).steered
+    view = GroupView.of(logged.observation)
+    found = re.findall(r"([^;:]+) \((\d+)%\)", likely)
+    assert action == f"The action was to {found[0][0].strip()}."
+    best = [each for each in np.sort(agent.probabilities(view))[:-4:-1] if each >= 0.005]
+    np.testing.assert_allclose([int(share) for _, share in found], 100 * np.array(best), atol=0.51)
+    assert f"{view.run_feature('spent'):.0%} of the budget" in saw
+    union = GROUP_RULES["union"].actor.act(view)
+    assert rule.endswith("do the same.") == (union == agent.act(view))
+    of_union = explain(log_decision(observation, GROUP_RULES["union"])).steered
+    assert len(of_union) == 2, "a rule has no probabilities, and is not compared with itself"
+    other = replace(logged, decision=replace(logged.decision, change=UNDO if logged.decision.change != UNDO else KEEP))
+    assert explain(other, agent, what_ifs=False).steered == (), "it was another version of the agent"
 
 
 def test_decisions_that_change_nothing_and_corrections(make_observation: Observe, log_decision: Decide) -> None:
