@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .finetune.pilot import RankPilot
     from .finetune.step.run import TrainingRun
     from .lora.adapter_file import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
+    from .lora.merged_file import export_merged
 
 silence_missing_kernels()
 silence_worker()
@@ -52,6 +53,7 @@ _LAZY = {
     "attach": ".finetune.callback",
     "axolotl_yaml": ".lora.adapter_file",
     "decision_from_scores": ".decide.policy",
+    "export_merged": ".lora.merged_file",
     "export_padded": ".lora.adapter_file",
     "export_rank_pattern": ".lora.adapter_file",
     "fetch_asset": ".data.assets",
@@ -87,6 +89,7 @@ __all__ = [
     "attach",
     "axolotl_yaml",
     "decision_from_scores",
+    "export_merged",
     "export_padded",
     "export_rank_pattern",
     "fetch_asset",

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ..common.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError, first_line, shown
@@ -40,6 +40,16 @@ T = TypeVar("T")
 
 Tensors = dict[str, torch.Tensor]
 """Tensors of a file, by key."""
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+"""Dtypes by their names in safetensors files."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MOST_CONFIG_BYTES = 2**24
 """Maximum size of an adapter's configuration in bytes; ranks for 50,000 modules take a quarter of it."""
@@ -92,6 +102,12 @@ class SavedAdapter:
         """Return the enabled settings among those named; settings unknown to PEFT count as disabled."""
         values = {name: getattr(self.config, name, None) for name in names}
         return {name: value for name, value in values.items() if value}
+
+    @property
+    def beside_pairs(self) -> dict[str, object]:
+        """The settings under which the file holds more than pairs of modules."""
+        bias = {} if self.config.bias == "none" else {"bias": self.config.bias}
+        return self.settings(("modules_to_save", "trainable_token_indices", "lora_bias")) | bias
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -313,26 +329,22 @@ def export_padded(
         NonFiniteError: a tensor is not finite, before or after it is multiplied by the scale.
     """
     adapter, output = read_adapter(Path(adapter_folder)), Path(output_folder)
-    _refuse_other_forms(adapter)
+    refuse_other_forms(adapter)
     width = _padded_rank(max(adapter.ranks.values()), rank)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise RunFolderError(f"{output} already exists. Choose a new or empty folder.")
+    refuse_used(output)
     _check_padded_bytes(adapter, width)
-    tensors = {key: _padded(adapter, key, tensor, width) for key, tensor in adapter.tensors.items()}
     config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)
     # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
     config = replace(config, init_lora_weights=True, eva_config=None)
-    if per_expert:
-        tensors = _split(tensors, adapter.stacks)
-        leaves = {key.split(".lora_")[0].rpartition(".")[2] for key in tensors if PAIR_KEY.fullmatch(key)}
-        config = replace(config, target_parameters=None, target_modules=sorted(leaves))
     with atomic_path(output.resolve()) as temporary:
+        temporary.mkdir()
+        path = temporary / SAFETENSORS_WEIGHTS_NAME
+        keys = _write_one_by_one(path, lambda: _padded_tensors(adapter, width, per_expert))
+        if per_expert:
+            leaves = {key.split(".lora_")[0].rpartition(".")[2] for key in keys if PAIR_KEY.fullmatch(key)}
+            config = replace(config, target_parameters=None, target_modules=sorted(leaves))
         config.save_pretrained(str(temporary))
-        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    settings = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
-    if adapter.config.bias != "none":
-        settings["bias"] = adapter.config.bias
-    if settings:
+    if settings := adapter.beside_pairs:
         told = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
         logger.warning(
             "%s also contains %s: plain PEFT reads that, but vLLM and llama.cpp may reject it.", output, told
@@ -449,6 +461,12 @@ def _padded_rank(highest: int, wanted: int | None) -> int:
     return fitting[0]
 
 
+def refuse_used(output: Path) -> None:
+    """Raise RunFolderError unless a folder is empty or does not exist."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise RunFolderError(f"{output} already exists. Choose a new or empty folder.")
+
+
 def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
     """Refuse an adapter too large once padded: a pair of rank 0 can claim any width."""
     taken = 0
@@ -462,6 +480,29 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
     if taken > MOST_PADDED_BYTES:
         reason = f"the adapter would take {taken:,} bytes; the limit for padding is {MOST_PADDED_BYTES:,}"
         raise ConfigError(f"At rank {rank} {reason}.")
+
+
+def _padded_tensors(adapter: SavedAdapter, rank: int, per_expert: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a padded adapter, wide dtypes first, which keeps each aligned in the file."""
+    for key, tensor in sorted(adapter.tensors.items(), key=lambda item: -item[1].element_size()):
+        padded = _padded(adapter, key, tensor, rank)
+        yield from _split(key, padded, adapter.stacks) if per_expert else [(key, padded)]
+
+
+def _write_one_by_one(path: Path, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> list[str]:
+    """Write a safetensors file without holding more than one of its tensors, made twice; returns their keys."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in tensors():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors():
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return [*header][1:]
 
 
 def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -486,29 +527,24 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     return (padded.flatten(0, 1) if is_a else padded.flatten(1)).contiguous()
 
 
-def _split(tensors: Tensors, stacks: Mapping[str, tuple[str, int]]) -> Tensors:
-    """Return the same with a pair for each expert's matrices: gate and up share A, and each take half of B."""
-    found: Tensors = {}
-    for key, tensor in tensors.items():
-        match = PAIR_KEY.fullmatch(key)
-        if match is None or match.group(1) not in stacks:
-            found[key] = tensor
-            continue
-        (module, side, _), (parameter, experts) = match.groups(), stacks[match.group(1)]
-        stem, _, leaf = parameter.rpartition(".")
-        axis = 0 if side == "A" else 1
-        sizes = (experts, -1, tensor.shape[1]) if side == "A" else (tensor.shape[0], -1, experts)
-        each = tensor.reshape(sizes).unbind(2 * axis)
-        names = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-        for number, matrix in enumerate(each):
-            halves = matrix.chunk(len(names)) if side == "B" else [matrix] * len(names)
-            for name, part in zip(names, halves, strict=True):
-                new = f"{stem}.{number}.{name}.lora_{side}.weight"
-                found[key.replace(key[key.index(module) :], new)] = part.clone(memory_format=torch.contiguous_format)
-    return found
+def _split(key: str, tensor: torch.Tensor, stacks: Mapping[str, tuple[str, int]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield one tensor of the file for each expert's matrices: gate and up share A, and each take half of B."""
+    match = PAIR_KEY.fullmatch(key)
+    if match is None or match.group(1) not in stacks:
+        yield key, tensor
+        return
+    (module, side, _), (parameter, experts) = match.groups(), stacks[match.group(1)]
+    stem, _, leaf = parameter.rpartition(".")
+    axis = 0 if side == "A" else 1
+    sizes = (experts, -1, tensor.shape[1]) if side == "A" else (tensor.shape[0], -1, experts)
+    names = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    for number, matrix in enumerate(tensor.reshape(sizes).unbind(2 * axis)):
+        halves = matrix.chunk(len(names)) if side == "B" else [matrix] * len(names)
+        for name, part in zip(names, halves, strict=True):
+            yield key.replace(key[key.index(module) :], f"{stem}.{number}.{name}.lora_{side}.weight"), part
 
 
-def _refuse_other_forms(adapter: SavedAdapter) -> None:
+def refuse_other_forms(adapter: SavedAdapter) -> None:
     """Raise UnsupportedError unless every module computes W x + s B A x on the unchanged base."""
     forms = adapter.settings(_OTHER_FORMS)
     if forms:

@@ -251,7 +251,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("rankpilot.lora.adapter_file.save_file", full)
+    monkeypatch.setattr("rankpilot.lora.adapter_file._write_one_by_one", full)
     with pytest.raises(RunFolderError, match="no space left"):
         export_padded(plain, tmp_path / "padded")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
