@@ -78,19 +78,22 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path) -> 
 
 
 MEASURED = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from rankpilot.lora.merged_file import export_merged
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = peak()
 export_merged(*sys.argv[1:])
 print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak of Linux")
 def test_it_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     large = LlamaConfig(**SIZES | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16})
     base, adapter = saved(tmp_path, large)
     whole = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     measured = [sys.executable, "-c", MEASURED, str(adapter), str(tmp_path / "merged")]
     grown = int(subprocess.run(measured, capture_output=True, text=True, check=True).stdout.split()[-1])
-    assert grown < whole / 3, f"{grown / 2**20:.0f} MiB for a model of {whole / 2**20:.0f} MiB"
+    assert grown < whole / 4, f"{grown / 2**20:.0f} MiB for a model of {whole / 2**20:.0f} MiB"
