@@ -64,7 +64,7 @@ class GroupNetwork(nn.Module):
 
         Args:
             groups: features of each group, (batch, groups, len(GROUP_FEATURES)).
-            present: 1 for existing groups, (batch, groups); the others are excluded from the context.
+            present: 1 for groups in layers, (batch, groups); the others are excluded from the context.
             run: features of the run, (batch, len(RUN_FEATURES)).
         """
         beside = run[:, None].expand(-1, groups.shape[1], -1)

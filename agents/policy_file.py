@@ -66,13 +66,13 @@ class LearnedPolicy:
     @torch.no_grad()
     def scores(self, view: GroupView) -> torch.Tensor:
         """Score of each action, (actions,); minus infinity for masked actions."""
-        groups, run = torch.from_numpy(view.features)[None], torch.from_numpy(view.run)[None]
-        scores: torch.Tensor = self.network(groups, torch.ones(groups.shape[:2]), run)[0][0]
+        seen = (torch.from_numpy(each)[None] for each in (view.features, view.groups.repeated, view.run))
+        scores: torch.Tensor = self.network(*seen)[0][0]
         return scores.masked_fill(~torch.from_numpy(view.allowed), -torch.inf)
 
     @without_autocast()
     def probabilities(self, view: GroupView) -> FloatArray:
-        """Probability of each action in training, float64 (actions,); 0 for masked ones."""
+        """Probability of each action if drawn by its score, float64 (actions,); 0 for masked ones."""
         found: FloatArray = self.scores(view).double().softmax(dim=0).numpy()
         return found
 

@@ -51,9 +51,10 @@ def main(arguments: Sequence[str]) -> None:
     output = options.output
     if options.base is not None and options.format != "merged":
         raise ConfigError("--base applies to --format merged only. Drop --base.")
-    if options.format == "padded":
-        if output is None:
-            raise ConfigError("A padded adapter is a folder: pass --output FOLDER.")
+    if output is None and options.format != "rank-pattern":
+        what = "padded adapter" if options.format == "padded" else "merged model"
+        raise ConfigError(f"A {what} is a folder: pass --output FOLDER.")
+    if output and options.format == "padded":
         export_padded(options.adapter, output, options.rank, per_expert=options.per_expert)
         rank = read_json(output / "adapter_config.json")["r"]
         console.print(f"Wrote {output}, with all modules at rank {rank}.", soft_wrap=True, markup=False)
@@ -61,9 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.rank is not None or options.per_expert:
         name = "--per-expert" if options.rank is None else "--rank"
         raise ConfigError(f"{name} applies to padded adapters only. Drop {name}.")
-    if options.format == "merged":
-        if output is None:
-            raise ConfigError("A merged model is a folder: pass --output FOLDER.")
+    if output and options.format == "merged":
         from ..lora.merged_file import export_merged
 
         export_merged(options.adapter, output, options.base)

@@ -1,10 +1,10 @@
 """Groups of modules, and the small action set for steering a run during training.
 
-A group holds the modules of one kind in one third of the depth; modules outside the repeated layers, such as a pooler,
-are groups of no third, which no action grows. Each decision takes one action: keep everything; halve
-or double the learning rate; restore the saved copy of adapters and optimizer, at a quarter of the rate; or grow a group
-by a rung. If growth exceeds the budget, the modules with the lowest signals lose rungs. The first decision starts from
-the plan of the default policy, modified by the action.
+A group holds the modules of one kind in one third of the depth. Modules outside the repeated layers, such as a pooler,
+form groups of their own, which no action grows. Each decision takes one action: keep everything; halve or double the
+learning rate; restore the saved copy of adapters and optimizer, at a quarter of the rate; or grow a group by a rung. If
+growth exceeds the budget, the modules with the lowest signals lose rungs. The first decision starts from the plan of
+the default policy, modified by the action.
 
 Group features are the means of the features of the group's modules, so a policy on groups can steer any model.
 """

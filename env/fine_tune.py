@@ -61,7 +61,7 @@ def padded(view: GroupView) -> Arrays:
     """Pad a view to an observation of the environment."""
     count = len(view.groups.names)
     groups, present = np.zeros((MOST_GROUPS, len(GROUP_FEATURES)), np.float32), np.zeros(MOST_GROUPS, np.int8)
-    groups[:count], present[:count] = view.features, 1
+    groups[:count], present[:count] = view.features, view.groups.repeated
     return {"groups": groups.reshape(-1), "present": present, "run": view.run.copy()}
 
 
@@ -369,7 +369,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     | key | space | what |
     |---|---|---|
     | groups | Box(-3, 3, (24 * 21,)) | 21 features of each group, group by group; 0 for missing groups |
-    | present | MultiBinary(24) | mask of existing groups |
+    | present | MultiBinary(24) | mask of groups in layers |
     | run | Box(-3, 3, (27,)) | 27 features of the run |
 
     All features are float32 without a unit: shares, ratios, counts and logs (natural, unless a base is given), clipped

@@ -126,8 +126,9 @@ def _replace(file: BinaryIO, entry: dict[str, Any], key: str, delta: torch.Tenso
     if not dtype.is_floating_point or dtype.itemsize < 2 or entry["shape"] != [*delta.shape]:
         told = f"{entry['dtype']} of shape {entry['shape']}, where the adapter changes {[*delta.shape]}"
         raise UnsupportedError(f"{key} is {told}: it is quantised, or not this adapter's. Pass the unquantised base.")
-    weight = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype).reshape(entry["shape"])
-    weight += delta
+    content = bytearray(end - start)
+    file.readinto(content)  # type: ignore[attr-defined]
+    weight = torch.frombuffer(content, dtype=dtype).reshape(entry["shape"]).add_(delta)
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(f"{key} contains NaN or infinity after merging. Check that training did not diverge.")
     file.seek(start - end, 1)

@@ -174,7 +174,7 @@ def _steered(logged: DecisionRecord, policy: Any) -> Iterator[str]:
         likely = policy.probabilities(view)
         best = (each for each in np.argsort(-likely)[:SHOWN] if likely[each] >= 0.005)
         told = "; ".join(f"{words[each]} ({likely[each]:.0%})" for each in best)
-        yield f"The most likely actions in training: {told}."
+        yield f"Its scores as probabilities: {told}."
     done, spent = (view.run_feature(name) for name in ("progress", "spent"))
     aligned, loss = view.run_feature(f"{STEPS_PREFIX}alignment") / 4, view.run_feature(f"{STEPS_PREFIX}loss") / 2
     steps = f", alignment of recent steps {aligned:+.2f}, their loss {math.exp(loss):.2f} of its initial value"

@@ -30,6 +30,7 @@ from rankpilot.cost.forecast.step_file import anchors_of, lagged, narrow, read_m
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.growth import OF_STORAGES
 from rankpilot.cost.model import MemoryModel
+from rankpilot.cost.moments import DELTA_BYTES, QUANTISED_DELTA_BYTES
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
@@ -130,6 +131,7 @@ def packed_step(source: StoredStep, settings: StepConfig, words: int) -> bytes:
         "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows,
         "isEager": model.is_eager, "byLength": model.keeps_state or file.text["level"] > 0,
         "products": model.products, "fused": model.fused, "words": words,
+        "merged": DELTA_BYTES if settings.quantization == "none" else QUANTISED_DELTA_BYTES,
         "base": _base(BaseLayers.of(model.frozen, layers)),
     }  # fmt: skip
     return _deflated(text, arrays)

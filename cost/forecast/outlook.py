@@ -247,7 +247,7 @@ class Outlook:
     def _lean(self) -> ConfiguredStep | None:
         """The step with selective checkpointing, at the price of another recording; None if it does not help."""
         lean = self._free.leaner() if self._set is None else None
-        return lean and self.shards.of(lean)
+        return lean and replace(self.shards.of(lean), model=self._free.model)  # without its streamed weights
 
     @cached_property
     def _times(self) -> tuple[StreamedTime, StreamedTime] | None:

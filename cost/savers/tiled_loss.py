@@ -331,7 +331,7 @@ def use_own_tiles(model: nn.Module) -> Callable[[], None]:
 def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
     """Push an entry on one of the lists; returns a function to remove it. TRL's function stays wrapped meanwhile."""
     module = sys.modules.get(MODULE)
-    if hasattr(module, FUNCTION) and hasattr(module, TILE) and not _HEADS and not _SIZERS:
+    if not _UNWRAP and hasattr(module, FUNCTION) and hasattr(module, TILE):  # TRL may be imported after a first entry
         _UNWRAP.append(_wrapped(module))
     entries.append(held := (entry,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,15 @@ def test_our_tiles_give_the_same_bits_as_those_of_trl(monkeypatch: pytest.Monkey
 def test_other_losses_have_no_tiles(tmp_path: Path, fused: SimpleNamespace) -> None:
     setup = set_up(MemoryConfig(save("bert", tmp_path / "bert"), batch_size=8, max_length=16), lambda text: None)
     assert run_memory(setup.run, setup.targets, reshaped(setup.batch, BatchShape(4, 16))).sizes(BatchShape(8, 16))
+
+
+def test_trl_may_be_imported_after_a_model_got_tiles(fused: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [large_base(), large_base()]
+    with monkeypatch.context() as before:
+        before.delitem(sys.modules, tiled_loss.MODULE)
+        tiled_loss.use_own_tiles(models[0])
+    tiled_loss.use_own_tiles(models[1])
+    assert fused.module.ChunkedLogProbFunction.forward != fused.kept[0]
 
 
 def test_tiles_of_a_model_that_is_freed_are_those_of_trl(fused: SimpleNamespace) -> None:

@@ -16,7 +16,7 @@ from rankpilot.lora.merged_file import export_merged
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from .test_export import fill, save_mixed
+from .test_export import save_mixed
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
 CONFIGS = {
@@ -30,13 +30,8 @@ def saved(folder: Path, config: Any, dtype: torch.dtype = torch.float32, **optio
     torch.manual_seed(0)
     base, adapter = folder / "base", folder / "adapter"
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(str(base), max_shard_size="20KB")
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype),
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options),
-    )
-    fill(model) if options else save_mixed(model, adapter)
-    if options:
-        model.save_pretrained(str(adapter))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    save_mixed(get_peft_model(AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype), config), adapter)
     return base, adapter
 
 
@@ -56,9 +51,8 @@ def test_it_equals_the_merge_of_peft(tmp_path: Path, family: str, dtype: torch.d
 
 
 def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    base, adapter = saved(tmp_path, CONFIGS["llama"], use_dora=True)
-    with pytest.raises(UnsupportedError):
-        export_merged(adapter, tmp_path / "merged")
+    with pytest.raises(UnsupportedError, match="use_dora"):
+        export_merged(saved(tmp_path, CONFIGS["llama"], use_dora=True)[1], tmp_path / "merged")
     (tmp_path / "plain").mkdir()
     base, adapter = saved(tmp_path / "plain", CONFIGS["llama"])
     with pytest.raises(RunFolderError, match="Pass --base"):

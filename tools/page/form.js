@@ -78,8 +78,8 @@ async function modelOf(asked) {
 // What one way to train takes; null where no recording tells of it. Answers are kept for as long as the page is open.
 const uses = new Map();
 function use(model, asked, savers, checkpointed) {
-  const { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, bits } = asked;
-  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, bits, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits } = asked;
+  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const card = cardOf(asked), key = JSON.stringify([idOf(asked), asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
@@ -211,7 +211,7 @@ function showMoments(model, asked, way) {
   const { rows, kept } = evaluationOf(model, asked), names = ["the frozen model", "first step", "later steps", `evaluation, batches of ${count(rows, "row")}${kept ? ` (the logits of ${kept} at once)` : ""}`, "saving a checkpoint, resuming from one", "merging the adapter"];
   const highest = Math.max(...way.moments), decisive = way.moments.indexOf(highest) === 1 && way.moments[2] === highest ? 2 : way.moments.indexOf(highest);
   document.getElementById("moments").replaceChildren(...names.map((name, i) => element("tr", i === decisive ? { class: "chosen" } : {}, element("td", {}, name), element("td", { class: "figure" }, gib(way.moments[i])))));
-  document.getElementById("evaluation").textContent = names[decisive].startsWith("evaluation") ? "Evaluation decides here. A smaller per_device_eval_batch_size, eval_accumulation_steps or prediction_loss_only lowers it; the command line names the value that fits." : "";
+  document.getElementById("evaluation").textContent = names[decisive].startsWith("evaluation") ? "Evaluation decides here. A smaller per_device_eval_batch_size, eval_accumulation_steps or prediction_loss_only lowers it." : "";
 }
 
 // Returns whether one of them fits.

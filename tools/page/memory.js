@@ -373,12 +373,9 @@ function evaluationOf({ words }, { rows, length, evalRows, keepLogits }) {
   return { rows: each, kept, output: kept ? 4 * words * each * length : 0 };
 }
 
-// Bytes per weight of a module during its merging; see `DELTA_BYTES`.
-const MERGED = { none: 8, nf4: 14 };
-
 // Two steps and an evaluation through the allocator, and what the card must hold; see `replay` and `card_use`.
 // settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack, stream, evalRows,
-// keepLogits, bits}
+// keepLogits}
 function cardUse(model, step, card, settings) {
   const states = shardedStates(model.states[settings.optimizer], settings), loaded = loadedSizes(model, settings);
   const ranks = [...model.highest].map((highest) => Math.min(settings.rank, highest));
@@ -422,7 +419,7 @@ function cardUse(model, step, card, settings) {
   release(keep([evaluated.output, evaluated.kept * evaluated.output], TEMPORARY));
   release(before);
   const base = loaded.reduce((sum, size) => sum + size, 0), evaluation = allocator.peakAllocated;
-  const merging = between + (MERGED[settings.bits] ?? MERGED.none) * Math.max(0, ...model.weights.map((weights, i) => (ranks[i] ? weights : 0)));
+  const merging = between + model.merged * Math.max(0, ...model.weights.map((weights, i) => (ranks[i] ? weights : 0)));
   const tensors = [first, later, evaluation, between, merging].map((peak) => peak - allocator.byKind[WORKSPACE]);
   const margin = Math.trunc((settings.checkpointed && step.segments.length ? CHECKPOINTING_MARGIN : 0) * (allocated - base));
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
