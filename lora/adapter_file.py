@@ -338,8 +338,7 @@ def export_padded(
     config = replace(config, init_lora_weights=True, eva_config=None)
     with atomic_path(output.resolve()) as temporary:
         temporary.mkdir()
-        path = temporary / SAFETENSORS_WEIGHTS_NAME
-        keys = _write_one_by_one(path, lambda: _padded_tensors(adapter, width, per_expert))
+        keys = _write_one_by_one(temporary / SAFETENSORS_WEIGHTS_NAME, lambda: _all_padded(adapter, width, per_expert))
         if per_expert:
             leaves = {key.split(".lora_")[0].rpartition(".")[2] for key in keys if PAIR_KEY.fullmatch(key)}
             config = replace(config, target_parameters=None, target_modules=sorted(leaves))
@@ -482,7 +481,7 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
         raise ConfigError(f"At rank {rank} {reason}.")
 
 
-def _padded_tensors(adapter: SavedAdapter, rank: int, per_expert: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _all_padded(adapter: SavedAdapter, rank: int, per_expert: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a padded adapter, wide dtypes first, which keeps each aligned in the file."""
     for key, tensor in sorted(adapter.tensors.items(), key=lambda item: -item[1].element_size()):
         padded = _padded(adapter, key, tensor, rank)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -126,9 +127,8 @@ def _replace(file: BinaryIO, entry: dict[str, Any], key: str, delta: torch.Tenso
     if not dtype.is_floating_point or dtype.itemsize < 2 or entry["shape"] != [*delta.shape]:
         told = f"{entry['dtype']} of shape {entry['shape']}, where the adapter changes {[*delta.shape]}"
         raise UnsupportedError(f"{key} is {told}: it is quantised, or not this adapter's. Pass the unquantised base.")
-    content = bytearray(end - start)
-    file.readinto(content)  # type: ignore[attr-defined]
-    weight = torch.frombuffer(content, dtype=dtype).reshape(entry["shape"]).add_(delta)
+    content = torch.from_numpy(np.fromfile(file, np.uint8, end - start))
+    weight = content.view(dtype).reshape(entry["shape"]).add_(delta)
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(f"{key} contains NaN or infinity after merging. Check that training did not diverge.")
     file.seek(start - end, 1)

@@ -16,7 +16,7 @@ from ..cost.savers.prices import plain_text
 from ..decide.choice import PLAIN, Choice, percent
 from ..decide.chooser import PlanChooser
 from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, RATE_CHANGES, GroupView
+from ..decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, GroupView
 from ..decide.log import DecisionLog, DecisionRecord
 from ..decide.observation import STEPS_PREFIX
 from ..decide.plan.worth import FEATURES
@@ -164,8 +164,7 @@ def _steered(logged: DecisionRecord, policy: Any) -> Iterator[str]:
     """Yield a steering policy's action beside the next best ones, what it saw, and the action of the rule `union`."""
     view = GroupView.of(logged.observation)
     chosen, union = (int(actor.act(view)) for actor in (getattr(policy, "actor", policy), GROUP_RULES["union"].actor))
-    grown = [f"grow {name}" for name in view.groups.names]
-    words = [*(_OF_RATE[action] for action in RATE_CHANGES), *grown]
+    words = [*_OF_RATE.values(), *(f"grow {name}" for name in view.groups.names)]
     decided = view.decision(chosen)
     if decided.change != logged.decision.change or not np.array_equal(decided.ranks, logged.rank_wanted):
         return  # another version of the rules decided

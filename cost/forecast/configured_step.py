@@ -330,6 +330,12 @@ def base_of(step: ConfiguredStep) -> BaseLayers:
     return BaseLayers.of(step.model.frozen, len(step.memory.recording.layers))
 
 
+def without_streamed(step: ConfiguredStep, base: BaseLayers, count: int) -> ConfiguredStep:
+    """Return a step with the frozen weights of so many layers off the device."""
+    model = replace(step.model, frozen=base.on_device(step.model.frozen, count))
+    return replace(step, model=model) if count else step
+
+
 def streamed_layers(base: BaseLayers, asked: int | Literal["all"], shards: Shards) -> int:
     """Return the number of streamed layers.
 

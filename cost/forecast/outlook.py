@@ -29,7 +29,7 @@ from ..rollouts import EngineNeeds, cache_bytes_of
 from ..step_config import StepConfig
 from ..streaming import BaseLayers, StreamedTime
 from .card_use import CardRoom, CardUse, Verdict, slack_of
-from .configured_step import ConfiguredStep, Shards, base_of, streamed_layers
+from .configured_step import ConfiguredStep, Shards, base_of, streamed_layers, without_streamed
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batch sizes and lengths of the grid, in addition to the requested ones."""
@@ -180,8 +180,7 @@ class Outlook:
         self.shards: Shards = shards or Shards()
         self.base: BaseLayers = base_of(step)
         self.streamed: int = streamed_layers(self.base, step.loaded.stream, self.shards)
-        step = replace(step, model=replace(step.model, frozen=self.base.on_device(step.model.frozen, self.streamed)))
-        self._free = self.shards.of(step)
+        self._free = self.shards.of(without_streamed(step, self.base, self.streamed))
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._by_depth: dict[int, tuple[Choice, ...]] = {}
@@ -247,7 +246,7 @@ class Outlook:
     def _lean(self) -> ConfiguredStep | None:
         """The step with selective checkpointing, at the price of another recording; None if it does not help."""
         lean = self._free.leaner() if self._set is None else None
-        return lean and replace(self.shards.of(lean), model=self._free.model)  # without its streamed weights
+        return lean and self.shards.of(without_streamed(lean, self.base, self.streamed))
 
     @cached_property
     def _times(self) -> tuple[StreamedTime, StreamedTime] | None:
