@@ -86,6 +86,7 @@ class Recording:
         segments: the checkpointed segments, in forward order.
         inputs_on_device: number of segments whose inputs are on the device at once while the others are offloaded; 0 if
             all stay on the device.
+        gathers: serial numbers of frozen weights gathered from other cards; see `cost/gathers.py`.
     """
 
     sizes: IntArray
@@ -105,6 +106,7 @@ class Recording:
     forward_end: int
     segments: tuple[Segment, ...]
     inputs_on_device: int = 0
+    gathers: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -76,10 +76,14 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     if model.own_code:
         custom = "the configuration refers to custom code (trust_remote_code)"
         yield Doubt(f"{custom}; transformers' own code is counted", "either")
-    if shards.gpus > 1 and shards.sharding != "ddp":
+    if shards.sharding == "fsdp2":
+        yield Doubt("fsdp2 was measured in torch's allocator on a CPU, never on a GPU", "either")
+    elif shards.gpus > 1 and shards.sharding != "ddp":
         yield Doubt(f"{shards.sharding} is modelled on its sharding rules only", "either")
     if shards.sharding == "fsdp2" and settings.quantization == "nf4":
-        yield Doubt("FSDP2 shards 4-bit weights only with bnb_4bit_quant_storage=torch.bfloat16", "more")
+        whole = outlook.given.model.frozen_bytes - outlook.given.model.outside
+        more = f"up to {format_bytes(whole * (1 - 1 / shards.gpus))} more on each GPU"
+        yield Doubt(f"without bnb_4bit_quant_storage=torch.bfloat16, FSDP2 shards no 4-bit weights: {more}", "more")
     if loaded.attention == "math":
         yield Doubt("no runs on cards without fused attention have been published", "either")
 

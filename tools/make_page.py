@@ -24,10 +24,12 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_text
 from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, card_rates, device_table, find_device_spec
 from rankpilot.cost.forecast.card_use import slack_of
+from rankpilot.cost.forecast.configured_step import gathered_units
 from rankpilot.cost.forecast.known_models import published_models
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
 from rankpilot.cost.forecast.step_file import anchors_of, lagged, narrow, read_memory, read_work, repeats, spans_after
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
+from rankpilot.cost.gathers import with_gathers
 from rankpilot.cost.growth import OF_STORAGES
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.moments import DELTA_BYTES, QUANTISED_DELTA_BYTES
@@ -123,12 +125,13 @@ def packed_step(source: StoredStep, settings: StepConfig, words: int) -> bytes:
             continue
         memory = read_memory(*found, source.states("adamw"), shape)
         if np.isfinite(memory._growth.row_power).all():
+            memory = with_gathers(memory, gathered_units(replace(model, words=words)), 1)
             steps.append(_step(memory, savers, shape))
             layers = len({segment.name for segment in memory.segments})
             arrays += _arrays(memory, len(steps) - 1)
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "works": works, "states": states, "parameters": model.parameters,
-        "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows,
+        "positions": model.positions, "windows": model.windows,
         "isEager": model.is_eager, "byLength": model.keeps_state or file.text["level"] > 0,
         "products": model.products, "fused": model.fused, "words": words,
         "merged": DELTA_BYTES if settings.quantization == "none" else QUANTISED_DELTA_BYTES,
@@ -216,6 +219,7 @@ def _arrays(memory: MemoryModel, owner: int) -> Parts:
         found += [(owner, name, values[half], lag) for name, values in columns.items()]
     segments = list(enumerate(recording.segments))
     tables: dict[str, tuple[int, list[tuple[int, ...]]]] = {
+        "gathers": (1, [(serial,) for serial in recording.gathers]),
         "gradients": (3, [(each, module, recording.added_at[each]) for each, module in recording.gradients.items()]),
         "segments": (5, [_segment(memory, index) for index, _ in segments]),
         "inputs": (2, [(serial, index) for index, each in segments for serial in each.inputs]),

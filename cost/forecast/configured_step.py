@@ -11,6 +11,7 @@ import numpy as np
 
 from ...common.errors import ConfigError, shown
 from ...lora.spec import ModuleSpec, plain_ranks
+from ..gathers import GatheredUnits, with_gathers
 from ..model import MemoryModel
 from ..moments import LOSS_BYTES, Evaluation
 from ..recording import BatchShape
@@ -277,8 +278,8 @@ class Shards:
 
     * ddp: each GPU holds the whole frozen model, and a second copy of the adapters' gradients in buckets.
     * zero2: as ddp, with the optimizer state sharded.
-    * fsdp2: each GPU holds a shard of the frozen model, two gathered layers, and everything outside the layers
-      (embeddings, head), as with `fully_shard` on each layer and on the model.
+    * fsdp2: each GPU holds a shard of the frozen model, and gathers its units as the step reaches them; see
+      `cost/gathers.py`.
     * zero3: each GPU holds a shard of the frozen model, and up to `LIVE_PARAMETERS` gathered parameters.
 
     As in the Trainers, fsdp2 and zero3 also shard adapters, their gradients and the optimizer state.
@@ -299,15 +300,12 @@ class Shards:
             raise ConfigError(f"sharding {self.sharding} needs several GPUs: set gpus to at least 2.")
 
     def loaded(self, model: LoadedModel) -> tuple[int, ...]:
-        """Return the bytes of each storage of the frozen model on one GPU; the last is the gathered part."""
+        """Return the bytes of each storage of the frozen model on one GPU; under zero3 the last is what is gathered."""
         if self.sharding in ("ddp", "zero2"):
             return model.frozen
-        return *(-(-size // self.gpus) for size in model.frozen), min(self._gathered(model), model.frozen_bytes)
-
-    def _gathered(self, model: LoadedModel) -> int:
-        if self.sharding == "zero3":
-            return int(model.frozen_bytes * min(LIVE_PARAMETERS / model.parameters, 1.0))
-        return model.outside + 2 * model.widest
+        gathered = int(model.frozen_bytes * min(LIVE_PARAMETERS / model.parameters, 1.0))
+        shards = [-(-size // self.gpus) for size in model.frozen]
+        return (*shards, gathered) if self.sharding == "zero3" else tuple(shards)
 
     def of(self, step: ConfiguredStep) -> ConfiguredStep:
         """Return the step on one GPU."""
@@ -319,10 +317,21 @@ class Shards:
         if self.sharding == "zero2":
             states = replace(states, optimizer=np.ceil(states.optimizer / self.gpus))
         elif self.sharding != "ddp":
-            names = ("weights", "optimizer", "fixed", "others", "other_gradients")
+            names = ("weights", "optimizer", "scratch", "fixed", "others", "other_gradients")
             states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
-        memory = replace(step.memory, states=states)
+        memory = step.memory
+        if self.sharding == "fsdp2":
+            memory = with_gathers(memory, gathered_units(step.model), self.gpus)
+        memory = replace(memory, states=states)
         return replace(step, memory=memory, model=replace(step.model, frozen=self.loaded(step.model)))
+
+
+def gathered_units(model: LoadedModel) -> GatheredUnits:
+    """Return what each GPU gathers of a frozen model under fsdp2, whose vocabulary may be unknown."""
+    table = model.words * model.products[1] * (4 if model.precision == "float32" else 2)
+    table = min(table or model.outside, model.outside)
+    head = table if 2 * table <= model.outside else 0
+    return GatheredUnits(table, head, model.widest, model.outside - table - head)
 
 
 def base_of(step: ConfiguredStep) -> BaseLayers:

@@ -373,12 +373,13 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
     for serial, span, number in rows["later"]:
         later[serial] = (*later.get(serial, ()), (times[serial] + span, sets[number]))
     needed = arrays["needed"]
+    indices: dict[str, Any] = {name: arrays[name].astype(np.int64) for name in _INDICES}
     recording = Recording(
         sizes=arrays["sizes"].astype(np.int64),
         created=created,
         freed=_times(arrays["freed"], created, anchors),
         freed_if_unsaved=_times(arrays["freed_if_unsaved"], created, anchors),
-        **{name: arrays[name].astype(np.int64) for name in _INDICES},
+        **indices,
         needed={serial: sets[needed[serial] - 1] for serial in np.flatnonzero(needed).tolist()},
         needed_later=later,
         on_context_until={serial: times[serial] + span for serial, span in rows["context"]},

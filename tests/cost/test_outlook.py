@@ -91,10 +91,10 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     np.testing.assert_array_equal(two.memory.states.optimizer, np.ceil(ddp.memory.states.optimizer / 4))
     assert ddp.model.frozen_bytes == whole
     assert of_ddp - peak == 4 * trained  # its buckets, of fp32
-    assert 0 <= fsdp.model.frozen_bytes - (whole / 4 + 2 * layer + outside) < 100  # rounded up by tensor
-    assert peak - of_fsdp == pytest.approx(0.75 * 3 * 4 * trained, rel=0.01)  # weights and two moments
-    replayed = [replay(each.memory, plan, []).allocated for each in (step, fsdp)]
-    assert replayed[0] - replayed[1] == pytest.approx(peak - of_fsdp, rel=0.05), "on the card as in the model of bytes"
+    assert 0 <= fsdp.model.frozen_bytes - whole / 4 < 100  # rounded up by tensor
+    assert outside / 4 < of_fsdp - peak + 0.75 * 3 * 4 * trained < 2 * layer + outside  # what is gathered at the peak
+    replayed = [replay(each.memory.with_checkpointed(()), plan, []).allocated for each in (step, fsdp)]
+    assert replayed[0] - replayed[1] == pytest.approx(peak - of_fsdp, abs=0.01 * peak), "on a card"
     assert 0 <= zero.model.frozen_bytes - 1.25 * whole < 100  # a model below a billion parameters is gathered whole
 
 

@@ -112,7 +112,7 @@ def stored_memory(source: StoredStep, asked: dict[str, Any]) -> MemoryModel:
 
 def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
     """What the command line would say of these settings."""
-    model, shards = source.model, Shards(asked["gpus"], asked["sharding"])
+    model, shards = replace(source.model, words=vocabulary(asked["model"])), Shards(asked["gpus"], asked["sharding"])
     shape = BatchShape(asked["rows"], asked["length"])
     loaded = LoadedAs(eval_batch_size=asked["evalRows"], keep_logits=asked["keepLogits"])
     memory = shards.of(ConfiguredStep(stored_memory(source, asked), model)).memory
@@ -123,7 +123,7 @@ def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
         shards.loaded(model),
         device_table()[asked["card"]],
         shape=shape,
-        evaluation=loaded.evaluation(shape, replace(model, words=vocabulary(asked["model"])), bf16=True),
+        evaluation=loaded.evaluation(shape, model, bf16=True),
         expandable=asked["expandable"],
     )
 
@@ -205,7 +205,8 @@ def check_same_lengths(browser: Any, models: dict[str, bytes], sources: dict[str
         spec = replace(spec, memory_bytes=int((taken + share) * (1 + reserve) / (1 - SLACK)))
         step = StepConfig(batch_size=each["rows"], max_length=each["length"], optimizer=each["optimizer"])
         loaded = LoadedAs(expandable_segments=each["expandable"])
-        configured = ConfiguredStep(memory, source.model, loaded=loaded)
+        model = replace(source.model, words=vocabulary(each["model"]))
+        configured = ConfiguredStep(memory, model, loaded=loaded)
         outlook = Outlook(configured, each["rank"], step, card=spec, dtype="bf16", shards=shards)
         if (outlook.best or outlook.main).layers < outlook.blocks:
             continue  # the command asks about fewer adapters then

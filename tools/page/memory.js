@@ -66,6 +66,7 @@ function restore(step) {
   step.saved.forEach((own, serial) => own && step.segments[step.segment[serial]].saved.push(serial));
   for (const [serial, number] of table("savedOutside", 2)) step.segments[number].saved.push(serial);
   step.gradients = table("gradients", 3); // serial number, module or -1, when it is added
+  step.gathers = table("gathers", 1).flat(); // what is there only where FSDP2 gathers it
 }
 
 const roundUp = (value, multiple) => Math.ceil(value / multiple) * multiple;
@@ -337,8 +338,19 @@ function shardedStates(states, { gpus, sharding }) {
     };
   const share = (value) => Math.ceil(value / gpus);
   const shared = { ...states, others: share(states.others), other_gradients: share(states.other_gradients) };
-  for (const name of ["weights", "optimizer", "fixed"]) shared[name] = states[name].map(share);
+  for (const name of ["weights", "optimizer", "scratch", "fixed"]) shared[name] = states[name].map(share);
   return shared;
+}
+
+// The step on one of several GPUs: what it gathers, and its share of the gradients; see `with_gathers`.
+function onShards(step, { gpus, sharding, accumulates }) {
+  const base = step.base.slice(), slope = step.slope.slice(), gathers = gpus > 1 && sharding === "fsdp2";
+  if (!gathers) for (const serial of step.gathers) base[serial] = slope[serial] = 0;
+  for (const [serial] of gathers && !accumulates ? step.gradients : []) {
+    base[serial] = Math.ceil(base[serial] / gpus);
+    slope[serial] /= gpus;
+  }
+  return { ...step, base, slope };
 }
 
 // Bytes of each storage of the frozen model on one GPU; see `Shards.loaded`.
@@ -346,8 +358,8 @@ function loadedSizes(model, { gpus, sharding, stream }) {
   if (stream) return withoutStreamed(model, stream);
   const whole = model.frozen.reduce((sum, size) => sum + size, 0);
   if (sharding === "ddp" || gpus === 1) return [...model.frozen];
-  const gathered = sharding === "zero3" ? Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1)) : model.outside + 2 * model.widest;
-  return [...[...model.frozen].map((size) => Math.ceil(size / gpus)), Math.min(gathered, whole)];
+  const shards = [...model.frozen].map((size) => Math.ceil(size / gpus));
+  return sharding === "zero3" ? [...shards, Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1))] : shards;
 }
 
 // The same where the frozen weights of so many layers stream from main memory; see `BaseLayers.on_device`.
@@ -376,8 +388,8 @@ function evaluationOf({ words }, { rows, length, evalRows, keepLogits }) {
 // Two steps and an evaluation through the allocator, and what the card must hold; see `replay` and `card_use`.
 // settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack, stream, evalRows,
 // keepLogits}
-function cardUse(model, step, card, settings) {
-  const states = shardedStates(model.states[settings.optimizer], settings), loaded = loadedSizes(model, settings);
+function cardUse(model, recorded, card, settings) {
+  const step = onShards(recorded, settings), states = shardedStates(model.states[settings.optimizer], settings), loaded = loadedSizes(model, settings);
   const ranks = [...model.highest].map((highest) => Math.min(settings.rank, highest));
   const sizes = storageSizes(model, step, settings), parameters = step.gradients.map(([serial]) => sizes[serial]);
   const ranked = (values) => ranks.map((rank, i) => (values[i] ?? values[0]) * rank);
@@ -420,7 +432,7 @@ function cardUse(model, step, card, settings) {
   release(before);
   const base = loaded.reduce((sum, size) => sum + size, 0), evaluation = allocator.peakAllocated;
   const merging = between + model.merged * Math.max(0, ...model.weights.map((weights, i) => (ranks[i] ? weights : 0)));
-  const tensors = [first, later, evaluation, between, merging].map((peak) => peak - allocator.byKind[WORKSPACE]);
+  const tensors = [first, Math.max(first, later), evaluation, between, merging].map((peak) => peak - card.workspace);
   const margin = Math.trunc((settings.checkpointed && step.segments.length ? CHECKPOINTING_MARGIN : 0) * (allocated - base));
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
   const reserve = reserved - Math.max(allocated, evaluation);

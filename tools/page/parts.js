@@ -156,7 +156,7 @@ function* peakCandidates(step, { base, held, probed }) {
 // settings: {rank, optimizer, gpus, sharding, accumulates}
 class StepBytes {
   constructor(model, recorded, settings, level) {
-    this.step = checkpointedStep(recorded, level, settings.accumulates);
+    this.step = checkpointedStep(onShards(recorded, settings), level, settings.accumulates);
     const states = shardedStates(model.states[settings.optimizer], settings), ranks = [...model.highest].map((highest) => Math.min(settings.rank, highest));
     const ranked = (of) => ranks.reduce((sum, rank, i) => sum + rank * of(i), 0);
     this.accumulates = settings.accumulates;
