@@ -31,9 +31,6 @@ MOST_TIME = 0.4
 SURELY_BEHIND, SURELY_BETTER = 3.0, 2.0
 """Standard errors: a lane this far behind leaves, and one this far ahead of the start replaces it."""
 
-CATCHES_UP = 0.5
-"""A lower rate stays if the second half of the judged steps has closed this share of its distance in the first."""
-
 
 @dataclass(frozen=True)
 class RaceLength:
@@ -83,7 +80,7 @@ def time_for_one_more(further: int, steps: int, total_steps: int) -> bool:
 def staying(losses: FloatArray, start: int, length: RaceLength, *, decays: bool = True) -> list[int]:
     """Return the lanes that stay in a race, by index in ascending order; one if it ends.
 
-    A lane leaves if another one is surely ahead, unless it has a lower rate and catches up.
+    A lane leaves if another one is surely ahead, unless it has a lower rate and its distance shrinks.
 
     Args:
         losses: losses of all steps so far, (lanes, steps), the lanes in ascending order of their rates; NaN and
@@ -102,7 +99,7 @@ def staying(losses: FloatArray, start: int, length: RaceLength, *, decays: bool 
             return False
         behind = seen[lane] - seen[best]
         half = len(behind) // 2
-        catches_up = lane < best and behind[half:].mean() < (1 - CATCHES_UP) * behind[: half or 1].mean()
+        catches_up = lane < best and behind[half:].mean() < behind[: half or 1].mean()
         return bool(behind.mean() > SURELY_BEHIND * _error(behind)) and not catches_up
 
     stay = [lane for lane in range(len(seen)) if lane == best or not leaves(lane)]

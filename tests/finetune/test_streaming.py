@@ -57,7 +57,7 @@ def run(folder: Path, model: PeftModel | None = None, *, resume: bool = False, e
 @pytest.mark.parametrize(
     "options",
     first_cases(
-        4,
+        3,
         [
             {},
             PLAIN,
