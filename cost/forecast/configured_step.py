@@ -269,6 +269,9 @@ Sharding = Literal["ddp", "zero2", "fsdp2", "zero3"]
 LIVE_PARAMETERS = 10**9
 """DeepSpeed's `stage3_max_live_parameters`."""
 
+REDUCE_BUCKET_BYTES = 10**9
+"""DeepSpeed's buffer for gradients on their way: `reduce_bucket_size`, 5e8 numbers, in 16 bits; "auto" takes less."""
+
 MOST_GPUS = 2**16
 
 
@@ -277,10 +280,10 @@ class Shards:
     """Number of GPUs that train together and their sharding. Figures are per GPU, each with its own batch.
 
     * ddp: each GPU holds the whole frozen model, and a second copy of the adapters' gradients in buckets.
-    * zero2: as ddp, with the optimizer state sharded.
+    * zero2: as ddp, with the optimizer state sharded, and a buffer of `REDUCE_BUCKET_BYTES`.
     * fsdp2: each GPU holds a shard of the frozen model, and gathers its units as the step reaches them; see
       `cost/gathers.py`.
-    * zero3: each GPU holds a shard of the frozen model, and up to `LIVE_PARAMETERS` gathered parameters.
+    * zero3: each GPU holds a shard of the frozen parameters, up to `LIVE_PARAMETERS` gathered ones, and that buffer.
 
     As in the Trainers, fsdp2 and zero3 also shard adapters, their gradients and the optimizer state.
 
@@ -300,12 +303,14 @@ class Shards:
             raise ConfigError(f"sharding {self.sharding} needs several GPUs: set gpus to at least 2.")
 
     def loaded(self, model: LoadedModel) -> tuple[int, ...]:
-        """Return the bytes of each storage of the frozen model on one GPU; under zero3 the last is what is gathered."""
-        if self.sharding in ("ddp", "zero2"):
+        """Return the bytes of each storage of the frozen model on one GPU; the last are DeepSpeed's own."""
+        if self.sharding == "zero2":
+            return *model.frozen, REDUCE_BUCKET_BYTES
+        if self.sharding == "ddp":
             return model.frozen
         gathered = int(model.frozen_bytes * min(LIVE_PARAMETERS / model.parameters, 1.0))
         shards = [-(-size // self.gpus) for size in model.frozen]
-        return (*shards, gathered) if self.sharding == "zero3" else tuple(shards)
+        return (*shards, gathered, REDUCE_BUCKET_BYTES) if self.sharding == "zero3" else tuple(shards)
 
     def of(self, step: ConfiguredStep) -> ConfiguredStep:
         """Return the step on one GPU."""

@@ -4,6 +4,7 @@
 const MIB = 2 ** 20, NEVER = Infinity;
 const CHECKPOINTING_MARGIN = 0.005;
 const LIVE_PARAMETERS = 1e9; // what DeepSpeed's ZeRO-3 gathers at the most
+const REDUCE_BUCKET_BYTES = 1e9; // what DeepSpeed keeps for gradients on their way
 const KINDS = ["frozen", "adapters", "held", "inputs", "temporary", "workspace"];
 
 // The arrays and the text of a model, from what is in the page.
@@ -359,7 +360,7 @@ function loadedSizes(model, { gpus, sharding, stream }) {
   const whole = model.frozen.reduce((sum, size) => sum + size, 0);
   if (sharding === "ddp" || gpus === 1) return [...model.frozen];
   const shards = [...model.frozen].map((size) => Math.ceil(size / gpus));
-  return sharding === "zero3" ? [...shards, Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1))] : shards;
+  return sharding === "zero3" ? [...shards, Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1)), REDUCE_BUCKET_BYTES] : shards;
 }
 
 // The same where the frozen weights of so many layers stream from main memory; see `BaseLayers.on_device`.
