@@ -134,7 +134,7 @@ def _layers(recording: Recording, modules: int) -> Iterator[_Layer]:
 def _inserted(memory: MemoryModel, gathers: list[_Gather]) -> MemoryModel:
     """Return the model with more storages, which neither rows nor length change, before others of the same time."""
     recording, growth, count = memory.recording, memory._growth, len(gathers)
-    created, freed = np.array([(each.created, each.freed) for each in gathers], dtype=np.int64).T
+    created, freed = np.array([(each.created, max(each.created, each.freed)) for each in gathers], dtype=np.int64).T
     order = np.argsort(np.concatenate([created, recording.created]), kind="stable")
     place = np.argsort(order)
     own, old = place[:count].tolist(), place[count:]

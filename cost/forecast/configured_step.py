@@ -316,7 +316,16 @@ class Shards:
         """Return the step on one GPU."""
         if self.gpus == 1:
             return step
-        states = step.memory.states
+        saved, plain = step.saved, plain_ranks(step.targets)
+        if step.measure and saved:
+            names = [each.name for each in saved[1:]]
+            shared = [self._memory(step.measure(tuple(names[:count])), step.model) for count in range(len(saved))]
+            saved = tuple(Saved.of(each.name, memory, plain) for each, memory in zip(saved, shared, strict=True))
+        model = replace(step.model, frozen=self.loaded(step.model))
+        return replace(step, memory=self._memory(step.memory, step.model), model=model, saved=saved)
+
+    def _memory(self, memory: MemoryModel, model: LoadedModel) -> MemoryModel:
+        states = memory.states
         if self.sharding in ("ddp", "zero2"):
             states = states.with_buckets(1.0)
         if self.sharding == "zero2":
@@ -324,11 +333,9 @@ class Shards:
         elif self.sharding != "ddp":
             names = ("weights", "optimizer", "scratch", "fixed", "others", "other_gradients")
             states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
-        memory = step.memory
         if self.sharding == "fsdp2":
-            memory = with_gathers(memory, gathered_units(step.model), self.gpus)
-        memory = replace(memory, states=states)
-        return replace(step, memory=memory, model=replace(step.model, frozen=self.loaded(step.model)))
+            memory = with_gathers(memory, gathered_units(model), self.gpus)
+        return replace(memory, states=states)
 
 
 def gathered_units(model: LoadedModel) -> GatheredUnits:

@@ -86,6 +86,7 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     ddp, fsdp, zero = (Shards(4, sharding).of(step) for sharding in ("ddp", "fsdp2", "zero3"))
     peak, of_ddp, of_fsdp = (each.memory.with_checkpointed(()).peak(plan) for each in (step, ddp, fsdp))
     assert Shards().of(step) is step
+    assert fsdp.saved[-1].again_bytes == fsdp.memory.peak(plan) != step.memory.peak(plan)
     two = Shards(4, "zero2").of(step)
     assert two.model.frozen == (*ddp.model.frozen, REDUCE_BUCKET_BYTES)
     np.testing.assert_array_equal(two.memory.states.optimizer, np.ceil(ddp.memory.states.optimizer / 4))
