@@ -339,7 +339,7 @@ class Shards:
 
 
 def gathered_units(model: LoadedModel) -> GatheredUnits:
-    """Return what each GPU gathers of a frozen model under fsdp2, whose vocabulary may be unknown."""
+    """Return the units that a GPU gathers under fsdp2; of an unknown vocabulary, all outside layers is embeddings."""
     table = model.words * model.products[1] * (4 if model.precision == "float32" else 2)
     table = min(table or model.outside, model.outside)
     head = table if 2 * table <= model.outside else 0

@@ -19,6 +19,16 @@ from torch import nn
 RANKS = (1, 2, 3, 4, 8, 12)
 
 
+def allocated_peak(profile: torch.profiler.profile) -> int:
+    """The most bytes that the CPU's allocator gave at once under a profile with `profile_memory`."""
+    level = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            highest = max(highest, level)
+    return highest
+
+
 class KeepsOnContext(torch.autograd.Function):
     """Keeps tensors on its context, where autograd's hooks do not see them."""
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ..finetune.several import in_processes
+from .measured import allocated_peak
 
 SIZES = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"intermediate_size": 512, "vocab_size": 3000, "use_cache": False}
@@ -100,14 +101,9 @@ def measured(case: Case) -> int:
     step()
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
-    level = highest = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            highest = max(highest, level)
     states = [value for state in optimizer.state.values() for value in state.values()]
     local = (getattr(each, "to_local", lambda each=each: each)() for each in [*model.parameters(), *states])
-    return highest + sum(each.nbytes for each in local)
+    return allocated_peak(profile) + sum(each.nbytes for each in local)
 
 
 def predicted(case: Case) -> float:

@@ -11,6 +11,8 @@ from rankpilot.cost.record.device_on_meta import DeviceOnMeta, device_on_meta
 from rankpilot.cost.record.live_storages import LivePeak, LiveStorages, storages
 from torch.nn import functional
 
+from .measured import allocated_peak
+
 KIB = 1024
 
 
@@ -191,13 +193,8 @@ def test_live_bytes_of_a_step_are_what_torchs_profiler_sees_allocated():
         step()
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
-    level = highest = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            highest = max(highest, level)
     assert live.bytes == 0
-    assert live.peak <= highest <= 1.1 * live.peak
+    assert live.peak <= allocated_peak(profile) <= 1.1 * live.peak
 
 
 def softmax_peak(kind: str) -> int:
