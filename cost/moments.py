@@ -129,6 +129,7 @@ def moments_of_run(
     frozen_bytes: float,
     *,
     step_bytes: float,
+    first_bytes: float | None = None,
     evaluation: Evaluation | None,
     quantised: bool = False,
     loaded_bytes: float = 0.0,
@@ -143,6 +144,7 @@ def moments_of_run(
         ranks: the plan, int64 (modules,).
         frozen_bytes: bytes of the frozen model on the device.
         step_bytes: peak of a step after the first, without the frozen model.
+        first_bytes: peak of the first step, if the replay of a card tells it; by default that of the byte model.
         evaluation: batches of an evaluation; None for a run without one.
         quantised: whether frozen weights are quantised.
         loaded_bytes: bytes of main memory that loading takes.
@@ -156,9 +158,10 @@ def moments_of_run(
     )
     merged = (QUANTISED_DELTA_BYTES if quantised else DELTA_BYTES) * widest
     there = frozen_bytes + awake_bytes
+    first = first_step_bytes(memory, ranks) if first_bytes is None else first_bytes
     found = [
         Moment("load", frozen_bytes, loaded_bytes),
-        Moment("first step", there + min(first_step_bytes(memory, ranks), step_bytes)),
+        Moment("first step", there + min(first, step_bytes)),
         Moment("step", there + step_bytes),
     ]
     if evaluation:

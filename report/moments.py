@@ -35,6 +35,7 @@ def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
         choice.ranks,
         outlook.step.model.frozen_bytes,
         step_bytes=use.step_bytes - use.device.workspace_bytes if use else choice.step_bytes,
+        first_bytes=use.first_step_bytes - use.device.workspace_bytes if use else None,
         evaluation=outlook.evaluation(choice.shape),
         quantised=outlook.settings.quantization != "none",
         loaded_bytes=outlook.given.model.frozen_bytes if gathered else streamed,

@@ -330,11 +330,13 @@ class Replayed:
     """Memory of training on a CUDA device, including the frozen model and excluding the context.
 
     Attributes:
-        allocated: peak bytes of tensors in the training steps.
+        first: peak bytes of tensors in the first training step.
+        allocated: the same in both training steps.
         evaluation: peak bytes of tensors in evaluation; 0 without one.
         reserved: peak bytes held by the allocator.
     """
 
+    first: int
     allocated: int
     evaluation: int
     reserved: int
@@ -374,13 +376,14 @@ def replay(
     recordings = [memory.recording, *([memory.recording.accumulating()] if memory.accumulates else [])]
     batches = [step_events(recording, sizes, ranks) for recording in recordings]
     run.keep([workspace_bytes / 2] * 2)
+    peaks = []
     for step in range(STEPS):
         for events in batches:
             run.play(events)
         if step == 0:
             run.keep(_optimizer_state(memory, parameters, ranks))
         run.optimizer_step(_scratch(memory, parameters, ranks))
-    allocated = run.allocator.restart_peak()
+        peaks.append(run.allocator.restart_peak())
     run.allocator.empty_cache()  # as the allocator itself does before it runs out of memory
     if evaluation:
         before = run.keep([(evaluation.kept - 1) * evaluation.output_bytes])
@@ -388,7 +391,7 @@ def replay(
         run.release(run.keep([evaluation.loss_bytes]))
         run.release(run.keep([evaluation.output_bytes, evaluation.kept * evaluation.output_bytes]) + before)
     after = run.allocator.peak_allocated if evaluation else 0
-    return Replayed(allocated, after, run.allocator.peak_reserved)
+    return Replayed(peaks[0], max(peaks), after, run.allocator.peak_reserved)
 
 
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:

@@ -46,6 +46,7 @@ class CardUse:
         device: the card.
         base_bytes: the frozen model.
         step_bytes: tensors at the peak of a training step, excluding the frozen model, including library workspaces.
+        first_step_bytes: the same at the peak of the first step.
         evaluation_bytes: the same at the peak of evaluation, or of generation; 0 without both.
         reserve_bytes: bytes reserved by the allocator beyond tensors, at most.
         context_bytes: the CUDA context.
@@ -56,6 +57,7 @@ class CardUse:
     device: DeviceSpec
     base_bytes: int
     step_bytes: int
+    first_step_bytes: int
     evaluation_bytes: int
     reserve_bytes: int
     context_bytes: int
@@ -136,6 +138,7 @@ def card_use(
         device=device,
         base_bytes=base,
         step_bytes=step,
+        first_step_bytes=replayed.first - base,
         evaluation_bytes=max(replayed.evaluation - base, 0),
         reserve_bytes=replayed.reserved - max(replayed.allocated, replayed.evaluation),
         context_bytes=device.context_bytes,
