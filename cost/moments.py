@@ -4,12 +4,16 @@ Between steps a device holds the frozen model, the adapters and the optimizer's 
 that saves nothing, and the outputs that a metric asks for: the Trainer keeps those of all batches so far on the device,
 until `eval_accumulation_steps` batches are full, and joins each batch to them in a new tensor. Merging adds two
 products of the factors of one module (`peft`'s `get_delta_weight`).
+
+Files pass through main memory: safetensors copies all tensors of a file there before it writes any, and the Trainer
+loads the optimizer's state there, or onto each device if there are several (`Trainer._load_optimizer_and_scheduler`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -25,6 +29,9 @@ DELTA_BYTES, QUANTISED_DELTA_BYTES = 8, 14
 """Bytes per weight of a module during its merging into frozen weights, plain and quantised ones: two fp32 products, or
 one beside the dequantised weights in 16 and in 32 bits and their sum.
 """
+
+MERGED_FILE_BYTES = 50e9
+"""Most bytes of one file of a merged model (`max_shard_size` of transformers' `save_pretrained`)."""
 
 LOSS_BYTES = 8
 """Bytes per logit of a loss on all logits beside the logits themselves: a copy in fp32 and its log-softmax."""
@@ -75,7 +82,8 @@ class Moment:
     Attributes:
         name: its name.
         device_bytes: peak bytes of tensors on the device, including the frozen model.
-        main_bytes: bytes of main memory that it needs meanwhile, if they are known; 0 for little.
+        main_bytes: bytes of main memory that the first process needs meanwhile, beside the program; 0 for little, and
+            where the device is the CPU.
     """
 
     name: MomentName
@@ -87,6 +95,13 @@ def between_steps(memory: MemoryModel, ranks: IntArray) -> float:
     """Return the bytes of adapters and optimizer between steps, without signals; `ranks` has shape (modules,)."""
     states = memory.states
     return float(states.others + (states.between_steps - states.signals) @ ranks + states.fixed @ (ranks > 0))
+
+
+def file_bytes(memory: MemoryModel, ranks: IntArray) -> tuple[float, float]:
+    """Return the bytes of the weights that train and of their optimizer state, of one process, in a checkpoint."""
+    states = memory.states
+    weights = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
+    return weights, between_steps(memory, ranks) - weights
 
 
 def forward_span(recording: Recording) -> tuple[IntArray, IntArray, IntArray]:
@@ -122,55 +137,97 @@ def first_step_bytes(memory: MemoryModel, ranks: IntArray) -> float:
     return max(without.peak(ranks), between_steps(memory, ranks) + updating)
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """Peaks of a run without the frozen model, in bytes of tensors on a device.
+
+    Attributes:
+        first: in the first step.
+        step: in all steps.
+        evaluation: in an evaluation; 0 without one.
+        between: between steps.
+    """
+
+    first: float
+    step: float
+    evaluation: float
+    between: float
+
+    @classmethod
+    def of(cls, memory: MemoryModel, ranks: IntArray, step_bytes: float, evaluation: Evaluation | None) -> Peaks:
+        """Return the peaks by the byte model under a plan, int64 (modules,), where no allocator is replayed.
+
+        Raises:
+            UnsupportedError: see `MemoryModel.sizes`.
+        """
+        evaluated = evaluation.bytes(memory, ranks) if evaluation else 0.0
+        return cls(
+            min(first_step_bytes(memory, ranks), step_bytes), step_bytes, evaluated, between_steps(memory, ranks)
+        )
+
+
+def main_memory(
+    memory: MemoryModel, ranks: IntArray, frozen_bytes: float, *, gpus: int = 1, sharding: str = "ddp"
+) -> dict[MomentName, float]:
+    """Return the bytes of main memory that the first process of a run on cards needs for its files, by moment.
+
+    Args:
+        memory: the byte model of a step on one card alone.
+        ranks: the plan, int64 (modules,).
+        frozen_bytes: bytes of the whole frozen model. The first process of fsdp2 or zero3 loads them before they are
+            shared, and that of fsdp2 gathers them for a checkpoint (`FULL_STATE_DICT`).
+        gpus: number of cards.
+        sharding: how they share the run; see `Shards`.
+    """
+    adapters, optimizer = file_bytes(memory, ranks)
+    each = {"ddp": float(gpus == 1), "fsdp2": 1.0}.get(sharding, 1 / gpus)
+    return {
+        "load": frozen_bytes * (sharding in ("fsdp2", "zero3")),
+        "checkpoint": adapters + frozen_bytes * (sharding == "fsdp2"),
+        "resume": optimizer * each,
+        "merge": min(frozen_bytes, MERGED_FILE_BYTES),
+    }
+
+
 def moments_of_run(
-    memory: MemoryModel,
     targets: Sequence[ModuleSpec],
     ranks: IntArray,
     frozen_bytes: float,
+    peaks: Peaks,
     *,
-    step_bytes: float,
-    first_bytes: float | None = None,
-    evaluation: Evaluation | None,
+    main: Mapping[MomentName, float] = MappingProxyType({}),
+    resumed_bytes: float = 0.0,
     quantised: bool = False,
-    loaded_bytes: float = 0.0,
     awake_bytes: float = 0.0,
     generation_bytes: float = 0.0,
 ) -> tuple[Moment, ...]:
     """Return the moments of a run in the order in which they come.
 
     Args:
-        memory: the byte model of a step.
         targets: the target modules.
         ranks: the plan, int64 (modules,).
         frozen_bytes: bytes of the frozen model on the device.
-        step_bytes: peak of a step after the first, without the frozen model.
-        first_bytes: peak of the first step, if the replay of a card tells it; by default that of the byte model.
-        evaluation: batches of an evaluation; None for a run without one.
+        peaks: peaks without the frozen model.
+        main: bytes of main memory by moment.
+        resumed_bytes: bytes that resuming loads onto the device beside the state that it replaces.
         quantised: whether frozen weights are quantised.
-        loaded_bytes: bytes of main memory that loading takes.
         awake_bytes: bytes that an engine for generation holds during training.
         generation_bytes: bytes of generation beside these and the model; 0 for none.
     """
-    states, held = memory.states, between_steps(memory, ranks)
-    adapters = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
     widest = max(
         (each.d_in * each.d_out // each.experts for each, rank in zip(targets, ranks, strict=True) if rank), default=0
     )
     merged = (QUANTISED_DELTA_BYTES if quantised else DELTA_BYTES) * widest
     there = frozen_bytes + awake_bytes
-    first = first_step_bytes(memory, ranks) if first_bytes is None else first_bytes
-    found = [
-        Moment("load", frozen_bytes, loaded_bytes),
-        Moment("first step", there + min(first, step_bytes)),
-        Moment("step", there + step_bytes),
+    found: list[tuple[MomentName, float]] = [
+        ("load", frozen_bytes),
+        ("first step", there + peaks.first),
+        ("step", there + peaks.step),
     ]
-    if evaluation:
-        found.append(Moment("evaluation", there + evaluation.bytes(memory, ranks)))
+    if peaks.evaluation:
+        found.append(("evaluation", there + peaks.evaluation))
     if awake_bytes or generation_bytes:
-        found.append(Moment("generation", there + held + generation_bytes))
-    return (
-        *found,
-        Moment("checkpoint", there + held, adapters),
-        Moment("resume", there + held, held),
-        Moment("merge", there + held + merged),
-    )
+        found.append(("generation", there + peaks.between + generation_bytes))
+    held = there + peaks.between
+    found += [("checkpoint", held), ("resume", held + resumed_bytes), ("merge", held + merged)]
+    return tuple(Moment(name, size, main.get(name, 0.0)) for name, size in found)

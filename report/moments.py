@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from rich.table import Table
 
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.forecast.outlook import Choice, Outlook
 from ..cost.forecast.what_else import with_smaller_evaluation
-from ..cost.moments import Evaluation, Moment, moments_of_run
+from ..cost.moments import (
+    Evaluation,
+    Moment,
+    MomentName,
+    Peaks,
+    file_bytes,
+    main_memory,
+    moments_of_run,
+)
 from ..cost.rollouts import cache_bytes_of
 
 _SHOWN = {
@@ -27,18 +36,19 @@ _SHOWN = {
 
 def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
     """Return the peaks of a run under a choice, in the order in which they come."""
-    gathered, card, room = outlook.shards.sharding in ("fsdp2", "zero3"), outlook.card, outlook.room
-    streamed, use = outlook.streamed * outlook.base.layer_bytes, choice.use
+    shards, card, room, use, given = outlook.shards, outlook.card, outlook.room, choice.use, outlook.given
+    ranks, model, evaluation = choice.ranks, outlook.step.model, outlook.evaluation(choice.shape)
+    main = main_memory(given.memory, ranks, given.model.frozen_bytes, gpus=shards.gpus, sharding=shards.sharding)
+    streamed = outlook.streamed * outlook.base.layer_bytes
+    several = shards.gpus > 1 and shards.sharding == "ddp"
     return moments_of_run(
-        choice.memory,
         outlook.step.targets,
-        choice.ranks,
-        outlook.step.model.frozen_bytes,
-        step_bytes=use.step_bytes - use.device.workspace_bytes if use else choice.step_bytes,
-        first_bytes=use.first_step_bytes - use.device.workspace_bytes if use else None,
-        evaluation=outlook.evaluation(choice.shape),
+        ranks,
+        model.frozen_bytes,
+        use.peaks if use else Peaks.of(choice.memory, ranks, choice.step_bytes, evaluation),
+        main={name: main.get(name, 0.0) + streamed for name in get_args(MomentName)} if card else {},
+        resumed_bytes=file_bytes(given.memory, ranks)[1] if several else 0.0,
         quantised=outlook.settings.quantization != "none",
-        loaded_bytes=outlook.given.model.frozen_bytes if gathered else streamed,
         awake_bytes=room.card.context_bytes - card.context_bytes if card and room else 0.0,
         generation_bytes=outlook.generation_bytes(choice.shape) if card else 0.0,
     )

@@ -333,12 +333,14 @@ class Replayed:
         first: peak bytes of tensors in the first training step.
         allocated: the same in both training steps.
         evaluation: peak bytes of tensors in evaluation; 0 without one.
+        between: bytes of tensors between steps.
         reserved: peak bytes held by the allocator.
     """
 
     first: int
     allocated: int
     evaluation: int
+    between: int
     reserved: int
 
 
@@ -384,6 +386,7 @@ def replay(
             run.keep(_optimizer_state(memory, parameters, ranks))
         run.optimizer_step(_scratch(memory, parameters, ranks))
         peaks.append(run.allocator.restart_peak())
+    between = run.allocator.allocated
     run.allocator.empty_cache()  # as the allocator itself does before it runs out of memory
     if evaluation:
         before = run.keep([(evaluation.kept - 1) * evaluation.output_bytes])
@@ -391,7 +394,7 @@ def replay(
         run.release(run.keep([evaluation.loss_bytes]))
         run.release(run.keep([evaluation.output_bytes, evaluation.kept * evaluation.output_bytes]) + before)
     after = run.allocator.peak_allocated if evaluation else 0
-    return Replayed(peaks[0], max(peaks), after, run.allocator.peak_reserved)
+    return Replayed(peaks[0], max(peaks), after, between, run.allocator.peak_reserved)
 
 
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Literal
 from ...common.arrays import IntArray
 from ..cards import DeviceSpec
 from ..model import MemoryModel
-from ..moments import Evaluation, between_steps
+from ..moments import Evaluation, Peaks
 from ..recording import BatchShape
 from ..step_config import Quantization
 from .allocator import replay
@@ -47,11 +47,13 @@ class CardUse:
         base_bytes: the frozen model.
         step_bytes: tensors at the peak of a training step, excluding the frozen model, including library workspaces.
         first_step_bytes: the same at the peak of the first step.
-        evaluation_bytes: the same at the peak of evaluation, or of generation; 0 without both.
+        evaluation_bytes: the same at the peak of evaluation; 0 without one.
+        between_bytes: the same between steps.
         reserve_bytes: bytes reserved by the allocator beyond tensors, at most.
         context_bytes: the CUDA context.
         margin_bytes: safety margin of the byte model against predictions that are too low.
         slack: share of the card left free by a plan that fits; see `slack_of`.
+        generation_bytes: bytes of generation beside the frozen model; 0 without it.
     """
 
     device: DeviceSpec
@@ -59,15 +61,23 @@ class CardUse:
     step_bytes: int
     first_step_bytes: int
     evaluation_bytes: int
+    between_bytes: int
     reserve_bytes: int
     context_bytes: int
     margin_bytes: int
     slack: float = SLACK
+    generation_bytes: int = 0
+
+    @property
+    def peaks(self) -> Peaks:
+        """Peaks of tensors without library workspaces."""
+        found = (self.first_step_bytes, self.step_bytes, self.evaluation_bytes, self.between_bytes)
+        return Peaks(*(max(each - self.device.workspace_bytes, 0) for each in found))
 
     @property
     def allocated_bytes(self) -> int:
         """Peak bytes of tensors."""
-        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes)
+        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes, self.generation_bytes)
 
     @property
     def reserved_bytes(self) -> int:
@@ -140,6 +150,7 @@ def card_use(
         step_bytes=step,
         first_step_bytes=replayed.first - base,
         evaluation_bytes=max(replayed.evaluation - base, 0),
+        between_bytes=replayed.between - base,
         reserve_bytes=replayed.reserved - max(replayed.allocated, replayed.evaluation),
         context_bytes=device.context_bytes,
         margin_bytes=int(memory.margin * step),
@@ -202,8 +213,7 @@ class CardRoom:
                 slack=self.slack,
             )
             if generates := self.generation(shape):
-                generates += between_steps(memory, ranks)
-                use = replace(use, evaluation_bytes=max(use.evaluation_bytes, int(generates)))
+                use = replace(use, generation_bytes=int(generates) + use.between_bytes)
             self._uses[key] = memory, use  # keep the byte model alive so that its id stays unique
         return self._uses[key][1]
 

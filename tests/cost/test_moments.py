@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.moments import Evaluation, between_steps, first_step_bytes, forward_bytes, moments_of_run
+from rankpilot.cost.moments import (
+    Evaluation,
+    Peaks,
+    between_steps,
+    first_step_bytes,
+    forward_bytes,
+    main_memory,
+    moments_of_run,
+)
 from rankpilot.cost.record.live_storages import LivePeak
 from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.cost.recording import BatchShape
@@ -20,6 +29,8 @@ from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.trainer_step import run_of_trainer
 from rankpilot.lora.targets import find_target_modules
 from transformers import Trainer, TrainingArguments, default_data_collator
+
+from .measured import allocated_peak
 
 WORDS, LENGTH, ROWS, EVALUATED, BATCHES = 2000, 48, 4, 8, 3
 LAYERED = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": WORDS, "hidden_size": 64}
@@ -107,14 +118,32 @@ def test_moments_are_those_of_a_trainer(family: str, bf16: bool, tmp_path: Path)
     held = between_steps(run.memory, run.ranks)
     assert run.memory.peak(run.ranks) == pytest.approx(held + run.risen(run.step), rel=0.002)
     assert run.evaluation.bytes(run.memory, run.ranks) == pytest.approx(run.evaluated(), rel=0.002)
-    found = {
-        moment.name: moment.device_bytes
-        for moment in moments_of_run(
-            run.memory, run.targets, run.ranks, 0, step_bytes=run.memory.peak(run.ranks), evaluation=run.evaluation
-        )
-    }
+    peaks = Peaks.of(run.memory, run.ranks, run.memory.peak(run.ranks), run.evaluation)
+    moments = moments_of_run(run.targets, run.ranks, 0, peaks)
+    found = {moment.name: moment.device_bytes for moment in moments}
     assert found["checkpoint"] == pytest.approx(held + run.risen(lambda: run.trainer.save_model()), rel=0.002)
     assert found["merge"] == pytest.approx(held + run.risen(run.model.merge_and_unload), rel=0.002)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.long) for n in ("qwen3", "gemma", "opt", "t5"))]
+)
+def test_files_pass_through_main_memory(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card, whose tensors are copied to main memory before they are written."""
+    run = Rehearsal(family, tmp_path, bf16=False, metrics=False)
+    run.trainer.train()
+    kept = safetensors.torch._to_ndarray
+    monkeypatch.setattr(safetensors.torch, "_to_ndarray", lambda tensor: kept(tensor.clone()))
+    frozen = sum(each.nbytes for each in run.model.parameters() if not each.requires_grad)
+    main = main_memory(run.memory, run.ranks, frozen)
+    assert main["checkpoint"] == pytest.approx(run.risen(lambda: run.trainer.save_model()), rel=0.002)
+    run.trainer._save_optimizer_and_scheduler(str(tmp_path))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        state = torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True)
+    assert state["state"]
+    assert main["resume"] == pytest.approx(allocated_peak(profile), rel=0.02)
+    merged = run.model.merge_and_unload()
+    assert main["merge"] == pytest.approx(run.risen(lambda: merged.save_pretrained(tmp_path / "merged")), rel=0.02)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

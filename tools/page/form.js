@@ -208,9 +208,9 @@ function showAnswer(model, asked, way, counted) {
 
 // The peak of tensors at each moment of a run; see `moments_of_run`.
 function showMoments(model, asked, way) {
-  const { rows, kept } = evaluationOf(model, asked), names = ["the frozen model", "first step", "later steps", `evaluation, batches of ${count(rows, "row")}${kept ? ` (the logits of ${kept} at once)` : ""}`, "saving a checkpoint, resuming from one", "merging the adapter"];
+  const { rows, kept } = evaluationOf(model, asked), names = ["the frozen model", "first step", "later steps", `evaluation, batches of ${count(rows, "row")}${kept ? ` (the logits of ${kept} at once)` : ""}`, "saving a checkpoint", "resuming from one", "merging the adapter"];
   const highest = Math.max(...way.moments), decisive = way.moments.indexOf(highest) === 1 && way.moments[2] === highest ? 2 : way.moments.indexOf(highest);
-  document.getElementById("moments").replaceChildren(...names.map((name, i) => element("tr", i === decisive ? { class: "chosen" } : {}, element("td", {}, name), element("td", { class: "figure" }, gib(way.moments[i])))));
+  document.getElementById("moments").replaceChildren(...names.map((name, i) => element("tr", i === decisive ? { class: "chosen" } : {}, element("td", {}, name), element("td", { class: "figure" }, gib(way.moments[i])), element("td", { class: "figure" }, way.main[i] ? gib(way.main[i]) : ""))));
   document.getElementById("evaluation").textContent = names[decisive].startsWith("evaluation") ? "Evaluation decides here. A smaller per_device_eval_batch_size, eval_accumulation_steps or prediction_loss_only lowers it." : "";
 }
 

@@ -5,6 +5,7 @@ const MIB = 2 ** 20, NEVER = Infinity;
 const CHECKPOINTING_MARGIN = 0.005;
 const LIVE_PARAMETERS = 1e9; // what DeepSpeed's ZeRO-3 gathers at the most
 const REDUCE_BUCKET_BYTES = 1e9; // what DeepSpeed keeps for gradients on their way
+const MERGED_FILE_BYTES = 50e9; // the largest file of a merged model, by transformers' default
 const KINDS = ["frozen", "adapters", "held", "inputs", "temporary", "workspace"];
 
 // The arrays and the text of a model, from what is in the page.
@@ -386,6 +387,18 @@ function evaluationOf({ words }, { rows, length, evalRows, keepLogits }) {
   return { rows: each, kept, output: kept ? 4 * words * each * length : 0 };
 }
 
+// Bytes of main memory at each moment, and those that resuming loads onto each of several cards; see `main_memory`.
+function mainMemory(model, ranks, { optimizer, gpus, sharding, stream }) {
+  const states = model.states[optimizer], whole = model.frozen.reduce((sum, size) => sum + size, 0);
+  const times = (values) => ranks.reduce((sum, rank, i) => sum + (values[i] ?? values[0]) * rank, 0), adapted = (values) => ranks.reduce((sum, rank, i) => sum + (rank > 0 ? values[i] : 0), 0);
+  const weights = times(states.weights) + adapted(states.unranked) + states.other_weights;
+  const state = states.others + times(states.weights) + times(states.optimizer) + adapted(states.fixed) - weights;
+  const several = gpus > 1 && sharding === "ddp", shared = gpus > 1 && sharding !== "ddp", streamed = (stream ?? 0) * layerBytes(model);
+  const resumed = several ? 0 : sharding === "zero3" && gpus > 1 ? state / gpus : state;
+  const main = [shared ? whole : 0, 0, 0, 0, weights + (shared && sharding === "fsdp2" ? whole : 0), resumed, Math.min(whole, MERGED_FILE_BYTES)];
+  return { main: main.map((bytes) => bytes + streamed), resumed: several ? state : 0 };
+}
+
 // Two steps and an evaluation through the allocator, and what the card must hold; see `replay` and `card_use`.
 // settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack, stream, evalRows,
 // keepLogits}
@@ -433,12 +446,13 @@ function cardUse(model, recorded, card, settings) {
   release(before);
   const base = loaded.reduce((sum, size) => sum + size, 0), evaluation = allocator.peakAllocated;
   const merging = between + model.merged * Math.max(0, ...model.weights.map((weights, i) => (ranks[i] ? weights : 0)));
-  const tensors = [first, Math.max(first, later), evaluation, between, merging].map((peak) => peak - card.workspace);
+  const files = mainMemory(model, ranks, settings), resumed = between + files.resumed;
+  const tensors = [first, Math.max(first, later), evaluation, between, resumed, merging].map((peak) => peak - card.workspace);
   const margin = Math.trunc((settings.checkpointed && step.segments.length ? CHECKPOINTING_MARGIN : 0) * (allocated - base));
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
   const reserve = reserved - Math.max(allocated, evaluation);
   const verdict = spare >= settings.slack * card.memory ? "fits" : spare + reserve >= 0 ? "tight" : "does not fit";
-  return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, moments: [base, ...tensors], parts: evaluation > allocated ? allocator.atPeak : parts };
+  return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, moments: [base, ...tensors], main: files.main, parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
 // The length of the recording that tells of this one; see `StoredStep._shapes`.
