@@ -48,7 +48,7 @@ class SteerRate:
         seen = view.run[_FIRST_STEPS : _FIRST_STEPS + len(FEATURES)].astype(np.float64)
         chosen = int(self.control.act(seen[None])[0])
         if chosen == UNDO:
-            return GO_BACK
+            return GO_BACK if view.allowed[GO_BACK] else HALVE
         return DOUBLE if CHANGES[chosen] > 0 else HALVE if CHANGES[chosen] < 0 else NOTHING
 
 

@@ -159,7 +159,7 @@ class GroupView:
     def allowed(self) -> BoolArray:
         """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed.
 
-        On labels the rate stays: alignments of their steps are noise (docs/control.md).
+        On labels the rate stays: alignments of their steps are noise (docs/control.md). A run goes back once at most.
         """
         problem, member, ladder = self.observation.problem, self.groups.member, self.observation.problem.ladder
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)
@@ -168,6 +168,7 @@ class GroupView:
         long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two show only noise
         shows = steps_seen and long and not learns_labels(self.run.tolist())
         found[[HALVE, DOUBLE, GO_BACK]] = shows and not is_first(self.observation)
+        found[GO_BACK] &= not self.run_feature("steps_undone")
         can_rise = (rungs < problem.tops) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
         for group in range(len(self.groups.names)):

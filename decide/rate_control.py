@@ -146,8 +146,9 @@ class RunRecord:
         """Record an action and start a new window; `UNDO` goes back, other actions only if the run was `undone`."""
         self.moved += CHANGES[action]
         self.changed |= action != KEEP
-        self._undone = undone or action == UNDO
-        if not self._undone:
+        back = undone or action == UNDO
+        self._undone |= back
+        if not back:
             self._means.append(math.log(np.mean(self.losses)))
         self._schedule, self.losses, self.alignments = self._now, [], []
 

@@ -430,7 +430,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     | steps_steps | log2 of a fifth of the steps that are done, over 4 | -3 to 3 |
     | steps_schedule | the schedule's rate now, as a share of its peak | 0 to 1 |
     | steps_warm-up | 1 while the schedule's rate rises | 0 or 1 |
-    | steps_undone | 1 if the last action went back | 0 or 1 |
+    | steps_undone | 1 once the run has gone back | 0 or 1 |
 
     ## Rewards
     At the end, -100 log(held-out loss / held-out loss of the baseline rule on the same task, seed and batches):

@@ -78,6 +78,9 @@ def test_what_was_undone_is_no_level_to_compare_with() -> None:
     assert (after["undone"], after["evidence"]) == (1, 0), "one alignment tells no error"
     assert after["moved"] == pytest.approx(-2 / 3)
     assert after["change of loss"] == pytest.approx(0, abs=1e-12)
+    found.take(rate_control.KEEP)
+    found.add(3.0, 0.1)
+    assert found.observe(1.0)[rate_control.FEATURES.index("undone")] == 1, "it stays"
 
 
 LOW = {"alignment": 1.0, "alignment_over_the_first": 0.9, "evidence": 2.0}

@@ -85,18 +85,18 @@ def test_the_agent_that_ships_steers_a_run(tmp_path: Path) -> None:
 
 
 class Doubles:
-    """Doubles the rate at the third moment, and goes back at the fifth."""
+    """Doubles the rate at the third moment, and goes back at the fifth and, if it may, the seventh."""
 
     def act(self, view: GroupView) -> int:
         turn = STEERING.steps(STEPS).index(round(STEPS * view.run_feature("progress")))
-        return {2: DOUBLE, 4: GO_BACK}.get(turn, 0)
+        return {2: DOUBLE, 4: GO_BACK, 6: GO_BACK}.get(turn, 0)
 
 
-def test_going_back_in_a_run_puts_adapters_back_at_a_quarter_of_the_rate(tmp_path: Path) -> None:
+def test_going_back_once_in_a_run_puts_adapters_back_at_a_quarter_of_the_rate(tmp_path: Path) -> None:
     log = steered(tmp_path, Steering("doubles", Doubles()), save_strategy="no")
     moves = [json.loads(line) for line in (log.folder / CONTROL).read_text().splitlines()]
     assert [move["change"] for move in moves][:4] == [0, 1, 0, -2]
-    assert [move["undone"] for move in moves][:4] == [False, False, False, True]
+    assert [move["undone"] for move in moves] == [at == 3 for at in range(len(moves))]
     assert moves[1]["rate"] == pytest.approx(2 * moves[0]["rate"], rel=1e-6)
     assert moves[3]["rate"] == pytest.approx(moves[0]["rate"] / 2, rel=1e-6)
 
