@@ -87,15 +87,13 @@ def calibrate(
         small, cuts = batches[0], follows_rows(batch)
         series = _same_series(recorder, batches) if cuts else []
         series = _same_series(recorder, batches) if AGREE.get() and cuts and len(series) < len(batches) else series
-        growth = None
-        if len(series) == len(batches):
-            growth = Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
-        if not growth:  # operations depend on the data or the number of rows, so only this batch is known
-            if not series or shape_of(small) != shape:
-                recorder.warm_up(batch)
-                series, small = [recorder.step(batch)], batch
-            growth = Growth.unknown(shape, len(series[0].sizes))
+        whole = len(series) == len(batches)
+        growth = Growth.of(shape, [shape_of(each) for each in batches], series, tiles) if whole else None
+        if not (growth or (series and shape_of(small) == shape)):  # operations depend on the data
+            recorder.warm_up(batch)
+            series, small = [recorder.step(batch)], batch
         base = series[0]
+        growth = growth or Growth.unknown(shape, len(base.sizes))  # only this batch is known
         double = recorder.step(small, 2 * RANK, like=base)
         base = recorder.lifetimes(base, small)
     _check_all_ran(base, targets)

@@ -84,8 +84,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._created(self._follow(storage), storage.nbytes())
         elif type(result) is not torch.Tensor or result.untyped_storage()._cdata not in self._seen:
             unseen = {each._cdata: each for each in storages(tensors_in(result)) if each._cdata not in self._seen}
-            if unseen:
-                self._see(unseen, tensors_in([*arguments, *options.values()]))
+            self._see(unseen, tensors_in([*arguments, *options.values()]))
         if scratch := scratch_bytes(operator, arguments, options):
             serial, self.count = self.count, self.count + 1
             self._created(serial, scratch)
@@ -257,9 +256,8 @@ def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, An
     Returns:
         The result, and whether it is known to be a tensor with a storage of its own.
     """
-    key = None
-    if _makes_one_tensor(operator) and not (arguments and _is_real(arguments[0])):
-        key = _key((operator, *arguments, *options.items()))
+    real = arguments and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta
+    key = None if real or not _makes_one_tensor(operator) else _key((operator, *arguments, *options.items()))
     if key is None or knows_all(tensors_in([*arguments, *options.values()])):
         return operator(*arguments, **options), False
     if key in _RESULTS:
@@ -272,10 +270,6 @@ def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, An
         if plain.untyped_storage().nbytes() == result.untyped_storage().nbytes():
             _RESULTS[key] = made
     return result, False
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_meta
 
 
 @cache
@@ -301,16 +295,9 @@ def _key(values: Iterable[Any]) -> tuple[Any, ...] | None:
     for value in values:
         kind = type(value)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if not value.is_meta:
-                return None
-            found.append((value.shape, value.stride(), value.dtype))
+            found.append((value.shape, value.stride(), value.dtype) if value.is_meta else None)
         elif isinstance(value, (tuple, list)):
-            parts = _key(value)
-            if parts is None:
-                return None
-            found.append(parts)
-        elif isinstance(value, (torch.Tensor, dict)):
-            return None
+            found.append(_key(value))
         else:
-            found.append((kind, value))
-    return tuple(found)
+            found.append(None if isinstance(value, (torch.Tensor, dict)) else (kind, value))
+    return None if None in found else tuple(found)

@@ -213,60 +213,47 @@ class _Tiling:
     Attributes:
         recorded: the recording of the cut model.
         layers: the cut of the model.
-        starts: start of each layer of the period in the forward pass, and of the layer above.
-        begun: start of each layer of the period in the backward pass, and of the layer below, in the order they run.
+        forward: span of the period in the forward pass.
+        backward: span in the backward pass.
+        below: number of operators of the layers below the period, in each pass.
+        above: the same for the recorded layers above it.
     """
 
     recorded: Recording
     layers: RepeatedLayers
-    starts: list[int]
-    begun: list[int]
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+    below: tuple[int, int]
+    above: tuple[int, int]
 
     @classmethod
     def of(cls, recorded: Recording, layers: RepeatedLayers) -> _Tiling | None:
         """Create the tiling of a recording; None if a layer of the period or the one below has no backward pass."""
         back = recorded.created > recorded.forward_end
         order = range(layers.top - 1, layers.bottom - 2, -1)
-        begun = [recorded.created[back & (recorded.segment_index == number)] for number in order]
-        if not all(map(len, begun)):
+        created = [recorded.created[back & (recorded.segment_index == number)] for number in order]
+        if not all(map(len, created)):
             return None
         starts = [segment.start for segment in recorded.segments[layers.bottom : layers.top + 1]]
-        return cls(recorded, layers, starts, [int(created.min()) - 1 for created in begun])
-
-    @cached_property
-    def forward(self) -> tuple[int, int]:
-        """Return the span of the period in the forward pass."""
-        return self.starts[0], self.starts[-1]
-
-    @cached_property
-    def backward(self) -> tuple[int, int]:
-        """Return the span of the period in the backward pass."""
-        return self.begun[0], self.begun[-1]
+        begun = [int(times.min()) - 1 for times in created]
+        low, high = layers.below, layers.kept - layers.top
+        below = starts[-1] - starts[-1 - low], begun[low] - begun[0]
+        above = starts[high] - starts[0], begun[-1] - begun[-1 - high]
+        return cls(recorded, layers, (starts[0], starts[-1]), (begun[0], begun[-1]), below, above)
 
     @cached_property
     def ahead(self) -> int:
-        return self.starts[-1] - self.starts[0]
+        return self.forward[1] - self.forward[0]
 
     @cached_property
     def back(self) -> int:
-        return self.begun[-1] - self.begun[0]
-
-    @cached_property
-    def below(self) -> tuple[int, int]:
-        """Return the operators of the layers below the period in the forward and backward pass."""
-        count = self.layers.below
-        return self.starts[-1] - self.starts[-1 - count], self.begun[count] - self.begun[0]
-
-    @cached_property
-    def above(self) -> tuple[int, int]:
-        """Return the operators of the recorded layers above the period in the forward and backward pass."""
-        count = self.layers.kept - self.layers.top
-        return self.starts[count] - self.starts[0], self.begun[-1] - self.begun[-1 - count]
+        return self.backward[1] - self.backward[0]
 
     def is_regular(self) -> bool:
         """True if the layers below create and free the same storages as the last ones of the period."""
-        (ahead, back), (start, end) = self.below, (self.forward[1], self.backward[0])
-        for start, end, shift in ((start - ahead, start, self.ahead), (end, end + back, -self.back)):
+        begun = (self.forward[1] - self.below[0], self.ahead), (self.backward[0], -self.back)
+        for (start, shift), count in zip(begun, self.below, strict=True):
+            end = start + count
             own, below = self.within(start, end), self.within(start - shift, end - shift)
             if len(own) != len(below) or not np.array_equal(self._known_of(own, 0), self._known_of(below, 1)):
                 return False
