@@ -85,16 +85,16 @@ def calibrate(
         shapes = _small_shapes(shape, rows_per_example, cut=not keeps_state(model))
         batches = [reshaped(batch, other, rows_per_example) for other in shapes]
         small, cuts = batches[0], follows_rows(batch)
-        series = _same_series(recorder, batches) if cuts else None
-        series = _same_series(recorder, batches) if AGREE.get() and cuts and not series else series
-        growth = series and Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
-        if series and growth:
-            base = series[0]
-        else:  # operations depend on the data, so only this batch is known
+        series = _same_series(recorder, batches) if cuts else []
+        series = _same_series(recorder, batches) if AGREE.get() and cuts and len(series) < len(batches) else series
+        whole = len(series) == len(batches)
+        growth = Growth.of(shape, [shape_of(each) for each in batches], series, tiles) if whole else None
+        if not (growth or (series and shape_of(small) == shape)):  # operations depend on the data
             recorder.warm_up(batch)
-            base, small = recorder.step(batch), batch
-            growth = Growth.unknown(shape, len(base.sizes))
-        double = recorder.step(small, 2 * RANK, sizes_alone=True)
+            series, small = [recorder.step(batch)], batch
+        base = series[0]
+        growth = growth or Growth.unknown(shape, len(base.sizes))  # only this batch is known
+        double = recorder.step(small, 2 * RANK, like=base)
         base = recorder.lifetimes(base, small)
     _check_all_ran(base, targets)
     ranks = RANK * np.append(recorded_ranks(targets), 1)[base.target_index]
@@ -111,20 +111,20 @@ def calibrate(
     )
 
 
-def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Recording] | None:
-    """Record these batches; None if their operations differ."""
+def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Recording]:
+    """Record these batches; those whose operations are not those of the first are left out."""
     found: dict[BatchShape, Recording] = {}
     try:
         recorder.warm_up(batches[1])
         for batch in batches:
             if (shape := shape_of(batch)) not in found:  # a batch that cannot be cut is as small as the first
-                found[shape] = recorder.step(batch, sizes_alone=bool(found))
+                found[shape] = recorder.step(batch, like=next(iter(found.values()), None))
     except (RankPilotError, torch.OutOfMemoryError):
         raise
     except CUT_FAILS:  # the loss only accepts whole batches, such as packed rows with separate limits
-        return None
-    recordings = [found[shape_of(batch)] for batch in batches]
-    return recordings if all(_same_operations(recordings[0], other) for other in recordings[1:]) else None
+        pass
+    recordings = [found[shape] for batch in batches if (shape := shape_of(batch)) in found]
+    return [each for each in recordings if _same_operations(each, recordings[0])]
 
 
 def keeps_state(model: nn.Module) -> bool:
@@ -164,11 +164,11 @@ class _ScaledRecorder:
             prepare(self.targets, RANK)
             self.recorder.forward(batch)
 
-    def step(self, batch: Batch, rank: int = RANK, *, sizes_alone: bool = False) -> Recording:
+    def step(self, batch: Batch, rank: int = RANK, *, like: Recording | None = None) -> Recording:
         """Record a step with all modules at this rank; see `Recorder.step`."""
         prepare(self.targets, rank)
         with scaled(self.tiles, shape_of(batch)):
-            return self.recorder.step(batch, sizes_alone=sizes_alone)
+            return self.recorder.step(batch, like=like)
 
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
         """See `Recorder.lifetimes`."""

@@ -77,14 +77,15 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and report new storages among its results."""
         options = options or {}
-        result = run_on_meta(operator, arguments, options)
+        result, is_new = run_on_meta(operator, arguments, options)
         self.now += 1
-        results = (result,) if type(result) is torch.Tensor else tensors_in(result)
-        unseen = {each._cdata: each for each in storages(results) if each._cdata not in self._seen}
-        if unseen:
+        if is_new:
+            storage = result.untyped_storage()
+            self._created(self._follow(storage), storage.nbytes())
+        elif type(result) is not torch.Tensor or result.untyped_storage()._cdata not in self._seen:
+            unseen = {each._cdata: each for each in storages(tensors_in(result)) if each._cdata not in self._seen}
             self._see(unseen, tensors_in([*arguments, *options.values()]))
-        scratch = scratch_bytes(operator, arguments, options)
-        if scratch:
+        if scratch := scratch_bytes(operator, arguments, options):
             serial, self.count = self.count, self.count + 1
             self._created(serial, scratch)
             self._freed(serial)
@@ -243,31 +244,32 @@ _SCRATCH: dict[str, Callable[..., int]] = {
 _RESULTS: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 """Size, strides and dtype of an operator's new tensor, by its arguments."""
 
-_NONE = object()
 
-
-def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def run_on_meta(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, bool]:
     """Run a dispatcher operator; one that creates a meta tensor runs once per set of sizes.
 
     Args:
         operator: an overload, as passed to `__torch_dispatch__`.
         arguments: its positional arguments.
         options: its keyword arguments.
+
+    Returns:
+        The result, and whether it is known to be a tensor with a storage of its own.
     """
     real = arguments and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta
-    key = None if real or not _makes_one_tensor(operator) else _key((operator, arguments, options))
+    key = None if real or not _makes_one_tensor(operator) else _key((operator, *arguments, *options.items()))
     if key is None or knows_all(tensors_in([*arguments, *options.values()])):
-        return operator(*arguments, **options)
+        return operator(*arguments, **options), False
     if key in _RESULTS:
         size, strides, dtype = _RESULTS[key]
-        return torch.empty_strided(size, strides, dtype=dtype, device="meta")
+        return torch.empty_strided(size, strides, dtype=dtype, device="meta"), True
     result = operator(*arguments, **options)
     if type(result) is torch.Tensor and result.is_meta and not _shares(result, (*arguments, *options.values())):
         made = result.shape, result.stride(), result.dtype
         plain = torch.empty_strided(*made[:2], dtype=made[2], device="meta")
         if plain.untyped_storage().nbytes() == result.untyped_storage().nbytes():
             _RESULTS[key] = made
-    return result
+    return result, False
 
 
 @cache
@@ -287,14 +289,15 @@ def _shares(result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
     return any(isinstance(each, torch.Tensor) and each.untyped_storage()._cdata == own for each in flat)
 
 
-def _key(value: Any) -> Any:
+def _key(values: Iterable[Any]) -> tuple[Any, ...] | None:
     """Return a hashable key of everything that affects result sizes; None beyond meta tensors and plain values."""
-    if isinstance(value, torch.Tensor):
-        plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_meta
-        return (value.shape, value.stride(), value.dtype) if plain else None
-    if isinstance(value, (tuple, list)):
-        found = tuple(map(_key, value))
-        return None if None in found else found
-    if isinstance(value, dict):
-        return _key(tuple(value.items()))
-    return _NONE if value is None else (type(value), value)
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            found.append((value.shape, value.stride(), value.dtype) if value.is_meta else None)
+        elif isinstance(value, (tuple, list)):
+            found.append(_key(value))
+        else:
+            found.append(None if isinstance(value, (torch.Tensor, dict)) else (kind, value))
+    return None if None in found else tuple(found)

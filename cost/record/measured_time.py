@@ -380,7 +380,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and report its work."""
         options = options or {}
-        result = run_on_meta(operator, arguments, options)
+        result, _ = run_on_meta(operator, arguments, options)
         if not _is_view(operator):
             moved = sum(_bytes(tensor) for values in (arguments, options, result) for tensor in tensors_in(values))
             self._note(_flops(operator, arguments, options, result), float(moved))

@@ -102,17 +102,18 @@ class Recorder:
         self.every_plan: int = 1 << len(targets)  # the bit for everything that trains under any plan
         self.always_trains = {i: t.layer for i, t in enumerate(targets) if _requires_grad_always(t.layer)}
 
-    def step(self, batch: Batch, *, sizes_alone: bool = False) -> Recording:
+    def step(self, batch: Batch, *, like: Recording | None = None) -> Recording:
         """Record a forward and a backward pass, and clear the gradients; `freed_if_unsaved` equals `freed`.
 
         Args:
             batch: input of the loss.
-            sizes_alone: skip the modules that create and need the storages; faster.
+            like: a recording of the same operations; only sizes and times are then recorded, which is faster.
 
         Raises:
             UnsupportedError: the model returns no loss.
+            ValueError: the forward pass runs another number of operations than `like`.
         """
-        return _Run(self, batch, sizes_alone).record(save=True)
+        return _Run(self, batch, bool(like)).record(save=True, like=like)
 
     def forward(self, batch: Batch) -> Recording:
         """Record a forward pass without saved tensors.
@@ -181,14 +182,16 @@ class _Run:
         self._node_modules: ModuleSet = 0
         self._node_uses_saved = False
 
-    def record(self, *, save: bool) -> Recording:
-        """Run the step; without `save`, autograd saves nothing and only the forward pass runs."""
+    def record(self, *, save: bool, like: Recording | None = None) -> Recording:
+        """Run the step; without `save`, autograd saves nothing and only the forward pass runs; see `Recorder.step`."""
         torch.clear_autocast_cache()  # it may hold factors of other ranks
         with self._mode, self._watching(), segments_marked(self._recorder.checkpointing, self._run_segment):
             with torch.autograd.graph.saved_tensors_hooks(partial(self._pack, save=save), _unpack):
                 loss = self._recorder.loss(self._batch)
             torch.clear_autocast_cache()  # training leaves autocast here, but the caller's context may last longer
             forward_end = self._mode.now
+            if like and forward_end != like.forward_end and not AGREE.get():  # which all processes must reach
+                raise ValueError("the forward pass runs other operations")
             gradients = self._backward(loss) if save else {}
         freed = np.array(self._freed, dtype=np.int64)
         for parameter in self._recorder.parameters:

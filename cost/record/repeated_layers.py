@@ -33,11 +33,8 @@ from .measured_time import count_work
 _PEFT = "base_model.model."
 """Prefix of the base model's module names in a PEFT model; names of target modules lack it."""
 
-WORTH_IT = 0.7
+WORTH_IT = 0.75
 """Largest share of layers recorded for all others."""
-
-PERIODS = 3
-"""Number of recorded periods: the repeated one has one below and one above."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,8 @@ class RepeatedLayers:
         name: name of the list of layers in its owner.
         prefix: prefix of the layers' names in the base model, with the dot.
         period: number of layers after which their kinds repeat.
-        first: number of layers before the first whole period.
+        first: number of layers before the first one that others repeat.
+        below: number of layers between these and the repeated period, equal to its last ones.
         count: number of layers in the whole model.
     """
 
@@ -58,12 +56,23 @@ class RepeatedLayers:
     prefix: str
     period: int
     first: int
+    below: int
     count: int
 
     @property
+    def bottom(self) -> int:
+        """Index of the first layer of the repeated period."""
+        return self.first + self.below
+
+    @property
+    def top(self) -> int:
+        """Index of the first layer above the repeated period."""
+        return self.bottom + self.period
+
+    @property
     def kept(self) -> int:
-        """Number of recorded layers, from the first on."""
-        return self.first + PERIODS * self.period
+        """Number of recorded layers, from the first on; at least one is above the repeated period."""
+        return self.top + (self.count - self.top - 1) % self.period + 1
 
     @property
     def more(self) -> int:
@@ -93,9 +102,9 @@ class RepeatedLayers:
         kinds = [(_kind(layer), [each[i] for each in types if i < len(each)]) for i, layer in enumerate(layers)]
         owner, _, own = name.rpartition(".")
         found = [
-            cls(model.get_submodule(owner), own, f"{name.removeprefix(_PEFT)}.", period, first, len(kinds))
-            for period in range(1, len(kinds) // (PERIODS + 1) + 1)
-            for first in (_before(kinds, period), _before(kinds, period) + period)
+            cls(model.get_submodule(owner), own, f"{name.removeprefix(_PEFT)}.", period, first, period, len(kinds))
+            for period in range(1, len(kinds) // 2)
+            for first in (_before(kinds, period), _before(kinds, period) + 1)
         ]
         return sorted((each for each in found if each.kept <= WORTH_IT * each.count), key=lambda each: each.kept)[:2]
 
@@ -109,15 +118,10 @@ class RepeatedLayers:
         finally:
             setattr(self.owner, self.name, whole)
 
-    def period_of(self, name: str) -> int | None:
-        """Return a module's period, negative for layers before the first; None outside the layers."""
-        number = self.number(name)
-        return None if number is None else (number - self.first) // self.period
-
-    def number(self, name: str) -> int | None:
-        """Return the index of a module's layer; None outside the layers."""
+    def number(self, name: str) -> int:
+        """Return the index of a module's layer; -1 outside the layers."""
         parts = self._parts(name)
-        return parts and parts[1]
+        return parts[1] if parts else -1
 
     def moved(self, name: str, periods: int) -> str:
         """Return the name of the same module in a layer some periods above."""
@@ -191,11 +195,11 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _before(kinds: Sequence[Any], period: int) -> int:
-    """Return the number of layers, at least one, before whole periods of equal kinds up to the last layer."""
+    """Return the number of layers, at least one, before those whose kinds repeat up to the last layer."""
     first = len(kinds) - period
     while first > 1 and kinds[first - 1] == kinds[first - 1 + period]:
         first -= 1
-    return first + (len(kinds) - first) % period
+    return first
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,25 +215,31 @@ class _Tiling:
         layers: the cut of the model.
         forward: span of the period in the forward pass.
         backward: span in the backward pass.
+        below: number of operators of the layers below the period, in each pass.
+        above: the same for the recorded layers above it.
     """
 
     recorded: Recording
     layers: RepeatedLayers
     forward: tuple[int, int]
     backward: tuple[int, int]
+    below: tuple[int, int]
+    above: tuple[int, int]
 
     @classmethod
     def of(cls, recorded: Recording, layers: RepeatedLayers) -> _Tiling | None:
         """Create the tiling of a recording; None if a layer of the period or the one below has no backward pass."""
-        bottom = layers.first + layers.period
         back = recorded.created > recorded.forward_end
-        begun = [
-            recorded.created[back & (recorded.segment_index == i)] for i in (bottom + layers.period - 1, bottom - 1)
-        ]
-        if not all(map(len, begun)):
+        order = range(layers.top - 1, layers.bottom - 2, -1)
+        created = [recorded.created[back & (recorded.segment_index == number)] for number in order]
+        if not all(map(len, created)):
             return None
-        forward = recorded.segments[bottom].start, recorded.segments[bottom + layers.period].start
-        return cls(recorded, layers, forward, (int(begun[0].min()) - 1, int(begun[1].min()) - 1))
+        starts = [segment.start for segment in recorded.segments[layers.bottom : layers.top + 1]]
+        begun = [int(times.min()) - 1 for times in created]
+        low, high = layers.below, layers.kept - layers.top
+        below = starts[-1] - starts[-1 - low], begun[low] - begun[0]
+        above = starts[high] - starts[0], begun[-1] - begun[-1 - high]
+        return cls(recorded, layers, (starts[0], starts[-1]), (begun[0], begun[-1]), below, above)
 
     @cached_property
     def ahead(self) -> int:
@@ -240,9 +250,10 @@ class _Tiling:
         return self.backward[1] - self.backward[0]
 
     def is_regular(self) -> bool:
-        """True if the period below creates and frees the same storages as the period."""
-        for start, shift in ((self.forward[0], self.ahead), (self.backward[0], -self.back)):
-            end = start + abs(shift)
+        """True if the layers below create and free the same storages as the last ones of the period."""
+        begun = (self.forward[1] - self.below[0], self.ahead), (self.backward[0], -self.back)
+        for (start, shift), count in zip(begun, self.below, strict=True):
+            end = start + count
             own, below = self.within(start, end), self.within(start - shift, end - shift)
             if len(own) != len(below) or not np.array_equal(self._known_of(own, 0), self._known_of(below, 1)):
                 return False
@@ -268,11 +279,12 @@ class _Tiling:
     def _near(self, times: IntArray, below: int = 0) -> tuple[BoolArray, BoolArray]:
         """Return masks of times near a period `below` down: in its forward pass, and in its backward pass.
 
-        The forward pass of the period above and the backward passes of both neighbours count as near too.
+        The forward pass of the layers above and the backward passes of both neighbours count as near too.
         """
         ahead = times - (self.forward[0] - below * self.ahead)
         back = times - (self.backward[0] + below * self.back)
-        return (ahead > 0) & (ahead <= 2 * self.ahead), (back > -self.back) & (back <= 2 * self.back)
+        (further, earlier), later = self.above, self.back + self.below[1]
+        return (ahead > 0) & (ahead <= self.ahead + further), (back > -earlier) & (back <= later)
 
     @cached_property
     def copies(self) -> tuple[IntArray, IntArray, IntArray]:
@@ -314,8 +326,7 @@ class _Copies:
     def __init__(self, layers: RepeatedLayers, targets: Sequence[str]) -> None:
         self._layers, self._targets = layers, tuple(targets)
         self._target_numbers = {name: number for number, name in enumerate(targets)}
-        self._kept = [name for name in targets if (layers.period_of(name) or 0) < PERIODS]
-        self._periods = [layers.period_of(name) for name in self._kept]
+        self._kept = [name for name in targets if layers.number(name) < layers.kept]
         self._above: int = layers.more + 1  # the copy for everything above
         self._set = cache(self._new_set)
         self._bits, self._lower = cache(self._new_bits), cache(self._lower_copies)
@@ -332,40 +343,42 @@ class _Copies:
 
     def _name(self, name: str, copy: int) -> str:
         """Return a recorded module's name as seen from a copy of the period."""
-        period = self._layers.period_of(name)
-        if period is None or period < 1:
+        layers, number = self._layers, self._layers.number(name)
+        if number < layers.bottom:
             return name
-        return self._layers.moved(name, min(max(copy, 0), self._layers.more) if period == 1 else self._layers.more)
+        return layers.moved(name, min(max(copy, 0), layers.more) if number < layers.top else layers.more)
 
     def _new_set(self, modules: ModuleSet, copy: int) -> ModuleSet:
         """Return the whole model's modules for those of a recorded storage or segment.
 
         Whatever depends on a module of a layer depends on everything below, through the residual stream.
         """
-        if copy < 0 and modules & self._up_to(PERIODS) & ~self._up_to(1):
+        layers = self._layers
+        if copy < 0 and modules & self._up_to(layers.kept) & ~self._up_to(layers.bottom):
             copy = self._above  # shared by all layers, such as a mask
         found, bits = 0, self._bits(copy)
         for number in range(modules.bit_length()):
             if modules >> number & 1:
                 found |= bits[number]
-        return found | self._lower(copy) if modules & self._up_to(2 if copy == self._above else 1) else found
+        end = layers.top if copy == self._above else layers.bottom
+        return found | self._lower(copy) if modules & self._up_to(end) else found
 
     def _up_to(self, end: int) -> ModuleSet:
-        """Return the recorded target modules in layers below a period."""
-        return sum(1 << i for i, period in enumerate(self._periods) if period is not None and period < end)
+        """Return the recorded target modules in layers below one."""
+        return sum(1 << i for i, name in enumerate(self._kept) if 0 <= self._layers.number(name) < end)
 
     def _new_bits(self, copy: int) -> list[ModuleSet]:
         """Return each recorded target module's bit in a copy's view, and the bit for what always trains."""
-        found = []
-        for name, period in zip(self._kept, self._periods, strict=True):
-            near = period == 0 and 0 <= copy < self._above
-            found.append(self._bit(self._layers.moved(name, copy) if near else self._name(name, copy)))
+        layers, found = self._layers, []
+        for name in self._kept:
+            near = layers.first <= layers.number(name) < layers.bottom and 0 <= copy < self._above
+            found.append(self._bit(layers.moved(name, copy) if near else self._name(name, copy)))
         return [*found, 1 << len(self._targets)]
 
     def _lower_copies(self, copy: int) -> ModuleSet:
-        """Return all target modules from the period below the copies to the second below a copy."""
-        below = [name for name, period in zip(self._kept, self._periods, strict=True) if period == 0]
-        return sum(self._bit(self._layers.moved(name, each)) for name in below for each in range(copy))
+        """Return all target modules from the layers below the copies up to those below a copy."""
+        first, end = self._layers.first, self._layers.first + copy * self._layers.period
+        return sum(self._bit(name) for name in self._targets if first <= self._layers.number(name) < end)
 
     def _bit(self, name: str) -> ModuleSet:
         return 1 << self._target_numbers[name]
@@ -378,17 +391,16 @@ class _Copies:
             layers: `StepWork.layers` of the whole model.
             widths: its `StepWork.widths`.
         """
-        cut, bottom = self._layers, self._layers.first + self._layers.period
-        top = bottom + cut.period
-        numbers = [-1 if (number := cut.number(name)) is None else number for name in work.layers]
-        of_row = np.array([*numbers, -1])[work.layer]
+        cut, bottom, top = self._layers, self._layers.bottom, self._layers.top
+        of_row = np.array([*map(cut.number, work.layers), -1])[work.layer]
         known = np.stack([work.flops, work.moved, np.where(of_row < 0, -1, (of_row - cut.first) % cut.period)])
 
         def begin(layer: int, backward: bool) -> int:
             return int(np.flatnonzero((of_row == layer) & (work.backward == backward))[0])
 
         ahead, back = (begin(bottom, False), begin(top, False)), (begin(top - 1, True), begin(bottom - 1, True))
-        for (start, end), below in ((ahead, ahead[0] - ahead[1]), (back, back[1] - back[0])):
+        alike = (begin(top - cut.below, False), ahead[1]), (back[0], begin(top - cut.below - 1, True))
+        for (start, end), below in zip(alike, (ahead[0] - ahead[1], back[1] - back[0]), strict=True):
             if not np.array_equal(known[:, start:end], known[:, start + below : end + below]):
                 return None
         rows, often = np.arange(len(of_row)), self._above
@@ -444,6 +456,7 @@ class _Whole(_Copies):
         layers = [f"{self._layers.prefix}{number}" for number in range(self._layers.count)]
         names, segments = self._numbers(recorded.names, self._names), self._numbers(layers[: self._layers.kept], layers)
         targets = self._numbers(self._kept, self._targets)
+        gradients = sorted(self._each(recorded.gradients), key=lambda each: each[2])  # in the order of the layers
         return Recording(
             sizes=recorded.sizes[origin],
             created=self._created,
@@ -461,7 +474,7 @@ class _Whole(_Copies):
                 new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.on_context_until)
             },
             uses_saved=recorded.uses_saved[origin],
-            gradients={new: int(targets[copy, target]) for new, _, copy, target in self._each(recorded.gradients)},
+            gradients={new: int(targets[copy, target]) for new, _, copy, target in gradients},
             added_at={new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.added_at)},
             names=self._names,
             forward_end=recorded.forward_end + self._layers.more * self._tiling.ahead,
@@ -482,8 +495,7 @@ class _Whole(_Copies):
         return int(self._tiling.times(*(np.array([value]) for value in (time, serial, copy)))[0])
 
     def _segments(self) -> Iterator[Segment]:
-        segments, bottom = self._recorded.segments, self._layers.first + self._layers.period
-        top = bottom + self._layers.period
+        segments, bottom, top = self._recorded.segments, self._layers.bottom, self._layers.top
         yield from (self._segment(each, -1) for each in segments[:bottom])
         for copy in range(self._above):
             yield from (self._segment(each, copy) for each in segments[bottom:top])
@@ -503,9 +515,9 @@ class _Whole(_Copies):
         )
 
     def _serial_for(self, serial: int, copy: int) -> int:
-        """Return a segment copy's storage for a recorded one; one of the period below maps to the copy below."""
+        """Return a segment copy's storage for a recorded one; one of the layers below maps to the copy below."""
         start, created = self._tiling.forward[0], self._recorded.created[serial]
-        if 0 < copy < self._above and start - self._tiling.ahead < created <= start:
+        if 0 < copy < self._above and start - self._tiling.below[0] < created <= start:
             return int(self._serials[copy - 1, serial + self._in_period])
         return int(self._serials[copy, serial])
 
@@ -513,9 +525,14 @@ class _Whole(_Copies):
 def measure_by_layers(
     training: TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
 ) -> MemoryModel:
-    """Return a step's byte model from the first workable cut of its layers; unworkable cuts are removed."""
+    """Return a step's byte model from the first workable cut of its layers; unworkable cuts are removed.
+
+    Once a whole period is known to equal the one above, further steps of the model show it with a single layer.
+    """
     while ways:
         if memory := _of_few_layers(training, targets, batch, ways[0]):
+            if ways[0].below > 1:
+                ways.insert(0, replace(ways[0], below=1))
             return memory
         ways.pop(0)
     return measure_memory(training, targets, batch, signals=False)
