@@ -23,6 +23,7 @@ BENCHMARKS = {
     "loss-runs": ("loss_runs", "fine-tunes used to fit the learning-rate rule and the expected losses"),
     "no-sweep": ("no_sweep", "one run of rankpilot at its own rate, compared with plain LoRA at its best rate"),
     "race": ("race", "the learning rate that a race chooses, compared with the best rate of a sweep"),
+    "regrets": ("regrets", "what a wrong rate and a wrong depth cost on proxies, beside real fine-tunes"),
     "labels": ("labels", "the default learning rate on labels, compared with its starting rate"),
     "agent": ("agent", "a trained agent compared with hand-written rules, on unseen families and texts"),
     "elastic": ("elastic", "another process takes memory during runs and releases it"),

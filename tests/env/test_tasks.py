@@ -19,7 +19,9 @@ from rankpilot.env.tasks import REGIMES, SPLITS, FineTuneTask, draw_task
 MakeTask = Callable[..., FineTuneTask]
 
 
-@pytest.mark.parametrize(("kind", "corpus"), [("text", "code"), ("planted", "code"), ("labels", "sentiment")])
+@pytest.mark.parametrize(
+    ("kind", "corpus"), [("text", "code"), ("planted", "code"), ("labels", "sentiment"), ("labels", "code+tables")]
+)
 def test_the_same_task_gives_the_same_data(make_task: MakeTask, kind: str, corpus: str) -> None:
     first = load_task(make_task(kind, 5, corpus=corpus))
     load_task.cache_clear()
@@ -63,6 +65,21 @@ def test_held_out_texts_of_a_classification_are_never_trained_on(make_task: Make
             window = bytes(row[:-1])
             assert any(window in text for text, index in texts if index == label - FIRST_CLASS)
     assert not {text for text, _ in halves[0]} & {text for text, _ in halves[1]}
+
+
+def test_texts_as_classes_are_those_of_their_split(make_task: MakeTask) -> None:
+    data = load_task(make_task("labels", 5, corpus="code+german+tables"))
+    texts = [[half.tobytes() for half in load_corpus(name)] for name in ("code", "german", "tables")]
+    drawn = ((data.inputs.view(-1, 16), data.labels.view(-1, 16)), (data.held_out_inputs, data.held_out_labels))
+    for half, (inputs, labels) in enumerate(drawn):
+        assert set(labels[:, -1].tolist()) == {FIRST_CLASS, FIRST_CLASS + 1, FIRST_CLASS + 2}
+        for row, label in zip(inputs[:12].tolist(), labels[:12, -1].tolist(), strict=True):
+            assert bytes(row[:-1]) in texts[label - FIRST_CLASS][half]
+    for name, split in SPLITS.items():
+        drawing = (draw_task(np.random.default_rng(seed), name) for seed in range(200))
+        mixed = [task.corpus.split("+") for task in drawing if "+" in task.corpus]
+        assert len(mixed) > 5
+        assert all(len(set(names)) == 4 and set(names) <= set(split.texts) for names in mixed)
 
 
 @pytest.mark.parametrize(
