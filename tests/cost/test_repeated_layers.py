@@ -11,6 +11,7 @@ from rankpilot.cost.forecast import from_config as from_config_module
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import StepRecorder, from_config
 from rankpilot.cost.record import repeated_layers as module
+from rankpilot.cost.record.recorder import Recorder
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import free_savers
 from rankpilot.cost.step_config import StepConfig
@@ -114,6 +115,22 @@ def test_later_steps_of_a_hybrid_are_recorded_with_fewer_layers(monkeypatch: pyt
     whole = StepRecorder(config, step)
     assert_same(later, whole.memory(savers, shape))
     assert_same(few.work(savers, shape), whole.work(savers, shape))
+
+
+def test_a_step_whose_operators_follow_the_rows_is_recorded_in_full_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("qwen3_next", **MODELS["qwen3_next"] | {"num_hidden_layers": 2})
+    step, finished = Recorder.step, list[bool]()
+
+    def noted(self: Recorder, batch: Any, *, like: Any = None) -> Any:
+        recording = step(self, batch, like=like)
+        finished.append(like is None)
+        return recording
+
+    monkeypatch.setattr(Recorder, "step", noted)
+    memory = StepRecorder(config, StepConfig(gradient_checkpointing=True)).memory((), BatchShape(1, 40))
+    assert finished == [True, False]  # at twice the rank; that of two rows stopped after its forward pass
+    assert memory.predicts(BatchShape(1, 40))
+    assert not memory.predicts(BatchShape(2, 40))
 
 
 @pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few", "counted layers"])
