@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/FineTune-v6`: steer one short fine-tune while it trains."""
+"""The Gymnasium environment `rankpilot/FineTune-v7`: steer one short fine-tune while it trains."""
 
 from __future__ import annotations
 
@@ -448,6 +448,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
 
     ## Version History
     * v6: without the actions to take a rung from a group, which no agent took.
+    * v7: a run goes back to its copy once at most; half of the tasks with labels have texts as classes.
     * v5: decisions on ranks and learning rate in one environment, on groups of modules; replaces RankAllocation and
       RunControl.
     """
