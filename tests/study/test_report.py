@@ -77,7 +77,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
 
     def choice(kind: Any, scale: float, ranks: Any, again: int = 0, label: str = "") -> Choice:
         total, rank = breakdown(layers, scale).total, int(ranks.max())
-        use = CardUse(CARD, 90 * MIB, int(total), int(total), 0, MIB, CARD.context_bytes, 0) if card else None
+        use = CardUse(CARD, 90 * MIB, int(total), int(total), 0, 0, MIB, CARD.context_bytes, 0) if card else None
         verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
         checkpointed = tuple(f"layer.{number}" for number in range(again))
         time = 1 + again / 100 if card else None
