@@ -96,8 +96,14 @@ def load(encoder: str, text: str) -> tuple[Any, Any, Callable[[Any], Any], int]:
     return splits["train"], held_out, collate, splits["train"].features["label"].num_classes
 
 
-def classifier(run: Run, classes: int) -> PeftModel:
-    """The run's encoder with fresh adapters of rank 8 and a new head."""
+def classifier(run: Run, classes: int, **plan: Any) -> PeftModel:
+    """The run's encoder with fresh adapters and a new head.
+
+    Args:
+        run: names the encoder and the seed.
+        classes: their number.
+        plan: settings of the LoraConfig; by default rank 8 on all linear modules.
+    """
     torch.manual_seed(run.seed)
     if run.encoder == "bert-4x64":
         known = load_base_model(run.encoder)
@@ -107,18 +113,32 @@ def classifier(run: Run, classes: int) -> PeftModel:
     else:
         labels = tuple(map(str, range(classes)))
         base = load_model(run.encoder, "classification", labels, load_tokenizer(run.encoder))
-    plan: dict[str, Any] = {"target_modules": "all-linear", "r": REFERENCE_RANK, "lora_alpha": ALPHA}
+    plan = {"target_modules": "all-linear", "r": REFERENCE_RANK, "lora_alpha": ALPHA, **plan}
     kind = KINDS["classification"].peft_type
     return fresh_adapters(base.float(), run.encoder, kind, new_head=True, **plan).train()
 
 
+def prepared(run: Run, rate: float, **plan: Any) -> tuple[PeftModel, torch.optim.Optimizer, DataLoader[Any]]:
+    """The model, optimizer and batches of a run; for `plan` see `classifier`."""
+    rows, _, collate, classes = load(run.encoder, run.text)
+    model = classifier(run, classes, **plan)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], rate, weight_decay=0.0)
+    order = np.random.default_rng([run.seed, 7]).permutation(len(rows))[: STEPS * ROWS].tolist()
+    return model, optimizer, DataLoader(rows, ROWS, sampler=order, collate_fn=collate)
+
+
+def held_out_loss(run: Run, model: PeftModel) -> float:
+    """Mean loss of a run's model on its held-out rows."""
+    _, held_out, collate, _ = load(run.encoder, run.text)
+    model.eval()
+    with torch.no_grad():
+        batches = [collate([held_out[at] for at in range(first, first + 50)]) for first in range(0, HELD_OUT, 50)]
+        return float(np.mean([float(model(**batch).loss) for batch in batches]))
+
+
 def perform(run: Run) -> dict[str, Any]:
     """Train a run to its end; its held-out loss, the rate at the start, and the moves of the rate by step."""
-    rows, held_out, collate, classes = load(run.encoder, run.text)
-    model = classifier(run, classes)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], 1e-3, weight_decay=0.0)
-    order = np.random.default_rng([run.seed, 7]).permutation(len(rows))[: STEPS * ROWS].tolist()
-    loader = DataLoader(rows, ROWS, sampler=order, collate_fn=collate)
+    model, optimizer, loader = prepared(run, 1e-3)
     options = replace(PLAIN_OPTIONS["race" if run.side == "race" else "auto"], budget="99M params")
     pilot = RankPilot(Plain(), options, seed=run.seed, tell=lambda line: None)
     pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
@@ -132,11 +152,7 @@ def perform(run: Run) -> dict[str, Any]:
     if run.side != "kept":
         ended = pilot.rates[1]
         pilot.finish()
-    model.eval()
-    with torch.no_grad():
-        batches = [collate([held_out[at] for at in range(first, first + 50)]) for first in range(0, HELD_OUT, 50)]
-        loss = float(np.mean([float(model(**batch).loss) for batch in batches]))
-    return {"loss": round(loss, 5), "rate": rate, "moved": round(ended / rate, 4)}
+    return {"loss": round(held_out_loss(run, model), 5), "rate": rate, "moved": round(ended / rate, 4)}
 
 
 def stored_rows() -> dict[Run, Any]:

@@ -1,7 +1,7 @@
 """`python -m benchmarks regrets`: what a wrong rate and a wrong depth cost on proxies, beside real fine-tunes.
 
-An agent learns from proxies only what they lose by. Each loss is told above that of the best rate tried, or of the plan
-that was not confined, on held-out rows.
+An agent learns from proxies only what they lose by. A loss on held-out rows is told above that of the best rate tried,
+with one rank on all modules. The lower half of the layers has twice the rank, and so as many parameters as all layers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from rankpilot.common.text import make_table
-from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.observation import Observation
-from rankpilot.decide.policy import Decision, decision_to_keep, is_first
+from rankpilot.decide.rules import FixedPlan, Window, find_rule
 from rankpilot.env.evaluate import compare
-from rankpilot.env.tasks import FineTuneTask, Kind
+from rankpilot.env.tasks import FineTuneTask, Kind, Regime
+from rankpilot.lora.spec import REFERENCE_RANK
 from rich.console import Console
 
 from .harness import Figures, machine_facts
-from .labels import HELD_OUT, ROWS, STEPS, Run, classifier, load
+from .labels import ROWS, STEPS, Run, held_out_loss, prepared
 from .no_sweep import train
+from .text_runs import ALPHA
 
 OFFSETS = (-3, -2, -1, 0, 1, 2, 3)
 """Log2 of the rates tried, relative to the expected best one."""
@@ -35,6 +35,16 @@ RANK = 4
 
 ENCODERS_RATE = 1.67e-3
 """Rate of the rule for the encoder (`benchmarks/results/labels.json`)."""
+
+LOWER_HALF = FixedPlan("lower half", Window(0.0, 1 / 2))
+
+LOWER_LAYERS: dict[str, Any] = {
+    "target_modules": ["query", "key", "value", "dense"],
+    "layers_to_transform": [0, 1, 2],
+    "r": 2 * REFERENCE_RANK,
+    "lora_alpha": 2 * ALPHA,
+}
+"""The same of the encoder, which has six layers."""
 
 BASES = ("bert-4x64", "llama-4x64")
 PROXIES: dict[str, tuple[Kind, tuple[str, ...]]] = {
@@ -62,65 +72,41 @@ class Options:
     json: Path | None = None
 
 
-@dataclass(frozen=True)
-class LowerHalf:
-    """Adapters on the lower half of the layers alone, at twice `RANK`, kept to the end."""
-
-    name: str = "lower half"
-
-    def decide(self, observation: Observation) -> Decision:
-        """The plan at first, and no change after it."""
-        if not is_first(observation):
-            return decision_to_keep(observation)
-        blocks = observation.problem.blocks
-        return Decision(np.where(blocks < (blocks.max() + 1) // 2, 2 * RANK, 0), np.zeros(len(blocks)))
-
-
-def regrets(losses: Sequence[float], lower: float) -> dict[str, float]:
-    """Return by how many per cent a rate four times too low, too high, and the lower half alone end above the best.
+def regrets(losses: Sequence[float]) -> dict[str, float]:
+    """Return how far above the best a rate four times off and the lower half of the layers end, in %.
 
     Args:
-        losses: of `OFFSETS`.
-        lower: of the lower half of the layers at the middle one.
+        losses: of `OFFSETS` with all layers, and of the lower half at the expected best rate.
+
+    Returns:
+        The regrets by choice; NaN where no rate was tried that is four times off the best one.
     """
-    best = int(np.argmin(losses))
-    low, high = losses[max(best - 2, 0)], losses[min(best + 2, len(losses) - 1)]
-    pairs = {"rate 4x low": (low, losses[best]), "rate 4x high": (high, losses[best])}
-    pairs["lower half"] = lower, losses[len(losses) // 2]
+    *rates, lower = losses
+    best = int(np.argmin(rates))
+    low, high = (rates[at] if 0 <= at < len(rates) else math.nan for at in (best - 2, best + 2))
+    pairs = {"rate 4x low": (low, rates[best]), "rate 4x high": (high, rates[best])}
+    pairs["lower half"] = lower, rates[len(rates) // 2]
     return {name: 100 * math.log(loss / least) for name, (loss, least) in pairs.items()}
 
 
 def of_proxy(task: FineTuneTask) -> dict[str, float]:
-    """Return the regrets of a proxy task."""
-    kept = {"kept": GROUP_RULES["left-alone"]}
-    found = [next(compare(kept, {replace(task, offset=float(each)): "plain"})).loss for each in OFFSETS]
-    return regrets(found, next(compare({"lower": LowerHalf()}, {task: "plain"})).loss)
+    """Return the regrets of a proxy task with one rank on all modules."""
+    tasks: dict[FineTuneTask, Regime] = {replace(task, offset=float(each)): "plain" for each in OFFSETS}
+    found = [row.loss for row in compare({"uniform": find_rule("uniform")}, tasks)]
+    return regrets([*found, *(row.loss for row in compare({"lower half": LOWER_HALF}, {task: "plain"}))])
 
 
 def of_encoder(run: Run) -> dict[str, float]:
     """Return the regrets of an encoder that learns labels, with plain PEFT."""
-    return regrets([real_loss(run, each) for each in OFFSETS], real_loss(run, 0, lower=True))
+    return regrets([*(real_loss(run, 2.0**each) for each in OFFSETS), real_loss(run, 1.0, **LOWER_LAYERS)])
 
 
-def real_loss(run: Run, offset: int, *, lower: bool = False) -> float:
-    """Train an encoder at a constant rate with warm-up and decay, and return its held-out loss."""
-    rows, held_out, collate, classes = load(run.encoder, run.text)
-    model: Any = classifier(run, classes)
-    if lower:
-        layers = model.config.num_hidden_layers
-        for name, parameter in model.named_parameters():
-            if any(f"layer.{number}." in name for number in range(layers // 2, layers)):
-                parameter.requires_grad_(False)
-    rate = ENCODERS_RATE * 2.0**offset
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], rate, weight_decay=0.0)
-    order = np.random.default_rng([run.seed, 7]).permutation(len(rows))[: STEPS * ROWS].tolist()
-    loader: Any = torch.utils.data.DataLoader(rows, ROWS, sampler=order, collate_fn=collate)
+def real_loss(run: Run, factor: float, **plan: Any) -> float:
+    """Train an encoder at a factor on the rule's rate, and return its held-out loss; for `plan` see `classifier`."""
+    model, optimizer, loader = prepared(run, ENCODERS_RATE * factor, **plan)
     torch.manual_seed(run.seed)
     train(STEPS, model, optimizer, loader, None)
-    model.eval()
-    with torch.no_grad():
-        batches = [collate([held_out[at] for at in range(first, first + 50)]) for first in range(0, HELD_OUT, 50)]
-        return float(np.mean([float(model(**batch).loss) for batch in batches]))
+    return held_out_loss(run, model)
 
 
 def benchmark(options: Options, console: Console) -> Figures:
@@ -140,9 +126,9 @@ def benchmark(options: Options, console: Console) -> Figures:
     figures: Figures = dict(machine_facts(torch.device("cpu")))
     rows = []
     for name, each in found.items():
-        means = {choice: float(np.mean([of[choice] for of in each])) for choice in each[0]}
+        means = {choice: float(np.nanmean([of[choice] for of in each])) for choice in each[0]}
         figures |= {f"{name}, {choice}": value for choice, value in means.items()}
         rows.append((name, str(len(each)), *(f"{value:+.1f}" for value in means.values())))
     columns = ("fine-tunes", "runs", *next(iter(found.values()))[0])
-    console.print(make_table("Held-out loss above that of the best rate tried, or of all layers, %", columns, rows))
+    console.print(make_table("Held-out loss above that of the best rate, or of all layers, %", columns, rows))
     return figures

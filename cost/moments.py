@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -83,7 +82,7 @@ class Moment:
         name: its name.
         device_bytes: peak bytes of tensors on the device, including the frozen model.
         main_bytes: bytes of main memory that the first process needs meanwhile, beside the program; 0 for little, and
-            where the device is the CPU.
+            for a model on its own device.
     """
 
     name: MomentName
@@ -95,13 +94,6 @@ def between_steps(memory: MemoryModel, ranks: IntArray) -> float:
     """Return the bytes of adapters and optimizer between steps, without signals; `ranks` has shape (modules,)."""
     states = memory.states
     return float(states.others + (states.between_steps - states.signals) @ ranks + states.fixed @ (ranks > 0))
-
-
-def file_bytes(memory: MemoryModel, ranks: IntArray) -> tuple[float, float]:
-    """Return the bytes of the weights that train and of their optimizer state, of one process, in a checkpoint."""
-    states = memory.states
-    weights = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
-    return weights, between_steps(memory, ranks) - weights
 
 
 def forward_span(recording: Recording) -> tuple[IntArray, IntArray, IntArray]:
@@ -166,27 +158,53 @@ class Peaks:
         )
 
 
-def main_memory(
-    memory: MemoryModel, ranks: IntArray, frozen_bytes: float, *, gpus: int = 1, sharding: str = "ddp"
-) -> dict[MomentName, float]:
-    """Return the bytes of main memory that the first process of a run on cards needs for its files, by moment.
+@dataclass(frozen=True)
+class Files:
+    """What the files of a run on cards need, in bytes of its first process.
 
-    Args:
-        memory: the byte model of a step on one card alone.
-        ranks: the plan, int64 (modules,).
-        frozen_bytes: bytes of the whole frozen model. The first process of fsdp2 or zero3 loads them before they are
-            shared, and that of fsdp2 gathers them for a checkpoint (`FULL_STATE_DICT`).
-        gpus: number of cards.
-        sharding: how they share the run; see `Shards`.
+    Attributes:
+        main: main memory by moment; 0 for a moment that is left out.
+        resumed: what resuming loads onto the card beside the state that it replaces.
+        streamed: frozen weights that stay in main memory throughout.
     """
-    adapters, optimizer = file_bytes(memory, ranks)
-    each = {"ddp": float(gpus == 1), "fsdp2": 1.0}.get(sharding, 1 / gpus)
-    return {
-        "load": frozen_bytes * (sharding in ("fsdp2", "zero3")),
-        "checkpoint": adapters + frozen_bytes * (sharding == "fsdp2"),
-        "resume": optimizer * each,
-        "merge": min(frozen_bytes, MERGED_FILE_BYTES),
-    }
+
+    main: Mapping[MomentName, float]
+    resumed: float = 0.0
+    streamed: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        memory: MemoryModel,
+        ranks: IntArray,
+        frozen_bytes: float,
+        *,
+        gpus: int = 1,
+        sharding: str = "ddp",
+        streamed: float = 0.0,
+    ) -> Files:
+        """Return what the files of a plan need.
+
+        Args:
+            memory: the byte model of a step on one card alone.
+            ranks: the plan, int64 (modules,).
+            frozen_bytes: bytes of the whole frozen model. The first process of fsdp2 or zero3 loads them before they
+                are shared, and that of fsdp2 gathers them for a checkpoint (`FULL_STATE_DICT`).
+            gpus: number of cards.
+            sharding: how they share the run; see `Shards`.
+            streamed: bytes of frozen weights that stay in main memory.
+        """
+        states = memory.states
+        weights = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
+        optimizer = between_steps(memory, ranks) - weights
+        several = gpus > 1 and sharding == "ddp"
+        main: dict[MomentName, float] = {
+            "load": frozen_bytes * (sharding in ("fsdp2", "zero3")),
+            "checkpoint": weights + frozen_bytes * (sharding == "fsdp2"),
+            "resume": optimizer * (not several) / (gpus if sharding.startswith("zero") else 1),
+            "merge": min(frozen_bytes, MERGED_FILE_BYTES),
+        }
+        return cls(main, optimizer * several, streamed)
 
 
 def moments_of_run(
@@ -194,9 +212,8 @@ def moments_of_run(
     ranks: IntArray,
     frozen_bytes: float,
     peaks: Peaks,
+    files: Files | None = None,
     *,
-    main: Mapping[MomentName, float] = MappingProxyType({}),
-    resumed_bytes: float = 0.0,
     quantised: bool = False,
     awake_bytes: float = 0.0,
     generation_bytes: float = 0.0,
@@ -208,8 +225,7 @@ def moments_of_run(
         ranks: the plan, int64 (modules,).
         frozen_bytes: bytes of the frozen model on the device.
         peaks: peaks without the frozen model.
-        main: bytes of main memory by moment.
-        resumed_bytes: bytes that resuming loads onto the device beside the state that it replaces.
+        files: what the files need on cards; None for a model on its own device.
         quantised: whether frozen weights are quantised.
         awake_bytes: bytes that an engine for generation holds during training.
         generation_bytes: bytes of generation beside these and the model; 0 for none.
@@ -228,6 +244,6 @@ def moments_of_run(
         found.append(("evaluation", there + peaks.evaluation))
     if awake_bytes or generation_bytes:
         found.append(("generation", there + peaks.between + generation_bytes))
-    held = there + peaks.between
-    found += [("checkpoint", held), ("resume", held + resumed_bytes), ("merge", held + merged)]
-    return tuple(Moment(name, size, main.get(name, 0.0)) for name, size in found)
+    held, files = there + peaks.between, files or Files({})
+    found += [("checkpoint", held), ("resume", held + files.resumed), ("merge", held + merged)]
+    return tuple(Moment(name, size, files.main.get(name, 0.0) + files.streamed) for name, size in found)

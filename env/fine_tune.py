@@ -447,8 +447,8 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `tasks`, `against`, `logs`, `device`.
 
     ## Version History
-    * v6: without the actions to take a rung from a group, which no agent took.
     * v7: a run goes back to its copy once at most; half of the tasks with labels have texts as classes.
+    * v6: without the actions to take a rung from a group, which no agent took.
     * v5: decisions on ranks and learning rate in one environment, on groups of modules; replaces RankAllocation and
       RunControl.
     """

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel
 
 from ..common.arrays import FloatArray, IntArray
@@ -292,14 +291,8 @@ def load_task(task: FineTuneTask) -> TaskData:
     """Draw a task's data and its teacher, if any; the same task always gives the same data."""
     generator = np.random.default_rng(task.seed)
     base, rows = find_base(task.base), task.steps * task.batch_size
-    if task.kind == "labels" and "+" in task.corpus:
-        texts = [load_corpus(name) for name in task.corpus.split("+")]
-        train, held_out = (
-            _origins(base, [text[half] for text in texts], count, task.length, generator)
-            for half, count in ((0, rows), (1, task.eval_rows))
-        )
-    elif task.kind == "labels":
-        train_rows, held_out_rows = load_labelled(task.corpus)
+    if task.kind == "labels":
+        train_rows, held_out_rows = load_labelled(task.corpus) if "+" not in task.corpus else _origins(task.corpus)
         train = _labelled(base, train_rows, rows, task.length, generator)
         held_out = _labelled(base, held_out_rows, task.eval_rows, task.length, generator)
     else:
@@ -323,16 +316,10 @@ def load_task(task: FineTuneTask) -> TaskData:
     return TaskData(inputs, labels, teacher, *held_out, held_out_teacher, changes)
 
 
-def _origins(
-    base: ProxyBase, texts: Sequence[NDArray[np.uint8]], count: int, length: int, generator: np.random.Generator
-) -> Inputs:
-    """Draw random windows of all texts in random order, with the byte of their text to predict at the end."""
-    classes = generator.integers(0, len(texts), size=count)
-    windows = torch.empty((count, length), dtype=torch.int64)
-    for number, text in enumerate(texts):
-        own = torch.from_numpy(np.flatnonzero(classes == number))
-        windows[own] = sample_windows(text, len(own), length, generator)
-    return class_inputs(base, windows, torch.from_numpy(classes))
+def _origins(corpora: str) -> Iterator[list[tuple[bytes, int]]]:
+    """Yield the training and the held-out halves of texts joined by "+", each with its place as the class."""
+    for halves in zip(*map(load_corpus, corpora.split("+")), strict=True):
+        yield [(half.tobytes(), number) for number, half in enumerate(halves)]
 
 
 def _labelled(

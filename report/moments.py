@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
 from rich.table import Table
 
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.forecast.outlook import Choice, Outlook
 from ..cost.forecast.what_else import with_smaller_evaluation
-from ..cost.moments import (
-    Evaluation,
-    Moment,
-    MomentName,
-    Peaks,
-    file_bytes,
-    main_memory,
-    moments_of_run,
-)
+from ..cost.moments import Evaluation, Files, Moment, Peaks, moments_of_run
 from ..cost.rollouts import cache_bytes_of
 
 _SHOWN = {
@@ -37,17 +28,21 @@ _SHOWN = {
 def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
     """Return the peaks of a run under a choice, in the order in which they come."""
     shards, card, room, use, given = outlook.shards, outlook.card, outlook.room, choice.use, outlook.given
-    ranks, model, evaluation = choice.ranks, outlook.step.model, outlook.evaluation(choice.shape)
-    main = main_memory(given.memory, ranks, given.model.frozen_bytes, gpus=shards.gpus, sharding=shards.sharding)
-    streamed = outlook.streamed * outlook.base.layer_bytes
-    several = shards.gpus > 1 and shards.sharding == "ddp"
+    ranks, evaluation = choice.ranks, outlook.evaluation(choice.shape)
+    files = Files.of(
+        given.memory,
+        ranks,
+        given.model.frozen_bytes,
+        gpus=shards.gpus,
+        sharding=shards.sharding,
+        streamed=outlook.streamed * outlook.base.layer_bytes,
+    )
     return moments_of_run(
         outlook.step.targets,
         ranks,
-        model.frozen_bytes,
+        outlook.step.model.frozen_bytes,
         use.peaks if use else Peaks.of(choice.memory, ranks, choice.step_bytes, evaluation),
-        main={name: main.get(name, 0.0) + streamed for name in get_args(MomentName)} if card else {},
-        resumed_bytes=file_bytes(given.memory, ranks)[1] if several else 0.0,
+        files if card else None,
         quantised=outlook.settings.quantization != "none",
         awake_bytes=room.card.context_bytes - card.context_bytes if card and room else 0.0,
         generation_bytes=outlook.generation_bytes(choice.shape) if card else 0.0,

@@ -15,11 +15,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot.cost.moments import (
     Evaluation,
+    Files,
     Peaks,
     between_steps,
     first_step_bytes,
     forward_bytes,
-    main_memory,
     moments_of_run,
 )
 from rankpilot.cost.record.live_storages import LivePeak
@@ -135,7 +135,7 @@ def test_files_pass_through_main_memory(family: str, tmp_path: Path, monkeypatch
     kept = safetensors.torch._to_ndarray
     monkeypatch.setattr(safetensors.torch, "_to_ndarray", lambda tensor: kept(tensor.clone()))
     frozen = sum(each.nbytes for each in run.model.parameters() if not each.requires_grad)
-    main = main_memory(run.memory, run.ranks, frozen)
+    main = Files.of(run.memory, run.ranks, frozen).main
     assert main["checkpoint"] == pytest.approx(run.risen(lambda: run.trainer.save_model()), rel=0.002)
     run.trainer._save_optimizer_and_scheduler(str(tmp_path))
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -24,7 +24,7 @@ from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
 from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.moments import file_bytes, main_memory, moments_of_run
+from rankpilot.cost.moments import Files, moments_of_run
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
@@ -134,13 +134,10 @@ def python_use(source: StoredStep, asked: dict[str, Any]) -> CardUse:
 def in_python(source: StoredStep, asked: dict[str, Any]) -> list[Any]:
     """The same in the order of `COMPUTE`."""
     model, memory, use = source.model, stored_memory(source, asked), python_use(source, asked)
-    shared = {"gpus": asked["gpus"], "sharding": asked["sharding"]}
     ranks, allocated = np.minimum(asked["rank"], highest_ranks(model.targets)), use.allocated_bytes
-    moments = moments_of_run(
-        model.targets, ranks, use.base_bytes, use.peaks,
-        main=main_memory(memory, ranks, model.frozen_bytes, **shared), quantised=asked["model"] in IN_FOUR_BITS,
-        resumed_bytes=file_bytes(memory, ranks)[1] if shared["sharding"] == "ddp" and asked["gpus"] > 1 else 0.0,
-    )  # fmt: skip
+    files = Files.of(memory, ranks, model.frozen_bytes, gpus=asked["gpus"], sharding=asked["sharding"])
+    quantised = asked["model"] in IN_FOUR_BITS
+    moments = moments_of_run(model.targets, ranks, use.base_bytes, use.peaks, files, quantised=quantised)
     tensors = [each.device_bytes for each in moments] + [each.main_bytes for each in moments]
     return [allocated, use.reserved_bytes, use.margin_bytes, use.total_bytes, use.verdict, allocated, tensors]
 

@@ -387,7 +387,7 @@ function evaluationOf({ words }, { rows, length, evalRows, keepLogits }) {
   return { rows: each, kept, output: kept ? 4 * words * each * length : 0 };
 }
 
-// Bytes of main memory at each moment, and those that resuming loads onto each of several cards; see `main_memory`.
+// Bytes of main memory at each moment, and those that resuming loads onto each of several cards; see `Files`.
 function mainMemory(model, ranks, { optimizer, gpus, sharding, stream }) {
   const states = model.states[optimizer], whole = model.frozen.reduce((sum, size) => sum + size, 0);
   const times = (values) => ranks.reduce((sum, rank, i) => sum + (values[i] ?? values[0]) * rank, 0), adapted = (values) => ranks.reduce((sum, rank, i) => sum + (rank > 0 ? values[i] : 0), 0);
