@@ -1,7 +1,8 @@
 """`python -m benchmarks regrets`: what a wrong rate and a wrong depth cost on proxies, beside real fine-tunes.
 
 An agent learns from proxies only what they lose by. A loss on held-out rows is told above that of the best rate tried,
-with one rank on all modules. The lower half of the layers has twice the rank, and so as many parameters as all layers.
+with one rank on all modules. The lower half of the layers has twice the rank, and so about as many parameters as all
+layers.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ ENCODERS_RATE = 1.67e-3
 LOWER_HALF = FixedPlan("lower half", Window(0.0, 1 / 2))
 
 LOWER_LAYERS: dict[str, Any] = {
-    "target_modules": ["query", "key", "value", "dense"],
-    "layers_to_transform": [0, 1, 2],
+    "target_modules": r".*layer\.[0-2]\..*(query|key|value|dense)",
     "r": 2 * REFERENCE_RANK,
     "lora_alpha": 2 * ALPHA,
 }

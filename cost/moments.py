@@ -192,7 +192,7 @@ class Files:
                 are shared, and that of fsdp2 gathers them for a checkpoint (`FULL_STATE_DICT`).
             gpus: number of cards.
             sharding: how they share the run; see `Shards`.
-            streamed: bytes of frozen weights that stay in main memory.
+            streamed: bytes of frozen weights that stay in main memory, and are written from there.
         """
         states = memory.states
         weights = float(states.weights @ ranks + states.unranked @ (ranks > 0) + states.other_weights)
@@ -202,7 +202,7 @@ class Files:
             "load": frozen_bytes * (sharding in ("fsdp2", "zero3")),
             "checkpoint": weights + frozen_bytes * (sharding == "fsdp2"),
             "resume": optimizer * (not several) / (gpus if sharding.startswith("zero") else 1),
-            "merge": min(frozen_bytes, MERGED_FILE_BYTES),
+            "merge": min(frozen_bytes - streamed, MERGED_FILE_BYTES),
         }
         return cls(main, optimizer * several, streamed)
 

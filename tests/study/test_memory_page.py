@@ -387,7 +387,7 @@ STREAMED = """async (given) => {
   const asked = { ...DEFAULTS, ...given }, model = await modelOf(asked), ways = await streamedWays(model, asked);
   return ways.map(({ asked, way }) => {
     const lines = programs(asked, way)["command line"][0].join("\\n"), there = asked.stream * layerBytes(model);
-    const figures = [way.verdict, way.total, way.spare], others = [timeOf(model, asked, way), way.moments];
+    const figures = [way.verdict, way.total, way.spare], others = [timeOf(model, asked, way), [way.moments, way.main]];
     return [lines, [asked.stream, there], way.layers, figures, others];
   });
 }"""
@@ -422,7 +422,7 @@ def test_a_streamed_base_takes_what_the_command_says(
         mine = next(choice for choice in choices if choice["checkpointed"] == layers)
         assert [mine["verdict"], mine["total_bytes"], mine["spare_bytes"]] == figures, lines
         assert mine["time"] == pytest.approx(time, rel=1e-6), lines
-        assert [moments[0], moments[2]] == [told["moments"][at]["device_bytes"] for at in (0, 2)], lines
+        assert moments == [[each[f"{where}_bytes"] for each in told["moments"]] for where in ("device", "main")], lines
         assert layers == min(choice["checkpointed"] for choice in choices if choice["verdict"] == "fits"), lines
     lines, (fewest, _), *_ = ways[0]
     _, fewer = told_by(lines.replace(f"--stream {fewest}", f"--stream {fewest - 1}"), capsys)

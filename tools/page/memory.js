@@ -395,7 +395,7 @@ function mainMemory(model, ranks, { optimizer, gpus, sharding, stream }) {
   const state = states.others + times(states.weights) + times(states.optimizer) + adapted(states.fixed) - weights;
   const several = gpus > 1 && sharding === "ddp", shared = gpus > 1 && sharding !== "ddp", streamed = (stream ?? 0) * layerBytes(model);
   const resumed = several ? 0 : sharding === "zero3" && gpus > 1 ? state / gpus : state;
-  const main = [shared ? whole : 0, 0, 0, 0, weights + (shared && sharding === "fsdp2" ? whole : 0), resumed, Math.min(whole, MERGED_FILE_BYTES)];
+  const main = [shared ? whole : 0, 0, 0, 0, weights + (shared && sharding === "fsdp2" ? whole : 0), resumed, Math.min(whole - streamed, MERGED_FILE_BYTES)];
   return { main: main.map((bytes) => bytes + streamed), resumed: several ? state : 0 };
 }
 
