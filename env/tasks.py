@@ -47,8 +47,8 @@ RATE = 6e-3
 """Approximate best learning rate of the bases on most texts."""
 
 ORIGINS = 0.5
-"""Share of the tasks with labels whose classes are texts of the split. At rates four times off they lose 8 to 31 %,
-others about 1 %, and a real encoder 30 to 105 % (`python -m benchmarks regrets`).
+"""Share of the tasks with labels whose classes are texts of the split. At rates four times off they lose 6 to 44 %,
+others about 2 %, and a real encoder 30 to 105 % (`python -m benchmarks regrets`).
 """
 
 LENGTHS = (80, 100, 130, 160)
