@@ -32,7 +32,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
 
 SOFT = 5.0
-"""Scale of the arcsinh transform of PPO's rewards, in hundredths of the log loss; it limits outliers."""
+"""Scale of an arcsinh that limits outliers in the mean over validation tasks, in hundredths of the log loss."""
 
 CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
 
@@ -48,7 +48,7 @@ class Progress(BaseCallback):
         self._ruled, self._returns = list[Row](), np.zeros(0)
 
     def _on_step(self) -> bool:
-        self._returns = SOFT * np.sinh(self.locals["rewards"])  # episodes end at the last step, so its rewards count
+        self._returns = np.array([info["episode"]["r"] for info in self.locals["infos"] if "episode" in info])
         return True
 
     def _on_rollout_start(self) -> None:
@@ -103,7 +103,7 @@ def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> 
             return options.output
         envs = StackVecEnv(
             options.episodes, stacks=options.stacks, workers=options.workers, cluster=options.cluster,
-            seed=options.seed, soft=SOFT, against=options.rule, episodes_per_task=TOGETHER, steps=options.steps,
+            seed=options.seed, scaled=True, against=options.rule, episodes_per_task=TOGETHER, steps=options.steps,
         )  # fmt: skip
         model = MaskablePPO(
             GroupPolicy, envs, n_steps=len(STEERING.fractions), batch_size=192, n_epochs=4, learning_rate=3e-4,

@@ -59,7 +59,7 @@ class GroupPolicy(MaskableActorCriticPolicy):
     """Actor and critic in one `GroupNetwork`; its scores are the logits of the actions.
 
     Args:
-        observation_space: observation space of `rankpilot/FineTune-v7`.
+        observation_space: observation space of `rankpilot/FineTune-v8`.
         action_space: action space of the same environment.
         lr_schedule: learning rate as a function of the remaining share of training.
         width: width of the network's hidden layers.

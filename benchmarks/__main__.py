@@ -26,6 +26,7 @@ BENCHMARKS = {
     "regrets": ("regrets", "what a wrong rate and a wrong depth cost on proxies, beside real fine-tunes"),
     "labels": ("labels", "the default learning rate on labels, compared with its starting rate"),
     "agent": ("agent", "a trained agent compared with hand-written rules, on unseen families and texts"),
+    "agent-runs": ("agent_runs", "a trained agent compared with hand-written rules, on real fine-tunes"),
     "elastic": ("elastic", "another process takes memory during runs and releases it"),
     "streaming": ("streaming", "a base in main memory: equal losses, time of the hooks, memory of the process"),
     "gpu-evidence": ("gpu_evidence", "claims about CUDA, predicted and measured on the local card"),

@@ -42,6 +42,9 @@ TEXTS, SEEDS = ("rotten-tomatoes", "reuters-r8", "imdb"), (1, 2, 3)
 
 STEPS, ROWS, HELD_OUT = 120, 8, 400
 
+ENCODERS_RATE = 1.67e-3
+"""Rate of the rule for the first encoder."""
+
 SIDES = ("auto", "race", "kept")
 """The default, a race of rates around the rule's, and the rate at which both begin."""
 

@@ -191,10 +191,10 @@ def perform(run: Run) -> dict[str, Any]:
         facts = _facts(pilot)
     elif run.side in RIVALS:
         rival = RIVALS[run.side]
-        model, optimizer = rival.ready(task, seed, _rule_of(training, seed))
+        model, optimizer = rival.ready(task, seed, rule_of(training, seed))
         telling = each_step(optimizer, lambda step: rival.stepped(model, task, step))
     elif run.side != "usual":
-        _set_rate(optimizer, run.factor * _rule_of(training, seed))
+        _set_rate(optimizer, run.factor * rule_of(training, seed))
     if run.side in PLAIN_OPTIONS:
         pilot = RankPilot(Plain(), PLAIN_OPTIONS[run.side], seed=seed, tell=lambda line: None)
         pilot.begin(training)
@@ -275,7 +275,7 @@ def _facts(pilot: RankPilot) -> dict[str, Any]:
     return {"plan": found.names[found.taken], "bytes": round(share, 4), "rate": pilot.rates[1]}
 
 
-def _rule_of(training: TrainingRun, seed: int) -> float:
+def rule_of(training: TrainingRun, seed: int) -> float:
     """The rule's rate for the adapters of a run, whatever their rank."""
     targets = find_target_modules(training.model)
     ranks = np.array([target.rank for target in targets], dtype=np.int64)

@@ -24,7 +24,7 @@ from rankpilot.lora.spec import REFERENCE_RANK
 from rich.console import Console
 
 from .harness import Figures, machine_facts
-from .labels import ROWS, STEPS, Run, held_out_loss, prepared
+from .labels import ENCODERS_RATE, ROWS, STEPS, Run, held_out_loss, prepared
 from .no_sweep import train
 from .text_runs import ALPHA
 
@@ -33,9 +33,6 @@ OFFSETS = (-3, -2, -1, 0, 1, 2, 3)
 
 RANK = 4
 """Mean rank of the proxies' budgets."""
-
-ENCODERS_RATE = 1.67e-3
-"""Rate of the rule for the encoder (`benchmarks/results/labels.json`)."""
 
 LOWER_HALF = FixedPlan("lower half", Window(0.0, 1 / 2))
 

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..common.errors import ConfigError, UnknownNameError, shown
 from ..common.text import kinds_in_layers
+from ..cost.cost import plan_cost
 from .chooser import PlanChooser
-from .observation import MODULE_FEATURES, RUN_FEATURES, Observation, learns_labels, mean_feature
+from .observation import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES, Observation, learns_labels, mean_feature
 from .policy import Decision, decided_plan, decision_to_keep, is_first
 from .rate_control import DOUBLED, HALVED, KEEP, SHORTEST, UNDO
 from .settings import DecisionSchedule
@@ -36,8 +37,8 @@ NOTHING, HALVE, DOUBLE, GO_BACK = range(4)
 RATE_CHANGES = {NOTHING: KEEP, HALVE: HALVED, DOUBLE: DOUBLED, GO_BACK: UNDO}
 """Index in `CHANGES` of each action without rank changes."""
 
-GROUP_FEATURES = (*MODULE_FEATURES, "share")
-"""Features of a group: means over its modules, and its share of all modules."""
+GROUP_FEATURES = (*MODULE_FEATURES, "share", "overflow")
+"""Features of a group: means over its modules, its share of all modules, and what growing it takes from the others."""
 
 STEERING = DecisionSchedule(
     probe_steps=8,
@@ -48,6 +49,9 @@ STEERING = DecisionSchedule(
 
 _IN_LAYER = re.compile(r"(^|\.)\d+\.")
 """Matches the names of modules in a numbered layer."""
+
+ROOMY = 1.0
+"""Budget, over that of rank 8 on all modules, from which no group grows: no task has more, and ranks matter little."""
 
 WORTH_SIGNALS = ("sensitivity", "snr", "relative_change")
 """Signals averaged to rank modules for giving up rungs."""
@@ -128,7 +132,14 @@ class GroupView:
         counts = np.bincount(member, minlength=len(self.groups.names))
         sums = np.zeros((len(counts), modules.shape[1]))
         np.add.at(sums, member, modules)
-        return np.column_stack([sums / counts[:, None], counts / len(member)]).astype(np.float32)
+        return np.column_stack([sums / counts[:, None], counts / len(member), self._overflows]).astype(np.float32)
+
+    @property
+    def _overflows(self) -> FloatArray:
+        """Share of the limit by which growth of each group exceeds it, which other modules give up, (groups,)."""
+        problem, groups = self.observation.problem, range(len(self.groups.names))
+        costs = [plan_cost(problem.cost, self._grown(self.groups.member == group)) for group in groups]
+        return np.clip(np.array(costs) / problem.limit - 1, 0.0, MOST_FEATURE)
 
     @property
     def run(self) -> NDArray[np.float32]:
@@ -160,6 +171,7 @@ class GroupView:
         """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed.
 
         On labels the rate stays: alignments of their steps are noise (docs/control.md). A run goes back once at most.
+        Groups grow only under a budget below `ROOMY`.
         """
         problem, member, ladder = self.observation.problem, self.groups.member, self.observation.problem.ladder
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)
@@ -171,7 +183,7 @@ class GroupView:
         found[GO_BACK] &= not self.run_feature("steps_undone")
         can_rise = (rungs < problem.tops) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
-        for group in range(len(self.groups.names)):
+        for group in range(len(self.groups.names)) if self.run_feature("budget") < ROOMY else ():
             own = member == group
             if self.groups.repeated[group] and (own & can_rise).any():
                 alone = np.where(own, np.maximum(self._grown(own), lowest), lowest)

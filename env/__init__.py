@@ -12,10 +12,10 @@ class _Id(str):
     __slots__ = ()
 
 
-ENV_ID = _Id("rankpilot/FineTune-v7")
+ENV_ID = _Id("rankpilot/FineTune-v8")
 """Id of the environment for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`.
 
-A worker process that gets the name as plain text finds `rankpilot.env:rankpilot/FineTune-v7`.
+A worker process that gets the name as plain text finds `rankpilot.env:rankpilot/FineTune-v8`.
 """
 
 gymnasium.register(

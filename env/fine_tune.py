@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/FineTune-v7`: steer one short fine-tune while it trains."""
+"""The Gymnasium environment `rankpilot/FineTune-v8`: steer one short fine-tune while it trains."""
 
 from __future__ import annotations
 
@@ -321,9 +321,13 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         pairs = zip(self._views, actions.tolist(), strict=True)  # actions on missing groups are no-ops
         return {n: view.decision(act if act < view.actions else NOTHING) for n, (view, act) in enumerate(pairs)}
 
+    def _twin(self, slot: int) -> int:
+        """Slot of the baseline run on the same task."""
+        return self._ruled[slot // self.config.episodes_per_task]
+
     def _reward(self, losses: Mapping[int, float], slot: int) -> float:
         """-100 times the log of the held-out loss over the baseline's."""
-        own, other = losses[slot], losses[self._ruled[slot // self.config.episodes_per_task]]
+        own, other = losses[slot], losses[self._twin(slot)]
         if not math.isfinite(own):
             return -FAILED
         return FAILED if not math.isfinite(other) else -100 * math.log(own / other)
@@ -333,10 +337,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         episode = self._stack.under_way[slot]
         task, record = episode.task, episode.record
         rate = task.learning_rate * 2 ** (task.offset + record.moved)
-        found = {"task": task.id, "step": record.step, "ranks": episode.applier.ranks, "rate": rate}
+        found = {"task": task.id, "kind": task.kind, "step": record.step, "rate": rate, "ranks": episode.applier.ranks}
         if losses:
-            other = losses[self._ruled[slot // self.config.episodes_per_task]]
-            found |= {"held_out_loss": losses[slot], "against": other}
+            found |= {"held_out_loss": losses[slot], "against": losses[self._twin(slot)]}
         return found
 
     def _infos(self, losses: Mapping[int, float] | None = None) -> list[dict[str, Any]]:
@@ -368,7 +371,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     ## Observation Space
     | key | space | what |
     |---|---|---|
-    | groups | Box(-3, 3, (24 * 21,)) | 21 features of each group, group by group; 0 for missing groups |
+    | groups | Box(-3, 3, (24 * 22,)) | 22 features of each group, group by group; 0 for missing groups |
     | present | MultiBinary(24) | mask of groups in layers |
     | run | Box(-3, 3, (27,)) | 27 features of the run |
 
@@ -398,6 +401,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     | fall | log loss of the interval before that move, less that of the latest interval, times 4 | -3 to 3 |
     | fall_error | standard error of `fall` | 0 to 3 |
     | share | share of all modules that are in the group | 0 to 1 |
+    | overflow | share of the limit by which growing the group exceeds it, taken from other modules | 0 to 3 |
 
     Features of the run; those named `steps_` are 0 at the first decision. The alignment of a step is the cosine between
     it and the next descent direction.
@@ -447,6 +451,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `tasks`, `against`, `logs`, `device`.
 
     ## Version History
+    * v8: the feature `overflow`.
     * v7: a run goes back to its copy once at most; half of the tasks with labels have texts as classes.
     * v6: without the actions to take a rung from a group, which no agent took.
     * v5: decisions on ranks and learning rate in one environment, on groups of modules; replaces RankAllocation and

@@ -100,6 +100,10 @@ class _Here:
         _STACKS.clear()
 
 
+SCALES = {"text": 3.0, "labels": 8.0, "planted": 20.0}
+"""Scale of returns by kind of task: there actions drawn at random spread arcsinh(return / scale) by about .6."""
+
+
 class StackVecEnv(VecEnv):
     """Several stacks of episodes as one vector environment, with `action_masks` for MaskablePPO.
 
@@ -109,8 +113,8 @@ class StackVecEnv(VecEnv):
         workers: local processes to train them in; 1 means this process. With `cluster`, the number of actors.
         cluster: address of a Ray cluster: "local" starts one, "auto" joins the one running here; None for no cluster.
         seed: seed of the tasks. They depend on nothing else here.
-        soft: scale of the reward transform arcsinh(r / soft), which limits outliers; None for raw rewards. Returns in
-            `info["episode"]`, which `evaluate_policy` reports, are always raw.
+        scaled: rewards are arcsinh(r / scale) with a scale for each kind of task, see `SCALES`: it limits outliers, and
+            kinds weigh alike. Returns in `info["episode"]`, which `evaluate_policy` reports, are always raw.
         settings: fields of `FineTuneConfig`.
 
     Attributes:
@@ -129,7 +133,7 @@ class StackVecEnv(VecEnv):
         workers: int = 1,
         cluster: str | None = None,
         seed: int = 0,
-        soft: float | None = None,
+        scaled: bool = False,
         **settings: Any,
     ) -> None:
         if not (is_count(stacks) and is_count(workers)):
@@ -137,7 +141,7 @@ class StackVecEnv(VecEnv):
             raise ConfigError(f"stacks and workers must be whole numbers of at least 1; got {given}.")
         self._settings = {"num_envs": num_envs, **settings}
         like = FineTuneVectorEnv(**self._settings)
-        self._stacks, self._soft = stacks, soft
+        self._stacks, self._scaled = stacks, scaled
         self._workers = _workers(min(workers, stacks), cluster)
         self._seed, self.round = seed, 0
         self._seed_of, self._taken = list[int](), list[list[list[int]]]()
@@ -199,8 +203,8 @@ class StackVecEnv(VecEnv):
                 info["terminal_observation"] = {name: values[slot] for name, values in last.items()}
                 info["episode"] = {"r": float(rewards[slot]), "l": len(self._taken[0]), "t": 0.0}
             self._begin_round()
-        if self._soft:
-            rewards = np.arcsinh(rewards / self._soft)
+        if self._scaled:
+            rewards = np.arcsinh(rewards / [SCALES[info["kind"]] for info in infos])
         return self._seen(), rewards.astype(np.float32), np.full(self.num_envs, over), infos
 
     def seed(self, seed: int | None = None) -> list[int | None]:

@@ -25,7 +25,7 @@ draw = np.random.default_rng(0)
 new = partial(FineTuneTask, "planted", base="llama-4x32", corpus="documentation", mean_rank=1.0, steps=40)
 tasks = [new(seed=seed, offset=draw.choice([-1, 1]) * draw.uniform(2, 3)) for seed in range(options.tests + 64)]
 tests, tasks = dict.fromkeys(tasks[: options.tests], "rate"), tasks[options.tests :]
-envs = rankpilot.StackVecEnv(24, episodes_per_task=4, tasks=tasks, against="union", soft=5.0)
+envs = rankpilot.StackVecEnv(24, episodes_per_task=4, tasks=tasks, against="union", scaled=True)
 settings = {"n_steps": 12, "batch_size": 96, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 1.0, "device": "cpu"}
 model = MaskablePPO(GroupPolicy, envs, seed=0, **settings)
 model.set_logger(Logger(folder=None, output_formats=[]))  # else it makes a folder among the temporary files

@@ -36,7 +36,7 @@ def test_public_names() -> None:
 
 
 def test_the_environment_is_registered() -> None:
-    assert rankpilot.ENV_ID == "rankpilot/FineTune-v7"
+    assert rankpilot.ENV_ID == "rankpilot/FineTune-v8"
     assert rankpilot.ENV_ID in gym.registry
 
 
@@ -44,8 +44,8 @@ def test_the_environment_is_registered() -> None:
     "code",
     [
         "import gymnasium, rankpilot; gymnasium.spec(rankpilot.ENV_ID)",
-        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/FineTune-v7')",
-        pytest.param("import gymnasium; gymnasium.make('rankpilot.env:rankpilot/FineTune-v7')", marks=pytest.mark.slow),
+        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/FineTune-v8')",
+        pytest.param("import gymnasium; gymnasium.make('rankpilot.env:rankpilot/FineTune-v8')", marks=pytest.mark.slow),
     ],
     ids=["by its name", "by an import", "by the id alone"],
 )

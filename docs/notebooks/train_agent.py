@@ -78,7 +78,7 @@ for name, cells in table(rows, "left-alone").items():
 # them is kept.
 
 # %%
-envs = StackVecEnv(24, episodes_per_task=4, tasks=tasks, against="union", soft=5.0)
+envs = StackVecEnv(24, episodes_per_task=4, tasks=tasks, against="union", scaled=True)
 options = {"n_steps": 12, "batch_size": 96, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 1.0, "device": "cpu"}
 model = MaskablePPO(GroupPolicy, envs, seed=0, **options)
 model.set_logger(Logger(folder=None, output_formats=[]))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.common.errors import ConfigError
+from rankpilot.cost.cost import plan_cost
 from rankpilot.decide.group_rules import GROUP_RULES, Halving, SteerRate
 from rankpilot.decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, STEERING, GroupView, Steering
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
@@ -74,9 +75,28 @@ def test_features_are_means_over_the_modules_of_a_group(view: GroupView) -> None
     member, modules = view.groups.member, view.observation.modules
     for group in range(len(view.groups.names)):
         np.testing.assert_allclose(
-            view.features[group, :-1], modules[member == group].mean(axis=0), rtol=1e-5, atol=1e-6
+            view.features[group, :-2], modules[member == group].mean(axis=0), rtol=1e-5, atol=1e-6
         )
-    np.testing.assert_allclose(view.features[:, -1].sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(view.features[:, -2].sum(), 1, rtol=1e-6)
+
+
+def test_what_growing_a_group_takes_from_others(make_observation: MakeObservation) -> None:
+    observation = make_observation(24, max_step=2)
+    problem = observation.problem
+    limit = 1.05 * plan_cost(problem.cost, problem.ranks)
+    view = GroupView.of(replace(observation, problem=replace(problem, limit=limit)))
+    expected = []
+    for group in range(len(view.groups.names)):
+        rungs = np.minimum(problem.rungs + (view.groups.member == group), problem.tops)
+        expected.append(max(plan_cost(problem.cost, problem.ladder.array[rungs]) / limit - 1, 0.0))
+    np.testing.assert_allclose(view.features[:, -1], expected, rtol=1e-5)
+    assert min(expected) == 0 < max(expected)
+
+
+def test_under_a_roomy_budget_no_group_grows(make_observation: MakeObservation) -> None:
+    tight, roomy = (GroupView.of(with_run(make_observation(24), budget=budget)) for budget in (0.9, 1.0))
+    assert tight.allowed[4:].any()
+    assert not roomy.allowed[4:].any()
 
 
 def test_on_labels_the_rate_stays(make_observation: MakeObservation) -> None:

@@ -85,9 +85,13 @@ def test_training_goes_on_when_a_node_of_a_cluster_dies(settings: dict[str, Any]
         envs.close()
 
 
-def test_rewards_may_be_softened(settings: dict[str, Any]) -> None:
-    plain, soft = (story(StackVecEnv(**settings, soft=size), rounds=1) for size in (None, 5.0))
-    np.testing.assert_allclose(5 * np.sinh(soft[-3]), plain[-3], rtol=1e-5)
+def test_rewards_may_be_scaled_by_the_kind_of_task(settings: dict[str, Any], make_task: MakeTask) -> None:
+    for kind, scale in (("text", 3.0), ("planted", 20.0)):
+        of_kind = settings | {"tasks": [make_task(kind, 5)]}
+        plain, scaled = (story(StackVecEnv(**of_kind, scaled=each), rounds=1) for each in (False, True))
+        assert plain[-2].all(), "the episodes are over"
+        assert plain[-3].any()
+        np.testing.assert_allclose(scale * np.sinh(scaled[-3]), plain[-3], rtol=1e-5)
 
 
 def test_what_it_refuses(settings: dict[str, Any]) -> None:
@@ -109,11 +113,11 @@ def test_what_it_refuses(settings: dict[str, Any]) -> None:
 
 
 def test_stable_baselines_evaluates_on_an_environment_that_was_not_reset(settings: dict[str, Any]) -> None:
-    """Warnings are errors here: returns are found as in a `Monitor`, before they are softened."""
-    plain, soft = (StackVecEnv(**settings, soft=size) for size in (None, 5.0))
+    """Warnings are errors here: returns are found as in a `Monitor`, before they are scaled."""
+    plain, scaled = (StackVecEnv(**settings, scaled=each) for each in (False, True))
     model = MaskablePPO("MultiInputPolicy", StackVecEnv(**settings), n_steps=2, batch_size=2, seed=0)
     returns, lengths = evaluate_policy(model, plain, 2, return_episode_rewards=True)
-    assert (returns, lengths) == evaluate_policy(model, soft, 2, return_episode_rewards=True)
+    assert (returns, lengths) == evaluate_policy(model, scaled, 2, return_episode_rewards=True)
     assert lengths == [12, 12]
     evaluated = MaskableEvalCallback(plain, n_eval_episodes=2, eval_freq=2, verbose=0)
     model.learn(4, evaluated)
