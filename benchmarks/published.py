@@ -22,7 +22,7 @@ from rankpilot.common.text import make_table
 from rankpilot.cost.cards import find_device_spec
 from rankpilot.cost.cost import moment_costs
 from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
-from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.forecast.published import find_configuration
 from rankpilot.cost.recording import BatchShape
@@ -286,15 +286,19 @@ def reserve_of_peft() -> tuple[int, list[Compared]]:
 
 @dataclass(frozen=True)
 class A100Row:
-    """One run of Mistral-7B on an A100 of 80 GB, rows of 4,096 tokens; bytes in MiB.
+    """One run on A100s of 80 GB, rows of 4,096 tokens; bytes of one card in MiB.
 
     Attributes:
+        model: a Hugging Face id.
+        gpus: one, or several that share all weights under FSDP.
         quantization: none or nf4.
         rows: of the batch.
         measured: the peak of what was allocated.
         in_use: of the card as `nvidia-smi` tells, CUDA context included.
     """
 
+    model: str
+    gpus: int
     quantization: str
     rows: int
     measured: float
@@ -303,10 +307,18 @@ class A100Row:
     @property
     def name(self) -> str:
         """Model and setting, for people."""
-        return f"Mistral-7B-v0.1 {self.quantization} {self.rows} x {A100_LENGTH}"
+        on = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
+        return f"{self.model.rpartition('/')[2]} {self.quantization} {self.rows} x {A100_LENGTH}{on}"
 
 
 A100_LENGTH, A100_RANK = 4096, 16
+
+A100_MODELS = {
+    "mistralai/Mistral-7B-v0.1": "mistral-7b-v0.1",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b-v0.1",
+    "NousResearch/Llama-2-70b-hf": "llama-3.1-70b",
+}
+"""Configurations of the models."""
 
 
 def a100_rows() -> list[A100Row]:
@@ -314,6 +326,8 @@ def a100_rows() -> list[A100Row]:
     with (FOLDER / "a100_peaks.csv").open() as file:
         return [
             A100Row(
+                model=row["model"],
+                gpus=int(row["gpus"]),
                 quantization=row["quant"] or "none",
                 rows=int(row["batch"]),
                 measured=1024 * float(row["peak_gib_alloc"]),
@@ -330,7 +344,7 @@ def compare_a100(row: A100Row, *, then: bool = True) -> tuple[Compared, Compared
         row: as published.
         then: as the libraries of 2024 ran it; else as today's do.
     """
-    step = a100_step(row.quantization, then)
+    step = a100_step(row.model, row.quantization, row.gpus, then)
     ranks, shape = np.full(len(step.targets), A100_RANK), BatchShape(row.rows, A100_LENGTH)
     use = card_use(step.memory, ranks, step.model.frozen, find_device_spec("A100 80GB"), shape=shape)
     in_use = (use.reserved_bytes + use.context_bytes) / MIB
@@ -339,9 +353,14 @@ def compare_a100(row: A100Row, *, then: bool = True) -> tuple[Compared, Compared
 
 
 @cache
-def a100_step(quantization: Any, then: bool) -> ConfiguredStep:
-    """The training step of a setting."""
-    config = find_configuration("mistral-7b-v0.1")
+def a100_step(model: str, quantization: Any, gpus: int, then: bool) -> ConfiguredStep:
+    """The training step of a setting, on one card.
+
+    TRL prepares no quantised model that is sharded, and expert weights were linear layers, which load in four bits.
+    """
+    config = find_configuration(A100_MODELS[model])
+    if model.endswith("Llama-2-70b-hf"):
+        config.vocab_size, config.max_position_embeddings = 32_000, 4096  # all else is as in Llama 3.1
     config.sliding_window = None  # as long as the rows, so that flash attention needs no mask
     step = StepConfig(
         batch_size=8,
@@ -351,10 +370,11 @@ def a100_step(quantization: Any, then: bool) -> ConfiguredStep:
         gradient_checkpointing=True,
         exact_savers=False,
         bf16=True,
+        prepare_kbit=gpus == 1 or quantization == "none",
     )
-    loaded = LoadedAs(dtype=torch.bfloat16, adapter={"lora_dropout": 0.1})
+    loaded = LoadedAs(dtype=torch.bfloat16, experts="axolotl", adapter={"lora_dropout": 0.1})
     with libraries_of_2024() if then else nullcontext():
-        return from_config(config, step, loaded)
+        return Shards(gpus, "fsdp2" if gpus > 1 else "ddp").of(from_config(config, step, loaded))
 
 
 @contextmanager
@@ -398,8 +418,8 @@ class Options:
     """Predict published peaks of LoRA fine-tunes from configurations alone, without a GPU.
 
     The peaks are of 43 steps on a Tesla T4 (fitcheck-llm, MIT licence), of PEFT's benchmark of Llama-3.2-3B on an
-    L40S, where the length of the longest batch is fitted on the first run, and of four runs of Mistral-7B on an A100
-    (fms-acceleration, Apache-2.0). Beside them: the longest rows that others trained on cards of 8 to 80 GB (Unsloth's
+    L40S, where the length of the longest batch is fitted on the first run, and of runs of Mistral-7B, Mixtral-8x7B and
+    Llama-2-70B on one A100 and on two (fms-acceleration, Apache-2.0). Beside them: the longest rows that others trained on cards of 8 to 80 GB (Unsloth's
     page of benchmarks). Two more models are timed: CPU seconds and resident memory of a fresh process.
 
     Attributes:
@@ -433,10 +453,15 @@ def benchmark(options: Options, console: Console) -> Figures:
         length, on_l40s = reserve_of_peft()
         title = f"PEFT's Llama-3.2-3B on an L40S, MiB reserved; {length} tokens were fitted on the first"
         figures |= _report("peft_reserved", title, on_l40s, console) | {"peft_reserved.fitted_tokens": length}
-        a100 = [compare_a100(row) for row in a100_rows()]
-        today = [compare_a100(row, then=False)[0] for row in a100_rows()]
+        on_one = [row for row in a100_rows() if row.gpus == 1]
+        a100 = [compare_a100(row) for row in on_one]
+        sharded = [compare_a100(row) for row in a100_rows() if row.gpus > 1]
+        today = [compare_a100(row, then=False)[0] for row in on_one]
         figures |= _report("a100", "Mistral-7B on an A100, MiB allocated", [one for one, _ in a100], console)
         figures |= _report("a100_in_use", "The same, MiB of the card in use", [two for _, two in a100], console)
+        title = "On two A100s under FSDP, MiB allocated"
+        figures |= _report("a100_sharded", title, [one for one, _ in sharded], console)
+        figures |= _report("a100_sharded_in_use", "The same, MiB in use", [two for _, two in sharded], console)
         figures |= _report("a100_today", "The same, MiB allocated by today's libraries", today, console)
         on_cards = [Compared(each.name, longest(each), each.tokens) for each in with_progress(contexts(), "contexts")]
         trained = [each for each in on_cards if each.measured]
@@ -445,6 +470,8 @@ def benchmark(options: Options, console: Console) -> Figures:
     if options.pack:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
         rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]
+        rows += [*_stored("a100_sharded", [one for one, _ in sharded])]
+        rows += [*_stored("a100_sharded_in_use", [two for _, two in sharded])]
         rows += [*_stored("a100_today", today), *_stored("contexts", on_cards)]
         write_json(published_page.ROWS, rows)
     for model in TIMED[:1] if options.quick else TIMED:

@@ -106,6 +106,8 @@ def time_rows() -> list[TimeRow]:
                 rows.append(TimeRow(row["model"], kind, 1, int(row["seq"]), ACCUMULATED, float(row["s_per_it"])))
     with (FOLDER / "a100_peaks.csv").open() as file:
         for row in csv.DictReader(file):
+            if row["gpus"] != "1":
+                continue
             count, length = int(row["batch"]), int(row["seq"])
             seconds = count * length / float(row["tokens_per_s"])
             rows.append(TimeRow("Mistral-7B", row["quant"] or "none", count, length, 1, seconds))
