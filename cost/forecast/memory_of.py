@@ -64,7 +64,8 @@ def memory_of(
             fp16. With bf16, steps run under bf16 autocast.
         padded: whether batches contain padded rows, which need other attention kernels.
         gpus: number of cards that train together, each with its own batch; all figures are per card.
-        sharding: what the cards share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
+        sharding: what the cards share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`. Under fsdp2 a quantised model
+            is not prepared (`prepare_kbit`), as in TRL.
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
         settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, stream, adapter, image ...; and of
@@ -83,6 +84,8 @@ def memory_of(
         >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
     """
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
+    if sharding == "fsdp2" and settings.get("quantization", "none") != "none":
+        settings["prepare_kbit"] = False
     dtype = _dtype_on(spec, dtype)
     of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
     _check(rank, attention, settings)
