@@ -17,15 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..common.arrays import FloatArray
+from ..common.arrays import BoolArray, FloatArray
 from ..common.devices import without_autocast
 from ..common.errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ..common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
 from ..decide.chooser import DEFAULT, PlanChooser
 from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import GROUP_FEATURES, GroupView, Steering
+from ..decide.groups import GROUP_FEATURES, NOTHING, GroupView, Steering
 from ..decide.log import POLICY, DecisionLog
-from ..decide.observation import RUN_FEATURES, Observation
+from ..decide.observation import RUN_FEATURES, Observation, learns_labels
 from ..decide.policy import Decision, Policy
 from ..decide.rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
 from ..decide.settings import ONCE, DecisionSchedule
@@ -46,7 +46,9 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LearnedPolicy:
-    """Takes the allowed action with the highest score of its network.
+    """Takes the allowed action with the highest score of its network; on labels, none.
+
+    There an agent's moves of ranks lost 8 to 12 % in three of six real runs (benchmarks/EXPERIMENTS.md).
 
     Attributes:
         name: the name in logs and tables.
@@ -63,12 +65,19 @@ class LearnedPolicy:
     sha256: str | None = None
     folder: Path | None = None
 
+    @staticmethod
+    def allowed(view: GroupView) -> BoolArray:
+        """Mask of the actions it may take, bool (actions,)."""
+        found = view.allowed.copy()
+        found[NOTHING + 1 :] &= not learns_labels(view.run.tolist())
+        return found
+
     @torch.no_grad()
     def scores(self, view: GroupView) -> torch.Tensor:
         """Score of each action, (actions,); minus infinity for masked actions."""
         seen = (torch.from_numpy(each)[None] for each in (view.features, view.groups.repeated, view.run))
         scores: torch.Tensor = self.network(*seen)[0][0]
-        return scores.masked_fill(~torch.from_numpy(view.allowed), -torch.inf)
+        return scores.masked_fill(~torch.from_numpy(self.allowed(view)), -torch.inf)
 
     @without_autocast()
     def probabilities(self, view: GroupView) -> FloatArray:

@@ -2,7 +2,8 @@
 
 All steer the same short fine-tunes of the test split, in four regimes: few ranks; a rate that is off by up to 8; a
 budget and a text that change; nothing wrong. Rules act by the same actions as the agent. Constants adapt one kind of
-module everywhere, and keep that; the best of them is chosen on these very tasks. The oracle knows what was planted.
+module everywhere, and keep that; the best of them is chosen on these very tasks. The oracle knows what was planted. The
+first agent also runs crippled: it sees only the clock, or groups in another order, or makes only moves of one kind.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rankpilot.agents.policy_file import load_policy
+from rankpilot.agents.policy_file import LearnedPolicy, load_policy
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import append_json_line, read_json_lines
 from rankpilot.common.statistics import Estimate, estimate
 from rankpilot.common.text import kinds_in_layers, make_table, plural
 from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.observation import Observation
+from rankpilot.decide.groups import NOTHING, RATE_CHANGES, GroupView, Steering
+from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.policy import Decision, Policy, decision_to_keep, is_first
 from rankpilot.decide.rules import find_rule
 from rankpilot.env.evaluate import ORACLE, Row, beside, compare, evaluation_tasks
@@ -58,10 +60,57 @@ class Options:
     """
 
     policies: tuple[Path, ...] = ()
-    tasks: int = 24
+    tasks: int = 30
     rows: Path = STORED
     quick: bool = False
     json: Path | None = None
+
+
+SEED = 2026
+"""Draws the tasks; no agent was chosen on them."""
+
+CLOCK = [RUN_FEATURES.index(name) for name in ("progress", "decisions_left", "horizon", "steps_time", "steps_steps")]
+
+
+@dataclass(frozen=True)
+class Random:
+    """Draws an allowed action, the same from the same observation."""
+
+    def act(self, view: GroupView) -> int:
+        """See `Actor`."""
+        draw = np.random.default_rng(np.frombuffer(view.run.tobytes(), np.uint32))
+        return int(draw.choice(np.flatnonzero(view.allowed)))
+
+
+@dataclass(frozen=True)
+class Crippled:
+    """An agent without part of what it sees or does.
+
+    Attributes:
+        policy: the agent.
+        how: "clock only", "groups permuted", "rank moves only" or "rate moves only".
+    """
+
+    policy: LearnedPolicy
+    how: str
+
+    @torch.no_grad()
+    def act(self, view: GroupView) -> int:
+        """See `Actor`."""
+        groups, run = view.features.copy(), view.run.copy()
+        if self.how == "clock only":
+            groups[:], run[:] = 0, 0
+            run[CLOCK] = view.run[CLOCK]
+        elif self.how == "groups permuted":  # in an order that stays during a run
+            there = np.flatnonzero(view.groups.repeated)
+            seed = np.frombuffer("".join(view.observation.names).encode()[:64], np.uint8)
+            groups[there] = groups[np.random.default_rng(seed).permutation(there)]
+        seen = (torch.from_numpy(each)[None] for each in (groups, view.groups.repeated, run))
+        scores = self.policy.network(*seen)[0][0]
+        action = int(scores.masked_fill(~torch.from_numpy(self.policy.allowed(view)), -torch.inf).argmax())
+        moves_ranks = action >= len(RATE_CHANGES)
+        kept = {"rank moves only": moves_ranks, "rate moves only": not moves_ranks}
+        return action if kept.get(self.how, True) else NOTHING
 
 
 @dataclass(frozen=True)
@@ -96,16 +145,21 @@ class Constant:
 
 def contenders(policies: Sequence[Path]) -> dict[str, Policy]:
     """All that are compared, by name."""
-    found: dict[str, Policy] = {**GROUP_RULES, "uniform": find_rule("uniform")}
+    found: dict[str, Policy] = {**GROUP_RULES, "uniform": find_rule("uniform"), "random": Steering("random", Random())}
     found |= {f"constant {name}": Constant(f"constant {name}") for name in KINDS}
-    return found | {f"agent {folder.name}": load_policy(folder) for folder in policies}
+    agents = {f"agent {folder.name}": load_policy(folder) for folder in policies}
+    for first in list(agents.values())[:1]:
+        assert isinstance(first, LearnedPolicy)
+        ways = ("clock only", "groups permuted", "rank moves only", "rate moves only")
+        found |= {f"first agent, {how}": Steering(how, Crippled(first, how)) for how in ways}
+    return found | agents
 
 
 def collected(options: Options, console: Console) -> list[Row]:
     """The rows of all runs, of which those that are missing are run."""
     rows = stored_rows(options.rows)
     known = {(row.policy, row.task) for row in rows}
-    for task, regime in evaluation_tasks(1 if options.quick else options.tasks).items():
+    for task, regime in evaluation_tasks(1 if options.quick else options.tasks, seed=SEED).items():
         missing = {name: each for name, each in contenders(options.policies).items() if (name, task.id) not in known}
         oracle = task.kind == "planted" and (ORACLE, task.id) not in known
         for row in compare(missing, {task: regime}, oracle=oracle) if missing or oracle else ():

@@ -419,8 +419,9 @@ class Options:
 
     The peaks are of 43 steps on a Tesla T4 (fitcheck-llm, MIT licence), of PEFT's benchmark of Llama-3.2-3B on an
     L40S, where the length of the longest batch is fitted on the first run, and of runs of Mistral-7B, Mixtral-8x7B and
-    Llama-2-70B on one A100 and on two (fms-acceleration, Apache-2.0). Beside them: the longest rows that others trained on cards of 8 to 80 GB (Unsloth's
-    page of benchmarks). Two more models are timed: CPU seconds and resident memory of a fresh process.
+    Llama-2-70B on one A100 and on two (fms-acceleration, Apache-2.0). Beside them: the longest rows that others trained
+    on cards of 8 to 80 GB (Unsloth's page of benchmarks). Two more models are timed: CPU seconds and resident memory of
+    a fresh process.
 
     Attributes:
         quick: under a minute: a few small models.

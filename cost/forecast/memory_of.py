@@ -64,8 +64,7 @@ def memory_of(
             fp16. With bf16, steps run under bf16 autocast.
         padded: whether batches contain padded rows, which need other attention kernels.
         gpus: number of cards that train together, each with its own batch; all figures are per card.
-        sharding: what the cards share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`. Under fsdp2 a quantised model
-            is not prepared (`prepare_kbit`), as in TRL.
+        sharding: what the cards share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa without a fused kernel.
         lora_dropout: see `peft.LoraConfig`.
         settings: further settings of `LoadedAs`: experts, loss, reentrant, packed, stream, adapter, image ...; and of
@@ -84,8 +83,6 @@ def memory_of(
         >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
     """
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
-    if sharding == "fsdp2" and settings.get("quantization", "none") != "none":
-        settings["prepare_kbit"] = False
     dtype = _dtype_on(spec, dtype)
     of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
     _check(rank, attention, settings)
@@ -100,10 +97,16 @@ def memory_of(
         implementation=None if attention == "math" else attention,
         adapter=adapter,
     )
-    asked = AskedStep(model, from_json(StepConfig, {"bf16": dtype == "bf16"} | settings), loaded)
+    asked = AskedStep(model, from_json(StepConfig, {"bf16": dtype == "bf16"} | _as_sharded(settings, sharding)), loaded)
     configured, step = asked.configured()
     check_rank(rank, configured.targets)
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
+
+
+def _as_sharded(settings: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
+    """Return settings of the step: TRL does not prepare a quantised model that FSDP shards."""
+    quantised = settings.get("quantization", "none") != "none"
+    return settings | ({"prepare_kbit": False} if sharding == "fsdp2" and quantised else {})
 
 
 def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ from rankpilot.agents.policy_file import CARD, WEIGHTS, LearnedPolicy, load_poli
 from rankpilot.common.errors import PolicyFileError, UnknownNameError
 from rankpilot.common.files import sha256
 from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.groups import STEERING
-from rankpilot.decide.observation import Observation
+from rankpilot.decide.groups import NOTHING, STEERING, GroupView
+from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.rules import RULES, SignalRule
 from rankpilot.decide.settings import DecisionSchedule
 from safetensors.torch import load_file, save_file
@@ -89,6 +89,15 @@ def test_round_trip(folder: Path, network: GroupNetwork, make_observation: Calla
     card = json.loads((folder / CARD).read_text())
     assert (card["note"], card["schema"], card["network"]["width"]) == ([1, 2], 7, 12)
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
+
+
+def test_on_labels_an_agent_leaves_all_as_it_is(folder: Path, make_observation: Callable[..., Observation]) -> None:
+    policy = load_policy(folder)
+    assert isinstance(policy, LearnedPolicy)
+    for predicted, labels in ((-0.1, False), (-1.5, True)):
+        observation = make_observation(24, max_step=2)
+        observation.run[RUN_FEATURES.index("predicted")] = predicted
+        assert (policy.probabilities(GroupView.of(observation))[NOTHING] == 1) == labels
 
 
 def test_rules_and_objects() -> None:
