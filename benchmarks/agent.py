@@ -39,6 +39,9 @@ RULE = "union"
 REGIMES: tuple[str, ...] = DRAWN
 """What is wrong with runs."""
 
+ALL = "all"
+COLUMNS = (*REGIMES, ALL)
+
 KINDS = {
     "down": ("down_proj", "output.dense", "mlp.c_proj"),
     "value": ("v_proj", "value", "c_attn"),
@@ -194,8 +197,8 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, Estimate]]]:
 
 def _cells(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Estimate]:
     cells: dict[str, Estimate] = {}
-    for regime in REGIMES:
-        own = [row for row in rows if row.regime == regime]
+    for regime in COLUMNS:
+        own = [row for row in rows if regime in (row.regime, ALL)]
         pairs = [pair for name in names for pair in beside(own, name, RULE).items()]
         if pairs:
             cells[regime] = estimate([value for _, value in pairs], [task for task, _ in pairs])
@@ -215,8 +218,8 @@ def benchmark(options: Options, console: Console) -> Figures:
     """Print who ends how far above the best hand rule, by regime."""
     rows = collected(options, console)
     found = table_rows(rows)
-    cells = [(name, *(f"{of[regime]:+.1f}" if regime in of else "" for regime in REGIMES)) for name, of in found]
-    console.print(make_table(f"Held-out loss above that of the rule {RULE}, %", ("", *REGIMES), cells))
+    cells = [(name, *(f"{of[regime]:+.1f}" if regime in of else "" for regime in COLUMNS)) for name, of in found]
+    console.print(make_table(f"Held-out loss above that of the rule {RULE}, %", ("", *COLUMNS), cells))
     figures: Figures = dict(machine_facts(torch.device("cpu")))
     if any(row.policy == ORACLE for row in rows):
         for name in dict.fromkeys(row.policy for row in rows if row.kind == "planted" and row.policy != ORACLE):

@@ -122,19 +122,29 @@ def benchmark(options: Options, console: Console) -> Figures:
     collect_rows(path, rows, missing, perform, told, workers=options.workers, minutes=options.minutes)
     if options.pack:
         pack_rows(STORED, rows)
-    figures: Figures = {}
-    table = []
+    found = {side: changes(rows, side) for side in dict.fromkeys(run.side for run in rows if run.side != RULE)}
+    console.print(make_table(f"Held-out loss above that of the rule {RULE}, %", COLUMNS, table_rows(rows)))
+    means = {f"{side}: mean": float(np.mean(each)) for side, each in found.items() if each}
+    return means | {f"{side}: worst": max(each) for side, each in found.items() if each}
+
+
+def changes(rows: dict[Run, Any], side: str) -> list[float]:
+    """Losses of a side above the rule's, %, of all runs that both have."""
+    return [change for task in TASKS for change in _beside(rows, side, *task)]
+
+
+COLUMNS = ("", *(f"{model}, {text}" for model, text in TASKS), "all", "worst")
+
+
+def table_rows(rows: dict[Run, Any]) -> list[tuple[str, ...]]:
+    """The mean of each side by task, the mean of all with its interval, and the worst run."""
+    lines = []
     for side in dict.fromkeys(run.side for run in rows if run.side != RULE):
-        cells = [_beside(rows, side, *task) for task in TASKS]
-        found = [change for cell in cells for change in cell]
-        if found:
-            figures |= {f"{side}: mean": float(np.mean(found)), f"{side}: worst": max(found)}
-            each = [f"{np.mean(cell):+.1f}" if cell else "" for cell in cells]
-            interval = f"{estimate(found, range(len(found))):+.1f}"
-            table.append((side, *each, str(len(found)), interval, f"{max(found):+.1f}"))
-    columns = ("", *(" ".join(task) for task in TASKS), "runs", "all", "worst")
-    console.print(make_table(f"Held-out loss above that of the rule {RULE}, %", columns, table))
-    return figures
+        if found := changes(rows, side):
+            cells = [_beside(rows, side, *task) for task in TASKS]
+            each = [f"{np.mean(cell):+.1f} %" if cell else "" for cell in cells]
+            lines.append((side, *each, f"{estimate(found, range(len(found))):+.1f} %", f"{max(found):+.1f} %"))
+    return lines
 
 
 def _beside(rows: dict[Run, Any], side: str, model: str, text: str) -> list[float]:

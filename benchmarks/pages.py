@@ -29,8 +29,8 @@ from rankpilot.cost.streaming import StreamedTime
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, estimators, no_sweep, published_page, race, rates, worth
-from .harness import Figures
+from . import agent, agent_runs, estimators, no_sweep, published_page, race, rates, worth
+from .harness import Figures, packed_rows
 from .loss_runs import HARD
 from .published_time import KINDS
 
@@ -234,11 +234,16 @@ def agent_table() -> str:
     """A trained agent, rules and constants by how far above the best hand rule they end."""
     rows = agent.stored_rows()
     lines = [
-        (name, *(f"{of[regime]:+.1f} %" if regime in of else "" for regime in agent.REGIMES))
+        (name, *(f"{of[regime]:+.1f} %" if regime in of else "" for regime in agent.COLUMNS))
         for name, of in agent.table_rows(rows)
     ]
-    counts = {regime: len({row.task for row in rows if row.regime == regime}) for regime in agent.REGIMES}
-    return table(("", *(f"{regime}, {counts[regime]} tasks" for regime in agent.REGIMES)), lines)
+    counts = {each: len({row.task for row in rows if each in (row.regime, agent.ALL)}) for each in agent.COLUMNS}
+    return table(("", *(f"{each}, {count} tasks" for each, count in counts.items())), lines)
+
+
+def agent_runs_table() -> str:
+    """A trained agent and rules on real fine-tunes."""
+    return table(agent_runs.COLUMNS, agent_runs.table_rows(packed_rows(agent_runs.Run, agent_runs.STORED)))
 
 
 PARTS = {
@@ -526,6 +531,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "parts of SmolLM2": parts,
     "rates": published_rates,
     "agent": agent_table,
+    "agent runs": agent_runs_table,
     "control": control,
     "look": look,
     "fixed plans": fixed_plans,
