@@ -124,8 +124,8 @@ def benchmark(options: Options, console: Console) -> Figures:
         pack_rows(STORED, rows)
     found = {side: changes(rows, side) for side in dict.fromkeys(run.side for run in rows if run.side != RULE)}
     console.print(make_table(f"Held-out loss above that of the rule {RULE}, %", COLUMNS, table_rows(rows)))
-    means = {f"{side}: mean": float(np.mean(each)) for side, each in found.items() if each}
-    return means | {f"{side}: worst": max(each) for side, each in found.items() if each}
+    figures: Figures = {f"{side}: mean": float(np.mean(each)) for side, each in found.items() if each}
+    return figures | {f"{side}: worst": max(each) for side, each in found.items() if each}
 
 
 def changes(rows: dict[Run, Any], side: str) -> list[float]:
