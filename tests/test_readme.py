@@ -74,7 +74,7 @@ def test_the_lines_that_train_an_agent_run(warm_python: WarmPython, tmp_path: Pa
     """With the least that the training takes, some 15 CPU seconds."""
     (tmp_path / "train_agent.py").symlink_to(ROOT / "train_agent.py")
     assert AGENT
-    install, *lines = AGENT[1].strip().splitlines()
+    install, *lines = AGENT[1].strip().replace("\\\n", "").splitlines()
     assert install == 'pip install -e ".[agent]"'
     for line, (start, numbers) in zip(lines, TINY.items(), strict=True):
         assert line.startswith(start)
