@@ -75,6 +75,9 @@ SEED = 2026
 CLOCK = [RUN_FEATURES.index(name) for name in ("progress", "decisions_left", "horizon", "steps_time", "steps_steps")]
 
 
+WAYS = ("rank moves only", "rate moves only", "groups permuted", "clock only")
+
+
 @dataclass(frozen=True)
 class Random:
     """Draws an allowed action, the same from the same observation."""
@@ -91,7 +94,7 @@ class Crippled:
 
     Attributes:
         policy: the agent.
-        how: "clock only", "groups permuted", "rank moves only" or "rate moves only".
+        how: one of `WAYS`.
     """
 
     policy: LearnedPolicy
@@ -153,8 +156,7 @@ def contenders(policies: Sequence[Path]) -> dict[str, Policy]:
     agents = {f"agent {folder.name}": load_policy(folder) for folder in policies}
     for first in list(agents.values())[:1]:
         assert isinstance(first, LearnedPolicy)
-        ways = ("clock only", "groups permuted", "rank moves only", "rate moves only")
-        found |= {f"first agent, {how}": Steering(how, Crippled(first, how)) for how in ways}
+        found |= {f"first agent, {how}": Steering(how, Crippled(first, how)) for how in WAYS}
     return found | agents
 
 

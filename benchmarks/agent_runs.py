@@ -1,7 +1,7 @@
 """`python -m benchmarks agent-runs`: real fine-tunes steered by agents and by hand rules, at equal budgets.
 
 An encoder learns labels, and SmolLM2 whole learns texts that no proxy has, with a quarter of the parameters that rank 8
-on all modules takes. All begin at the rate of the rule, with the same adapters and batches.
+on all modules takes. All begin at the rate of a rule, with the same adapters and batches.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from . import labels, text_runs
 from .harness import Figures, collect_rows, known_rows, pack_rows
+from .labels import Run
 from .no_sweep import CONTROLLED, rule_of, train
 from .texts import TextTask, load_data
 
@@ -44,46 +45,26 @@ STEPS, ROWS = 60, 4
 """Steps and rows of SmolLM2; those of encoders are in `labels`."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One fine-tune: a model, a text, a seed, and one of `SIDES` or the folder of an agent."""
-
-    model: str
-    text: str
-    seed: int
-    side: str
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(labels.Options):
     """Hold agents against hand rules on real fine-tunes.
 
     Attributes:
         policies: folders of agents, or "agent" for the packaged one.
         output: folder of the rows; an interrupted comparison goes on there.
-        workers: processes of one thread each; 0 for as many as there are cores.
-        minutes: stop after so many, when the runs that have begun are over; 0 for the rows that are stored.
-        pack: put the rows into the repository's file.
         quick: a minute: the encoder, one text, one seed, the rule and the packaged agent.
-        json: also write figures to this file.
     """
 
     policies: tuple[str, ...] = ("agent",)
     output: Path = Path("runs/agent-runs")
-    workers: int = 0
-    minutes: float | None = None
-    pack: bool = False
-    quick: bool = False
-    json: Path | None = None
 
 
 def perform(run: Run) -> dict[str, Any]:
     """Train a run to its end; its held-out loss, mean rank and the rate at the end over that at the start."""
     policy = load_policy(run.side)
-    task = TextTask(run.model, run.text, STEPS, ROWS, 48, 600)
-    encoder = labels.Run(run.model, run.text, run.seed, "kept")
-    if run.model in labels.ENCODERS:
-        model, optimizer, loader = labels.prepared(encoder, labels.ENCODERS_RATE)
+    task = TextTask(run.encoder, run.text, STEPS, ROWS, 48, 600)
+    if run.encoder in labels.ENCODERS:
+        model, optimizer, loader = labels.prepared(run, labels.ENCODERS_RATE)
         training = TrainingRun.of_loader(model, optimizer, loader, total_steps=labels.STEPS)
     else:
         model = text_runs.adapted_model(task, run.seed)
@@ -100,8 +81,8 @@ def perform(run: Run) -> dict[str, Any]:
     assert pilot.applier is not None
     rank, moved = float(np.mean(pilot.applier.ranks)), pilot.rate_factor
     pilot.finish()
-    encodes = run.model in labels.ENCODERS
-    loss = labels.held_out_loss(encoder, model) if encodes else text_runs.held_out_loss(model, load_data(task), task)
+    encodes = run.encoder in labels.ENCODERS
+    loss = labels.held_out_loss(run, model) if encodes else text_runs.held_out_loss(model, load_data(task), task)
     return {"loss": round(loss, 5), "mean_rank": round(rank, 3), "moved": round(moved, 4)}
 
 
@@ -117,7 +98,7 @@ def benchmark(options: Options, console: Console) -> Figures:
         return (run for run in every if run not in rows)
 
     def told(run: Run, row: Any) -> str:
-        return f"{run.model} {run.text} {run.side}, seed {run.seed}: {row['loss']}"
+        return f"{run.encoder} {run.text} {run.side}, seed {run.seed}: {row['loss']}"
 
     collect_rows(path, rows, missing, perform, told, workers=options.workers, minutes=options.minutes)
     if options.pack:

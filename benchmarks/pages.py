@@ -29,7 +29,7 @@ from rankpilot.cost.streaming import StreamedTime
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, agent_runs, estimators, no_sweep, published_page, race, rates, worth
+from . import agent, agent_runs, estimators, labels, no_sweep, published_page, race, rates, worth
 from .harness import Figures, packed_rows
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -238,12 +238,17 @@ def agent_table() -> str:
         for name, of in agent.table_rows(rows)
     ]
     counts = {each: len({row.task for row in rows if each in (row.regime, agent.ALL)}) for each in agent.COLUMNS}
-    return table(("", *(f"{each}, {count} tasks" for each, count in counts.items())), lines)
+    names = [
+        name for name in dict.fromkeys(row.policy for row in rows) if name == agent.RULE or name.startswith("agent ")
+    ]
+    shares = ", ".join(f"{name} {agent.planted_share(rows, name):.0%}" for name in names)
+    told = f"Of the oracle's gain on planted tasks of rank 1.5 and less: {shares}."
+    return table(("", *(f"{each}, {count} tasks" for each, count in counts.items())), lines) + f"\n\n{told}"
 
 
 def agent_runs_table() -> str:
     """A trained agent and rules on real fine-tunes."""
-    return table(agent_runs.COLUMNS, agent_runs.table_rows(packed_rows(agent_runs.Run, agent_runs.STORED)))
+    return table(agent_runs.COLUMNS, agent_runs.table_rows(packed_rows(labels.Run, agent_runs.STORED)))
 
 
 PARTS = {

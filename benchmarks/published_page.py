@@ -91,7 +91,7 @@ SECTIONS = {
             "16 bits outside its 4-bit weights; expert weights were linear layers, in 4 bits too. Nothing was fitted. "
             "Llama-2-70B is the worst row: its published step takes 25.5 GiB beside the weights, 10 of them for the "
             "inputs of layers; where the rest comes from is unknown. *In use* includes the buffers of NCCL, which are "
-            "not predicted: leave 2 to 3 GiB for them.",
+            "not predicted, and all rows are too low.",
         ),
     ),
     "The longest row on a card": Section(

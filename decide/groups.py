@@ -213,6 +213,13 @@ class GroupView:
         return Decision(self._grown(own), self.worth + np.where(own, FIRST_OF_ALL, 0.0), exact=True)
 
 
+def what_stays(observation: Observation) -> str:
+    """Return what no action changes in a run, in a sentence each; empty if ranks and rate may both move."""
+    labels, roomy = learns_labels(observation.run.tolist()), GroupView.of(observation).run_feature("budget") >= ROOMY
+    rate = "On labels the learning rate stays; a trained agent leaves ranks alone, too. " if labels else ""
+    return rate + ("The budget holds rank 8 on all modules, so ranks stay after the first plan." if roomy else "")
+
+
 FIRST_OF_ALL = 20.0
 """Score bonus of growing modules, so that all others give way first."""
 

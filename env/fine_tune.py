@@ -40,9 +40,6 @@ BAR, PICTURE_WIDTH = 8, 160
 FAILED = 200.0
 """Cost of a run with a non-finite final loss, in hundredths of the log loss."""
 
-AGAINST = "left-alone"
-"""Default baseline rule for rewards."""
-
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -96,7 +93,7 @@ class FineTuneConfig:
     regime: Regime | None = None
     steps: int | None = None
     tasks: Sequence[FineTuneTask] | None = None
-    against: str = AGAINST
+    against: str = "left-alone"
     episodes_per_task: int = 1
     logs: Path | str | None = None
     device: str = "cpu"
@@ -337,10 +334,9 @@ class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
         episode = self._stack.under_way[slot]
         task, record = episode.task, episode.record
         rate = task.learning_rate * 2 ** (task.offset + record.moved)
-        found = {"task": task.id, "kind": task.kind, "step": record.step, "rate": rate, "ranks": episode.applier.ranks}
-        if losses:
-            found |= {"held_out_loss": losses[slot], "against": losses[self._twin(slot)]}
-        return found
+        ended = {"held_out_loss": losses[slot], "against": losses[self._twin(slot)]} if losses else {}
+        told = {"task": task.id, "kind": task.kind, "step": record.step, "rate": rate, "ranks": episode.applier.ranks}
+        return told | ended
 
     def _infos(self, losses: Mapping[int, float] | None = None) -> list[dict[str, Any]]:
         return [self._info(slot, losses) for slot in range(self.num_envs)]

@@ -21,6 +21,7 @@ from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
 from ..cost.record.calibration import PlanCosts
 from ..decide.applier import PlanApplier
+from ..decide.groups import what_stays
 from ..decide.observation import Observation
 from ..decide.plan.plan import least_cost, outcome_text
 from ..decide.plan.problem import floor_of_experts, rank_bounds
@@ -431,6 +432,7 @@ class PilotedRun:
             control = self.rate.control if self.rate.steers else None
             share, steps = (control.read(step), control.record) if control else (1.0, None)
             observation = applier.observe(step, loss, steps, share)
+            self.journal.note(what_stays(observation) if self.rate.steers and not applier.clock.taken else "")
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""

@@ -120,7 +120,7 @@ class RunRate:
 
         Args:
             state: the state of a resumed run; None for a new one.
-            journal: gets a line if the run gives too little evidence, or learns labels.
+            journal: gets a line if the run gives too little evidence.
         """
         if not self.controls:
             return None
@@ -131,8 +131,6 @@ class RunRate:
         if not steps:
             shows = "steps on labels give" if labels else f"{total} steps give"
             journal.note(f"The learning rate is not controlled: {shows} too little evidence.")
-        if self.of_plan.of_labels and self.steers:
-            journal.note("On labels the learning rate stays, and a trained agent moves no ranks: they lost there.")
         control = None if self.steers else CONTROL
         self.control = ControlledRate(self._run, self._targets, self.of_plan, control, steps, journal)
         with readable_state():

@@ -97,16 +97,10 @@ def memory_of(
         implementation=None if attention == "math" else attention,
         adapter=adapter,
     )
-    asked = AskedStep(model, from_json(StepConfig, {"bf16": dtype == "bf16"} | _as_sharded(settings, sharding)), loaded)
+    asked = AskedStep(model, from_json(StepConfig, {"bf16": dtype == "bf16"} | settings), loaded)
     configured, step = asked.configured()
     check_rank(rank, configured.targets)
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
-
-
-def _as_sharded(settings: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
-    """Return settings of the step: TRL does not prepare a quantised model that FSDP shards."""
-    quantised = settings.get("quantization", "none") != "none"
-    return settings | ({"prepare_kbit": False} if sharding == "fsdp2" and quantised else {})
 
 
 def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None:

@@ -6,22 +6,20 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from rankpilot.agents.policy_file import LearnedPolicy, load_policy
+from rankpilot.decide.groups import GroupView
 from rankpilot.decide.observation import Observation
 from rankpilot.env.evaluate import Row
 
-from benchmarks.agent import KINDS, Constant, planted_share, table_rows
+from benchmarks.agent import KINDS, WAYS, Constant, Crippled, Random, planted_share, table_rows
 
 
 @pytest.mark.parametrize("limit", [60.0, 400.0, 5000.0])
-def test_a_constant_adapts_one_kind_and_fits(make_observation: Callable[..., Observation], limit: float) -> None:
-    observation = make_observation(12, limit=limit)
-    KINDS["test"] = ("m1",)
-    try:
-        ranks = Constant("constant test").decide(observation).ranks
-        later = make_observation(12, max_step=2)
-        assert (Constant("constant test").decide(later).ranks == later.problem.ranks).all()
-    finally:
-        del KINDS["test"]
+def test_a_constant_adapts_one_kind_and_fits(make_observation, monkeypatch, limit):
+    observation, later = make_observation(12, limit=limit), make_observation(12, max_step=2)
+    monkeypatch.setitem(KINDS, "test", ("m1",))
+    ranks = Constant("constant test").decide(observation).ranks
+    assert (Constant("constant test").decide(later).ranks == later.problem.ranks).all()
     assert ranks.any()
     assert limit == 60.0 or (observation.problem.fits(ranks) and {*np.flatnonzero(ranks) % 4} == {1})
 
@@ -36,6 +34,17 @@ def test_seeds_are_one_row_and_of_constants_the_best_counts() -> None:
     assert {*found} == {"agent, 2 trainings", "best constant"}
     assert found["agent, 2 trainings"]["rate"].value == pytest.approx(50 * np.log(0.99))
     assert found["best constant"]["rate"].value == pytest.approx(100 * np.log(1.2))
+
+
+def test_a_crippled_agent_sees_or_does_less(make_observation: Callable[..., Observation]) -> None:
+    policy = load_policy("agent")
+    assert isinstance(policy, LearnedPolicy)
+    views = [GroupView.of(make_observation(24, seed, max_step=2)) for seed in range(40)]
+    whole = [policy.act(view) for view in views]
+    ranks, rates, permuted, clock = ([Crippled(policy, how).act(view) for view in views] for how in WAYS)
+    assert (ranks, rates) == ([act * (act > 3) for act in whole], [act * (act <= 3) for act in whole])
+    assert whole not in (permuted, clock)
+    assert all(view.allowed[Random().act(view)] for view in views)
 
 
 def test_the_share_of_what_the_oracle_gains() -> None:

@@ -100,15 +100,6 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     assert 0 <= gathered - 1.25 * whole < 100  # a model below a billion parameters is gathered whole
 
 
-def test_a_quantised_base_that_is_sharded_is_not_prepared() -> None:
-    config = t.LlamaConfig(**LLAMA | {"num_hidden_layers": 1})
-    shared = {"quantization": "nf4", "gpus": 2, "batch_size": 4, "max_length": 64}
-    whole, sharded = (memory_of(config, "24GiB", **shared, sharding=each) for each in ("ddp", "fsdp2"))
-    assert whole.settings.prepare_kbit
-    assert not sharded.settings.prepare_kbit
-    assert sharded.step.memory.peak(sharded.plan(1, 8)) < whole.step.memory.peak(whole.plan(1, 8))
-
-
 @pytest.mark.parametrize(
     ("given", "text"),
     [

@@ -11,7 +11,7 @@ import pytest
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import plan_cost
 from rankpilot.decide.group_rules import GROUP_RULES, Halving, SteerRate
-from rankpilot.decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, STEERING, GroupView, Steering
+from rankpilot.decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, STEERING, GroupView, Steering, what_stays
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rate_control import CHANGES, KEEP, UNDO
@@ -73,30 +73,28 @@ def test_each_action_that_is_allowed_changes_its_group_and_fits(make_observation
 
 def test_features_are_means_over_the_modules_of_a_group(view: GroupView) -> None:
     member, modules = view.groups.member, view.observation.modules
-    for group in range(len(view.groups.names)):
-        np.testing.assert_allclose(
-            view.features[group, :-2], modules[member == group].mean(axis=0), rtol=1e-5, atol=1e-6
-        )
+    for at in range(len(view.groups.names)):
+        np.testing.assert_allclose(view.features[at, :-2], modules[member == at].mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(view.features[:, -2].sum(), 1, rtol=1e-6)
 
 
 def test_what_growing_a_group_takes_from_others(make_observation: MakeObservation) -> None:
     observation = make_observation(24, max_step=2)
-    problem = observation.problem
-    limit = 1.05 * plan_cost(problem.cost, problem.ranks)
+    problem, limit = observation.problem, 1.05 * plan_cost(observation.problem.cost, observation.problem.ranks)
     view = GroupView.of(replace(observation, problem=replace(problem, limit=limit)))
-    expected = []
-    for group in range(len(view.groups.names)):
-        rungs = np.minimum(problem.rungs + (view.groups.member == group), problem.tops)
-        expected.append(max(plan_cost(problem.cost, problem.ladder.array[rungs]) / limit - 1, 0.0))
-    np.testing.assert_allclose(view.features[:, -1], expected, rtol=1e-5)
-    assert min(expected) == 0 < max(expected)
+    grown = [np.minimum(problem.rungs + (view.groups.member == group), problem.tops) for group in range(12)]
+    costs = np.array([plan_cost(problem.cost, problem.ladder.array[rungs]) for rungs in grown])
+    np.testing.assert_allclose(view.features[:, -1], np.maximum(costs / limit - 1, 0), rtol=1e-5)
+    assert min(costs) < limit < max(costs)
 
 
 def test_under_a_roomy_budget_no_group_grows(make_observation: MakeObservation) -> None:
     tight, roomy = (GroupView.of(with_run(make_observation(24), budget=budget)) for budget in (0.9, 1.0))
     assert tight.allowed[4:].any()
     assert not roomy.allowed[4:].any()
+    assert not what_stays(tight.observation)
+    assert "ranks" in what_stays(roomy.observation)
+    assert "labels" in what_stays(with_run(make_observation(24), predicted=-1.5))
 
 
 def test_on_labels_the_rate_stays(make_observation: MakeObservation) -> None:
