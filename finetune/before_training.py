@@ -268,7 +268,9 @@ def try_parts(
         parts.turn_off("DistributedDataParallel's static_graph requires all passes to be alike")
     elif reason := _reason_of_compiled(run, plans):
         parts.turn_off(reason)
-    elif (unknown := run.unknown()) and not parts.asked:
+    elif (unknown := run.unknown()) and run.generates:
+        parts.turn_off(f"{unknown}, and batches generated in steps are not tested")
+    elif unknown and not parts.asked:
         padding = run.measured(partial(_padding, run, run.cuts, seed))
         brings = f"and {padding:.0%} of the tokens are padding"
         parts.turn_off(f'{unknown}, so rows may affect each other. parts="on" tests for that, {brings}')

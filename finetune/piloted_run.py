@@ -105,7 +105,10 @@ class PilotedRun:
         self.finite = FiniteWatch(run, journal)
         self.rate: RunRate = RunRate(run, targets, policy, schedule, options)
         self._losses = LossMeter(run.replicas.processes)
-        self._watches = LoopCalls(run, self.break_off), GradientWatch(targets, self.guard.meter)
+        self._watches = (
+            LoopCalls(run, self.break_off),
+            GradientWatch(targets, self.guard.meter, may_be_zero=run.generates),
+        )
         self._savers = RunSavers(run, options, journal)
         self._found: AdapterSnapshot | None = None  # until a step has passed
         self._heard = b""

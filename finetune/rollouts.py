@@ -3,7 +3,7 @@
 The model answers prompts (the rollout), its answers are scored, and training steps on them follow. Only the training
 steps compute gradients, so the budget covers their memory. Its maximum is known in advance: the longest prompt, and an
 answer of the maximum length. Batches here concatenate the tokens of prompt and answer, so rows and length define their
-shape.
+shape. Where GRPO's loss is a sum over answers or their tokens, a step runs in parts.
 
 Ranks and learning rate are fixed. Where gradients moved ranks under GRPO at equal budgets, the reward fell below that
 of uniform ranks (arXiv 2605.07366), and before the first rollout there is no loss to plan with.
@@ -11,8 +11,10 @@ of uniform ranks (arXiv 2605.07366), and before the first rollout there is no lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from ..decide.policy import Policy
 from ..decide.rules import AsConfigured
 from .options import PilotOptions
 
-TOKENS = "input_ids"
+TOKENS, ROW = "input_ids", "row"
 
 PLAN_FIRST = "Plan the ranks with `rankpilot.allocate` on similar data, and train with the LoraConfig it returns."
 
@@ -76,6 +78,85 @@ def refuse_answers(trainer: Trainer, *_: Any, **__: Any) -> None:
     )
 
 
+_SUMS = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
+"""Losses of TRL's GRPOTrainer that are a mean over answers, or a sum over tokens divided by a number in the inputs."""
+
+
+def meeting_answers(trainer: Any) -> str:
+    """Return why answers may affect each other in a loss of rollouts, for people; empty if they do not."""
+    if getattr(trainer, "loss_type", None) not in _SUMS:
+        named = getattr(trainer, "loss_type", type(trainer).__name__)
+        return f"the loss of {named} is not known to be a sum over answers"
+    if trainer.top_entropy_quantile < 1:
+        return "top_entropy_quantile compares the tokens of all answers"
+    if trainer._entropy_bonus_enabled:
+        return "the entropy bonus is a mean over the tokens of all answers"
+    return "metrics are exchanged in each pass" if trainer.accelerator.num_processes > 1 else ""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one training step, which may run in parts.
+
+    Attributes:
+        trainer: the Trainer that generated them.
+        inputs: what its step takes, by name.
+        step: its count of training steps before this one.
+    """
+
+    trainer: Any
+    inputs: Mapping[str, Any]
+    step: int
+
+    @classmethod
+    def generated(cls, trainer: Any, model: Any, prompts: Any) -> Answers:
+        """Generate the answers of the next step as the Trainer's own step would begin."""
+        began, step = time.perf_counter(), trainer._step
+        model.train()
+        if callable(train := getattr(trainer.optimizer, "train", None)):
+            train()
+        made = trainer._prepare_inputs(prompts)
+        trainer._current_train_step_time += time.perf_counter() - began
+        return cls(trainer, made, step)
+
+    @property
+    def batch(self) -> Batch:
+        """The batch for `RankPilot.parts`, with the number of each row; it costs a part's bytes, and takes few."""
+        batch, size = _side_by_side(self.inputs), self.inputs["completion_ids"].shape
+        figures = sum(torch.is_tensor(value) and value.shape == size for value in self.inputs.values()) - 2
+        beside = 7 + 4 * figures  # bytes a token: a mask is int64 in the step, and figures are fp32
+        rest = torch.zeros(1, dtype=torch.uint8).expand(*batch[MASK].shape, beside)
+        return {**batch, ROW: torch.arange(len(batch[MASK])), "beside": rest}
+
+    def of_part(self, part: Batch) -> dict[str, Any]:
+        """Return the inputs of the step for a part of `batch`, without padding that its rows share."""
+        width, size = part[TOKENS].shape[1], self.inputs["completion_ids"].shape[1]
+        rows = part[ROW].to(self.inputs["completion_ids"].device)
+        ends = self.inputs["completion_mask"][rows].any(dim=0).nonzero()
+        answer = min(max(int(ends.max()) + 1 if len(ends) else 1, width - self.inputs["prompt_ids"].shape[1]), size)
+
+        def chosen(name: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != len(self.inputs["advantages"]):
+                return value
+            if name.startswith("prompt"):
+                return value[rows, value.shape[1] - max(width - answer, 1) :]
+            return value[rows, :answer] if value.dim() == 2 and value.shape[1] == size else value[rows]
+
+        return {name: chosen(name, value) for name, value in self.inputs.items()}
+
+    @contextmanager
+    def counted_once(self) -> Iterator[Callable[[], None]]:
+        """Yield a function to call before each part: the Trainer counts one step, and its time once."""
+        trainer, times = self.trainer, self.trainer._metrics["train"]["step_time"]
+        before = len(times)
+
+        def begin() -> None:
+            trainer._step = self.step
+
+        yield begin
+        times[before:] = [sum(times[before:])] if len(times) > before else []
+
+
 class Rollouts:
     """The batches of a Trainer's training phase: the largest ones before training, and the actual ones.
 
@@ -120,11 +201,17 @@ class Rollouts:
             tokens[row, length - len(ids) :], mask[row, length - len(ids) :] = torch.tensor(ids), 1
         return {TOKENS: tokens, MASK: mask}
 
-    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return the inputs of the training step for a batch in the form of this class; scores are all one."""
+    def inputs(self, batch: Batch, whole: Batch) -> dict[str, torch.Tensor]:
+        """Return the inputs of the training step for a batch in the form of this class; scores are all one.
+
+        Args:
+            batch: the batch.
+            whole: the batch of which it is a part, with answers of the same length.
+        """
         tokens, mask = batch[TOKENS], batch[MASK]
-        rows, length = tokens.shape
-        cut = length - min(max(round(self._share * length), 1), length - 1)
+        (rows, length), size = tokens.shape, whole[TOKENS].shape[1]
+        answer = min(max(round(self._share * size), 1), size - 1)
+        cut = length - answer
         scores = torch.ones(rows, device=tokens.device)
         each = dict.fromkeys(self._of_tokens, torch.zeros((rows, length - cut), device=tokens.device))
         return {
@@ -133,7 +220,7 @@ class Rollouts:
             "completion_ids": tokens[:, cut:],
             "completion_mask": mask[:, cut:],
             "advantages": scores,
-            "num_items_in_batch": mask[:, cut:].sum(),
+            "num_items_in_batch": whole[MASK][:, size - answer :].sum(),
             "old_logps": torch.zeros_like(scores),
             **each,
         }
@@ -147,10 +234,9 @@ class Rollouts:
 
 
 def _side_by_side(inputs: Mapping[str, torch.Tensor]) -> Batch:
-    def joined(*names: str) -> torch.Tensor:
-        return torch.cat([inputs[name] for name in names], dim=1)
-
-    return {TOKENS: joined("prompt_ids", "completion_ids"), MASK: joined("prompt_mask", "completion_mask")}
+    """Return the shape of prompts and answers, as tokens that take no memory, and their mask, bool (rows, tokens)."""
+    mask = torch.cat([inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()], dim=1)
+    return {TOKENS: inputs["prompt_ids"].new_zeros(1).expand(mask.shape), MASK: mask}
 
 
 def _made_for_each_token(trainer: Any) -> list[str]:

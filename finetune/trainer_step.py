@@ -23,7 +23,7 @@ from ..common.errors import UnsupportedError
 from ..common.files import writing
 from ..cost.batch_shape import Batch
 from .pilot import RankPilot
-from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
+from .rollouts import Answers, Rollouts, makes_rollouts, meeting_answers, refuse_answers, refuse_to_plan
 from .step.evaluated_parts import Result
 from .step.known_losses import EVALUATION, STEP, unknown_trainer
 from .step.put_back import ReplacedMethods, put_back, standing
@@ -129,7 +129,7 @@ class TrainerStep:
         def step(batch: Batch, whole: Batch) -> torch.Tensor:
             copied = copy(batch) if isinstance(batch, Mapping) else batch  # a step may pop entries
             if self.rollouts:
-                copied = self.rollouts.inputs(copied)
+                copied = self.rollouts.inputs(copied, whole)
                 trainer._prepare_inputs = lambda inputs: inputs
             _, count = trainer.get_batch_samples(iter([whole]), 1, trainer.args.device)
             loss: torch.Tensor = trainer.training_step(trainer.model_wrapped, copied, count)
@@ -188,7 +188,8 @@ class TrainerStep:
         """Return why the loss of this Trainer is not known; see `unknown_trainer`."""
         if self._counts != self._counts_now():
             return "the loss has changed since before training"
-        return unknown_trainer(self.trainer, methods, self.methods.before())
+        unknown = unknown_trainer(self.trainer, methods, self.methods.before())
+        return unknown or (meeting_answers(self.trainer) if self.rollouts else "")
 
     def _counts_now(self) -> tuple[bool, ...]:
         """Return the settings that decide how the losses of parts add up."""
@@ -198,8 +199,6 @@ class TrainerStep:
     @property
     def _whole(self) -> str:
         """The reason why steps of this Trainer run whole; empty if nothing prevents parts."""
-        if self.rollouts:
-            return f"{type(self.trainer).__name__} creates its batches in its steps"
         searches = self.trainer.args.auto_find_batch_size
         return "auto_find_batch_size restarts with smaller batches when memory runs out" if searches else ""
 
@@ -263,6 +262,7 @@ class _Followed:
         self._step, self._trainer, self._rollouts, self._listener = step, step.trainer, step.rollouts, listener
         self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step that began
         self._batches: list[Batch] = []  # all of them
+        self._part: Any = None  # the inputs of a part of generated answers
 
     def begin(self) -> None:
         """Replace the methods that a step calls."""
@@ -285,6 +285,8 @@ class _Followed:
         return result
 
     def _prepare_inputs(self, run: Callable[..., Any], inputs: Any) -> Any:
+        if inputs is self._part:
+            return inputs
         with self._listener.pilot.guard.aside():
             result = run(inputs)
         if self._rollouts and self._trainer.model.training and len(self._done) == 1:
@@ -301,13 +303,15 @@ class _Followed:
         if not self._done and not self._rollouts:
             self._run_lanes(run, model, rest, options)
         self._done.append((model, inputs, *rest))
-        begins_again, again = self._trainer.args.auto_find_batch_size, self._listener.pilot.out_of_memory
+        begins_again, pilot = self._trainer.args.auto_find_batch_size, self._listener.pilot
         loss: torch.Tensor
         try:
-            if begins_again or self._rollouts:  # answers are not generated twice
+            if begins_again or (self._rollouts and not pilot.guard.parts.on):  # answers are not generated twice
                 loss = run(model, inputs, *rest, **options)
             else:
-                loss = _retried(lambda step: self._in_parts(run, step, options), self._done, again)
+                if self._rollouts:
+                    self._done[-1] = (model, Answers.generated(self._trainer, model, inputs), *rest)
+                loss = _retried(lambda step: self._in_parts(run, step, options), self._done, pilot.out_of_memory)
         except BaseException as error:
             self._listener.break_off(begins_again and should_reduce_batch_size(error))
             raise
@@ -343,15 +347,20 @@ class _Followed:
         """Return the loss of a batch run in parts, whose losses and gradients add up to those of the batch."""
         model, inputs, *rest = step
         accelerator, losses, pilot = self._trainer.accelerator, list[torch.Tensor](), self._listener.pilot
-        backward = accelerator.backward
-        for part, share in pilot.parts(inputs):
-            copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
-            scaled = partial(_scaled, backward, pilot.guard.parts.hear, share)
-            with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
-                losses.append(run(model, copied, *rest, **options))
-            if share != 1:
-                losses[-1] = losses[-1] * share
-            del part, copied  # before the next one exists
+        backward, answers = accelerator.backward, inputs if isinstance(inputs, Answers) else None
+        with answers.counted_once() if answers else nullcontext() as begin:
+            for part, share in pilot.parts(answers.batch if answers else inputs):
+                copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
+                if answers and begin:
+                    begin()
+                    copied, part = self._part, _ = answers.of_part(part), None
+                scaled = partial(_scaled, backward, pilot.guard.parts.hear, share)
+                with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
+                    losses.append(run(model, copied, *rest, **options))
+                if share != 1:
+                    losses[-1] = losses[-1] * share
+                del part, copied  # before the next one exists
+                self._part = None
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _prediction_step(

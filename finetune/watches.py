@@ -313,10 +313,11 @@ class GradientWatch(Participant):
     Args:
         targets: the target modules.
         meter: measures some steps. In those the gradients are compared with zero, which waits for the device.
+        may_be_zero: True if gradients of zero are no error, as under GRPO while all answers have the same reward.
     """
 
-    def __init__(self, targets: Sequence[TargetModule], meter: PeakMeter) -> None:
-        self._targets, self._meter = targets, meter
+    def __init__(self, targets: Sequence[TargetModule], meter: PeakMeter, *, may_be_zero: bool = False) -> None:
+        self._targets, self._meter, self._may_be_zero = targets, meter, may_be_zero
         self._zero_looks = 0
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
@@ -335,7 +336,7 @@ class GradientWatch(Participant):
                 "would train nothing. Check that the loss is computed with the adapted model (not a copy, and "
                 "not under `torch.no_grad`), and that the adapter is active."
             )
-        if not self._meter.measuring:
+        if not self._meter.measuring or self._may_be_zero:
             return
         self._zero_looks = 0 if bool((norms_of(present) != 0).any()) else self._zero_looks + 1
         if self._zero_looks >= PATIENCE:

@@ -27,7 +27,8 @@ from ...cost.savers.later_logits import tiled_causal_lm_loss
 from ...lora.targets import unwrap
 
 _LOSS = ("compute_loss", "_compute_loss", "compute_loss_context_manager", "_prepare_inputs", "compute_ref_log_probs")
-STEP = ("training_step", "get_batch_samples", "_prepare_context_parallel_inputs", *_LOSS)
+_ANSWERS = ("_get_per_token_logps_and_entropies", "get_off_policy_mask", "get_gamma_weights")
+STEP = ("training_step", "get_batch_samples", "_prepare_context_parallel_inputs", *_LOSS, *_ANSWERS)
 EVALUATION = ("prediction_step", *_LOSS)
 """Methods of a Trainer that compute the loss of a step, and of an evaluation."""
 
@@ -36,7 +37,9 @@ _TRAINERS = (
     "transformers.trainer_seq2seq",
     "trl.trainer.sft_trainer",
     "trl.trainer.dpo_trainer",
+    "trl.trainer.grpo_trainer",
     "trl.trainer.reward_trainer",
+    "trl.trainer.rloo_trainer",
 )
 """Modules with known trainers."""
 

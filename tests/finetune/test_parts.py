@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from rankpilot.common.errors import BudgetError, ConfigError
 from rankpilot.decide.rules import AsConfigured
-from rankpilot.finetune.step import known_losses
 from rankpilot.finetune.step.exact_parts import Exactness, difference_of
 from rankpilot.finetune.step.parts import StepParts
 from rankpilot.finetune.step.run import TrainingRun
@@ -113,13 +112,6 @@ def launch(tmp_path: Path, llama_config: LlamaConfig) -> Callable[..., Launched]
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part costs nothing, so that there are as many as padding asks for."""
     monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 0.0)
-
-
-@pytest.fixture
-def observing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hooks of a test only look on, as rankpilot cannot know."""
-    known = known_losses._OURS | {__name__.partition(".")[0]}
-    monkeypatch.setattr("rankpilot.finetune.step.known_losses._OURS", known)
 
 
 def test_losses_are_those_of_whole_steps_in_fewer_bytes(launch: Callable[..., Launched]) -> None:

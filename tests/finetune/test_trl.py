@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ from rankpilot.lora.targets import find_target_modules
 from transformers import BatchEncoding, BatchFeature, Trainer
 
 from ..cases import first_cases
+from .tiny_runs import is_measured
 from .trainer_kinds import STEPS, TEXTS, classification, conversations, dpo, kto, llama, rollouts, sft, word_tokenizer
 
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
@@ -100,7 +102,7 @@ def test_rollouts_leave_ranks_and_adapters_as_they_are(
     found = []
     for attaches in (False, True):
         trainer = rollouts(kind, tmp_path / str(attaches), **options)
-        pilot = rankpilot.attach(trainer, budget=budget, measure_every=1) if attaches else None
+        pilot = rankpilot.attach(trainer, budget=budget, measure_every=1, parts="off") if attaches else None
         trainer.train()
         found.append({name: value for name, value in trainer.model.named_parameters() if "lora_" in name})
     assert pilot is not None
@@ -111,9 +113,95 @@ def test_rollouts_leave_ranks_and_adapters_as_they_are(
     assert errors
     assert max(map(abs, errors)) <= 0.01
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rankpilot: ")]
-    assert any(line.startswith("rankpilot: Steps run whole, not in parts: ") for line in told)
     assert any(line.startswith("rankpilot: The LoRA stays as configured") for line in told)
     assert bool(pilot.pilot.figures().get("checkpointed_layers")) == (budget != "100%")
+
+
+MANY = WHOLE | {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 40}
+SEQUENCES = {"importance_sampling_level": "sequence"}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "options",
+    first_cases(
+        4,
+        [
+            {},
+            {"loss_type": "cispo"} | PHASES,
+            {"loss_type": "grpo", "mask_truncated_completions": True},
+            {"loss_type": "luspo", "beta": 0.2} | SEQUENCES,
+            {"loss_type": "dr_grpo"},
+            {"loss_type": "sapo", "gradient_accumulation_steps": 2},
+            {"loss_type": "vespo"},
+            {"off_policy_mask_threshold": 0.5, "beta": 0.1} | PHASES,
+        ],
+    ),
+)
+def test_answers_run_in_parts_with_the_same_gradients(tmp_path: Path, observing: None, options: dict[str, Any]) -> None:
+    """No batch fits whole, and in the second step a part runs out of memory."""
+    plain = rollouts("GRPO", tmp_path / "plain", **MANY | options)
+    plain.train()
+    trainer = rollouts("GRPO", tmp_path / "parts", **MANY | options)
+    pilot = rankpilot.attach(trainer, budget="30%", measure_every=1)
+    passes = list[int]()
+
+    def fail(model: Any, inputs: Any, given: Any) -> None:
+        if trainer.state.global_step == 1 and torch.is_grad_enabled() and not is_measured():
+            passes.append(len(given["input_ids"]))
+            if len(passes) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.model.get_base_model().register_forward_pre_hook(fail, with_kwargs=True)
+    generated = list[int]()
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: (generated.append(len(rows)), generate(rows))[1]
+    trainer.train()
+    assert passes[0] < 8, "the batch is split"
+    assert pilot.pilot.guard.parts.tally.too_large == pilot.pilot.guard.parts.tally.batches > 0
+    assert len(generated) == STEPS, "answers are generated once"
+    assert trainer._step == plain._step
+    first, second = ([row for row in each.state.log_history if "loss" in row] for each in (plain, trainer))
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], abs=2e-5)
+    assert [row["completions/mean_length"] for row in second] == [row["completions/mean_length"] for row in first]
+    weights = [{n: p.detach() for n, p in each.model.named_parameters() if "lora_" in n} for each in (plain, trainer)]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+    assert max(peak for _, peak in pilot.peaks) <= pilot.limit
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss_type": "bnpo"}, "the loss of bnpo is not known to be a sum over answers"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile compares"),
+        ({"entropy_coef": 0.1}, "the entropy bonus is a mean"),
+        ({"own": True}, "_compute_loss of .* is not from transformers or TRL"),
+    ],
+)
+def test_answers_that_meet_in_the_loss_run_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], reason: str
+) -> None:
+    own = options.pop("own", False)
+    trainer = rollouts("GRPO", tmp_path, **MANY | {"max_steps": 1} | options)
+    if own:
+        compute = type(trainer)._compute_loss
+        kind = type(
+            "Mine", (type(trainer),), {"_compute_loss": lambda self, model, inputs: compute(self, model, inputs)}
+        )
+        trainer.__class__ = kind
+    rankpilot.attach(trainer, budget="60%")
+    trainer.train()
+    assert re.search(f"Steps run whole, not in parts: {reason}", " ".join(capsys.readouterr().out.split()))
+
+
+def test_equal_rewards_are_no_error(tmp_path: Path) -> None:
+    """All answers to a prompt may get the same reward, for any number of steps: then gradients are zero."""
+    trainer = rollouts("GRPO", tmp_path, **WHOLE, max_steps=6)
+    trainer.reward_funcs = [lambda completions, **_: [0.0] * len(completions)]
+    rankpilot.attach(trainer, budget="85%", measure_every=1)
+    trainer.train()
+    assert trainer.state.global_step == 6
 
 
 @pytest.mark.long
