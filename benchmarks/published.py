@@ -34,6 +34,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from . import published_page
 from .harness import Figures, with_progress
 from .published_contexts import contexts, longest
+from .published_pictures import picture_rows, predicted_mib
 from .published_rollouts import compare_rollouts
 from .published_trainers import compare_examples
 
@@ -467,6 +468,16 @@ def benchmark(options: Options, console: Console) -> Figures:
         on_cards = [Compared(each.name, longest(each), each.tokens) for each in with_progress(contexts(), "contexts")]
         trained = [each for each in on_cards if each.measured]
         figures |= _report("contexts", "The longest row on a card, tokens", trained, console)
+        pictures = {
+            "pictures": [each for each in picture_rows() if each.meter == "allocated"],
+            "pictures_in_use": [each for each in picture_rows() if each.meter != "allocated"],
+        }
+        seen = {
+            group: [Compared(each.name, predicted_mib(each), each.measured) for each in with_progress(runs, group)]
+            for group, runs in pictures.items()
+        }
+        for group, runs in seen.items():
+            figures |= _report(group, f"Rows with pictures, MiB ({group})", runs, console)
         figures |= compare_examples(console) | compare_rollouts(console)
     if options.pack:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
@@ -474,6 +485,7 @@ def benchmark(options: Options, console: Console) -> Figures:
         rows += [*_stored("a100_sharded", [one for one, _ in sharded])]
         rows += [*_stored("a100_sharded_in_use", [two for _, two in sharded])]
         rows += [*_stored("a100_today", today), *_stored("contexts", on_cards)]
+        rows += [row for group, runs in seen.items() for row in _stored(group, runs)]
         write_json(published_page.ROWS, rows)
     for model in TIMED[:1] if options.quick else TIMED:
         seconds, gib = timed(model)

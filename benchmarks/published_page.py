@@ -42,6 +42,8 @@ TITLES = {
     "a100_sharded": "two A100s, allocated",
     "a100_sharded_in_use": "two A100s, in use",
     "contexts": "longest row, tokens",
+    "pictures": "rows with pictures, allocated",
+    "pictures_in_use": "rows with pictures, in use",
 }
 """What the summary calls the groups."""
 
@@ -92,6 +94,20 @@ SECTIONS = {
             "Llama-2-70B is the worst row: its published step takes 25.5 GiB beside the weights, 10 of them for the "
             "inputs of layers; where the rest comes from is unknown. *In use* includes the buffers of NCCL, which are "
             "not predicted, and all rows are too low.",
+        ),
+    ),
+    "Rows with pictures": Section(
+        {"allocated": ("pictures",), "in use": ("pictures_in_use",)},
+        (
+            "One row per batch, bf16, AdamW. *Allocated*: a course on DeepSpeed (yiqiao-yin/deepspeed-course) that "
+            "publishes its script: Qwen3-VL-8B on an A40, LoRA of rank 16 and dropout 0.05 on q, k, v and o, no "
+            "checkpointing, transformers 5.16, ZeRO-3 with one card. That gathers nothing, but, as its code tells, "
+            "keeps the inputs of all linear layers and a bucket of 1 GB, and runs without autocast; the prediction "
+            "does the same. Nothing was fitted.",
+            "*In use*: figures of examples of ms-swift (rank 8 on all linear layers) and axolotl (SmolVLM2, rank 32), "
+            "compared with predicted reserve and a context of 500 MiB. Unknown: what they count, except for the row "
+            "on four cards (nvidia-smi, which includes NCCL), and the exact sizes of pictures and rows, assumed here "
+            "from their data sets.",
         ),
     ),
     "The longest row on a card": Section(

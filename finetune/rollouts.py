@@ -11,6 +11,7 @@ of uniform ranks (arXiv 2605.07366), and before the first rollout there is no lo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,11 +103,13 @@ class Answers:
         trainer: the Trainer that generated them.
         inputs: what its step takes, by name.
         step: its count of training steps before this one.
+        logged: number of figures logged before the step, by name.
     """
 
     trainer: Any
     inputs: Mapping[str, Any]
     step: int
+    logged: Mapping[str, int]
 
     @classmethod
     def generated(cls, trainer: Any, model: Any, prompts: Any) -> Answers:
@@ -117,7 +120,7 @@ class Answers:
             train()
         made = trainer._prepare_inputs(prompts)
         trainer._current_train_step_time += time.perf_counter() - began
-        return cls(trainer, made, step)
+        return cls(trainer, made, step, {name: len(values) for name, values in trainer._metrics["train"].items()})
 
     @property
     def batch(self) -> Batch:
@@ -133,28 +136,63 @@ class Answers:
         width, size = part[TOKENS].shape[1], self.inputs["completion_ids"].shape[1]
         rows = part[ROW].to(self.inputs["completion_ids"].device)
         ends = self.inputs["completion_mask"][rows].any(dim=0).nonzero()
-        answer = min(max(int(ends.max()) + 1 if len(ends) else 1, width - self.inputs["prompt_ids"].shape[1]), size)
+        answer = max(int(ends.max()) + 1 if len(ends) else 0, width - self.inputs["prompt_ids"].shape[1])
+        prompt, answer = width - answer, min(max(answer, 2), size)  # TRL takes one column for a figure per answer
 
         def chosen(name: str, value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != len(self.inputs["advantages"]):
                 return value
             if name.startswith("prompt"):
-                return value[rows, value.shape[1] - max(width - answer, 1) :]
+                return value[rows, value.shape[1] - prompt :]
             return value[rows, :answer] if value.dim() == 2 and value.shape[1] == size else value[rows]
 
         return {name: chosen(name, value) for name, value in self.inputs.items()}
 
     @contextmanager
-    def counted_once(self) -> Iterator[Callable[[], None]]:
-        """Yield a function to call before each part: the Trainer counts one step, and its time once."""
-        trainer, times = self.trainer, self.trainer._metrics["train"]["step_time"]
-        before = len(times)
+    def counted_once(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Yield a function to call with the inputs of each part: the Trainer counts one step, and logs its figures.
 
-        def begin() -> None:
+        Those of an attempt that ran out of memory are dropped.
+        """
+        trainer, counts = self.trainer, list[tuple[float, int]]()
+        metrics = trainer._metrics["train"]
+
+        def begin(inputs: Mapping[str, Any]) -> None:
             trainer._step = self.step
+            counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            counts.append((float(counted.sum()), len(counted)))
 
+        for name in filter(_is_of_loss, metrics):
+            del metrics[name][self.logged.get(name, 0) :]
         yield begin
-        times[before:] = [sum(times[before:])] if len(times) > before else []
+        for name in filter(_is_of_loss, metrics):
+            start = self.logged.get(name, 0)
+            if len(parts := metrics[name][start:]) == len(counts):
+                metrics[name][start:] = [self._of_all(name, parts, counts)]
+
+    def _of_all(self, name: str, parts: list[float], counts: list[tuple[float, int]]) -> float:
+        """Return a logged figure of a step from those of its parts, as `GRPOTrainer._compute_loss` has it.
+
+        Args:
+            name: its name.
+            parts: its values.
+            counts: tokens that count, and answers, of each part.
+        """
+        if combined := _COMBINED.get(name.rpartition("_")[2]):
+            known = [value for value in parts if not math.isnan(value)]
+            return combined(known) if known else math.nan
+        of_answers = self.trainer.importance_sampling_level == "sequence" and "clip" in name
+        weights = [answers if of_answers or "phi" in name else tokens for tokens, answers in counts]
+        return sum(value * weight for value, weight in zip(parts, weights, strict=True)) / max(sum(weights), 1.0)
+
+
+def _is_of_loss(name: str) -> bool:
+    """True if a figure is logged by the loss, and not where answers are generated."""
+    return name.startswith(("kl", "entropy", "clip_ratio/", "cispo_clip_ratio", "vespo/", "step_time"))
+
+
+_COMBINED: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "time": sum}
+"""How figures of parts combine, by the end of their names; others are means over tokens or answers."""
 
 
 class Rollouts:

@@ -69,7 +69,7 @@ class TrainerStep:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.methods = trainer, ReplacedMethods(trainer)
         self.rollouts: Rollouts | None = None
-        self._counts: tuple[bool, ...] = ()
+        self._counts: tuple[Any, ...] = ()
 
     def loss(self, batch: Batch, whole: Batch | None = None) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, not divided by the number of accumulated batches.
@@ -191,10 +191,11 @@ class TrainerStep:
         unknown = unknown_trainer(self.trainer, methods, self.methods.before())
         return unknown or (meeting_answers(self.trainer) if self.rollouts else "")
 
-    def _counts_now(self) -> tuple[bool, ...]:
+    def _counts_now(self) -> tuple[Any, ...]:
         """Return the settings that decide how the losses of parts add up."""
         trainer = self.trainer
-        return trainer.label_smoother is None, bool(trainer.model_accepts_loss_kwargs)
+        names = "loss_type", "importance_sampling_level"  # of GRPO
+        return trainer.label_smoother is None, bool(trainer.model_accepts_loss_kwargs), *map(vars(trainer).get, names)
 
     @property
     def _whole(self) -> str:
@@ -352,8 +353,8 @@ class _Followed:
             for part, share in pilot.parts(answers.batch if answers else inputs):
                 copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
                 if answers and begin:
-                    begin()
                     copied, part = self._part, _ = answers.of_part(part), None
+                    begin(copied)
                 scaled = partial(_scaled, backward, pilot.guard.parts.hear, share)
                 with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
                     losses.append(run(model, copied, *rest, **options))

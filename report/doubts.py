@@ -55,7 +55,7 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     if model.sees and not loaded.image:
         yield Doubt("rows are counted without pictures; pass their size (--image 1024x768)", "more")
     if loaded.image:
-        yield Doubt("no runs with pictures have been published, and none was measured on a GPU", "either")
+        yield Doubt("of 9 published runs with pictures 8 are within 10 %; one on four GPUs took 33 % more", "either")
     if loaded.loss in ("cut", "liger"):
         logits = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
         more = f"up to {format_bytes(logits)} more" if logits else "additional memory"
@@ -78,8 +78,11 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
         yield Doubt(f"{custom}; transformers' own code is counted", "either")
     if shards.sharding == "fsdp2":
         yield Doubt("published runs on two A100s under FSDP had 9 to 39 % more in use than predicted", "more")
-    elif shards.gpus > 1 and shards.sharding != "ddp":
-        yield Doubt(f"{shards.sharding} is modelled on its sharding rules only", "either")
+    elif shards.sharding == "zero3":
+        kept = "DeepSpeed keeps inputs of all linear layers, in fp32 before adapters"
+        yield Doubt(f"{kept}: without checkpointing a step took up to 30 % more", "more")
+    elif shards.sharding == "zero2":
+        yield Doubt("DeepSpeed runs without autocast, and with a bucket of 1 GB only by default", "less")
     if shards.sharding == "fsdp2" and settings.quantization != "none" and settings.prepare_kbit:
         yield Doubt("TRL does not prepare a quantised model that FSDP shards; if so, pass --no-prepare-kbit", "less")
     if shards.sharding == "fsdp2" and settings.quantization == "nf4":

@@ -11,11 +11,12 @@ from rankpilot.cost.cards import card_rates, device_table
 from rankpilot.cost.forecast.memory_of import memory_of
 from rankpilot.report.doubts import doubts, doubts_text
 
-from benchmarks import published, published_page
+from benchmarks import published, published_page, published_pictures
 from benchmarks.published_contexts import contexts, longest
 from benchmarks.published_trainers import Example, examples
 
 from ..cases import first_cases
+from ..cost.pictures import FAMILIES
 
 BARS = {"sdpa none": 0.01, "eager nf4": 0.15, "sdpa nf4": 0.08, "eager none": 0.08}
 """The largest error of the reserve in each setting."""
@@ -68,7 +69,22 @@ def test_published_runs_on_two_a100s_are_told_as_they_are():
     assert "--no-prepare-kbit" in told
 
 
+def test_published_runs_with_pictures_are_predicted():
+    """Those whose script is public within half a per cent, the rounded ones mostly within a tenth."""
+    first = published_pictures.picture_rows()[0]
+    assert published_pictures.predicted_mib(first) == pytest.approx(first.measured, rel=0.005)
+    exact, rounded = ([row for row in STORED if row["group"] == name] for name in PICTURES)
+    assert [abs(row["predicted"] / row["measured"] - 1) <= 0.005 for row in exact] == [True] * 4
+    near = [row for row in [*exact, *rounded] if abs(row["predicted"] / row["measured"] - 1) <= 0.1]
+    more = max(row["measured"] / row["predicted"] - 1 for row in rounded)
+    config, pictures = FAMILIES["qwen2.5-vl"].config(), {"image": "56x56", "max_length": 64, "batch_size": 1}
+    told = doubts_text(memory_of(config, "24GiB", **pictures))
+    assert f"of {len(exact) + len(rounded)} published runs with pictures {len(near)} are" in told
+    assert f"{100 * more:.0f} % more" in told
+
+
 ROOT = Path(__file__).parents[2]
+PICTURES = ("pictures", "pictures_in_use")
 SHARDED = ("a100_sharded", "a100_sharded_in_use")
 STORED = read_json(published_page.ROWS)
 
@@ -83,7 +99,17 @@ def test_the_longest_row_on_a_card_is_predicted():
 def test_stored_rows_and_stored_figures_are_of_one_run():
     found = read_object(ROOT / "benchmarks" / "results" / "published.json")
     reserved = f"l40s_reserved {found['peft_reserved.fitted_tokens']}"
-    for group in ("t4", "a100", "a100_in_use", "a100_today", *SHARDED, "contexts", reserved):
+    for group in (
+        "t4",
+        "a100",
+        "a100_in_use",
+        "a100_today",
+        *SHARDED,
+        "contexts",
+        "pictures",
+        "pictures_in_use",
+        reserved,
+    ):
         rows = [row for row in STORED if row["group"] == group]
         key = "peft_reserved" if group == reserved else group
         mean, worst, _ = published.summary(row["predicted"] / row["measured"] - 1 for row in rows if row["measured"])

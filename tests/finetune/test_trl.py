@@ -118,6 +118,7 @@ def test_rollouts_leave_ranks_and_adapters_as_they_are(
 
 
 MANY = WHOLE | {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 40}
+TIMES = ("step_time", "grad_norm")
 SEQUENCES = {"importance_sampling_level": "sequence"}
 
 
@@ -163,7 +164,9 @@ def test_answers_run_in_parts_with_the_same_gradients(tmp_path: Path, observing:
     assert trainer._step == plain._step
     first, second = ([row for row in each.state.log_history if "loss" in row] for each in (plain, trainer))
     assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], abs=2e-5)
-    assert [row["completions/mean_length"] for row in second] == [row["completions/mean_length"] for row in first]
+    metrics = [[{n: row[n] for n in first[0] if n not in TIMES} for row in each] for each in (first, second)]
+    for whole, parts in zip(*metrics, strict=True):
+        assert parts == pytest.approx(whole, rel=2e-3, abs=1e-4, nan_ok=True)
     weights = [{n: p.detach() for n, p in each.model.named_parameters() if "lora_" in n} for each in (plain, trainer)]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
     assert max(peak for _, peak in pilot.peaks) <= pilot.limit
