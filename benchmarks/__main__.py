@@ -16,6 +16,7 @@ BENCHMARKS = {
     "savers": ("savers", "the same losses in less memory and time, on a language model"),
     "parts": ("parts", "steps in parts, compared with padded rectangles and other ways to avoid padding"),
     "published": ("published", "peaks measured by others on GPUs, compared with predictions"),
+    "zero": ("zero", "a step under DeepSpeed's ZeRO, predicted and measured on the CPU"),
     "estimators": ("estimators", "other estimators on peaks measured on a T4"),
     "published-time": ("published_time", "step times measured by others on a GPU, compared with predictions"),
     "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),

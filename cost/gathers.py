@@ -73,12 +73,16 @@ def with_gathers(memory: MemoryModel, units: GatheredUnits, cards: int) -> Memor
         units: what is gathered.
         cards: number of cards.
     """
-    weights, recording = memory.states.weights, memory.recording
-    shares = np.ones(len(recording.sizes))
-    if not memory.accumulates:  # else whole gradients stay until the last batch of a step (`no_sync`)
-        shares[[*recording.gradients]] = cards
-    memory = replace(memory, _base=np.ceil(memory._base / shares), _slope=memory._slope / shares)
-    return _inserted(memory, sorted(_gathers(recording, units, weights), key=lambda each: each.created))
+    gathers = sorted(_gathers(memory.recording, units, memory.states.weights), key=lambda each: each.created)
+    # Under accumulation whole gradients stay until the last batch of a step (`no_sync`).
+    return _inserted(memory if memory.accumulates else with_shared_gradients(memory, cards), gathers)
+
+
+def with_shared_gradients(memory: MemoryModel, cards: int) -> MemoryModel:
+    """Return the byte model of a step on one of `cards` cards, which keeps its share of each gradient."""
+    shares = np.ones(len(memory.recording.sizes))
+    shares[[*memory.recording.gradients]] = cards
+    return replace(memory, _base=np.ceil(memory._base / shares), _slope=memory._slope / shares)
 
 
 def _gathers(recording: Recording, units: GatheredUnits, weights: FloatArray) -> Iterator[_Gather]:

@@ -82,7 +82,7 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
         kept = "DeepSpeed keeps inputs of all linear layers, in fp32 before adapters"
         yield Doubt(f"{kept}: without checkpointing a step took up to 30 % more", "more")
     elif shards.sharding == "zero2":
-        yield Doubt("DeepSpeed runs without autocast, and with a bucket of 1 GB only by default", "less")
+        yield Doubt("DeepSpeed runs without autocast: unless layers are checkpointed, a tenth less on CPUs", "less")
     if shards.sharding == "fsdp2" and settings.quantization != "none" and settings.prepare_kbit:
         yield Doubt("TRL does not prepare a quantised model that FSDP shards; if so, pass --no-prepare-kbit", "less")
     if shards.sharding == "fsdp2" and settings.quantization == "nf4":

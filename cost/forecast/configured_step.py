@@ -11,7 +11,7 @@ import numpy as np
 
 from ...common.errors import ConfigError, shown
 from ...lora.spec import ModuleSpec, plain_ranks
-from ..gathers import GatheredUnits, with_gathers
+from ..gathers import GatheredUnits, with_gathers, with_shared_gradients
 from ..model import MemoryModel
 from ..moments import LOSS_BYTES, Evaluation
 from ..recording import BatchShape
@@ -280,12 +280,14 @@ class Shards:
     """Number of GPUs that train together and their sharding. Figures are per GPU, each with its own batch.
 
     * ddp: each GPU holds the whole frozen model, and a second copy of the adapters' gradients in buckets.
-    * zero2: as ddp, with the optimizer state sharded, and a buffer of `REDUCE_BUCKET_BYTES`.
+    * zero2: each GPU holds the whole model, adapters in its precision, and a buffer of `REDUCE_BUCKET_BYTES`.
     * fsdp2: each GPU holds a shard of the frozen model, and gathers its units as the step reaches them; see
       `cost/gathers.py`.
-    * zero3: each GPU holds a shard of the frozen parameters, up to `LIVE_PARAMETERS` gathered ones, and that buffer.
+    * zero3: each GPU holds a shard of the frozen parameters, up to `LIVE_PARAMETERS` gathered ones, and a buffer of as
+      many numbers as the hidden width squared, which transformers sets for "auto".
 
-    As in the Trainers, fsdp2 and zero3 also shard adapters, their gradients and the optimizer state.
+    As in the Trainers, fsdp2 and zero3 also shard adapters; and all but ddp their gradients and the optimizer state.
+    DeepSpeed (0.19.8) adds copies of the adapters in fp32 to that state.
 
     Raises:
         ConfigError: there is no GPU, or a single GPU is to shard.
@@ -310,7 +312,7 @@ class Shards:
             return model.frozen
         gathered = int(model.frozen_bytes * min(LIVE_PARAMETERS / model.parameters, 1.0))
         shards = [-(-size // self.gpus) for size in model.frozen]
-        return (*shards, gathered, REDUCE_BUCKET_BYTES) if self.sharding == "zero3" else tuple(shards)
+        return (*shards, gathered, 2 * model.products[1] ** 2) if self.sharding == "zero3" else tuple(shards)
 
     def of(self, step: ConfiguredStep) -> ConfiguredStep:
         """Return the step on one GPU."""
@@ -326,16 +328,22 @@ class Shards:
 
     def _memory(self, memory: MemoryModel, model: LoadedModel) -> MemoryModel:
         states = memory.states
-        if self.sharding in ("ddp", "zero2"):
-            states = states.with_buckets(1.0)
+        if self.sharding == "ddp":
+            return replace(memory, states=states.with_buckets(1.0))
+        names = ["optimizer", "scratch"]
+        if self.sharding != "fsdp2":
+            states = replace(states, optimizer=states.optimizer + states.weights)
+            memory = with_shared_gradients(memory, self.gpus)
         if self.sharding == "zero2":
-            states = replace(states, optimizer=np.ceil(states.optimizer / self.gpus))
-        elif self.sharding != "ddp":
-            names = ("weights", "optimizer", "scratch", "fixed", "others", "other_gradients")
-            states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
+            part = 1.0 if model.precision == "float32" else 0.5
+            states = replace(states, weights=np.ceil(part * states.weights))
+        else:
+            names += ["weights", "fixed", "others", "other_gradients"]
         if self.sharding == "fsdp2":
             memory = with_gathers(memory, gathered_units(model), self.gpus)
-        return replace(memory, states=states)
+        return replace(
+            memory, states=replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
+        )
 
 
 def gathered_units(model: LoadedModel) -> GatheredUnits:

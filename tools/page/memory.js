@@ -4,7 +4,6 @@
 const MIB = 2 ** 20, NEVER = Infinity;
 const CHECKPOINTING_MARGIN = 0.005;
 const LIVE_PARAMETERS = 1e9; // what DeepSpeed's ZeRO-3 gathers at the most
-const REDUCE_BUCKET_BYTES = 1e9; // what DeepSpeed keeps for gradients on their way
 const MERGED_FILE_BYTES = 50e9; // the largest file of a merged model, by transformers' default
 const KINDS = ["frozen", "adapters", "held", "inputs", "temporary", "workspace"];
 
@@ -341,14 +340,16 @@ function shardedStates(states, { gpus, sharding }) {
   const share = (value) => Math.ceil(value / gpus);
   const shared = { ...states, others: share(states.others), other_gradients: share(states.other_gradients) };
   for (const name of ["weights", "optimizer", "scratch", "fixed"]) shared[name] = states[name].map(share);
+  if (sharding === "zero3") shared.optimizer = states.optimizer.map((value, i) => share(value + states.weights[i]));
   return shared;
 }
 
 // The step on one of several GPUs: what it gathers, and its share of the gradients; see `with_gathers`.
 function onShards(step, { gpus, sharding, accumulates }) {
   const base = step.base.slice(), slope = step.slope.slice(), gathers = gpus > 1 && sharding === "fsdp2";
+  const shares = gpus > 1 && (sharding === "zero3" || (gathers && !accumulates));
   if (!gathers) for (const serial of step.gathers) base[serial] = slope[serial] = 0;
-  for (const [serial] of gathers && !accumulates ? step.gradients : []) {
+  for (const [serial] of shares ? step.gradients : []) {
     base[serial] = Math.ceil(base[serial] / gpus);
     slope[serial] /= gpus;
   }
@@ -361,7 +362,7 @@ function loadedSizes(model, { gpus, sharding, stream }) {
   const whole = model.frozen.reduce((sum, size) => sum + size, 0);
   if (sharding === "ddp" || gpus === 1) return [...model.frozen];
   const shards = [...model.frozen].map((size) => Math.ceil(size / gpus));
-  return sharding === "zero3" ? [...shards, Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1)), REDUCE_BUCKET_BYTES] : shards;
+  return sharding === "zero3" ? [...shards, Math.trunc(whole * Math.min(LIVE_PARAMETERS / model.parameters, 1)), 2 * model.products[1] ** 2] : shards;
 }
 
 // The same where the frozen weights of so many layers stream from main memory; see `BaseLayers.on_device`.
