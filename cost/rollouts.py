@@ -59,6 +59,7 @@ class Rollouts:
     Attributes:
         rows: answers generated at once.
         engine: what generates them; None for transformers.
+        length: most tokens of a prompt and its answer; 0 for those of the training's rows.
 
     Raises:
         ConfigError: there are no answers, or too many.
@@ -66,6 +67,7 @@ class Rollouts:
 
     rows: int
     engine: Engine | None = None
+    length: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= MOST_ANSWERS:
@@ -93,7 +95,7 @@ class Rollouts:
             cache_bytes: bytes of a token's keys and values, see `cache_bytes_of`.
         """
         if self.engine is None:
-            return self.rows * length * cache_bytes
+            return self.rows * (self.length or length) * cache_bytes
         held = self.engine.share * card_bytes if self.engine.sleeps else 0.0
         return max(held - self.engine.lends * frozen_bytes, 0.0)
 

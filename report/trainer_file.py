@@ -510,8 +510,14 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
     flash = _attention(keys, "flash_attn")
     flat = keys.flag("neat_packing") and flash == "flash"
     held, length = keys.number("val_size", 0.0, 0) or keys.get("eval_dataset"), keys.number("cutoff_len", 2048)
+    evaluation = _evaluation(keys, held and keys.get("eval_strategy"), _EVAL_ROWS, 8, length, packed=flat)
+    answer, rollouts = keys.number("max_new_tokens", 1024), None
+    if keys.flag("predict_with_generate") and evaluation["eval_batch_size"] != "none":
+        rollouts = Rollouts(evaluation["eval_batch_size"], length=length + answer)
+        evaluation = {"eval_batch_size": "none"}  # it computes no loss then
     return {
         "model": keys.model("model_name_or_path"),
+        "rollouts": rollouts,
         "rank": keys.number("lora_rank", 8),
         "lora_dropout": keys.number("lora_dropout", 0.0, 0),
         "target_modules": "all-linear" if target == "all" else target,
@@ -524,7 +530,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         "attention": flash,
         "loss": "liger" if keys.flag("enable_liger_kernel") else None,
         **_rows(keys, "per_device_train_batch_size", 8, length, flat=flat),
-        **_evaluation(keys, held and keys.get("eval_strategy"), _EVAL_ROWS, 8, length, packed=flat),
+        **evaluation,
         **_checkpointing(keys, not keys.flag("disable_gradient_checkpointing"), keys.flag("use_reentrant_gc", True)),
         "offload": keys.flag("use_unsloth_gc"),
     }

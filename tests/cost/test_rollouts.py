@@ -58,9 +58,9 @@ def trained() -> Outlook:
     return memory_of(t.LlamaConfig(**LLAMA), "4GiB", batch_size=8, max_length=512, gradient_checkpointing=True)
 
 
-def beside(engine: Engine | None, rows: int = 16) -> Outlook:
+def beside(engine: Engine | None, rows: int = 16, length: int = 0) -> Outlook:
     first = trained()
-    loaded = replace(first.given.loaded, rollouts=Rollouts(rows, engine))
+    loaded = replace(first.given.loaded, rollouts=Rollouts(rows, engine, length))
     return Outlook(replace(first.given, loaded=loaded), 8, first.settings, card=find_device_spec("4GiB"))
 
 
@@ -99,6 +99,7 @@ def test_needs_are_shared_by_the_cards_of_an_engine() -> None:
 def test_transformers_keeps_a_cache_for_all_rows() -> None:
     few, many = beside(None, 8), beside(None, 20_000)
     assert few.best is not None
-    moments = {moment.name: moment.device_bytes for moment in moments_of(many, many.choices[0])}
-    assert moments["generation"] - moments["checkpoint"] == 20_000 * 512 * cache_bytes_of(many.given.model.config)
+    for outlook, tokens in ((many, 20_000 * 512), (beside(None, 20_000, 2048), 20_000 * 2048)):
+        moments = {moment.name: moment.device_bytes for moment in moments_of(outlook, outlook.choices[0])}
+        assert moments["generation"] - moments["checkpoint"] == tokens * cache_bytes_of(outlook.given.model.config)
     assert many.best is None

@@ -402,6 +402,15 @@ def test_evaluation_is_read(base, change, evaluation, tmp_path):
         assert (settings["eval_batch_size"], settings["eval_length"], settings["eval_packed"]) == evaluation
 
 
+def test_answers_that_an_evaluation_generates_are_read(tmp_path):
+    values = yaml.safe_load(LLAMA_FACTORY) | {"predict_with_generate": True, "cutoff_len": 512, "max_new_tokens": 100}
+    assert "rollouts" not in read_trainer_file(read(tmp_path, yaml.safe_dump(values))).settings, "no evaluation"
+    held = {"eval_dataset": "a", "eval_strategy": "epoch", "per_device_eval_batch_size": 4}
+    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values | held)))
+    assert (file.settings["rollouts"], file.settings["eval_batch_size"]) == (Rollouts(4, length=612), "none")
+    assert "predict_with_generate" not in file.unpriced
+
+
 @pytest.mark.parametrize(
     ("deepspeed", "sharding"),
     [("ds.json", "zero3"), ("ds_z3_config.json", "zero3"), ({"zero_optimization": {"stage": 2}}, "zero2")],
