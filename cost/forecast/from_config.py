@@ -46,7 +46,7 @@ from ..savers.prices import free_savers
 from ..step_config import OptimizerName, StepConfig, check_length
 from ..step_time import MASK_ALIGNMENT, StepWork
 from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
-from .pictures import RowPictures, check_holds, row_pictures
+from .pictures import LENGTH, RowPictures, check_holds, row_pictures
 from .published import (
     check_experts,
     check_reads_tokens,
@@ -479,5 +479,6 @@ def batch_with_pictures(
         batch[pictures.types] = marks.long()
     for name, tensor in pictures.tensors.items():
         values = torch.tensor(tensor.values, device="cpu")
-        batch[name] = values.expand(shape.rows * tensor.shape[0], *tensor.shape[1:])
+        sizes = (shape.length if size == LENGTH else size for size in tensor.shape[1:])
+        batch[name] = values.expand(shape.rows * tensor.shape[0], *sizes)
     return batch

@@ -2,7 +2,7 @@
 
 Qwen's processors scale a picture to whole squares of merged patches, between `min_pixels` and `max_pixels`. Those of
 Idefics3 and SmolVLM scale its longest edge to four tiles, and add the whole picture as one more tile. Gemma 3's scales
-every picture to one size.
+every picture to one size, and that of Llama 3.2 Vision fills up to four tiles.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ TILES = 4
 
 FLOAT_BYTES, INT_BYTES = 4, 8
 
+LENGTH = -1
+
 
 @dataclass(frozen=True)
 class PictureTensor:
     """A tensor with the pictures of a row, or about them.
 
     Attributes:
-        shape: its shape; rows are concatenated along the first axis.
+        shape: its shape, with `LENGTH` for the tokens of a row; rows are concatenated along the first axis.
         values: its contents, repeated along the other axes: pixels of one colour, or whole numbers.
     """
 
@@ -41,8 +43,8 @@ class PictureTensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of a row; whole numbers take 8, pixels 4."""
-        return math.prod(self.shape) * (FLOAT_BYTES if isinstance(self.values, float) else INT_BYTES)
+        """Bytes of a row, or per token if it has an entry for each; whole numbers take 8, pixels 4."""
+        return abs(math.prod(self.shape)) * (FLOAT_BYTES if isinstance(self.values, float) else INT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,22 @@ def _of_tiles(config: Any, width: int, height: int, images: int, max_pixels: int
     )
 
 
+def _of_canvas(config: Any, width: int, height: int, images: int, max_pixels: int) -> RowPictures:
+    """Llama 3.2 Vision: as many tiles for each picture, which the text reads in layers of cross-attention."""
+    sight = config.vision_config
+    pixels = (1, images, sight.max_num_tiles, sight.num_channels, sight.image_size, sight.image_size)
+    return RowPictures(
+        images=images,
+        tokens=2 * images,
+        tensors={
+            "pixel_values": PictureTensor(pixels, 0.5),
+            "aspect_ratio_ids": PictureTensor((1, images), (1,)),
+            "aspect_ratio_mask": PictureTensor((1, images, sight.max_num_tiles), (1,)),
+            "cross_attention_mask": PictureTensor((1, LENGTH, images, sight.max_num_tiles), (1,)),
+        },
+    )
+
+
 def tiles_of(width: int, height: int, side: int) -> int:
     """Return the tiles of `side` x `side` pixels that a picture takes, including one for the whole picture."""
     longest, ratio = TILES * side, width / height
@@ -195,6 +213,7 @@ _RULES: dict[str, Callable[[Any, int, int, int, int], RowPictures]] = {
     **dict.fromkeys(PIXELS, _of_patches),
     "gemma3": _of_one_size,
     "idefics3": _of_tiles,
+    "mllama": _of_canvas,
     "smolvlm": _of_tiles,
 }
 """Rules by transformers' `model_type`."""

@@ -49,8 +49,9 @@ def towers_cut(base: PreTrainedModel) -> Iterator[None]:
 def _layers_of_all_kinds(base: PreTrainedModel) -> int:
     """Return the number of first layers that include one with full attention, and all whose outputs are kept."""
     sight = base.config.vision_config
-    full, kept = (getattr(sight, name, None) or () for name in ("fullatt_block_indexes", "deepstack_visual_indexes"))
-    return max(LEAST, 1 + min(full, default=0), 1 + max(kept, default=0))
+    names = "fullatt_block_indexes", "deepstack_visual_indexes", "intermediate_layers_indices"
+    full, *kept = (getattr(sight, name, None) or () for name in names)
+    return max(LEAST, 1 + min(full, default=0), *(1 + max(each, default=0) for each in kept))
 
 
 @contextmanager

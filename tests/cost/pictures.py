@@ -12,6 +12,7 @@ import transformers as t
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -61,6 +62,20 @@ def _tiles(kind: Any) -> t.PreTrainedConfig:
     return config
 
 
+def _mllama() -> t.PreTrainedConfig:
+    sight = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_global_layers": 2,
+        "image_size": 56,
+    }
+    sight |= {"attention_heads": 4, "max_num_tiles": 4, "patch_size": 14, "intermediate_layers_indices": [1, 2]}
+    sight |= {"vision_output_dim": 192, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]}
+    text = _TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    return t.MllamaConfig(text_config=text, vision_config=sight, image_token_index=PICTURE)
+
+
 @dataclass(frozen=True)
 class Sees:
     """A family of models of texts and pictures.
@@ -84,11 +99,13 @@ class Sees:
         return {
             name: tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in self.processor()(given, return_tensors="pt").items()
-            if name not in ("num_crops", "rows", "cols")
+            if name not in ("num_crops", "num_tiles", "rows", "cols")
         }
 
     def tokens(self, pixels: dict[str, torch.Tensor]) -> int:
         """The tokens of all pictures together."""
+        if "aspect_ratio_ids" in pixels:
+            return int(pixels["aspect_ratio_ids"].numel())
         if (grid := pixels.get("image_grid_thw")) is not None:
             return int(grid.prod(-1).sum()) // 4
         return 4 * int(np.prod(pixels["pixel_values"].shape[:-3]))  # pictures or tiles of 4 x 4 patches
@@ -101,6 +118,8 @@ class Sees:
         for number in range(images):
             ids[:, number * each + 1 : (number + 1) * each] = PICTURE
         types = {self.types: (ids == PICTURE).long()} if self.types else {}
+        if (tiles := pixels.get("aspect_ratio_mask")) is not None:
+            types["cross_attention_mask"] = tiles[:, None].expand(rows, length, *tiles.shape[1:]).clone()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), **types, **pixels}
 
 
@@ -119,5 +138,6 @@ FAMILIES = {
     ),
     "gemma3": Sees(_gemma3, lambda: Gemma3ImageProcessorPil(size={"height": 56, "width": 56}), types="token_type_ids"),
     "smolvlm": Sees(lambda: _tiles(t.SmolVLMConfig), lambda: SmolVLMImageProcessorPil(**_SIZES), nested=True),
+    "mllama": Sees(_mllama, lambda: MllamaImageProcessorPil(size={"height": 56, "width": 56}), nested=True),
     "idefics3": Sees(lambda: _tiles(t.Idefics3Config), lambda: Idefics3ImageProcessorPil(**_SIZES), nested=True),
 }
