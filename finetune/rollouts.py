@@ -127,8 +127,8 @@ class Answers:
         """The batch for `RankPilot.parts`, with the number of each row; it costs a part's bytes, and takes few."""
         batch, size = _side_by_side(self.inputs), self.inputs["completion_ids"].shape
         figures = sum(torch.is_tensor(value) and value.shape == size for value in self.inputs.values()) - 2
-        beside = 7 + 4 * figures  # bytes a token: a mask is int64 in the step, and figures are fp32
-        rest = torch.zeros(1, dtype=torch.uint8).expand(*batch[MASK].shape, beside)
+        # Bytes a token: a mask is int64 in the step, and figures are fp32.
+        rest = torch.zeros(1, dtype=torch.uint8).expand(*batch[MASK].shape, 7 + 4 * figures)
         return {**batch, ROW: torch.arange(len(batch[MASK])), "beside": rest}
 
     def of_part(self, part: Batch) -> dict[str, Any]:

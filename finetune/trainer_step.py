@@ -353,7 +353,8 @@ class _Followed:
             for part, share in pilot.parts(answers.batch if answers else inputs):
                 copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
                 if answers and begin:
-                    copied, part = self._part, _ = answers.of_part(part), None
+                    copied = self._part = answers.of_part(part)
+                    part = None  # the copy has its tensors
                     begin(copied)
                 scaled = partial(_scaled, backward, pilot.guard.parts.hear, share)
                 with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
