@@ -224,7 +224,7 @@ class Rollouts:
         longest = _longest_prompts(trainer, self.rows)
         answer = _rounded(args.max_completion_length, multiple)
         self._fill, prompt = int(trainer._tokenizer.pad_token_id), _rounded(len(longest[0]), multiple)
-        self._length, self._share = prompt + answer, answer / (prompt + answer)
+        self._length, self._share, self._least = prompt + answer, answer / (prompt + answer), min(answer, 2)
         whole = ([*ids, *[self._fill] * answer] for ids in longest)
         self.dataset: list[dict[str, list[int]]] = [{TOKENS: ids, MASK: [1] * len(ids)} for ids in whole]
         self._of_tokens = _made_for_each_token(trainer)
@@ -248,7 +248,7 @@ class Rollouts:
         """
         tokens, mask = batch[TOKENS], batch[MASK]
         (rows, length), size = tokens.shape, whole[TOKENS].shape[1]
-        answer = min(max(round(self._share * size), 1), size - 1)
+        answer = min(max(round(self._share * size), self._least), size - 1)
         cut = length - answer
         scores = torch.ones(rows, device=tokens.device)
         each = dict.fromkeys(self._of_tokens, torch.zeros((rows, length - cut), device=tokens.device))

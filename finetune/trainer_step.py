@@ -8,7 +8,7 @@ twice (DPO), weigh classes or smooth labels. So this module runs the Trainer's `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -263,7 +263,6 @@ class _Followed:
         self._step, self._trainer, self._rollouts, self._listener = step, step.trainer, step.rollouts, listener
         self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step that began
         self._batches: list[Batch] = []  # all of them
-        self._part: Any = None  # the inputs of a part of generated answers
 
     def begin(self) -> None:
         """Replace the methods that a step calls."""
@@ -286,8 +285,6 @@ class _Followed:
         return result
 
     def _prepare_inputs(self, run: Callable[..., Any], inputs: Any) -> Any:
-        if inputs is self._part:
-            return inputs
         with self._listener.pilot.guard.aside():
             result = run(inputs)
         if self._rollouts and self._trainer.model.training and len(self._done) == 1:
@@ -352,17 +349,18 @@ class _Followed:
         with answers.counted_once() if answers else nullcontext() as begin:
             for part, share in pilot.parts(answers.batch if answers else inputs):
                 copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
+                scaled, undo = partial(_scaled, backward, pilot.guard.parts.hear, share), ExitStack()
+                if pilot.guard.parts.on:
+                    undo.enter_context(standing(accelerator, "backward", scaled))
                 if answers and begin:
-                    copied = self._part = answers.of_part(part)
-                    part = None  # the copy has its tensors
+                    copied, part = answers.of_part(part), None  # the copy has its tensors
                     begin(copied)
-                scaled = partial(_scaled, backward, pilot.guard.parts.hear, share)
-                with standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
+                    undo.enter_context(standing(self._trainer, "_prepare_inputs", lambda inputs: inputs))
+                with undo:
                     losses.append(run(model, copied, *rest, **options))
                 if share != 1:
                     losses[-1] = losses[-1] * share
                 del part, copied  # before the next one exists
-                self._part = None
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _prediction_step(

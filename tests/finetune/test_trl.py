@@ -21,7 +21,7 @@ from rankpilot.cost.record.calibration import LOOP_BYTES
 from rankpilot.cost.recording import BatchShape
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from transformers import BatchEncoding, BatchFeature, Trainer
+from transformers import BatchEncoding, BatchFeature, Trainer, TrainerCallback
 
 from ..cases import first_cases
 from .tiny_runs import is_measured
@@ -136,6 +136,7 @@ SEQUENCES = {"importance_sampling_level": "sequence"}
             {"loss_type": "sapo", "gradient_accumulation_steps": 2},
             {"loss_type": "vespo"},
             {"off_policy_mask_threshold": 0.5, "beta": 0.1} | PHASES,
+            {"max_completion_length": 2},
         ],
     ),
 )
@@ -196,6 +197,30 @@ def test_answers_that_meet_in_the_loss_run_whole(
     rankpilot.attach(trainer, budget="60%")
     trainer.train()
     assert re.search(f"Steps run whole, not in parts: {reason}", " ".join(capsys.readouterr().out.split()))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_that_a_callback_changes_are_changed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its wrapper is no code of TRL, so steps run whole from then on; the answers under way are prepared."""
+    losses = []
+    for attaches in (False, True):
+        trainer = rollouts("GRPO", tmp_path / str(attaches), **MANY)
+
+        class Doubles(TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, args: Any, state: Any, control: Any, trainer: Any = trainer, **_: Any) -> None:
+                if state.global_step == 2:
+                    prepare = trainer._prepare_inputs
+                    trainer._prepare_inputs = lambda given: (
+                        (made := prepare(given)) | {"advantages": 2 * made["advantages"]}
+                    )
+
+        trainer.add_callback(Doubles())
+        if attaches:
+            rankpilot.attach(trainer, budget="80%")
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    assert "Steps run whole, not in parts: from step 3 on" in capsys.readouterr().out
 
 
 def test_equal_rewards_are_no_error(tmp_path: Path) -> None:
