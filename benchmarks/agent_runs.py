@@ -124,7 +124,8 @@ def table_rows(rows: dict[Run, Any]) -> list[tuple[str, ...]]:
         if found := changes(rows, side):
             cells = [_beside(rows, side, *task) for task in TASKS]
             each = [f"{np.mean(cell):+.1f} %" if cell else "" for cell in cells]
-            lines.append((side, *each, f"{estimate(found, range(len(found))):+.1f} %", f"{max(found):+.1f} %"))
+            named = f"agent {side}" if side.startswith("seed") else side
+            lines.append((named, *each, f"{estimate(found, range(len(found))):+.1f} %", f"{max(found):+.1f} %"))
     return lines
 
 

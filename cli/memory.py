@@ -18,7 +18,7 @@ from ..common.errors import ConfigError
 from ..cost.step_config import Quantization, StepConfig
 from ..report.config import OF_CARD, MemoryConfig
 from .options import parse, peek
-from .progress import console
+from .progress import console, working
 
 if TYPE_CHECKING:
     from ..cost.forecast.outlook import Outlook
@@ -106,15 +106,16 @@ def main(arguments: Sequence[str]) -> int:
         from ..report import lengths as of_lengths
 
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
-    outlook = _of_card(options, options.card, file) if options.card else _here(options)
-    found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
-    run = _run(outlook, file)
-    told = not (options.json or (options.python and outlook.best))
+    with working(f"pricing the training step of {options.model}") if options.card else nullcontext():
+        outlook = _asking(options, options.card, file)() if options.card else _here(options)
+        found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
+        run = _run(outlook, file)
+        told = not (options.json or (options.python and outlook.best))
+        opening = report.headline(outlook) + report.subject(outlook, options) if told else ""
+        verdict = (_verdict(outlook, run), doubts_text(outlook)) if told else ()
     if told:  # the requested answer first, then parts that take seconds more
-        opening = report.headline(outlook) + report.subject(outlook, options)
         console.print(f"[bold]{escape(opening)}[/]", highlight=False)
-        verdict = filter(None, (_verdict(outlook, run), doubts_text(outlook)))
-        console.print("\n".join(verdict), markup=False, highlight=False)
+        console.print("\n".join(filter(None, verdict)), markup=False, highlight=False)
         if options.details or options.budget:
             console.print(*report.tables(outlook), sep="\n")
         if len(outlook.step.saved) > 1:
@@ -223,13 +224,6 @@ def _asking(options: Memory, card: str, file: TrainerFile | None) -> Callable[..
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
     return partial(memory_of, _configured(options.model), card, rank=options.rank, **settings)
-
-
-def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
-    """Outlook of the model's configuration on a card."""
-    told = f"deriving the training step of {options.model} from its configuration ..."
-    with console.status(told) if console.is_terminal else nullcontext():  # this loads more of a library
-        return _asking(options, card, file)()
 
 
 def _configured(model: str) -> str:

@@ -25,6 +25,17 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show a text and the time that has passed, on a terminal alone."""
+    from rich import progress
+
+    columns, hidden = ("{task.description}", progress.TimeElapsedColumn()), not console.is_terminal
+    with progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        bar.add_task(text, total=None)
+        yield
+
+
 def tell(*lines: str) -> None:
     """Print lines as they are, without markup, colors or breaks."""
     for line in lines:
