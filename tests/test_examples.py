@@ -38,6 +38,7 @@ PRINTED = {
     "train_with_sb3": r"update 2: losses .*above that of left-alone.*above that of union\nsaved in",
     "trainer": "held-out loss",
     "trl_dpo": "highest peak",
+    "trl_grpo": r"without \d+% of their padding.*highest peak",
     "trl_sft": "highest peak",
 }
 AFTER = {"continue_adapter": ("trainer",)}
