@@ -72,7 +72,7 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     if loaded.offload:
         yield Doubt("activation offloading is modelled on TRL's; the one published run took 9 % more", "more")
     if model.keeps_state:
-        yield Doubt("stateful layers are counted as in transformers' own code, not mamba-ssm or fla", "either")
+        yield Doubt("Mamba-1 scans are counted as mamba-ssm's kernel, other states as in transformers' code", "either")
     if model.own_code:
         custom = "the configuration refers to custom code (trust_remote_code)"
         yield Doubt(f"{custom}; transformers' own code is counted", "either")

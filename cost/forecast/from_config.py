@@ -34,7 +34,7 @@ from ..model import MemoryModel, ModelStates
 from ..record.calibration import keeps_state, measure_memory, step_states
 from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
 from ..record.frozen_towers import no_checkpoints_in_towers, towers_cut
-from ..record.kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
+from ..record.kernels_on_meta import cut_loss, fuse_activations, fused_scans, use_chunked_loss, use_flash_attention
 from ..record.known_contents import known_contents
 from ..record.measured_time import product_sizes
 from ..record.model_states import frozen_bytes, frozen_sizes
@@ -196,7 +196,8 @@ class StepRecorder:
     @contextmanager
     def _with(self, savers: tuple[str, ...]) -> Iterator[None]:
         """Enable exactly these savers on the model, on its emulated device."""
-        with _on_meta(self._device), _predictable(self._base.config):
+        scans = fused_scans(self._base) if self.loaded.device == "cuda" else nullcontext()
+        with _on_meta(self._device), _predictable(self._base.config), scans:
             self._savers.take(savers)
             yield
 

@@ -1,11 +1,14 @@
 """Memory-only stand-ins on the meta device for kernels that trainers substitute for transformers' code.
 
-They cover attention without scores, losses without logits, and fused activation functions. Each is an autograd function
-that allocates and saves the same tensors as the kernel.
+They cover attention without scores, losses without logits, fused activation functions and scans. Each is an autograd
+function that allocates and saves the same tensors as the kernel.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +80,59 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Return a tensor shaped like the gradient."""
         return torch.empty_like(gradient)
+
+
+SCAN, CHUNK = "mamba_selective_scan", 2048
+"""Name of the scan of Mamba's layers in transformers, and tokens between the states that the kernel keeps."""
+
+
+@contextmanager
+def fused_scans(model: nn.Module) -> Iterator[None]:
+    """Run the scans of Mamba's layers as mamba-ssm's kernel inside the context (its selective_scan_interface.py).
+
+    Without that package transformers loops over the tokens, and keeps the states of all.
+    """
+    code = {type(module).__module__ for module in model.modules() if hasattr(module, "A_log")}
+    with ExitStack() as undo:
+        for module in (sys.modules[name] for name in code if hasattr(sys.modules[name], SCAN)):
+            undo.callback(setattr, module, SCAN, getattr(module, SCAN))
+            setattr(module, SCAN, _scan)
+        yield
+
+
+def _scan(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **more: Any) -> Any:
+    """Scan inputs and steps, (rows, width, tokens), with one state per row and channel."""
+    others = (more.get(name) for name in ("D", "z", "delta_bias"))
+    return _Scan.apply(*map(_in_rows, (u, dt)), A, *map(_in_rows, (B, C)), *others)  # type: ignore[no-untyped-call]
+
+
+def _in_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Scan(torch.autograd.Function):
+    """Mamba's selective scan."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: torch.Tensor | None) -> torch.Tensor:
+        """Return a tensor shaped like the steps; saves the inputs, the ungated result and a state per chunk."""
+        dt, states, gate = given[1], given[2], given[6]
+        assert dt is not None
+        assert states is not None
+        rows, width, tokens = dt.shape
+        kept = states.new_empty(rows, width, -(-tokens // CHUNK), 2 * states.shape[-1], dtype=torch.float32)
+        result = torch.empty_like(dt)
+        ctx.save_for_backward(*given, kept, result)
+        return result if gate is None else torch.empty_like(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of all; those of B and C add up in fp32."""
+        *given, _, _ = ctx.saved_tensors
+        made = [each if each is None else torch.empty_like(each) for each in given]
+        for at in (3, 4):
+            made[at] = torch.empty_like(given[at], dtype=torch.float32).to(given[at].dtype)
+        return tuple(made)
 
 
 def cut_loss(model: PreTrainedModel) -> None:

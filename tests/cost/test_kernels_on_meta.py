@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.cost.forecast.allocator import CachingAllocator, replay
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import base_on_meta, from_config
+from rankpilot.cost.record import kernels_on_meta
 from rankpilot.cost.record.model_states import frozen_bytes
 from rankpilot.cost.record.quantised import quantise
 from rankpilot.cost.step_config import StepConfig
@@ -162,6 +164,27 @@ def test_layers_that_read_weights_past_the_quantised_ones_stay_as_they_are():
         quantise(jamba, "nf4")
     kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in jamba.named_modules()}
     assert (kinds["dt_proj"], kinds["q_proj"]) == ("Linear", "Linear4bit")
+
+
+def test_a_scan_saves_its_inputs_and_not_the_states_of_all_tokens():
+    """What mamba-ssm's `SelectiveScanFn` saves: its inputs, the ungated result and two states per 2,048 tokens."""
+    mamba = t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+    steps = [step_of(mamba, {"max_length": length}) for length in (128, 256)]
+    assert len({len(step.memory.recording.sizes) for step in steps}) == 1, "no loop over tokens"
+    assert vars(sys.modules[t.MambaForCausalLM.__module__])[kernels_on_meta.SCAN] is not kernels_on_meta._scan
+    rows, width, states, tokens = 2, 8, 4, 3000
+    shapes = [(rows, width, tokens)] * 2 + [(width, states)] + [(rows, states, tokens)] * 2
+    inputs = [torch.zeros(shape, dtype=torch.bfloat16).float().requires_grad_() for shape in shapes]
+    more = {"D": torch.zeros(width), "z": torch.zeros(rows, width, tokens).requires_grad_(), "delta_bias": None}
+    saved: dict[int, int] = {}
+    keep = torch.autograd.graph.saved_tensors_hooks(
+        lambda each: saved.update({each.data_ptr(): each.nbytes}) or each, lambda each: each
+    )
+    with keep:
+        result = kernels_on_meta._scan(*inputs, **more)
+    given = sum(each.nbytes for each in [*inputs, more["D"], more["z"]])
+    assert sum(saved.values()) == given + result.nbytes + 4 * rows * width * 2 * 2 * states
+    assert result.shape == (rows, width, tokens)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
