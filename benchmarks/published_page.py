@@ -103,10 +103,11 @@ SECTIONS = {
             "publishes its script: Qwen3-VL-8B on an A40, LoRA of rank 16 and dropout 0.05 on q, k, v and o, no "
             "checkpointing, transformers 5.16, ZeRO-3 with one card. That gathers nothing, but, as its code tells, "
             "keeps the inputs of all linear layers and a bucket of 1 GB, and runs without autocast; the prediction "
-            "does the same. Nothing was fitted.",
+            "does the same. No constant was fitted, but these rows pointed to adapters in fp32, which its code "
+            "confirms.",
             "*In use*: figures of examples of ms-swift (rank 8 on all linear layers) and axolotl (SmolVLM2, rank 32), "
             "compared with predicted reserve and a context of 500 MiB. Unknown: what they count, except for the row "
-            "on four cards (nvidia-smi, which includes NCCL), and the exact sizes of pictures and rows, assumed here "
+            "of 480 tokens (nvidia-smi, which includes NCCL), and the exact sizes of pictures and rows, assumed here "
             "from their data sets.",
         ),
     ),
@@ -138,6 +139,7 @@ NOT_PREDICTED = (
     ),
     ("Qwen's README, full fine-tunes and LoRA with trained embeddings", "not LoRA alone"),
     ("Qwen's README, several cards or nodes (DeepSpeed ZeRO-3)", "it does not say what it counts"),
+    ("Unsloth's notebooks with pictures", "other kernels"),
     ("FLUX and other image models", "they read no tokens: `rankpilot memory` refuses them"),
     ("Unsloth's own contexts, LLaMA-Factory, litgpt, ms-swift", "other kernels; no rows with their settings"),
 )

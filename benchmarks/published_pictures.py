@@ -25,6 +25,8 @@ FILE = Path(__file__).with_name("published_peaks") / "pictures.csv"
 MIB = 2**20
 
 _ROTARY = {"mrope_section": [16, 24, 24], "type": "mrope"}
+_QWEN2 = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+_QWEN2 |= {"num_key_value_heads": 4, "vocab_size": 152064, "rope_scaling": _ROTARY}  # type: ignore[dict-item]
 _QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 _QWEN3 |= {"vocab_size": 151936, "max_position_embeddings": 262144}
 _ROTARY3 = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
@@ -46,9 +48,12 @@ def configurations() -> dict[str, Any]:
             tie_word_embeddings=True,
         ),
         "qwen2-vl-7b": t.Qwen2VLConfig(
-            text_config={"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-            | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_scaling": _ROTARY},
+            text_config=_QWEN2,
             vision_config={"hidden_size": 3584},
+        ),
+        "qwen2.5-vl-7b": t.Qwen2_5_VLConfig(
+            text_config=_QWEN2,
+            vision_config={"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
         ),
         "smolvlm2-2.2b": t.SmolVLMConfig(
             image_token_id=49190,
@@ -61,7 +66,13 @@ def configurations() -> dict[str, Any]:
     }
 
 
-PARAMETERS = {"qwen3-vl-8b": 8.77e9, "qwen3-vl-4b": 4.44e9, "qwen2-vl-7b": 8.29e9, "smolvlm2-2.2b": 2.25e9}
+PARAMETERS = {
+    "qwen3-vl-8b": 8.77e9,
+    "qwen3-vl-4b": 4.44e9,
+    "qwen2-vl-7b": 8.29e9,
+    "qwen2.5-vl-7b": 8.29e9,
+    "smolvlm2-2.2b": 2.25e9,
+}
 """As published."""
 
 

@@ -341,9 +341,8 @@ class Shards:
             names += ["weights", "fixed", "others", "other_gradients"]
         if self.sharding == "fsdp2":
             memory = with_gathers(memory, gathered_units(model), self.gpus)
-        return replace(
-            memory, states=replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
-        )
+        shared = {name: np.ceil(getattr(states, name) / self.gpus) for name in names}
+        return replace(memory, states=replace(states, **shared))
 
 
 def gathered_units(model: LoadedModel) -> GatheredUnits:

@@ -48,8 +48,8 @@ many rows look alike to a model."""
 FULL_ROUNDING, TF32_ROUNDING = 1e-5, 2**-9
 
 MOVED_ROUNDING = 5e-5
-"""The same under a known loss where padding on the left is cut, which moves positions: the angles of rotary embeddings
-round differently (1.7e-5 for SmolLM2-135M under GRPO)."""
+"""The same under a known loss if the tested parts lost padding on the left, which moves positions: the angles of rotary
+embeddings round differently (1.7e-5 for SmolLM2-135M under GRPO)."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,8 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, know
                 own = _difference(rows.shares(parts, kind), each, whole, loss)
                 differences[kind] = float(np.maximum(differences[kind], own))
             turn()
-    most = max(found.rounding, MOVED_ROUNDING) if known and run.cuts.left else found.rounding
+    moved = known and any(rows.span(part).start for part in parts)
+    most = max(found.rounding, MOVED_ROUNDING) if moved else found.rounding
     kind = min(SHARES, key=lambda kind: (not differences[kind] <= most, SHARES.index(kind)))
     if differences[kind] <= most:
         return Exactness(kind, draws=found.drew)
