@@ -40,11 +40,15 @@ HALVED, DOUBLED = CHANGES.index(-1.0), CHANGES.index(1.0)
 PATIENCE = 3
 """Consecutive rollbacks for non-finite values before the copy is considered useless."""
 
-FEATURES = (
-    "alignment", "alignment over the first", "spread of the alignment", "evidence", "loss", "change of loss",
-    "above the best", "noise", "moved", "time", "steps", "schedule", "warm-up", "undone",
-)  # fmt: skip
-"""Observation of a control, each value from -`MOST_FEATURE` to `MOST_FEATURE`; for the meanings see `FineTuneEnv`."""
+SCALES = {
+    "alignment": 4.0, "alignment over the first": 1.0, "spread of the alignment": 4.0, "evidence": 0.25, "loss": 2.0,
+    "change of loss": 4.0, "above the best": 4.0, "noise": 4.0, "moved": 1 / 3, "time": 1.0, "steps": 0.25,
+    "schedule": 1.0, "warm-up": 1.0, "undone": 1.0,
+}  # fmt: skip
+"""Factor that brings each feature of a control to about 1; the docstring of `FineTuneEnv` says what each one measures."""
+
+FEATURES = tuple(SCALES)
+"""Observation of a control: scaled features, each from -`MOST_FEATURE` to `MOST_FEATURE`."""
 
 MOST_FEATURE = 3.0
 
@@ -119,23 +123,24 @@ class RunRecord:
         mean, first = float(losses.mean()), math.log(np.mean(self._first))
         error, means = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3, [first, *self._means]
         values = (
-            4 * aligned.mean(),
+            aligned.mean(),
             aligned.mean() / max(float(np.mean(self._first_alignments or [0.0])), LEAST_FIRST),
-            4 * aligned.std(),
-            aligned.mean() / error / 4 if len(aligned) > 1 else 0.0,  # no error estimate from a single one
-            2 * (mean - first),
-            4 * (mean - means[-1]),
-            4 * (mean - min(means)),
-            4 * losses.std(),
-            self.moved / 3,
+            aligned.std(),
+            aligned.mean() / error if len(aligned) > 1 else 0.0,  # no error estimate from a single one
+            mean - first,
+            mean - means[-1],
+            mean - min(means),
+            losses.std(),
+            self.moved,
             self.step / self.total_steps,
-            math.log2(max(self.step, 1) / 5) / 4,
+            math.log2(max(self.step, 1) / 5),
             schedule,
             float(schedule > self._schedule),
             float(self._undone),
         )
         self._now = schedule
-        return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
+        scaled = np.array(values) * list(SCALES.values())
+        return np.asarray(np.clip(scaled, -MOST_FEATURE, MOST_FEATURE))
 
     @property
     def loss_error(self) -> float:
@@ -174,9 +179,9 @@ class AlignmentRule:
         raise_above: minimum mean alignment for a raise, as a share of that of the first steps. The share is about a
             tenth at the best rate, a half at half of it, and nearly 1 below a third of it.
         raise_evidence: minimum mean alignment for a raise, in standard errors above 0.
-        surely_above: after the warm-up, raise by the least amount from this share on, if the mean alignment is more
-            than `surely_evidence` standard errors above 0: half of the best rate may look like this.
-        surely_evidence: see `surely_above`.
+        surely_above: after the warm-up, raise by the least amount from this share on, if the evidence is
+            strong: half of the best rate may look like this.
+        surely_evidence: minimum evidence for such a raise, in standard errors above 0.
         least_alignment: minimum mean alignment, a cosine, for a raise.
         lower_evidence: minimum evidence for lowering, in standard errors below 0. A rate too high costs more than one
             too low.
@@ -212,32 +217,34 @@ class AlignmentRule:
     warm: float = 0.7
 
     def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `RateControl`."""
-        return [self._one(dict(zip(FEATURES, row, strict=True))) for row in observations.tolist()]
+        """Return one action per run for observations (runs, len(FEATURES))."""
+        unscaled = observations / list(SCALES.values())
+        return [self._one(dict(zip(FEATURES, row, strict=True))) for row in unscaled.tolist()]
 
     def _one(self, seen: dict[str, float]) -> int:
-        share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
-        risen = seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4
-        early = seen["time"] <= self.back_until and seen["moved"] >= 0
-        takes_back = share < self.back_below and evidence < -self.lower_evidence
-        if (seen["alignment"] < 0 and risen) or (early and takes_back and evidence * share > self.back_product):
-            return UNDO
-        goes_on = seen["alignment"] / 4 >= self.least_alignment
-        if goes_on and share > self.raise_above:
-            return self._raised(seen, share) if evidence > self.raise_evidence else KEEP
-        if goes_on and share > self.surely_above and evidence > self.surely_evidence and not seen["warm-up"]:
-            return self._raised(seen, LEAST_RAISE / self.gains[0])
-        surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
-        return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5))) if surely else KEEP
+        """Return the action for one run, whose features are in their own units."""
+        alignment, share, evidence = seen["alignment"], seen["alignment over the first"], seen["evidence"]
+        warming_up, schedule = bool(seen["warm-up"]), seen["schedule"]
+        reverses = evidence < -self.lower_evidence
 
-    def _raised(self, seen: dict[str, float], share: float) -> int:
-        """Action to raise the rate, if at all."""
-        warming = seen["warm-up"] and seen["schedule"] < self.warm
-        if warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise:
+        early = seen["time"] <= self.back_until and seen["moved"] >= 0
+        wasted = early and reverses and share < self.back_below and evidence * share > self.back_product
+        damaged = alignment < 0 and seen["loss"] > self.undo_threshold + self.undo_noise * seen["noise"]
+        if damaged or wasted:
+            return UNDO
+        if reverses and evidence * share > self.lower_product:
+            return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5)))
+
+        wanted = 0.0  # of log2 of the rate
+        if alignment >= self.least_alignment:
+            if share > self.raise_above:
+                wanted = self.gains[0] * share if evidence > self.raise_evidence else 0.0
+            elif share > self.surely_above and evidence > self.surely_evidence and not warming_up:
+                wanted = LEAST_RAISE
+        if 5 * 2 ** seen["steps"] < self.first_raise or (warming_up and schedule < self.warm):
             return KEEP
-        wanted = self.gains[0] * share
-        beyond = wanted + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
-        return _nearest(min(max(wanted, 0.5), 1.0)) if beyond >= LEAST_RAISE else KEEP
+        by_warm_up = -math.log2(schedule) if warming_up else 0.0
+        return _nearest(min(max(wanted, 0.5), 1.0)) if wanted - by_warm_up >= LEAST_RAISE else KEEP
 
 
 def _nearest(wanted: float) -> int:
