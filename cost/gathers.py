@@ -8,7 +8,7 @@ Source: torch/distributed/fsdp/_fully_shard of PyTorch 2.13, with the units of a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,45 +139,44 @@ def _inserted(memory: MemoryModel, gathers: list[_Gather]) -> MemoryModel:
     """Return the model with more storages, which neither rows nor length change, before others of the same time."""
     recording, growth, count = memory.recording, memory._growth, len(gathers)
     created, freed = np.array([(each.created, max(each.created, each.freed)) for each in gathers], dtype=np.int64).T
+    size, slope = np.array([(each.size, each.slope) for each in gathers]).T
     order = np.argsort(np.concatenate([created, recording.created]), kind="stable")
     place = np.argsort(order)
-    own, old = place[:count].tolist(), place[count:]
+    serials, moved_to = place[:count].tolist(), place[count:]
 
     def merged(ours: Any, theirs: Any) -> Any:
         return np.concatenate([np.broadcast_to(np.asarray(ours, dtype=theirs.dtype), count), theirs])[order]
 
     def moved(by_serial: Mapping[int, Any]) -> dict[int, Any]:
-        return {int(old[serial]): value for serial, value in by_serial.items()}
+        return {int(moved_to[serial]): value for serial, value in by_serial.items()}
 
     def segment(each: Segment) -> Segment:
-        inputs, outputs = (tuple(old[list(serials)].tolist()) for serials in (each.inputs, each.outputs))
+        inputs, outputs = (tuple(moved_to[list(numbers)].tolist()) for numbers in (each.inputs, each.outputs))
         return replace(each, inputs=inputs, outputs=outputs, saved=moved(each.saved))
 
-    size, slope = np.array([(each.size, each.slope) for each in gathers]).T
-    held = {serial: each.needed for serial, each in zip(own, gathers, strict=True) if each.needed is not None}
-    changed = replace(
-        recording,
-        sizes=merged(np.ceil(size), recording.sizes),
-        created=merged(created, recording.created),
-        freed=merged(freed, recording.freed),
-        freed_if_unsaved=merged(freed, recording.freed_if_unsaved),
-        name_index=merged([each.name for each in gathers], recording.name_index),
-        target_index=merged([each.target for each in gathers], recording.target_index),
-        segment_index=merged(-1, recording.segment_index),
-        needed=moved(recording.needed) | held,
-        needed_later=moved(recording.needed_later),
-        on_context_until=moved(recording.on_context_until),
-        uses_saved=merged(False, recording.uses_saved),
-        gradients=moved(recording.gradients),
-        added_at=moved(recording.added_at),
-        segments=tuple(map(segment, recording.segments)),
-        gathers=tuple(own),
-    )
-    of_storages = {name: merged(name == "multiple", getattr(growth, name)) for name in OF_STORAGES}
+    ours = {
+        "sizes": np.ceil(size),
+        "created": created,
+        "freed": freed,
+        "freed_if_unsaved": freed,
+        "name_index": [each.name for each in gathers],
+        "target_index": [each.target for each in gathers],
+        "segment_index": -1,
+        "uses_saved": False,
+    }
+    # By the kind of each field, so that none can be forgotten: values of storages, or a dictionary by serial number.
+    all_fields = {each.name: getattr(recording, each.name) for each in fields(recording)}
+    of_storages = {name: merged(ours[name], each) for name, each in all_fields.items() if isinstance(each, np.ndarray)}
+    by_serial = {name: moved(each) for name, each in all_fields.items() if isinstance(each, dict)}
+    by_serial["needed"] |= {
+        serial: each.needed for serial, each in zip(serials, gathers, strict=True) if each.needed is not None
+    }
+    segments = tuple(map(segment, recording.segments))
+    grown = {name: merged(name == "multiple", getattr(growth, name)) for name in OF_STORAGES}
     return replace(
         memory,
-        recording=changed,
+        recording=replace(recording, **of_storages, **by_serial, segments=segments, gathers=tuple(serials)),
         _base=merged(size, memory._base),
         _slope=merged(slope, memory._slope),
-        _growth=replace(growth, **of_storages),
+        _growth=replace(growth, **grown),
     )

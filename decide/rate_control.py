@@ -45,7 +45,7 @@ SCALES = {
     "change of loss": 4.0, "above the best": 4.0, "noise": 4.0, "moved": 1 / 3, "time": 1.0, "steps": 0.25,
     "schedule": 1.0, "warm-up": 1.0, "undone": 1.0,
 }  # fmt: skip
-"""Factor that brings each feature of a control to about 1; the docstring of `FineTuneEnv` says what each one measures."""
+"""Factor that brings each feature of a control to about 1; `FineTuneEnv` says what each one measures."""
 
 FEATURES = tuple(SCALES)
 """Observation of a control: scaled features, each from -`MOST_FEATURE` to `MOST_FEATURE`."""

@@ -304,15 +304,24 @@ class _Tiling:
     def times(self, times: IntArray, origin: IntArray, copies: IntArray) -> IntArray:
         """Map times of recorded storages to those of their copies; all (storages,)."""
         more = self.layers.more
-        later, last = more * self.ahead, more * self.back
+        all_ahead, all_back = more * self.ahead, more * self.back
+        after_period = (self.forward[1] < times) & (times <= self.backward[0])
+        in_backward = (self.backward[0] < times) & (times <= self.backward[1])
         from_above = self.recorded.created[origin] > self.forward[1]
-        moved = times + np.where(times > self.forward[1], later, 0)
-        moved = moved + np.where(times > self.backward[1], last, 0)
-        moved += np.where((times > self.backward[0]) & (times <= self.backward[1]) & ~from_above, last, 0)
+        # Where neither the time nor the storage belongs to a copy, all copies of the forward pass have run, and of the
+        # backward pass those that come before the recorded period, unless the storage is of the layers above.
+        outside = np.select(
+            [times <= self.forward[1], after_period, in_backward & from_above],
+            [times, times + all_ahead, times + all_ahead],
+            times + all_ahead + all_back,
+        )
+        of_period = (copies >= 0) & (copies <= more)
         ahead, back = self._near(times)
-        of_copy = np.where(ahead, times + copies * self.ahead, moved)
-        of_copy = np.where(back, times + later + (more - copies) * self.back, of_copy)
-        return np.where(times == NEVER, NEVER, np.where((copies < 0) | (copies > more), moved, of_copy))
+        return np.select(
+            [times == NEVER, of_period & back, of_period & ahead],
+            [times, times + all_ahead + (more - copies) * self.back, times + copies * self.ahead],
+            outside,
+        )
 
 
 class _Copies:
