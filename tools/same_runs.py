@@ -5,8 +5,8 @@
     python -m tools.same_runs after.json --compare before.json
 
 Sixteen short runs of tiny models (SFT, DPO, GRPO and classification at 400 % and 60 % of their bytes, a plain loop, two
-resumed runs, four of streaming, rank changes and rates) keep losses, measured peaks, limits, ranks and a checksum of the
-adapter; thirty questions to `rankpilot memory` keep bytes and verdicts.
+resumed runs, four with other policies, rates and goals) keep losses, measured peaks, limits, ranks and a checksum of
+the adapter; thirty questions to `rankpilot memory` keep bytes and verdicts.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def loop(folder: Path, **options: Any) -> dict[str, Any]:
     from transformers import DataCollatorWithPadding
 
     model = bert().train()
-    loader = torch.utils.data.DataLoader(rows(), ROWS, collate_fn=DataCollatorWithPadding(tokenizer()))  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(rows(), ROWS, collate_fn=DataCollatorWithPadding(tokenizer()))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     run = TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS, in_parts=True)
     pilot = RankPilot(**options)
@@ -239,15 +239,15 @@ def main() -> int:
             found[name] = run(folder)
             shutil.rmtree(folder)
             given.output.write_text(json.dumps(found, indent=1))
-            print(name, found[name]["losses"][-1], found[name]["limit"], found[name]["adapter"], flush=True)
+            print(name, found[name]["losses"][-1], found[name]["limit"], found[name]["adapter"], flush=True)  # noqa: T201
     for model, options in itertools.product(MODELS, SETTINGS):
         name = f"{model} {options}"
         if given.only in name and name not in found:
             found[name] = asked(model, options)
             given.output.write_text(json.dumps(found, indent=1))
-            print(name, found[name]["status"], flush=True)
+            print(name, found[name]["status"], flush=True)  # noqa: T201
     different = compared(found, json.loads(given.compare.read_text()), "") if given.compare else []
-    print(*different, sep="\n")
+    print(*different, sep="\n")  # noqa: T201
     return bool(different)
 
 
