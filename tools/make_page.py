@@ -191,19 +191,15 @@ def _arrays(memory: MemoryModel, owner: int) -> Parts:
     created, count = recording.created, len(recording.created)
     freed, needed = recording.freed.copy(), np.zeros(count, dtype=np.int64)
     needed[[*recording.needed]] = 1
-    needed[[*recording.on_context_until]] += 2  # which a second run copies
     for serial, phases in recording.needed_later.items():
         freed[serial] = next((time for time, modules in phases if not modules), freed[serial])
     saved = np.zeros(count, dtype=np.int64)
     saved[[*recording.saved_in_segment]] = 1
-    soonest = recording.freed.copy()
-    soonest[[*recording.needed_later]] = [phases[0][0] for phases in recording.needed_later.values()]
     anchors = anchors_of(created, recording.segment_index, recording.forward_end)
     columns = {
         "created": np.diff(created, prepend=0),
         "freed": spans_after(freed, created, anchors),
         "unsaved": spans_after(recording.freed_if_unsaved, created, anchors),
-        "sooner": np.where(soonest < recording.freed, soonest - created, -1),
         "saved": saved,
         "segment": recording.segment_index,
         "target": recording.target_index,
@@ -330,10 +326,9 @@ def page(models: dict[str, dict[str, str]]) -> str:
     }
     published = published_models()
     about = {name: {key: published[name][key] for key in ("parameters", "id")} for name in models}
-    order = np.random.PCG64(0).state["state"]
-    known = {"cards": cards, "about": about, "order": {"state": str(order["state"]), "increment": str(order["inc"])}}
-    known |= {"launch": LAUNCH_SECONDS, "slack": {each: slack_of(each) for each in QUANTIZATIONS}}
-    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "seconds.js", "parts.js", "form.js"))
+    known = {"cards": cards, "about": about, "launch": LAUNCH_SECONDS}
+    known["slack"] = {each: slack_of(each) for each in QUANTIZATIONS}
+    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "seconds.js", "form.js"))
     parts = {
         "style": (SOURCE / "page.css").read_text(),
         "known": json.dumps(known, separators=(",", ":")),

@@ -16,12 +16,11 @@ import pytest
 import transformers as t
 from rankpilot.cli.main import run
 from rankpilot.common.files import write_text
-from rankpilot.cost.cards import USUAL_CARD, card_rates, device_table
+from rankpilot.cost.cards import device_table
 from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
 from rankpilot.cost.forecast.known_models import published_models, short_name
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
-from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.forecast.stored_step import StepFile, StoredStep
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.moments import Files, moments_of_run
@@ -29,7 +28,6 @@ from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.lora.spec import highest_ranks
-from rankpilot.report.lengths import steps_of_lengths
 from rankpilot.report.trainer_file import read_trainer_file
 
 from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models, saver_names
@@ -178,73 +176,6 @@ def test_the_arithmetic_is_that_of_python(browser: Any, tiny: dict[str, StoredSt
     check_same(browser, {name: packed_step(source, SETTINGS, vocabulary(name)) for name, source in tiny.items()}, tiny)
 
 
-LENGTHS = """async ([models, order, asked]) => {
-  const found = [], known = {};
-  for (const each of asked) {
-    const model = (known[each.model] ||= await unpackModel(models[each.model]));
-    const step = recordedStep(model, each.savers, each.rows, each.length);
-    const use = cardUse(model, step, each.card, { ...each, checkpointed: step.segments.length });
-    const limit = roomForTensors(model, each.card, each, use);
-    const asks = { rows: each.rows, limit, flops: each.card.flops, order };
-    const of = await stepsOfLengths(model, step, each, each.lengths, asks);
-    const exact = [of.steps, of.longest, of.fits, of.tooLong, of.rectangleTooLarge, of.rectangleLayers];
-    const means = [of.parts, of.layers, of.time, of.paddingSaved];
-    found.push([[limit, ...exact, of.rectanglePeak, of.partsPeak, of.filling], means]);
-  }
-  return found;
-}"""
-
-
-def check_same_lengths(browser: Any, models: dict[str, bytes], sources: dict[str, StoredStep], count: int) -> None:
-    """Steps in parts, of random lengths and on cards of which they take most, are those of `memory --lengths`."""
-    generator, asked, wanted = np.random.default_rng(0), [], []
-    for each in drawn(sources, 500):
-        source, shards = sources[each["model"]], Shards(each["gpus"], each["sharding"])
-        each |= {"length": max(each["length"], 16), "evalRows": 0, "keepLogits": 0}
-        lengths = np.clip(np.exp(generator.normal(np.log(each["length"]) - 1, 1, 40)), 1, each["length"]).astype(int)
-        memory = stored_memory(source, each)
-        ranks = np.minimum(each["rank"], highest_ranks(source.model.targets))
-        share = generator.uniform(0.3, 1.2) * memory.with_checkpointed(()).peak(ranks, BatchShape(1, each["length"]))
-        spec = device_table()[each["card"]]
-        taken = sum(shards.loaded(source.model)) + spec.context_bytes + spec.workspace_bytes
-        reserve = python_use(source, each | {"checkpointed": 999}).reserve_share
-        spec = replace(spec, memory_bytes=int((taken + share) * (1 + reserve) / (1 - SLACK)))
-        step = StepConfig(batch_size=each["rows"], max_length=each["length"], optimizer=each["optimizer"])
-        loaded = LoadedAs(expandable_segments=each["expandable"])
-        model = replace(source.model, words=vocabulary(each["model"]))
-        configured = ConfiguredStep(memory, model, loaded=loaded)
-        outlook = Outlook(configured, each["rank"], step, card=spec, dtype="bf16", shards=shards)
-        if (outlook.best or outlook.main).layers < outlook.blocks:
-            continue  # the command asks about fewer adapters then
-        found = steps_of_lengths(outlook, lengths)
-        card = {"memory": spec.memory_bytes, "context": spec.context_bytes, "workspace": spec.workspace_bytes}
-        rates = spec.rates or device_table()[USUAL_CARD].rates
-        asked.append(each | {"card": card | {"flops": card_rates(rates, "bf16").flops}, "lengths": lengths.tolist()})
-        peaks = float(found.rectangle_bytes.max()), float(np.nanmax(found.parts_bytes, initial=0.0)) or None
-        exact = (found.limit, found.steps, found.longest, found.fits, found.too_long, found.rectangle_too_large)
-        means = [found.parts, found.layers, found.time, found.padding_saved]
-        wanted.append(([*exact, found.rectangle_layers, *peaks, found.filling_tokens], means))
-        if len(asked) == count:
-            break
-    here = browser.new_page()
-    for name in ("memory.js", "parts.js"):
-        here.add_script_tag(content=(SOURCE / name).read_text())
-    order = np.random.PCG64(0).state["state"]
-    texts = {name: base64.b64encode(content).decode() for name, content in models.items()}
-    found_here = here.evaluate(LENGTHS, [texts, {"state": str(order["state"]), "increment": str(order["inc"])}, asked])
-    here.close()
-    for one, mine, its in zip(asked, found_here, wanted, strict=True):
-        assert mine[0] == its[0], one
-        assert mine[1] == pytest.approx(its[1], rel=1e-12), one
-    assert len({each[0][6] for each in wanted}) > 1, "no layer was checkpointed"
-    assert any(each[1][0] > 1 for each in wanted), "all ran whole"
-
-
-def test_steps_in_parts_are_those_of_the_command(browser: Any, tiny: dict[str, StoredStep]) -> None:
-    models = {name: packed_step(source, SETTINGS, vocabulary(name)) for name, source in tiny.items()}
-    check_same_lengths(browser, models, tiny, 20)
-
-
 @pytest.mark.long
 def test_the_arithmetic_is_that_of_python_for_what_ships(browser: Any) -> None:
     models, sources = {}, {}
@@ -256,7 +187,6 @@ def test_the_arithmetic_is_that_of_python_for_what_ships(browser: Any) -> None:
         assert content
         models[name], sources[name] = content, StoredStep(file, AskedStep(name, settings).recorder, None)
     check_same(browser, models, sources)
-    check_same_lengths(browser, models, sources, 40)
 
 
 @pytest.mark.long
@@ -461,42 +391,12 @@ def test_lines_are_chosen_by_keyboard(visit: Callable[..., Visit]) -> None:
     assert here.page.evaluate("document.activeElement.textContent") == "axolotl"
 
 
-def test_rows_of_different_lengths_are_pasted_and_linked(visit: Callable[..., Visit]) -> None:
-    here = visit("#model=smollm2-135m&card=RTX+4070&rows=8")
-    assert not here.page.locator("#rows").is_visible()
-    before = here.done
-    here.page.get_by_text("Rows of different lengths").click()
-    here.page.get_by_label("Tokens of each row").fill(" ".join(["100"] * 30 + ["2000"] * 2))
-    here.wait(before)
-    assert here.page.get_by_label("Tokens in a row").input_value() == "2000"
-    assert "4 steps of 8 rows, drawn from 32 rows of up to 2,000 tokens" in here.text("#rows")
-    assert "Every row fits on its own" in here.text("#rows")
-    assert "&lengths=100+100+" in here.page.url
-    here.page.get_by_role("tab", name="command line").click()
-    assert "--lengths lengths.txt" in here.text("#lines code")
-
-
-def test_lengths_are_read_as_people_write_them(browser: Any) -> None:
-    here = browser.new_page()
-    here.add_script_tag(content=(SOURCE / "parts.js").read_text())
-    numbers = {"3, 5\n9": [3, 5, 9], "[3, 5]": [3, 5], "": []}
-    wrong = {"3 x": "x", "3 0": "0", "4.5": "4.5", "p50 300, p90": "p90", "p90 9 p50 3 max 20": "p50"}
-    wrong |= {"p50 300": "p50 300, after which max is missing", "p50 30 max 20": "max 20"}
-    wanted = [*({"lengths": told} for told in numbers.values()), *({"wrong": told} for told in wrong.values())]
-    assert here.evaluate("(texts) => texts.map(readLengths)", [*numbers, *wrong]) == wanted
-    of_quantiles = here.evaluate("readLengths('p50 300, p90 = 900, max: 2048').lengths")
-    assert np.quantile(of_quantiles, [0.5, 0.9, 1.0]).tolist() == pytest.approx([300, 900, 2048], abs=2)
-    here.close()
-
-
 def test_what_cannot_be_asked_is_told(visit: Callable[..., Visit]) -> None:
     here = visit("#model=smollm2-135m")
     here.page.get_by_label("Tokens in a row").fill("100000")
     here.page.wait_for_selector("#answer .mark", state="detached")
     assert "8,192" in here.text("#answer")
     here.page.get_by_label("Tokens in a row").fill("100")
-    here.page.evaluate("location.hash = 'model=smollm2-135m&lengths=7+x'")
-    here.page.get_by_text("“x” is neither").wait_for()
     here.page.evaluate("location.hash = 'model=smollm2-135m&bits=int8'")
     here.page.get_by_text("--quantization int8").wait_for()
     here.page.evaluate("location.hash = 'model=nothing'")

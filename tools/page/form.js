@@ -4,11 +4,9 @@ const known = JSON.parse(document.getElementById("known").textContent);
 const form = document.getElementById("form"), answer = document.getElementById("answer");
 const DEFAULTS = {
   model: "llama-3.1-8b", bits: "nf4", trainer: "trl", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
-  memory: 12, optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
-  evalRows: 0, keepLogits: 0,
+  memory: 12, optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, evalRows: 0, keepLogits: 0,
 };
 const OTHER = "another card"; // of which only the memory is known
-const LONGEST_IN_ADDRESS = 1500; // letters of lengths
 const OPTIMIZERS = {
   adamw: "AdamW", adamw8bit: "AdamW, 8 bits", paged_adamw8bit: "AdamW, 8 bits, paged", adamw4bit: "AdamW, 4 bits", adafactor: "Adafactor", sgd: "SGD",
 };
@@ -46,7 +44,6 @@ function readAddress() {
     if (unknown) field.selectedIndex = 0;
     field.setCustomValidity(unknown ? `This page has no ${name} ${value}. Choose another.` : "");
   }
-  document.getElementById("differing").open ||= given.has("lengths");
   document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable", "evalRows", "keepLogits"].some((name) => given.has(name));
 }
 
@@ -59,7 +56,7 @@ function readForm() {
 }
 
 function writeAddress(asked) {
-  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name] && !(value.length > LONGEST_IN_ADDRESS));
+  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name]);
   const text = new URLSearchParams(changed.map(([name, value]) => [name, typeof value === "boolean" ? (value ? "yes" : "no") : value]));
   history.replaceState(null, "", `#${text}`);
 }
@@ -241,41 +238,6 @@ async function showStreamed(model, asked, best, isLatest) {
   );
 }
 
-// Steps of rows of these lengths, as they are padded and in parts. Parts choose the layers that they checkpoint.
-async function showRows(model, asked, given, isLatest) {
-  const section = document.getElementById("rows"), heading = element("h2", {}, "Your rows, padded and in parts");
-  section.hidden = !given.length;
-  if (!given.length) return;
-  section.replaceChildren(heading, element("p", { class: "faint" }, "Splitting steps of your rows ..."));
-  await pause();
-  const savers = asked.savers && needsLean(model, asked) ? "selective" : saversOf(asked), step = recordedStep(model, savers, asked.rows, asked.length), card = cardOf(asked);
-  if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model are stateful and need a recording per length, so this page cannot predict steps in parts."));
-  const settings = { ...asked, slack: slackOf(asked), sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
-  const limit = roomForTensors(model, card, settings, use(model, asked, savers, ALL));
-  const lengths = given.map((length) => Math.min(length, asked.length)), cut = given.filter((length) => length > asked.length).length;
-  const found = await stepsOfLengths(model, step, settings, lengths, { rows: asked.rows, limit, flops: card.flops, order: known.order }, pause);
-  if (!isLatest()) return;
-  const none = found.partsPeak === null, saved = `${Math.round(100 * found.paddingSaved)} % of the padding`, fewest = (value) => (none ? "" : value), of = (number) => (number ? `${number} of ${found.steps}` : "none");
-  const mean = (number) => number.toFixed(1).replace(/\.0$/, "");
-  const table = [
-    ["parts per step, on average", "1", fewest(mean(found.parts))],
-    ["time", "1.00", fewest(found.time.toFixed(2))],
-    ["peak, without the frozen model", gib(found.rectanglePeak), fewest(gib(found.partsPeak))],
-    ["layers checkpointed, on average", `${found.rectangleLayers}`, fewest(mean(found.layers))],
-    ["steps that do not fit", of(found.rectangleTooLarge), of(found.tooLong)],
-  ];
-  const cells = (tag, row) => element("tr", {}, ...row.map((cell, i) => element(tag, i ? { class: "figure" } : {}, cell)));
-  const brings = none ? "" : found.paddingSaved < 0.005 ? "Parts would save no padding here. " : found.tooLong || !found.rectangleTooLarge ? `Splitting into parts avoids ${saved}. ` : `In parts every step fits, without ${saved}. `;
-  const fits = found.fits === found.longest ? `Every row fits on its own, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits on its own has ${count(found.fits, "token")}.` : "Not even a single row fits.";
-  section.replaceChildren(heading,
-    element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} truncated to ${count(asked.length, "token")}` : ""}.`),
-    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, cells("th", ["", "padded to the longest row", "in parts"])), element("tbody", {}, ...table.map((row) => cells("td", row))))),
-    element("p", { class: "finding" }, `${brings}${fits}`),
-    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this automatically with the losses of transformers and TRL, and on request with others.${found.filling > 1 ? ` On this card, parts below ${count(found.filling, "token")} are not faster.` : ""} Times are estimates from data-sheet rates.`),
-    ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "Links to this answer omit your lengths, which are too long for a URL.")] : []),
-  );
-}
-
 // What each program is told, and a word on it. axolotl and LLaMA-Factory checkpoint all layers or none, and know no savers.
 function programs(asked, way) {
   const { id } = known.about[asked.model], four = asked.bits === "nf4", trl = asked.trainer === "trl", again = way.layers > 0;
@@ -306,14 +268,13 @@ function programs(asked, way) {
   ];
   const more = [
     ...(asked.gpus > 1 ? [`--gpus ${asked.gpus} --sharding ${asked.sharding}`] : []), ...(trl ? ["--loss chunked"] : []), ...(trl && four ? ["--no-prepare-kbit"] : []), ...(asked.savers ? [] : ["--no-exact-savers"]),
-    ...(asked.checkpointing === "auto" ? [] : [`--gradient-checkpointing ${asked.checkpointing === "all" ? "True" : "False"}`]), ...(asked.expandable ? ["--expandable-segments"] : []), ...(asked.stream ? [`--stream ${asked.stream}`] : []), ...(asked.lengths ? ["--lengths lengths.txt"] : []),
+    ...(asked.checkpointing === "auto" ? [] : [`--gradient-checkpointing ${asked.checkpointing === "all" ? "True" : "False"}`]), ...(asked.expandable ? ["--expandable-segments"] : []), ...(asked.stream ? [`--stream ${asked.stream}`] : []),
     ...(asked.evalRows ? [`--eval-batch-size ${asked.evalRows}`] : []), ...(asked.keepLogits ? [`--keep-logits ${asked.keepLogits}`] : []),
   ];
   const command = [
     `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
     `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${more.length ? " \\" : ""}`,
     ...(more.length ? [`    ${more.join(" ")}`] : []),
-    ...(asked.lengths ? ["# lengths.txt contains the number of tokens of each row, one per line."] : []),
   ];
   const own = (file) => `To predict the memory of these settings: rankpilot memory --config ${file} ${option(asked)}`;
   return { [trl ? "PEFT and TRL" : "PEFT and Trainer"]: [peft, ""], axolotl: [axolotl, own("axolotl.yaml")], "LLaMA-Factory": [factory, own("llama_factory.yaml")], "command line": [command, ""] };
@@ -352,21 +313,20 @@ function showLines(asked, way) {
 let latest = 0;
 async function show() {
   const asked = readForm(), own = ++latest, isLatest = () => own === latest;
-  const { bits, trainer, lengths, sharding } = form.elements, ships = (bits, trainer) => document.getElementById(idOf({ ...asked, bits, trainer })), read = readLengths(asked.lengths);
+  const { bits, trainer, sharding } = form.elements, ships = (bits, trainer) => document.getElementById(idOf({ ...asked, bits, trainer }));
   for (const option of trainer.options) option.disabled = ![...bits.options].some(({ value }) => ships(value, option.value));
   if (trainer.selectedOptions[0].disabled) trainer.value = asked.trainer = "trainer";
   for (const option of bits.options) option.disabled = !ships(option.value, asked.trainer);
   if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or use the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} ${option(asked)}`);
-  if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither a row length (a whole number above 0) nor a quantile such as p50 300.`);
   sharding.disabled = asked.gpus < 2;
   document.getElementById("memory").hidden = asked.card !== OTHER;
   const complain = (text) => {
     answer.replaceChildren(element("p", { class: "verdict" }, text));
     answer.setAttribute("aria-busy", "false");
-    for (const id of ["rows", "others", "paste"]) document.getElementById(id).hidden = true;
+    for (const id of ["others", "paste"]) document.getElementById(id).hidden = true;
     document.body.dataset.done = own;
   };
-  const unfit = form.querySelector(":is(input, select, textarea):invalid");
+  const unfit = form.querySelector(":is(input, select):invalid");
   if (unfit) return complain(`${unfit.labels[0].firstChild.textContent.trim()}: ${unfit.validationMessage}`);
   writeAddress(asked);
   answer.setAttribute("aria-busy", "true");
@@ -388,7 +348,6 @@ async function show() {
   showLines(asked, way);
   showMoments(model, there, way);
   await showStreamed(model, there, way, isLatest);
-  await showRows(model, there, read.lengths, isLatest);
   if (!isLatest()) return;
   longest.textContent = "Searching for the longest row that fits ...";
   const most = await longestRow(model, there, isLatest);
@@ -408,16 +367,6 @@ form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");
   clearTimeout(waiting);
   waiting = setTimeout(show, 120);
-});
-form.elements.lengths.addEventListener("input", () => {
-  const longest = (readLengths(form.elements.lengths.value).lengths ?? []).reduce((most, length) => Math.max(most, length), 0);
-  if (longest > 1) form.elements.namedItem("length").value = Math.min(longest, LONGEST); // what trainers would pad to; lower it to cut rows
-});
-document.getElementById("file").addEventListener("change", async ({ target }) => {
-  if (!target.files.length) return;
-  form.elements.lengths.value = await target.files[0].text();
-  target.value = ""; // so that the same file can be read again
-  form.elements.lengths.dispatchEvent(new Event("input", { bubbles: true }));
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 addEventListener("hashchange", () => (readAddress(), show()));

@@ -55,9 +55,6 @@ function restore(step) {
   const anchor = (i) => Math.max(created[i], backward.get(step.segment[i]) ?? 0);
   for (const name of ["freed", "unsaved"])
     step[name] = step[name].map((span, i) => (span === -1 ? NEVER : span < -1 ? created[i] - span - 2 : anchor(i) + span));
-  step.sooner = step.sooner.map((span, i) => (span < 0 ? step.freed[i] : created[i] + span));
-  step.onContext = step.needed.map((bits) => bits >> 1);
-  step.needed = step.needed.map((bits) => bits & 1);
   const table = (name, width) => {
     const columns = Array.from({ length: width }, (_, place) => summed(step[`${name} ${place}`]));
     return Array.from(columns[0], (_, row) => columns.map((column) => column[row]));
