@@ -58,7 +58,7 @@ class Memory(MemoryConfig):
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and the memory breakdown.
         json: print all figures as JSON, and nothing else.
-        config: a YAML file of axolotl, TRL, LLaMA-Factory or ms-swift, unmodified, or with a key `rankpilot` for the
+        config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified, or with a key `rankpilot` for the
             options of `rankpilot.attach`, whose plan is then told too. Options on the command line, and MODEL, override
             it.
         python: print the LoraConfig and the training arguments of the best choice; for a card.

@@ -1,4 +1,4 @@
-"""Derive settings of `rankpilot memory` from a training file of axolotl, TRL, LLaMA-Factory or ms-swift.
+"""Derive settings of `rankpilot memory` from a training file of axolotl, TRL or LLaMA-Factory.
 
 Keys that affect memory are translated, with the program's own defaults. Keys that do not, such as data and rates, are
 ignored; unpriced and unknown ones are reported by name. trainer_keys.json lists the keys of each program.
@@ -80,7 +80,7 @@ refused: keys of other, unpriced kinds of training, with the kinds that use them
 
 
 def read_trainer_file(path: str | Path) -> TrainerFile:
-    """Read a YAML file of axolotl, TRL, LLaMA-Factory or ms-swift.
+    """Read a YAML file of axolotl, TRL or LLaMA-Factory.
 
     Raises:
         ConfigError: it is missing, not YAML, of another program, or of a training other than LoRA on one language
@@ -91,14 +91,15 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
         raise ConfigError(f"{path} must be a mapping of setting names to values; got {shown(values)}.")
     program = _program(values)
     if not program:
-        rest = "TRL (model_name_or_path), LLaMA-Factory (model_name_or_path and finetuning_type) or ms-swift (model)"
+        rest = "TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path and finetuning_type)"
         first = ", ".join(map(shown, list(values)[:5]))
         raise ConfigError(f"{path} is not a config of axolotl (base_model), {rest}. Its keys: {first}.")
+    if program == "ms-swift":
+        told = "is a config of ms-swift, which is not read. Pass its settings as options, or see what a run takes by"
+        raise ConfigError(f"{path} {told} rankpilot run --dry -- swift sft --config {path}.")
     run = OptionsInFile.of({} if values[KEY] is None else values[KEY], str(path)) if KEY in values else None
     keys = _Keys({key: value for key, value in values.items() if key != KEY}, str(path), guarded=run is not None)
     table = KEYS[program]
-    if program == "ms-swift" and (kind := keys.get("rlhf_type")):
-        raise keys.refuse(f"trains with rlhf_type: {shown(kind)}")
     foreign = [key for key in table["refused"] if keys.get(key, False) is not False]
     of_grpo = program == "TRL" and all("GRPO" in table["refused"][key] for key in foreign)
     if foreign and not of_grpo:
@@ -370,10 +371,6 @@ _PARTLY = r"reshard_after_forward\W+false|shard_grad_op|no_shard|hybrid_shard|sh
 """Settings of FSDP that keep whole weights after the forward pass, or on each machine."""
 
 
-PLUGIN = "rankpilot.integrations.axolotl.RankpilotPlugin"
-"""The plugin of axolotl that reads the key `rankpilot`, and turns its fused kernels off."""
-
-
 def _axolotl(keys: _Keys) -> dict[str, Any]:
     adapter, rl = keys.get("adapter"), keys.get("rl")
     if adapter not in ("lora", "qlora"):
@@ -383,12 +380,11 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse(f"trains with rl: {shown(rl)}")
     given = keys.get("plugins") or []
     plugins = [*map(str, given)] if isinstance(given, list) else [str(given)]
-    if keys.guarded and PLUGIN not in plugins:
-        raise ConfigError(f"{keys.path}: axolotl would ignore the key rankpilot. Put {PLUGIN} into plugins.")
-    known = f"CutCrossEntropy|Liger|LMEval|SwanLab|^{re.escape(PLUGIN)}$"
-    keys.notes += [name for name in plugins if not re.search(known, name)]
+    if "rankpilot." in str(plugins):
+        use = f"Remove it from plugins, and start with rankpilot run --budget 80% -- axolotl train {keys.path}"
+        raise ConfigError(f"{keys.path}: rankpilot has no plugin for axolotl any more. {use}.")
+    keys.notes += [name for name in plugins if not re.search("CutCrossEntropy|Liger|LMEval|SwanLab", name)]
     switches = [key for key in keys.values if re.fullmatch("lora_(mlp|qkv|o|embedding)_kernel", key)]
-    switches += [PLUGIN] if PLUGIN in plugins else []
     if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
         keys.notes.append("lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)")
     cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in str(plugins))
@@ -536,55 +532,5 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _swift(keys: _Keys) -> dict[str, Any]:
-    name = "tuner_type" if "tuner_type" in keys.values else "train_type"  # of version 3
-    if (kind := keys.get(name, "lora")) != "lora":
-        raise keys.refuse(f"trains with {name}: {shown(kind)}", f"Set {name}: lora")
-    if (task := keys.get("task_type", "causal_lm")) != "causal_lm":
-        raise keys.refuse(f"trains with task_type: {shown(task)}")
-    method, bits = keys.word("quant_method"), keys.number("quant_bits", 0, 0)
-    if method not in ("", "bnb") or (method and bits not in (4, 8)):
-        asked = f"quant_method: {method} with quant_bits: {bits}"
-        raise ConfigError(f"{keys.path}: {asked} is not supported. Use bnb with 4 or 8.")
-    attention, dtype = _attention(keys, "attn_impl"), keys.word("torch_dtype", "auto").removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ConfigError(f"{keys.path}: torch_dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}.")
-    rows, packs = keys.number("per_device_train_batch_size", 1), keys.flag("packing")
-    flat = keys.any("packing", "padding_free") and attention in ("flash", None)
-    length = keys.number("packing_length" if packs and keys.get("packing_length") else "max_length", 1024)
-    batch = _rows(keys, "per_device_train_batch_size", 1, length, flat=flat)
-    if "gradient_accumulation_steps" not in keys.values:
-        batch["accumulation"] = -(-16 // rows)  # on one GPU
-    if not {"max_length", "packing_length"} & set(keys.values):
-        batch["max_length"] = None
-    held = keys.number("split_dataset_ratio", 0.0, 0) or keys.get("val_dataset")
-    target = _names(keys, "target_regex") or _names(keys, "target_modules", "all-linear")
-    named = f"{keys.get('target_modules')} {keys.get('modules_to_save')}"
-    if group := re.search("all-(embedding|norm|router)", named):
-        raise ConfigError(f"{keys.path}: {group[0]} is not supported. Name the modules instead.")
-    shares = bool(keys.get("deepspeed") or keys.get("fsdp"))
-    reentrant = shares or "NPROC_PER_NODE" not in str(keys.get("ENV"))
-    return {
-        "model": keys.model("model"),
-        "rank": keys.number("lora_rank", 8),
-        "lora_dropout": keys.number("lora_dropout", 0.05, 0),
-        "target_modules": target,
-        "target_parameters": _names(keys, "target_parameters"),
-        "adapter": _adapter(keys, use_dora="use_dora", modules_to_save="modules_to_save"),
-        "quantization": {4: "nf4", 8: "int8"}.get(bits) if method else None,
-        "double_quantization": keys.flag("bnb_4bit_use_double_quant", True) if method and bits == 4 else None,
-        "experts": "unsloth" if keys.word("tuner_backend") == "unsloth" and bits == 4 else None,
-        "optimizer": _optimizer(keys, "optim", "adamw_torch_fused"),
-        "dtype": _DTYPES[dtype] if dtype != "auto" else None,
-        "bf16": keys.flag("bf16", _DTYPES[dtype] == "bf16") if {"bf16", "torch_dtype"} & set(keys.values) else None,
-        "attention": attention,
-        "loss": "liger" if keys.flag("use_liger_kernel") else None,
-        "expandable_segments": "expandable_segments:True" in str(keys.get("ENV")) or None,
-        **batch,
-        **_evaluation(keys, held, _EVAL_ROWS, 1, length, packed=flat),
-        **_checkpointing(keys, keys.flag("gradient_checkpointing", True), reentrant),
-    }
-
-
 _Reader = Callable[[_Keys], dict[str, Any]]
-_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory, "ms-swift": _swift}
+_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory}

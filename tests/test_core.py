@@ -61,9 +61,6 @@ ROOT = Path(__file__).parents[1]
 MORE = ("rankpilot.agents.sb3_policy", "rankpilot.common.statistics")
 """Modules outside of the environment that need its extra."""
 
-PLUGINS = ("rankpilot.integrations.axolotl", "rankpilot.integrations.ms_swift")
-"""Modules that only their programs import."""
-
 LINE = "Policies and environments require gymnasium: pip install 'rankpilot[agent]'."
 
 
@@ -78,7 +75,6 @@ def test_memory_plans_and_fine_tunes_need_no_extra_and_each_module_names_its_own
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {package: ROOT.joinpath(*package.split(".")[1:]) for package in packages if package != "rankpilot"}
     modules = [f"{package}.{path.stem}" for package, folder in folders.items() for path in folder.glob("[!_]*.py")]
-    modules = [module for module in modules if module not in PLUGINS]
     rows = [{"text": f"the film was {word}", "label": index % 3} for index, word in enumerate(WORDS * 4)]
     files = save("bert", tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", rows)
     done = run_without(COMMANDS + DEEP, tmp_path, *files, *modules)

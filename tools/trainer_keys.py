@@ -42,7 +42,6 @@ SETTINGS: dict[str, Callable[[], Iterator[str]]] = {
     "axolotl": _of_axolotl,
     "TRL": partial(_of_classes, "trl", "SFTConfig", "ModelConfig", "ScriptArguments"),
     "LLaMA-Factory": partial(_of_classes, "llamafactory.hparams", *_HPARAMS),
-    "ms-swift": partial(_of_classes, "swift.arguments", "SftArguments"),
 }
 """Functions that yield the settings of each program; ImportError if it is not installed."""
 

@@ -1,4 +1,4 @@
-"""Files of axolotl, TRL, LLaMA-Factory and ms-swift, read as they are."""
+"""Files of axolotl, TRL and LLaMA-Factory, read as they are."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rankpilot.common.errors import ConfigError
 from rankpilot.cost.rollouts import Engine, Rollouts
 from rankpilot.lora.spec import is_slow_pattern
 from rankpilot.report import trainer_file
-from rankpilot.report.trainer_file import KEYS, PLUGIN, read_trainer_file
+from rankpilot.report.trainer_file import KEYS, read_trainer_file
 from transformers import LlamaConfig
 
 from tools.trainer_keys import SETTINGS, unknown_keys
 
 from ..cli.mistakes import failure, usage_error
 
-PACKAGES = {"axolotl": "axolotl", "TRL": "trl", "LLaMA-Factory": "llamafactory", "ms-swift": "ms-swift"}
+PACKAGES = {"axolotl": "axolotl", "TRL": "trl", "LLaMA-Factory": "llamafactory"}
 
 AXOLOTL = """
 base_model: Qwen/Qwen3-4B
@@ -70,17 +70,6 @@ cutoff_len: 1024
 per_device_train_batch_size: 2
 flash_attn: fa2
 bf16: true
-"""
-
-SWIFT = """
-model: Qwen/Qwen3-4B
-tuner_type: lora
-dataset: ["AI-ModelScope/alpaca-gpt4-data-en#500"]
-torch_dtype: bfloat16
-target_modules: all-linear
-external_plugins: [plugin.py]
-max_length: 2048
-learning_rate: 1e-4
 """
 
 
@@ -163,58 +152,6 @@ def test_llama_factory_without_a_precision_is_loaded_as_the_card_has_it(tmp_path
     assert "dtype" not in file.settings
 
 
-def test_swift(tmp_path):
-    """Its defaults are its own: a LoRA of rank 8 on all layers, 16 rows a step, reentrant checkpointing."""
-    file = read_trainer_file(read(tmp_path, SWIFT))
-    assert (file.program, file.unread, file.unpriced, file.run) == ("ms-swift", (), (), None)
-    wanted = {
-        "model": "Qwen/Qwen3-4B",
-        "rank": 8,
-        "lora_dropout": 0.05,
-        "target_modules": "all-linear",
-        "optimizer": "adamw",
-        "dtype": "bf16",
-        "bf16": True,
-        "batch_size": 1,
-        "max_length": 2048,
-        "packed": False,
-        "accumulation": 16,
-        "gradient_checkpointing": True,
-        "reentrant": True,
-    }
-    assert {name: file.settings[name] for name in wanted} == wanted
-
-
-@pytest.mark.parametrize(
-    ("change", "setting", "value"),
-    [
-        ("{tuner_type: null, train_type: lora}", "rank", 8),
-        ("{packing: true, attn_impl: flash_attn, per_device_train_batch_size: 2}", "max_length", 4096),
-        ("{packing: true, attn_impl: flash_attention_2, packing_length: 8192}", "max_length", 8192),
-        ("{quant_method: bnb, quant_bits: 4}", "quantization", "nf4"),
-        ("{quant_method: bnb, quant_bits: 4}", "double_quantization", True),
-        ("{quant_method: bnb, quant_bits: 8}", "quantization", "int8"),
-        ("per_device_train_batch_size: 3", "accumulation", 6),
-        ("target_regex: .*q_proj", "target_modules", ".*q_proj"),
-        ("target_modules: [q_proj, v_proj]", "target_modules", "q_proj,v_proj"),
-        ("torch_dtype: null", "bf16", None),
-        ("torch_dtype: float16", "bf16", False),
-        ("deepspeed: zero3_offload", "sharding", "zero3"),
-        ("fsdp: fsdp2", "sharding", "fsdp2"),
-        ("gradient_checkpointing: false", "reentrant", False),
-        ("ENV: {NPROC_PER_NODE: 2}", "reentrant", False),
-        ("ENV: {PYTORCH_CUDA_ALLOC_CONF: 'expandable_segments:True'}", "expandable_segments", True),
-        ("use_liger_kernel: true", "loss", "liger"),
-        ("max_length: null", "max_length", None),
-    ],
-)
-def test_what_swift_can_set_otherwise(change, setting, value, tmp_path):
-    values = yaml.safe_load(SWIFT) | yaml.safe_load(change)
-    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
-    assert file.settings.get(setting) == value
-    assert file.unread == ()
-
-
 def test_modules_in_one_text_are_several(tmp_path):
     values = yaml.safe_load(LLAMA_FACTORY) | {"additional_target": "embed_tokens,lm_head"}
     file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
@@ -281,16 +218,8 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation must be a string"),
         ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp must be a name"),
         ("base_model: m\nadapter: lora\nbnb_config_kwargs: [1]", "bnb_config_kwargs must be a mapping"),
-        ("model: m\ntuner_type: full", "trains with tuner_type: .full"),
-        ("model: m\ntrain_type: longlora", "trains with train_type: .longlora"),
-        ("model: m\nrlhf_type: dpo\nbeta: 0.1", "trains with rlhf_type: .dpo"),
-        ("model: m\nnum_generations: 8", "another kind of training, GRPO"),
-        ("model: m\ntensor_model_parallel_size: 2", "another kind of training, Megatron"),
-        ("model: m\ntask_type: seq_cls", "trains with task_type: .seq_cls"),
-        ("model: m\nquant_method: hqq\nquant_bits: 4", "quant_method: hqq .* Use bnb"),
-        ("model: m\nmodules_to_save: [all-embedding]", "all-embedding is not supported"),
-        ("model: m\ntorch_dtype: bfloat", "torch_dtype must be one of auto"),
-        ("base_model: m\nadapter: lora\nrankpilot: {}\nplugins: [rankpilot.x]", "would ignore the key rankpilot"),
+        ("model: m\ntuner_type: lora", "config of ms-swift"),
+        ("base_model: m\nadapter: lora\nplugins: [rankpilot.x.Y]", "no plugin .* rankpilot run"),
         ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype must be one of auto, bfloat16"),
     ],
 )
@@ -313,7 +242,6 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
         (AXOLOTL, "image_size: 512", "image_size"),
         (AXOLOTL, "plugins: [a.SpectrumPlugin, b.LigerPlugin]", "a.SpectrumPlugin"),
-        (AXOLOTL, f"{{plugins: [{PLUGIN}], rankpilot: {{budget: 80%}}}}", ""),
         (AXOLOTL, "fsdp_config: {offload_params: true}", "FSDP offload"),
         (AXOLOTL, "fsdp: [full_shard, offload]", "FSDP offload"),
         (AXOLOTL, "fsdp_config: {cpu_offload: true, cpu_offload_pin_memory: true}", "FSDP offload"),
@@ -329,9 +257,6 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (TRL, "{neftune_noise_alpha: 5, label_smoothing_factor: 0.0}", "neftune_noise_alpha"),
         (LLAMA_FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", "image_max_pixels"),
         (LLAMA_FACTORY, "freeze_vision_tower: false", "freeze_vision_tower"),
-        (SWIFT, "{freeze_vit: false, loss_scale: last_round}", "freeze_vit, loss_scale"),
-        (SWIFT, "{deepspeed: zero2_offload}", "DeepSpeed offload"),
-        (SWIFT, "{callbacks: [], sequence_parallel_size: 1, lora_bias: none, freeze_vit: true}", ""),
     ],
 )
 def test_what_is_not_priced_is_named(base, change, told, tmp_path):
@@ -389,8 +314,6 @@ def test_grpo_is_a_step_of_sft_with_generation_between(change, length, rollouts,
         ),
         (LLAMA_FACTORY, "{val_size: 0.1, eval_strategy: steps, cutoff_len: 1024}", (8, 1024, False)),
         (LLAMA_FACTORY, "val_size: 0.1", "none"),
-        (SWIFT, "{val_dataset: a, per_device_eval_batch_size: 4, max_length: 512}", (4, 512, False)),
-        (SWIFT, "split_dataset_ratio: 0.0", "none"),
     ],
 )
 def test_evaluation_is_read(base, change, evaluation, tmp_path):
@@ -462,15 +385,6 @@ def test_keys_of_other_trainings_are_refused():
         assert {each.name for each in fields(kind)} - known <= {
             key for key, of in table["refused"].items() if name in of
         }
-
-
-def test_keys_of_swift_for_other_trainings_are_refused():
-    arguments = pytest.importorskip("swift.arguments", reason="ms-swift is only there where its keys are renewed")
-    table = KEYS["ms-swift"]
-    if metadata.version("ms-swift") != table["version"]:
-        pytest.skip(f"the table is of ms-swift {table['version']}")
-    known = {*SETTINGS["ms-swift"]()}
-    assert {each.name for each in fields(arguments.RLHFArguments)} - known <= {*table["refused"], "rlhf_type"}
 
 
 @pytest.mark.parametrize(
