@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint
-    from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
     from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
     from .finetune.step.run import TrainingRun
@@ -59,13 +58,11 @@ _LAZY = {
     "fetch_asset": ".data.assets",
     "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
-    "load_checkpoint": ".finetune.loop_checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.policy_file",
     "memory_of": ".cost.forecast.memory_of",
     "module_feature": ".decide.observation",
     "rank_pattern_yaml": ".lora.adapter_file",
-    "save_checkpoint": ".finetune.loop_checkpoint",
     "static_plan": ".finetune.allocate",
     "stream_base": ".cost.savers.streamed_base",
 }
@@ -95,13 +92,11 @@ __all__ = [
     "fetch_asset",
     "frontier",
     "last_checkpoint",
-    "load_checkpoint",
     "load_packaged_dataset",
     "load_policy",
     "memory_of",
     "module_feature",
     "rank_pattern_yaml",
-    "save_checkpoint",
     "static_plan",
     "stream_base",
 ]

@@ -33,7 +33,6 @@ from .errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolde
 from .termination import Terminated
 
 if TYPE_CHECKING:
-    import torch
     from _typeshed import DataclassInstance
 
     Settings = TypeVar("Settings", bound=DataclassInstance)
@@ -53,7 +52,7 @@ def is_whole_archive(path: Path) -> bool:
         return plain and sum(entry.file_size for entry in entries) <= path.stat().st_size and not archive.testzip()
 
 
-def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
+def load_archive(path: Path) -> Any:
     """Load tensors, numbers and texts from a `torch.save` file; objects of other kinds are rejected.
 
     Raises:
@@ -64,7 +63,7 @@ def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
 
     if not is_whole_archive(path):
         raise DataError(f"{path.name} is corrupt")
-    return torch.load(path, map_location=device, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 MOST_TEXT_BYTES = 2**26

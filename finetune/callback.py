@@ -280,7 +280,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         run, name = step.run(args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:
             folder = self._resumed or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            pilot.resume(run, load_state(folder), step=state.global_step, name=name)
+            pilot.load_state_dict(run, load_state(folder), name=name)
             if absent := [kind for kind in ("rng_state", "optimizer", "scheduler") if not any(folder.glob(f"{kind}*"))]:
                 pilot.journal.note(f"{folder.name} has no {', '.join(absent)}; continuing without.")
         else:

@@ -172,12 +172,23 @@ def _is_as_written(checkpoint: Path, state: dict[str, Any]) -> bool:
     return state.pop("checksum", None) in (None, _checksum(checkpoint, state))
 
 
+def as_saved(value: Any) -> Any:
+    """Return nested values with tensors for arrays and plain numbers, which `torch.load` reads with weights_only."""
+    if isinstance(value, Mapping):
+        return {name: as_saved(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_saved(inner) for inner in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Write the state of a run into a checkpoint folder, before the Trainer writes its files.
 
     Args:
         checkpoint: the folder.
-        state: dictionaries, nested to any depth, of tensors, arrays and JSON values.
+        state: dictionaries, nested to any depth, of tensors and JSON values.
     """
     (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # from an earlier save of this step, now incomplete
     values, tensors = _split(state)
@@ -187,7 +198,7 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state written by `save_state`; arrays come back as tensors.
+    """Read the state written by `save_state`.
 
     Raises:
         RunFolderError: the checkpoint was made without rankpilot or by another version, or its writing was interrupted.
@@ -232,8 +243,8 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Te
     values: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in state.items():
-        if isinstance(value, torch.Tensor | np.ndarray):
-            tensors[name] = torch.as_tensor(value)
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
         elif isinstance(value, Mapping):
             values[name], inner = _split(value)
             tensors |= {f"{name}/{path}": tensor for path, tensor in inner.items()}

@@ -111,21 +111,30 @@ class RankPilot:
         with _taking_over(self, run) as piloted:
             piloted.begin(self.seed, name=name, times_plans=self.times_plans, progress=self._progress)
 
-    def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
-        """Resume from a `state_dict`, with its adapters and optimizer. A changed budget or time applies at once.
+    def load_state_dict(self, run: TrainingRun, state: Mapping[str, Any], *, name: str = "") -> int:
+        """Continue a run instead of `begin`. A changed budget or time applies at once.
 
         Args:
-            run: the run, whose model holds the saved adapters.
+            run: the run, whose model and optimizer have loaded what was saved with the state.
             state: the return value of `state_dict`.
-            step: the number of optimizer steps done.
             name: the run's name in the decision log.
 
+        Returns:
+            The number of optimizer steps done.
+
         Raises:
-            RunFolderError: policy, schedule, bounds or the model's ranks differ from the saved ones.
+            RunFolderError: policy, schedule, bounds or the model's adapters differ from the saved ones.
             BudgetError: no plan fits the changed budget.
+
+        Example:
+            >>> saved = torch.load("checkpoint.pt")  # doctest: +SKIP
+            >>> set_peft_model_state_dict(model, saved["adapter"])  # doctest: +SKIP
+            >>> optimizer.load_state_dict(saved["optimizer"])  # doctest: +SKIP
+            >>> done = pilot.load_state_dict(run, saved["pilot"])  # doctest: +SKIP
         """
         with _taking_over(self, run) as piloted:
-            piloted.resume(state, step, name=name)
+            piloted.resume(state, name=name)
+        return piloted.step
 
     def before_step(self, *batches: Batch) -> None:
         """Inspect the batches of the next step before the model sees them, and measure the step if due.
@@ -196,7 +205,6 @@ class RankPilot:
             decide: False postpones a due decision to the next step, so that none follows the last step.
 
         Raises:
-            ConfigError: the step had no `before_step`, or no `before_optimizer_step`.
             BudgetError: the step exceeded the budget, and no plan fits.
             NonFiniteError: a trained tensor is no longer finite, and control of the run cannot undo that.
         """
@@ -265,9 +273,9 @@ class RankPilot:
             self._piloted.break_off(as_found=as_found)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for `resume`, without adapters and optimizer: nested tensors, arrays and JSON values.
+        """Return the state for `load_state_dict`: nested dictionaries of tensors and JSON values, as for `torch.save`.
 
-        All processes must call this.
+        Save the model's adapters and the optimizer with it. All processes must call this.
 
         Raises:
             ProcessError: the processes' adapters differ.
@@ -386,5 +394,5 @@ def _begun(piloted: PilotedRun | None) -> PilotedRun:
         ConfigError: it has not begun.
     """
     if piloted is None or not piloted.begun:
-        raise ConfigError("The run has not begun. Call `begin` or `rankpilot.load_checkpoint` first.")
+        raise ConfigError("The run has not begun. Call `begin` or `load_state_dict` first.")
     return piloted

@@ -35,6 +35,7 @@ from ..lora.peft_config import absent_targets, finish_load, ranks_as_passed, sta
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from . import before_training
+from .checkpoint import as_saved
 from .elastic import ElasticBudget
 from .options import PilotOptions
 from .plan_rate import initial_loss
@@ -46,7 +47,7 @@ from .step.journal import Journal, PlanChange
 from .step.peak_guard import PeakGuard
 from .step.put_back import AdapterSnapshot, adapters_put_back
 from .step.run import FirstRows, Participant, TrainingRun
-from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
+from .watches import FiniteWatch, GradientWatch, LossMeter
 
 T = TypeVar("T")
 
@@ -105,10 +106,7 @@ class PilotedRun:
         self.finite = FiniteWatch(run, journal)
         self.rate: RunRate = RunRate(run, targets, policy, schedule, options)
         self._losses = LossMeter(run.replicas.processes)
-        self._watches = (
-            LoopCalls(run, self.break_off),
-            GradientWatch(targets, self.guard.meter, may_be_zero=run.generates),
-        )
+        self._gradients = GradientWatch(targets, self.guard.meter, may_be_zero=run.generates)
         self._savers = RunSavers(run, options, journal)
         self._found: AdapterSnapshot | None = None  # until a step has passed
         self._heard = b""
@@ -125,14 +123,12 @@ class PilotedRun:
     def participants(self) -> list[Participant]:
         """The participants, in the order of their events; `end` runs in reverse.
 
-        The calls of the loop are checked before anything relies on them. The elastic budget may change ranks, so it
-        precedes the copy of them made by control, which in turn precedes the guard: the guard measures the step in its
-        final form. A loss counts only once its gradients are known to train something. Non-finite values are undone
-        after the peak is compared.
+        The elastic budget may change ranks, so it precedes the copy of them made by control, which in turn precedes the
+        guard: the guard measures the step in its final form. A loss counts only once its gradients are known to train
+        something. Non-finite values are undone after the peak is compared.
         """
-        calls, gradients = self._watches
-        before = calls, self.elastic, self.rate.of_plan, self.rate.control, self.guard.parts
-        every = *before, self.guard, gradients, self._losses, self.finite, self.rate.race
+        before = self.elastic, self.rate.of_plan, self.rate.control, self.guard.parts
+        every = *before, self.guard, self._gradients, self._losses, self.finite, self.rate.race
         return [part for part in every if part is not None]
 
     # The begin and the end --------------------------------------------------------------------------------------------
@@ -203,7 +199,6 @@ class PilotedRun:
         room = partial(before_training.room_in_main_memory, self.run, self.applier, self.elastic.budget)
         race = self.rate.begin_race(state, room, seed, self.journal)
         self.finite.control = race or control
-        self._watches[0].beside = lambda: bool(race and race.beside)
 
     def _prepare(
         self,
@@ -266,12 +261,11 @@ class PilotedRun:
         self.begun = True
         return costs
 
-    def resume(self, state: Mapping[str, Any], step: int, *, name: str) -> None:
-        """Resume from `state`, with its adapters and optimizer.
+    def resume(self, state: Mapping[str, Any], *, name: str) -> None:
+        """Continue from `state`, with its adapters and optimizer.
 
         Args:
             state: the return value of `state`.
-            step: the number of optimizer steps done.
             name: the run's name in the decision log.
         """
         run, targets, journal = self.run, self._targets, self.journal
@@ -287,7 +281,8 @@ class PilotedRun:
                 InitialLoss(*map(finite, state["initial"])) if state["initial"] else None,
                 finite(state["own_rate"]),
             )
-            self.step, self.shown = step, int(state["peaks_shown"])
+            self.step = step = counted(state["step"])
+            self.shown = int(state["peaks_shown"])
             for part in self.participants:
                 part.begin(state)
         if self.guard.parts.on and not run.in_parts:
@@ -496,7 +491,7 @@ class PilotedRun:
         self.run.replicas.compare(self._targets, self.step)
 
     def state(self) -> dict[str, Any]:
-        """Return the state for `resume`, without adapters and optimizer: nested tensors, arrays and JSON values."""
+        """Return the state for `resume`, without adapters and optimizer: nested tensors and JSON values."""
         self._check()
         whole = {
             "processes": self.run.replicas.processes.count,
@@ -511,4 +506,4 @@ class PilotedRun:
         }
         for part in self.participants:
             whole |= part.state()
-        return whole
+        return as_saved(whole)

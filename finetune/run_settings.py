@@ -11,6 +11,7 @@ from ..cost.budget import Budget
 from ..decide.policy import Policy
 from ..decide.settings import DecisionSchedule
 from ..lora.peft_config import adapter_ranks
+from ..lora.resize import is_trained
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .options import PilotOptions
@@ -44,9 +45,12 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
 
 
 def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
-    """Return the ranks of adapters, and their scaling at a common reference rank, by module name."""
+    """Return the ranks of adapters, their scaling at a common reference rank, by module name, and if any is trained."""
     scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
-    return {"ranks": adapter_ranks(targets), "scalings": scalings}
+    return {"ranks": adapter_ranks(targets), "scalings": scalings, "trained": any(map(is_trained, targets))}
+
+
+_LOAD = "In your own loop, load what was saved of the model and of the optimizer before `pilot.load_state_dict`."
 
 
 def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
@@ -81,9 +85,10 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
     if other:
         raise RunFolderError(
             f"{len(other)} adapters of the model differ in rank from the resumed run, such as "
-            f"{shown(other[0])}: {shown(there.get(other[0]))} then, {ranks.get(other[0])} now. In your own "
-            "loop, `rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimizer and this state."
+            f"{shown(other[0])}: {shown(there.get(other[0]))} then, {ranks.get(other[0])} now. {_LOAD}"
         )
+    if state.get("trained") and not adapters["trained"]:
+        raise RunFolderError(f"The adapters of the model are new, those of the resumed run were trained. {_LOAD}")
     other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
     if other:
         raise RunFolderError(

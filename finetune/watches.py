@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from ..common.checks import counted, is_real
 from ..common.errors import ConfigError, NoGradientError, NonFiniteError, shown
 from ..common.processes import Processes
-from ..cost.batch_shape import Batch
 from ..cost.record.peak_meter import PeakMeter
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of
@@ -25,128 +23,6 @@ from .step.journal import Journal
 from .step.run import Participant, TrainingRun
 
 logger = logging.getLogger(__name__)
-
-_MISSING = {
-    "before_step": "`pilot.before_step(batch)`, so its peak was not measured and its batch not inspected: call it "
-    "before the model runs on the batches of the step",
-    "before_optimizer_step": "`pilot.before_optimizer_step(loss)`, so its gradients were not inspected: call it after "
-    "`loss.backward()` and before `optimizer.step()`",
-}
-"""Consequence of a missing call in a step, and the place of the call."""
-
-
-class LoopCalls(Participant):
-    """Detects a loop that omits a call of a step, or does not make each call once per optimizer step.
-
-    Such a loop would silently train with less than requested. A hook on the optimizer observes its steps.
-
-    Args:
-        run: the run whose loop makes the calls.
-        break_off: ends the run before an error.
-    """
-
-    def __init__(self, run: TrainingRun, break_off: Callable[[], None]) -> None:
-        self._run, self._break_off = run, break_off
-        self._made: set[str] = set()
-        self._called = False  # since the run began
-        self._over = False
-        self._optimizer_steps = 0  # since the latest end of a step
-        self._without = 0  # ends of steps since the latest optimizer step
-        self._uneven = 0  # optimizer steps in a row with more than one end
-        self._hook: RemovableHandle | None = None
-        self.beside: Callable[[], bool] = bool  # True in the turn of a lane other than the run itself
-
-    def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Start counting the steps of the run's optimizer."""
-        inner = unwrap_optimizer(self._run.optimizer)
-        self._hook = inner.register_step_post_hook(lambda *_: self._stepped())
-
-    def end(self) -> None:
-        """Stop counting them."""
-        if self._hook:
-            self._hook.remove()
-            self._over = True
-        self._hook = None
-
-    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Note this call."""
-        self._note("before_step")
-
-    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Note this call."""
-        self._note("before_optimizer_step")
-
-    def _note(self, call: str) -> None:
-        """Note a call, a key of `_MISSING`.
-
-        Raises:
-            ConfigError: the run is over, or the optimizer has made several steps without an `after_step`.
-        """
-        if self._over:
-            raise self._refusal(
-                f"`pilot.{call}` was called after the run's `finish`, which ends measuring: call `begin` again, "
-                "or `rankpilot.load_checkpoint`, and `finish` after the last step."
-            )
-        self._called = True
-        self._made.add(call)
-        if self._optimizer_steps > 1:
-            raise self._refusal(
-                f"The optimizer made {self._optimizer_steps} steps since the last `pilot.after_step()`, so peaks "
-                "are not checked against the budget and no further plans are made. Call it once after each "
-                "`optimizer.step()`."
-            )
-
-    def _refusal(self, text: str) -> ConfigError:
-        """End measuring and return the error of a loop with wrong calls."""
-        self._break_off()
-        return ConfigError(text)
-
-    def after_step(self, step: int) -> None:
-        """Reset the calls for the next step.
-
-        Raises:
-            ConfigError: a call of the step is missing.
-        """
-        missing = next((text for call, text in _MISSING.items() if call not in self._made), None)
-        self._made.clear()
-        if missing:
-            raise self._refusal(
-                f"Step {step} had no call of {missing}. `pilot.after_step()` must follow both, once per step."
-            )
-        if self._hook is None:
-            return
-        if step == self._run.total_steps + 1:
-            self._run.warn(
-                f"Step {step} exceeds total_steps={self._run.total_steps}, on which the schedule of plans is "
-                "based. Pass the number of optimizer steps to TrainingRun, and make each call once per optimizer "
-                "step."
-            )
-        self._count()
-
-    def _count(self) -> None:
-        """Detect calls made once per batch instead of once per step of several batches."""
-        if not self._optimizer_steps:  # a loss scaler may skip one now and then
-            self._without += 1
-            return
-        self._uneven = self._uneven + 1 if self._without else 0
-        if self._uneven == 2:
-            batches = self._without + 1
-            self._run.warn(
-                f"`pilot.after_step()` was repeatedly called {batches} times per optimizer step. With gradient "
-                "accumulation, make the calls once per optimizer step, pass all its batches to `before_step`, "
-                f"and pass accumulation={batches} to TrainingRun."
-            )
-        self._optimizer_steps = self._without = 0
-
-    def _stepped(self) -> None:
-        self._optimizer_steps += not self.beside()
-        if self._optimizer_steps == 2 and not self._called:
-            self._run.warn(
-                "The optimizer made 2 steps without any call since `pilot.begin(run)`, so the first plan is "
-                "kept. Call `pilot.before_step(batch)`, `pilot.before_optimizer_step(loss)` and "
-                "`pilot.after_step()` in each step, or `pilot.finish()` now."
-            )
-
 
 PATIENCE = 3
 """Number of checks in a row with all-zero gradients that stop the run. One batch may have none: all of its labels may

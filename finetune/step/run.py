@@ -23,7 +23,8 @@ from ...cost.record.recorder import AGREE
 from ...cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from ...data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
 from ...lora.optimizer_state import check_optimizer
-from ...lora.targets import TargetModule, check_trains, check_unmerged, unwrap
+from ...lora.peft_config import make_resizable
+from ...lora.targets import TargetModule, check_trains, check_unmerged, find_target_modules, unwrap
 from .batch_rows import Cuts
 from .known_losses import cuts_left, unknown_model
 from .put_back import gradients_put_back, training_mode, undisturbed
@@ -185,6 +186,7 @@ class TrainingRun:
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
+            UnsupportedError: the model has no adapter of a known kind.
         """
         for name, count in (("total_steps", total_steps), ("accumulation", accumulation)):
             if type(count) is not int or count < 1:
@@ -194,6 +196,7 @@ class TrainingRun:
         if not hasattr(optimizer, "param_groups"):
             raise ConfigError(f"optimizer must be a torch.optim.Optimizer; got {shown(optimizer)}.")
         dataset, collate, rows = data_of(loader)
+        make_resizable(model, find_target_modules(model))  # so that it loads what an earlier run has saved
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
         foreign = "the loss is custom" if loss else ""
         if not callable(loss := loss or model_loss(model)):

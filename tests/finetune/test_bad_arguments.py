@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot import DecisionSchedule, RankPilot, TrainingRun, last_checkpoint, memory_of, save_checkpoint
+from rankpilot import DecisionSchedule, RankPilot, TrainingRun, last_checkpoint, memory_of
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
 from rankpilot.common.errors import ConfigError, RankPilotError, RunFolderError
@@ -186,7 +186,6 @@ def test_a_file_that_cannot_be_written(llama_config: LlamaConfig, tmp_path: Path
     for save in (
         lambda: write_text(tmp_path / "text", "x" * 5000),
         lambda: save_policy(tmp_path / "policy", GroupNetwork(NetworkConfig(width=8)), SCHEDULE, {}),
-        lambda: save_checkpoint(loop.pilot, loop.run, tmp_path / "checkpoint"),
     ):
         with pytest.raises(RunFolderError, match=r"Cannot write .*\. Check the path, .*free disk space\."):
             save()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rankpilot.common.errors import RunFolderError
 from rankpilot.cost.cost import ByteCost, ParameterCost, cost_from_state, cost_state
-from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
+from rankpilot.finetune.checkpoint import STATE, TENSORS, as_saved, load_state, save_state
 from rankpilot.finetune.step.peak_guard import PeakGuard
 from rankpilot.finetune.step.shortage import PlanReduction
 from rankpilot.finetune.watches import LossMeter
@@ -53,7 +53,7 @@ def test_costs_go_through_a_checkpoint(tmp_path: Path, unit: str) -> None:
     generator = np.random.default_rng(0)
     cost = ByteCost(("a", "b"), *(generator.random(shape) for shape in (2, (2, 3), (2, 4))), np.eye(4, 3, dtype=bool))
     given = cost if unit == "bytes" else ParameterCost(generator.random((1, 3)))
-    save_state(tmp_path, {"cost": cost_state(given)})
+    save_state(tmp_path, as_saved({"cost": cost_state(given)}))
     loaded = cost_from_state(load_state(tmp_path)["cost"])
     assert type(loaded) is type(given)
     for name, value in vars(given).items():

@@ -30,7 +30,7 @@ from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, Trainer, default_data_collator
 
-from .tiny_runs import PLAIN, adapted, arguments, counting, take_step
+from .tiny_runs import PLAIN, adapted, arguments, counting, load_loop, save_loop, take_step
 from .tiny_runs import llama_config as llama_config
 
 STEPS = 60
@@ -163,13 +163,13 @@ def test_a_resumed_run_sees_what_the_whole_one_sees_also_with_a_smaller_budget(
 ) -> None:
     script = scripted(monkeypatch, CHANGES.index(1.0))
     whole = Loop(llama_config, 1e-3, budget="20k params").begin().steps(after)
-    rankpilot.save_checkpoint(whole.pilot, whole.run, tmp_path / "checkpoint")
+    save_loop(whole.pilot, whole.run, tmp_path / "checkpoint")
     whole.steps(MOMENTS[2] + 1 - after)
     for budget in ("20k params", "2k params"):
         again = Loop(llama_config, 1e-3, budget=budget)
         now = scripted(monkeypatch, CHANGES.index(1.0) if after < MOMENTS[0] else KEEP)
         again.batches = cycle([next(again.batches) for _ in range(after + len(again.loader))][after:])
-        rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+        load_loop(again.pilot, again.run, tmp_path / "checkpoint")
         assert again.pilot.rate_factor == pytest.approx(2 if after > MOMENTS[0] else 1)
         if budget == "20k params":
             again.steps(MOMENTS[2] + 1 - after)

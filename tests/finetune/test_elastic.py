@@ -25,7 +25,18 @@ from transformers import LlamaConfig, Trainer, default_data_collator
 from benchmarks.elastic import ON_CUDA, Other, other_process
 
 from ..cases import first_cases
-from .tiny_runs import PLAIN, Recorder, adapted, arguments, counting, logits, ranks_of, take_step
+from .tiny_runs import (
+    PLAIN,
+    Recorder,
+    adapted,
+    arguments,
+    counting,
+    load_loop,
+    logits,
+    ranks_of,
+    save_loop,
+    take_step,
+)
 
 MIB, CPU = 2**20, torch.device("cpu")
 
@@ -195,9 +206,9 @@ def test_a_resumed_run_does_not_count_what_it_holds_as_taken(
     runs.append(loop("auto"))
     runs[-1].steps(3)
     limit, folder = runs[-1].pilot.limit, tmp_path / "checkpoint"
-    rankpilot.save_checkpoint(runs[-1].pilot, runs[-1].run, folder)
+    save_loop(runs[-1].pilot, runs[-1].run, folder)
     runs.append(loop("auto"))
-    rankpilot.load_checkpoint(runs[-1].pilot, runs[-1].run, folder)
+    load_loop(runs[-1].pilot, runs[-1].run, folder)
     runs[-1].steps(2)
     assert runs[-1].pilot.limit == limit
 

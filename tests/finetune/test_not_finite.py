@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
 from .test_controlled_rate import MOMENTS, STEPS, Loop, scripted
-from .tiny_runs import PLAIN, adapted, arguments, counting
+from .tiny_runs import PLAIN, adapted, arguments, counting, load_loop, save_loop
 from .tiny_runs import llama_config as llama_config
 
 Break = Callable[[Any], object]
@@ -133,15 +133,15 @@ def test_steps_that_break_nothing_are_no_event(llama_config: LlamaConfig, contro
 
 def test_a_loop_without_control_ends_and_keeps_its_checkpoint(llama_config: LlamaConfig, tmp_path: Path) -> None:
     loop = Breaking(llama_config, 1e-3, control=False, log=tmp_path / "log").begin().breaks(set(), all_nan, 3)
-    rankpilot.save_checkpoint(loop.pilot, loop.run, folder := tmp_path / "checkpoint")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    save_loop(loop.pilot, loop.run, path := tmp_path / "checkpoint")
+    before = path.read_bytes()
     with pytest.raises(NonFiniteError, match=r"After step 4 .* control=True undoes such steps"):
         loop.breaks({0}, all_nan, 1)
     with pytest.raises(NonFiniteError, match="they are not saved"):
-        rankpilot.save_checkpoint(loop.pilot, loop.run, folder)
+        save_loop(loop.pilot, loop.run, path)
     with pytest.raises(NonFiniteError, match="they are not saved"):
         loop.pilot.finish()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert path.read_bytes() == before
     assert "non-finite up to step 4" in verdict(read_run(tmp_path / "log")).warnings[0]
 
 
@@ -262,7 +262,7 @@ def test_a_resumed_run_undoes_what_the_whole_one_undoes_bit_for_bit(
     scripted(monkeypatch, *actions)
     monkeypatch.setattr(Breaking, "total", STEPS if actions else 12)
     whole = Breaking(llama_config, 1e-3, log=tmp_path / "log").begin().breaks(at, all_nan, saved)
-    rankpilot.save_checkpoint(whole.pilot, whole.run, tmp_path / "checkpoint")
+    save_loop(whole.pilot, whole.run, tmp_path / "checkpoint")
     more = min(whole.total - saved, 10)
     whole.breaks({step - saved for step in at}, all_nan, more)
     moves = (tmp_path / "log" / "control.jsonl").read_text()
@@ -270,7 +270,7 @@ def test_a_resumed_run_undoes_what_the_whole_one_undoes_bit_for_bit(
     again = Breaking(llama_config, 1e-3, log=tmp_path / "log")
     for _ in range(saved):
         next(again.batches)
-    rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+    load_loop(again.pilot, again.run, tmp_path / "checkpoint")
     again.breaks({step - saved for step in at}, all_nan, more)
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
     assert again.pilot.rate_factor == whole.pilot.rate_factor

@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import rankpilot
 import torch
-from rankpilot.common.errors import ConfigError
 from rankpilot.decide.rate_control import RunRecord
 from rankpilot.finetune.watches import LossMeter
 from transformers import LlamaConfig
@@ -19,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .test_elastic import Loop
 from .test_elastic import loop as loop
-from .tiny_runs import messages_of, ranks_of, take_step
+from .tiny_runs import load_loop, messages_of, ranks_of, save_loop, take_step
 
 
 def test_layers_in_evaluation_mode_are_checkpointed_all_the_same(loop: Callable[..., Loop]) -> None:
@@ -54,9 +52,9 @@ def test_a_larger_batch_after_a_restart_is_met_before_its_step(
 ) -> None:
     run = loop("60%")
     run.steps(2)
-    rankpilot.save_checkpoint(run.pilot, run.run, tmp_path / "checkpoint")
+    save_loop(run.pilot, run.run, tmp_path / "checkpoint")
     again = loop("60%", rows=16)
-    rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+    load_loop(again.pilot, again.run, tmp_path / "checkpoint")
     again.steps(2)
     assert messages_of(caplog, "A batch of 16 x 12 is larger")
 
@@ -72,14 +70,6 @@ def test_nothing_is_taken_after_the_last_step(
     run.steps(1)
     assert ranks_of(run.model) == ranks
     assert messages_of(caplog, "It was the last step, so the plan is kept")
-
-
-def test_calls_after_the_end_are_told(loop: Callable[..., Loop]) -> None:
-    run = loop()
-    run.steps(1)
-    run.pilot.finish()
-    with pytest.raises(ConfigError, match=r"`pilot.before_step` was called after the run's `finish`"):
-        run.steps(1)
 
 
 def test_losses_that_are_no_numbers_do_not_count() -> None:

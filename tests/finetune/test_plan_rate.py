@@ -31,7 +31,7 @@ from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, TrainerCallback, default_data_collator
 
-from .tiny_runs import Run, adapted, counting, take_step
+from .tiny_runs import Run, adapted, counting, load_loop, save_loop, take_step
 from .tiny_runs import llama_config as llama_config
 from .trainer_kinds import dpo
 
@@ -303,11 +303,11 @@ def test_a_resumed_loop_that_sets_its_rates_goes_on_at_the_same_factor(
         pilot = RankPilot(Gives(1), "400%", schedule=ONCE, learning_rate="auto")
         run = TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=9)
         if resumes:
-            rankpilot.load_checkpoint(pilot, run, tmp_path / "checkpoint")
+            load_loop(pilot, run, tmp_path / "checkpoint")
         else:
             pilot.begin(run)
             loop.optimizer.param_groups[0]["lr"] = RATE / 10
-            rankpilot.save_checkpoint(pilot, run, tmp_path / "checkpoint")
+            save_loop(pilot, run, tmp_path / "checkpoint")
         factors.append(pilot.rate_factor)
         pilot.finish()
     assert factors[0] == factors[1] != 1

@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ..cases import first_cases
 from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, states_of, texts
 from .several import ProcessFailed, in_processes, loaded_once
-from .tiny_runs import is_measured, take_step
+from .tiny_runs import is_measured, load_loop, save_loop, take_step
 
 STEPS, CUT = 10, 5
 SETTING = Setting(None, dtype=torch.float64)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def loop(
     passes = count_passes(model)
     if first:
         assert checkpoint is not None
-        assert rankpilot.load_checkpoint(pilot, run, checkpoint) == first
+        assert load_loop(pilot, run, checkpoint) == first
     else:
         pilot.begin(run)
     digests, losses = [], []
@@ -116,7 +116,7 @@ def loop(
         losses.append(take_step(pilot, optimizer, batch, lambda batch: wrapped(**batch).loss))
         digests.append(digest_of(find_target_modules(model)))
         if checkpoint and number + 1 == CUT:
-            rankpilot.save_checkpoint(pilot, run, checkpoint)
+            save_loop(pilot, run, checkpoint)
     pilot.finish()
     weights = [p.detach().clone().numpy() for p in model.parameters() if p.requires_grad]
     found = {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot
@@ -116,6 +116,22 @@ class Recorder(TrainerCallback):
         self.ranks.append(ranks_of(objects["model"]))
         self.graphs.append(counters["stats"]["unique_graphs"])
         self.at_step(state.global_step)
+
+
+def save_loop(pilot: RankPilot, run: TrainingRun, path: Path) -> None:
+    """Save what a loop of one's own needs to go on, as docs/your-script.md does; all processes call this."""
+    state = pilot.state_dict()
+    if run.replicas.processes.first:
+        adapter = get_peft_model_state_dict(run.model, save_embedding_layers=False)
+        torch.save({"adapter": adapter, "optimizer": run.optimizer.state_dict(), "pilot": state}, path)
+
+
+def load_loop(pilot: RankPilot, run: TrainingRun, path: Path) -> int:
+    """Go on from what `save_loop` has saved; return the number of steps done."""
+    saved = torch.load(path)
+    set_peft_model_state_dict(run.model, saved["adapter"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    return pilot.load_state_dict(run, saved["pilot"])
 
 
 ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", "exact_savers", "parts"}

@@ -1,9 +1,10 @@
-"""Checkpoints: of a fine-tune, of a loop of one's own, of a training of policies."""
+"""Checkpoints: of a fine-tune, of a training of policies."""
 
 from __future__ import annotations
 
 import io
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import pytest
 import rankpilot
 import torch
 from hypothesis import strategies as st
+from peft import set_peft_model_state_dict
 from rankpilot.agents.sb3_policy import GroupPolicy, read_checkpoint, write_checkpoint
 from rankpilot.common.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
-from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from sb3_contrib import MaskablePPO
 from transformers import LlamaConfig
 
 from ..finetune.test_pilot import STEPS, Loop
+from ..finetune.tiny_runs import save_loop
 from .damage import Files, as_text, damaged, damaged_json, damaged_tensors, files_of, folder_of, put
 from .running import fuzz
 
@@ -99,38 +101,34 @@ LLAMA = LlamaConfig(
 
 
 @cache
-def of_a_loop() -> Files:
-    """A checkpoint after three steps."""
-
-    def write(folder: Path) -> None:
+def of_a_loop() -> tuple[Any, Files]:
+    """A loop after three steps, and its pilot's state."""
+    with folder_of({}) as folder:
         loop = Loop(LLAMA, folder / "log", budget="60%")
         loop.pilot.begin(loop.run)
         loop.train(range(3))
-        rankpilot.save_checkpoint(loop.pilot, loop.run, folder / "checkpoint")
-
-    files, prefix = files_of(write), "checkpoint/"
-    return unsigned({name.removeprefix(prefix): files[name] for name in files if name.startswith(prefix)})
+        save_loop(loop.pilot, loop.run, folder / "loop.pt")
+        saved = torch.load(folder / "loop.pt")
+        return saved, unsigned(files_of(lambda folder: save_state(folder, saved["pilot"])))
 
 
 @st.composite
 def of_loops(draw: st.DrawFn) -> Files:
-    """The checkpoint without one of its files, or with one that is damaged."""
-    files = dict(of_a_loop())
-    name = draw(st.sampled_from([STATE, STATE, STATE, TENSORS, WEIGHTS, OPTIMIZER]))
-    content = files.pop(name)
-    if not draw(st.integers(0, 20)):
-        return files
-    if name == STATE:
-        return files | {name: draw(damaged_json(json.loads(content)))}
-    return files | {name: draw(damaged(content) if name == OPTIMIZER else damaged_tensors(content))}
+    """The state with one of its two files damaged."""
+    files = dict(of_a_loop()[1])
+    if draw(st.integers(0, 3)):
+        return files | {STATE: draw(damaged_json(json.loads(files[STATE])))}
+    return files | {TENSORS: draw(damaged_tensors(files[TENSORS]))}
 
 
 @fuzz(of_loops(), examples=12)
-def test_checkpoints_of_loops(files: Files) -> None:
-    """What `load_checkpoint` takes has to go on for a step."""
+def test_states_of_loops(files: Files) -> None:
+    """What `load_state_dict` takes has to go on for a step."""
     with folder_of(files) as folder:
         loop = Loop(LLAMA, folder.parent / "log", budget="60%")
-        step = rankpilot.load_checkpoint(loop.pilot, loop.run, folder)
+        set_peft_model_state_dict(loop.model, of_a_loop()[0]["adapter"])
+        loop.optimizer.load_state_dict(deepcopy(of_a_loop()[0]["optimizer"]))
+        step = loop.pilot.load_state_dict(loop.run, load_state(folder))
         loop.train(range(step, min(step + 1, STEPS)))
 
 
