@@ -244,39 +244,50 @@ class RateRace(Participant):
         """Drop all other lanes; the kept one nearest to the start becomes the run, and the last one ends the race."""
         lanes = self.lanes
         assert lanes is not None, "the race is on"
-        numbers, live = lanes.numbers, lanes.live
-        if (stays := self._kept(kept)) != live:
+        numbers, stays = lanes.numbers, self._kept(kept)
+        dropped = [lane for lane in numbers if lane not in kept]
+        before = lanes.live
+        if stays != before:
             lanes.go_on_with(stays)
-        for lane in [lane for lane in numbers if lane not in kept and lane not in (live, lanes.live)]:
-            lanes.leave(lane)
-        if len(kept) == len(numbers):
-            return
-        left = [self._told(lane) for lane in numbers if lane not in kept]
-        if len(kept) > 1:
-            self._journal.note(f"step {step}: the learning rate {' and '.join(left)} is behind and leaves the race.")
-            return
-        ends = {min(self._factors): (-1, "lowest"), max(self._factors): (1, "highest")}
-        by, end = ends.get(stays, (0, ""))
-        if by and self._may_call(step):
-            self._called = stays + by
-            self._factors[self._called] = self._factors[stays] * 2.0**by
-            lanes.call(self._called)
-            called = f"so {self._told(self._called)} joins, and repeats {step} steps"
-            self._journal.note(f"step {step}: {self._told(stays)}, the {end} learning rate, leads; {called}.")
-            return
-        curves = {self._told(lane): self._curve(lane) for lane in sorted(self._losses)}
-        wider = f" It is the {end} of the race, so a better one may lie beyond it." if end else ""
-        self._journal.note(f"step {step}: the race is over. The run continues at {self._told(stays)}.{wider}")
-        change = math.log2(self._factors[stays] / self._factors[self._start])
-        row = {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
-        self._journal.log_control(row)
-        self.end()
+        for lane in dropped:
+            if lane not in (before, lanes.live):
+                lanes.leave(lane)
+
+        if dropped and len(kept) > 1:
+            behind = " and ".join(map(self._told, dropped))
+            self._journal.note(f"step {step}: the learning rate {behind} is behind and leaves the race.")
+        elif dropped and stays == min(self._factors) and self._may_call(step):
+            self._call(stays - 1, self._factors[stays] / 2, step)
+        elif dropped and stays == max(self._factors) and self._may_call(step):
+            self._call(stays + 1, self._factors[stays] * 2, step)
+        elif dropped:
+            self._finish(stays, step)
 
     def _may_call(self, step: int) -> bool:
         """True if one more lane can repeat all steps within `MOST_TIME`; all processes ask at once."""
         whole = self.lanes is not None and self.lanes.start is not None and len(self._past) == step
         timely = self._decays and time_for_one_more(self._further, step, self._run.total_steps)
         return bool(self._run.replicas.processes.least(float(whole and timely))[0])
+
+    def _call(self, lane: int, factor: float, step: int) -> None:
+        """Let a lane join whose rate lies beyond the lowest or highest one, which leads."""
+        assert self.lanes is not None, "the race is on"
+        end, leader = ("lowest", lane + 1) if lane < min(self._factors) else ("highest", lane - 1)
+        self._called, self._factors[lane] = lane, factor
+        self.lanes.call(lane)
+        joins = f"so {self._told(lane)} joins, and repeats {step} steps"
+        self._journal.note(f"step {step}: {self._told(leader)}, the {end} learning rate, leads; {joins}.")
+
+    def _finish(self, winner: int, step: int) -> None:
+        """End the race: report the winner, and log the curves of all lanes."""
+        end = {min(self._factors): "lowest", max(self._factors): "highest"}.get(winner)
+        wider = f" It is the {end} of the race, so a better one may lie beyond it." if end else ""
+        self._journal.note(f"step {step}: the race is over. The run continues at {self._told(winner)}.{wider}")
+        change = math.log2(self._factors[winner] / self._factors[self._start])
+        curves = {self._told(lane): self._curve(lane) for lane in sorted(self._losses)}
+        row = {"step": step, "change": change, "undone": False, "rate": self._rate.rate, "race": curves}
+        self._journal.log_control(row)
+        self.end()
 
     def _told(self, lane: int) -> str:
         return f"{self._rate.rate / self._rate.moved * self._factors[lane]:.2g}"
