@@ -1,5 +1,6 @@
 """The command line: `rankpilot`, or `python -m rankpilot`."""
 
+import signal
 import sys
 
 from .common.quiet import silence_libraries
@@ -11,6 +12,7 @@ def main() -> None:
         silence_libraries()
     from .cli.main import run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a command in order, as Ctrl-C does
     sys.exit(run(sys.argv[1:]))
 
 

@@ -7,14 +7,12 @@ rejecting an option loads none of the libraries needed for training.
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 
 from rich.console import Console
 from rich.markup import escape
 
 from ..common.errors import CHECK_PATH, RankPilotError, UnknownNameError, first_line, naming_extras, not_written
-from ..common.termination import STATUS, Terminated, on_sigterm
 from .progress import console
 
 COMMANDS = {
@@ -40,9 +38,6 @@ NO_MEMORY = ("out of memory", "can't allocate memory")
 MOST_MESSAGE = 2000
 """Maximum characters printed of an error; it may quote user input, such as a path."""
 
-RESUMABLE = ("policy train", "finetune")
-"""Commands that shut down cleanly on SIGTERM and can be resumed."""
-
 
 def usage() -> str:
     """Help of `rankpilot` itself, in rich's markup."""
@@ -59,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command, given the command line without the program's name.
 
     Returns:
-        The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted, 143 after SIGTERM.
+        The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted.
     """
     of_group = arguments[:1] == ["policy"]  # two-word commands
     first = arguments[of_group : of_group + 1]
@@ -75,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UnknownNameError.of("command", command, [OLD[command]] if command in OLD else COMMANDS)
-        with naming_extras(), on_sigterm() if command in RESUMABLE else nullcontext():
+        with naming_extras():
             status: int | None = import_module(f".{command.split()[-1]}", __package__).main(rest)
     except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids another error at interpreter exit
@@ -92,10 +87,9 @@ def run(arguments: Sequence[str]) -> int:
             raise
         advice = "Lower the batch size or the length, or use gradient checkpointing."
         return _fail(f"Out of memory: {first_line(error)}. {advice}")
-    except (KeyboardInterrupt, Terminated) as end:
-        word, status = ("Terminated", STATUS) if isinstance(end, Terminated) else ("Interrupted", 130)
-        Console(stderr=True).print(" ".join([f"{word}.", *getattr(end, "__notes__", ())]))
-        return status
+    except KeyboardInterrupt as end:
+        Console(stderr=True).print(" ".join(["Interrupted.", *getattr(end, "__notes__", ())]))
+        return 130
     return status or 0
 
 

@@ -30,7 +30,6 @@ from safetensors import SafetensorError, safe_open
 
 from .arrays import Arrays
 from .errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
-from .termination import Terminated
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -422,7 +421,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
             if {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:  # nothing is done: free the name again
                 (folder / CONFIG).unlink(missing_ok=True)
             raise
-    except (KeyboardInterrupt, Terminated) as end:
+    except KeyboardInterrupt as end:
         end.add_note("Run the same command with --resume to continue.")
         raise
     finally:

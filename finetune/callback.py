@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..common.errors import BudgetError, ConfigError, DataError, UnsupportedError
 from ..common.processes import Processes
-from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 from ..cost.batch_shape import Batch
 from ..cost.savers.exact import graphs_per_plan
 from ..decide.applier import PlanApplier
@@ -34,97 +33,6 @@ from .step.replicas import check_arguments
 from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)
-
-
-class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
-    """Saves a checkpoint after the current step once `stop` is called, and ends training there.
-
-    Args:
-        processes: those of the run; a call of `stop` in one of them ends all after the same step.
-
-    Attributes:
-        stopped: True once `stop` was called.
-    """
-
-    def __init__(self, processes: Processes | None = None) -> None:
-        self.stopped: bool = False
-        self._processes = processes or Processes()
-        self._stepping = self._asked = False
-
-    def stop(self) -> None:
-        """Request the end of training.
-
-        Raises:
-            Terminated: no step is running, so there is nothing to save; or this is the second call.
-        """
-        if self._asked or not self._stepping:  # `stopped` may come from another process
-            terminate()
-        self._asked = self.stopped = True
-
-    def on_step_begin(self, *event: Any, **objects: Any) -> None:
-        """Note that there are now steps to save."""
-        self._stepping = True
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
-        """Make the Trainer save and stop, if requested."""
-        self.stopped = bool(self._processes.most(self.stopped)[0])
-        if self.stopped:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, *event: Any, **objects: Any) -> None:
-        """Note that all steps are done and saved."""
-        self._stepping = False
-
-
-class StopOnSigterm(StopWithCheckpoint):
-    """Handles SIGTERM during a Trainer's run: a checkpoint after the current step, and exit status 143.
-
-    It is the Trainer's last callback, so trackers have closed by the time it raises Terminated.
-
-    Args:
-        trainer: the Trainer about to train.
-        processes: those of the run.
-    """
-
-    def __init__(self, trainer: Trainer, processes: Processes) -> None:
-        super().__init__(processes)
-        self._trainer, self._handling = trainer, ExitStack()
-        self._handling.enter_context(on_sigterm(self.stop))
-        trainer.callback_handler.callbacks.append(self)
-
-    @classmethod
-    def unless_handled(cls, trainer: Trainer, processes: Processes) -> StopOnSigterm | None:
-        """Handle SIGTERM for this Trainer; None if any process already does, such as by a just-in-time checkpoint."""
-        return cls(trainer, processes) if processes.least(is_unhandled())[0] else None
-
-    def came_late(self) -> bool:
-        """True if SIGTERM came after the last step, with no checkpoint to follow; all processes call this."""
-        args, state = self._trainer.args, self._trainer.state
-        self.stopped = bool(self._processes.most(self.stopped)[0])
-        return (
-            self.stopped
-            and not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").is_file()
-        )
-
-    def release(self) -> None:
-        """Stop handling SIGTERM."""
-        self._handling.close()
-        callbacks = self._trainer.callback_handler.callbacks
-        callbacks[:] = [one for one in callbacks if one is not self]
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
-        """End the process, if requested.
-
-        Raises:
-            Terminated: SIGTERM was received.
-        """
-        self.release()
-        if self.stopped:
-            logger.warning(
-                "Stopped by SIGTERM after step %d, with a checkpoint. Pass resume_from_checkpoint=True to continue.",
-                state.global_step,
-            )
-            raise Terminated
 
 
 EVALUATION_ROOM = 0.5
@@ -149,9 +57,8 @@ def attach(
     LoRA stays as configured, and what loses nothing makes it fit: exact savers, batches in parts, checkpointed layers,
     a streamed base; ranks shrink only where nothing else helps. A policy chooses the ranks instead, and again at later
     steps if its schedule has any: adapters are physically resized, the optimizer keeps its state, and plain PEFT can
-    load every checkpoint. Adapters that are already trained are kept. Unless SIGTERM is already handled, it saves a
-    checkpoint and ends the process with status 143. `train(resume_from_checkpoint=True)` picks the last complete
-    checkpoint.
+    load every checkpoint. Adapters that are already trained are kept. `train(resume_from_checkpoint=True)` picks the
+    last complete checkpoint.
 
     Args:
         trainer: a transformers or TRL Trainer, with a PEFT model.
@@ -221,7 +128,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self.pilot: RankPilot = RankPilot(policy, self._options, tell=tell, progress=progress)
         self._step = TrainerStep(trainer)
         self._resumed: Path | None = None
-        self._stop: StopOnSigterm | None = None
         self._batches: list[Batch] = []
         self._loss: torch.Tensor | float = 0.0
         self._between_steps, self._save_later = True, False
@@ -296,9 +202,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             # On resuming a finished run, the Trainer would train one more batch.
             step.methods.replace("get_batch_samples", lambda *_, **__: ([], None))
             control.should_training_stop = True
-        if self._stop:  # from an earlier attempt with another batch size
-            self._stop.release()
-        self._stop = StopOnSigterm.unless_handled(self.trainer, run.replicas.processes)
 
     def on_step_begin(self, *event: Any, **objects: Any) -> None:
         """Decide if a decision is due, inspect the step's batches, and measure the step if due.
@@ -352,8 +255,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, *event: Any, **objects: Any) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
-        if self._stop and self._stop.came_late():
-            self.trainer._save_checkpoint(self.trainer.model, None)
         self._step.methods.release()
         self._evaluations.put_back()
         self.pilot.finish()
@@ -365,7 +266,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
     def break_off(self, begins_again: bool = False) -> None:
-        """Stop measuring, following the Trainer and handling SIGTERM after an error.
+        """Stop measuring and following the Trainer after an error.
 
         Args:
             begins_again: True if the Trainer restarts the run with a smaller batch.
@@ -376,8 +277,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         finally:
             self._step.methods.release()
             self._evaluations.put_back()
-            if self._stop:
-                self._stop.release()
 
     def take_batches(self, batches: list[Batch]) -> None:
         """Take the batches of the optimizer step about to begin, before the first one runs."""

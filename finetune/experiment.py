@@ -17,9 +17,8 @@ from transformers import Trainer, set_seed
 from ..agents.policy_file import load_policy
 from ..common import files
 from ..common.devices import find_energy_counter
-from ..common.errors import DataError, NonFiniteError
+from ..common.errors import DataError, NonFiniteError, RunFolderError
 from ..common.processes import Processes, is_first_process
-from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
 from ..cost.record.peak_meter import PeakMeter
 from ..data.workload import Workload
@@ -28,7 +27,7 @@ from ..lora.peft_config import adapter_ranks
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
 from .allocate import StaticPlan, static_plan
-from .callback import RankPilotCallback, StopWithCheckpoint, attach
+from .callback import RankPilotCallback, attach
 from .checkpoint import last_checkpoint
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, rank_bounds_of
 from .step.replicas import check_arguments
@@ -153,7 +152,7 @@ def run_one(
         The content of `result-NAME.json`. If that file already exists, nothing runs.
 
     Raises:
-        Terminated: the process was asked to end; a checkpoint is saved if steps were done.
+        RunFolderError: it ended before its last step, as after a just-in-time checkpoint.
     """
     processes, result_path = Processes.of_this_run(), folder / f"result-{name}.json"
     if known := processes.on_first(lambda: _read_result(result_path)):
@@ -163,15 +162,15 @@ def run_one(
     device = new_arguments(config, workload.task, folder / name).device
     hardware, energy = hardware_facts(device), find_energy_counter(device)
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
-    stop = StopWithCheckpoint(processes)
-    trainer = new_trainer(config, workload, model, folder / name, [metrics, stop] if processes.first else [stop])
+    trainer = new_trainer(config, workload, model, folder / name, [metrics] if processes.first else [])
     decides = _decides(config, trainer, folder, name)
     checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
-    with on_sigterm(stop.stop):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopped:
-        raise Terminated
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step, steps, patience = trainer.state.global_step, trainer.state.max_steps, config.early_stopping or math.inf
+    waited = max(getattr(one, "early_stopping_patience_counter", 0) for one in trainer.callback_handler.callbacks)
+    if step < steps and waited < patience:
+        raise RunFolderError(f"Run {name} stopped at step {step} of {steps}. Continue it with --resume.")
     if not all_finite(p for p in model.parameters() if p.requires_grad):
         raise NonFiniteError(
             f"Run {name} ended with NaN or infinite weights, which were not saved. Its last checkpoint is "

@@ -242,14 +242,6 @@ def test_a_full_disk_is_one_line(
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_sigterm_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(train, "train_command", lambda options: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    assert cli.run(["policy", "train"]) == 143
-    assert capsys.readouterr().err == "Terminated.\n"
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def assert_same(kind: type, seen: list[Any], *expected: Any) -> None:
     """The settings that were seen are these; commands add options of their own."""
     assert [as_json(kind, each) for each in seen] == [as_json(kind, each) for each in expected]

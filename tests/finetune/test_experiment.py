@@ -26,7 +26,6 @@ from rankpilot.common.errors import (
     UnsupportedError,
 )
 from rankpilot.common.files import read_json, read_json_lines
-from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload
 from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune import experiment as module
@@ -39,6 +38,7 @@ from rankpilot.study.page import page_data
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from transformers import BertConfig, BertForSequenceClassification, set_seed
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from ..cases import first_cases
 from ..data.small_models import WORDS, save, tokenizer, write_rows
@@ -394,7 +394,7 @@ def test_a_torn_file_of_the_decision_log_does_not_stop_a_run_that_is_over(
 
 
 @pytest.mark.parametrize("name", first_cases(1, ["rankpilot", "uniform"]))
-def test_sigterm_saves_a_checkpoint(
+def test_a_just_in_time_checkpoint_ends_a_run_before_its_end(
     make_config: Callable[..., FinetuneConfig],
     compared: Path,
     tmp_path: Path,
@@ -402,13 +402,13 @@ def test_sigterm_saves_a_checkpoint(
     name: str,
 ) -> None:
     """Step 6 is no step at which a checkpoint is due; it falls into the run under the policy, or into the other."""
-    config, folder = make_config(compare_uniform=True, exact_savers=True), tmp_path / "run"
+    config, folder = make_config(**BOTH | {"trainer": ("enable_jit_checkpoint=true",)}), tmp_path / "run"
+    monkeypatch.setattr(CheckpointManager, "_sigterm_handler", lambda self, *_: self._enable_checkpoint())
     before = signal.getsignal(signal.SIGTERM)
     interrupt(monkeypatch, 6, lambda run: signal.raise_signal(signal.SIGTERM) if run == name else None)
-    with pytest.raises(Terminated) as caught:
+    with pytest.raises(RunFolderError, match=f"Run {name} stopped at step 7 of 12"):
         finetune(config, folder)
     monkeypatch.undo()
-    assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert (folder / name / "checkpoint-6" / "trainer_state.json").is_file()
     phases: list[str] = []

@@ -9,7 +9,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,9 @@ import rankpilot
 import torch
 from peft import PeftModel
 from rankpilot.common.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.common.termination import Terminated
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import ONCE, DecisionSchedule
-from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, StopWithCheckpoint
+from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.finetune.checkpoint import STATE, load_state
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, Trainer, TrainerCallback
@@ -56,81 +54,6 @@ def ended(make: Launch, whole: Run, tmp_path: Path) -> Launch:
 
 
 # Asked to end -------------------------------------------------------------------------------------------------------
-
-
-def sigterm_at(step: int) -> Callable[[int], None]:
-    return lambda at: signal.raise_signal(signal.SIGTERM) if at == step else None
-
-
-@pytest.mark.long
-def test_sigterm_saves_a_checkpoint_and_ends_the_process(
-    make: Launch, whole: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    cut, ends, counts = make(at_step=sigterm_at(6)), list[int](), TrainerCallback()
-    counts.on_train_end = lambda *_, **__: ends.append(1)
-    cut.trainer.add_callback(counts)
-    with pytest.raises(SystemExit) as caught:
-        cut.train()
-    assert caught.value.code == 143
-    assert "Ended by SIGTERM after step 6, with a checkpoint" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert ends == [1], "trackers have ended"
-    assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(6)
-    resumed = make().train(resume=6)
-    assert resumed.recorder.losses == whole.recorder.losses[6:]
-    resumed.assert_same_adapter(whole)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_sigterm_after_the_last_step_saves_a_checkpoint_too(make: Launch) -> None:
-    run, late = make(max_steps=2, save_strategy="no", budget="3k params"), TrainerCallback()
-    late.on_log = lambda *_, logs, **__: signal.raise_signal(signal.SIGTERM) if "train_runtime" in logs else None
-    run.trainer.add_callback(late)
-    with pytest.raises(SystemExit):
-        run.train()
-    assert (run.checkpoint(2) / "trainer_state.json").is_file()
-
-
-def test_another_process_s_wish_is_no_first_call_of_one_s_own() -> None:
-    stop, objects = StopWithCheckpoint(SimpleNamespace(most=lambda value: [1])), [SimpleNamespace()] * 3  # type: ignore
-    stop.on_step_begin(*objects)
-    stop.on_step_end(*objects)
-    assert stop.stopped
-    stop.stop()
-    with pytest.raises(Terminated):
-        stop.stop()
-
-
-def test_a_handler_of_the_user_stays_in_charge(make: Launch) -> None:
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    try:
-        run = make(at_step=sigterm_at(2), max_steps=4, budget="3k params").train()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert heard == [signal.SIGTERM]
-    assert run.trainer.state.global_step == 4
-
-
-def test_no_handler_is_left_behind(make: Launch) -> None:
-    """Neither by an error in a step or between two steps, nor by an allocation."""
-
-    def no_loss(step: int) -> None:
-        run.trainer.compute_loss = None
-
-    def no_disk(step: int) -> None:
-        raise OSError("the disk of the data is gone")
-
-    for breaks, error, words in ((no_loss, TypeError, "'NoneType' object is not"), (no_disk, OSError, "is gone")):
-        run = make(at_step=breaks, budget="3k params")
-        with pytest.raises(error, match=words):
-            run.train()
-        assert run.trainer.state.global_step == 1
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert not [one for one in run.trainer.callback_handler.callbacks if isinstance(one, StopOnSigterm)]
-    rankpilot.allocate(make("other").trainer, budget="3k params", policy="signal-mean", schedule=SCHEDULE)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 ACCUMULATED = USUAL | {"gradient_accumulation_steps": 2, "budget": "3k params", "save_steps": STEPS}

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from ..cases import first_cases
 from .ddp_run import DECISIONS, SCHEDULE, Setting, Watch, train
-from .several import ProcessFailed, in_processes, loaded_once
+from .several import in_processes, loaded_once
 from .trainer_kinds import dpo, rollouts, sft
 
 Outcome = dict[str, Any]
@@ -203,24 +203,6 @@ def test_a_checkpoint_without_the_random_numbers_of_a_process_is_passed_over(
     told: list[str] = []
     assert last_checkpoint(tmp_path / "run", tell=told.append) == tmp_path / "run" / "checkpoint-5"
     assert told == ["skipping checkpoint-10: rng_state_1.pth is missing"]
-
-
-class Term(TrainerCallback):  # type: ignore[misc]
-    """The second process gets SIGTERM in the middle of step 7, as job schedulers send it to all."""
-
-    def __init__(self, pilot: RankPilotCallback) -> None: ...
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 6 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_in_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
-    arguments = {"gradient_accumulation_steps": 2}
-    with pytest.raises(ProcessFailed) as caught:
-        in_processes(2, train, Setting(tmp_path / "run", 20, rows=16, arguments=arguments, callbacks=(Term,)))
-    assert caught.value.kinds == {0: "Terminated", 1: "Terminated"}
-    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-7"
 
 
 def test_the_best_model_at_the_end(tmp_path: Path) -> None:

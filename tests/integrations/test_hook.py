@@ -12,7 +12,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from rankpilot.common.errors import ConfigError
 from rankpilot.finetune.allocate import allocate
-from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, attach
+from rankpilot.finetune.callback import Evaluations, RankPilotCallback, attach
 from rankpilot.finetune.step.peak_guard import PeakGuard
 from rankpilot.integrations import attempt
 from rankpilot.integrations.hook import PREPARED, patch, why_not
@@ -186,7 +186,7 @@ def failing_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing_after_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StopOnSigterm, "unless_handled", _raise)
+    monkeypatch.setattr(Evaluations, "expect", _raise)
 
 
 def failing_attach(monkeypatch: pytest.MonkeyPatch) -> None:
