@@ -61,6 +61,8 @@ class Memory(MemoryConfig):
         config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified, or with a key `rankpilot` for the
             options of `rankpilot.attach`, whose plan is then told too. Options on the command line, and MODEL, override
             it.
+        trainer: with --config, the kind of training, for a file that fits several: sft, dpo, kto, reward, grpo or rloo.
+            Else settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true.
         python: print the LoraConfig and the training arguments of the best choice; for a card.
     """
 
@@ -78,6 +80,8 @@ class Memory(MemoryConfig):
         super().__post_init__()
         if self.json and self.python:
             raise ConfigError("--json and --python cannot be combined; pass one of them.")
+        if self.card and self.trainer and not self.config:
+            raise ConfigError("--trainer requires --config, or MODEL and DATA without a card.")
         if self.lengths is not None and self.image:
             raise ConfigError("--lengths are those of rows of texts: drop --image or --lengths.")
 
@@ -111,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
         run = _run(outlook, file)
         told = not (options.json or (options.python and outlook.best))
-        opening = report.headline(outlook) + report.subject(outlook, options) if told else ""
+        opening = report.headline(outlook) + report.subject(outlook, options, file.training if file else "")
         verdict = (_verdict(outlook, run), doubts_text(outlook)) if told else ()
     if told:  # the requested answer first, then parts that take seconds more
         console.print(f"[bold]{escape(opening)}[/]", highlight=False)
@@ -127,7 +131,8 @@ def main(arguments: Sequence[str]) -> int:
         console.out(report.configuration_text(outlook), highlight=False)
     if options.json:
         figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
-        figures |= {"unread": list(file.unread), "unpriced": list(file.unpriced)} if file else {}
+        told_of = ("program", "kind", "unread", "unpriced")
+        figures |= {name: getattr(file, name) for name in told_of} if file else {}
         figures |= {"run": run.figures()} if run else {}
         console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
@@ -178,10 +183,11 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
     """
     from ..report.trainer_file import read_trainer_file
 
-    file = read_trainer_file(path)
+    file = read_trainer_file(path, peek(arguments, "--trainer"))
     if "max_length" not in file.settings and not peek(arguments, "--max-length"):
-        advice = "Pass --max-length with the length of the longest row."
-        raise ConfigError(f"{path} does not truncate rows (it has no max_length). {advice}")
+        by = "max_length" if file.kind == "SFT" else "max_prompt_length or vllm_max_model_length"
+        advice = "Pass --max-length with the tokens of the longest row."
+        raise ConfigError(f"{path} does not bound rows, as {by} does for {file.training}. {advice}")
     if "sharding" in file.settings and not peek(arguments, "--gpus"):
         told = f"{file.settings.pop('sharding')} (priced for one GPU: pass --gpus)"
         return replace(file, unpriced=(*file.unpriced, told))

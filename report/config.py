@@ -149,6 +149,6 @@ class MemoryConfig(StepConfig):
         if not self.card:
             if given := self._changed(*OF_CARD, "os"):
                 raise ConfigError(f"{given[0]} requires --device or --device-memory.")
-        elif wrong := self._changed("data", "task", "budget", "measure", "trainer", *_OF_DATA):
+        elif wrong := self._changed("data", "task", "budget", "measure", *_OF_DATA):
             card = "--device or --device-memory, which assume full rows of --max-length tokens"
             raise ConfigError(f"{', '.join(wrong)} cannot be combined with {card}.")

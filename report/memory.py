@@ -52,8 +52,8 @@ def headline(outlook: Outlook) -> str:
     return f"{str(best.verdict).capitalize()}: {taken} ({', '.join(asked)}).\n"
 
 
-def subject(outlook: Outlook, config: MemoryConfig) -> str:
-    """Return the subject in one line."""
+def subject(outlook: Outlook, config: MemoryConfig, kind: str = "") -> str:
+    """Return the subject in one line; `kind` is the kind of training in a trainer's file."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
     billions = step.model.parameters / 1e9
     where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
@@ -62,6 +62,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
     named = any(setting.startswith("optim=") for setting in config.trainer)
     parts = [
         f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
+        *([kind] if kind else []),
         f"{f'{billions:.3g}B' if billions >= 1 else f'{1e3 * billions:.3g}M'} parameters on {where}",
         f"{shape.rows} x {shape.length} tokens",
         f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers{_absent_text(outlook)}",
@@ -77,7 +78,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         *([f"{plural(outlook.streamed, 'layer')} streamed"] if outlook.streamed else []),
         *([_LOSSES[step.loaded.loss]] if step.loaded.loss in _LOSSES else []),
         *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
-        *config.trainer,
+        *([] if outlook.card else config.trainer),
     ]
     return ", ".join(parts)
 

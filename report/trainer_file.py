@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ..common.errors import MOST_NAME, ConfigError, shown
+from ..common.errors import MOST_NAME, ConfigError, UnknownNameError, shown
 from ..common.files import parse_yaml, read_text
 from ..cost.rollouts import Engine, Rollouts
 from ..finetune.options import KEY, OptionsInFile
@@ -33,6 +32,7 @@ class TrainerFile:
 
     Attributes:
         program: its program.
+        kind: the kind of training, or several of equal memory: "SFT", "GRPO or RLOO".
         settings: settings of `MemoryConfig`, by name.
         unread: keys unknown to the program, whose effect is not counted.
         unpriced: keys with an uncounted effect on memory, some with a reason.
@@ -40,10 +40,16 @@ class TrainerFile:
     """
 
     program: str
+    kind: str
     settings: dict[str, Any]
     unread: tuple[str, ...]
     unpriced: tuple[str, ...] = ()
     run: OptionsInFile | None = None
+
+    @property
+    def training(self) -> str:
+        """The program and its kind of training."""
+        return f"{self.program}'s {self.kind}"
 
     @property
     def sums(self) -> bool:
@@ -57,11 +63,12 @@ class TrainerFile:
             yield f"Settings in {path} that affect memory but are not counted: {', '.join(self.unpriced)}."
         if self.unread:
             table = KEYS[self.program]
-            known = [*table["priced"], *table["unpriced"], *table["harmless"]]
+            known = {*table["priced"], *table["unpriced"], *table["harmless"]} - set(self.unread)
             near = {key: difflib.get_close_matches(key[:MOST_NAME], known, 1, 0.75) for key in self.unread[:20]}
             near |= {key: [new] for key, new in table["renamed"].items()}
             told = (f"{key} (did you mean {near[key][0]}?)" if near.get(key) else key for key in self.unread)
-            yield f"Settings in {path} unknown to {self.program} {table['version']}, not counted: {', '.join(told)}."
+            program = f"{self.program} {table['version']} ({self.kind})"
+            yield f"Settings in {path} unknown to {program}, not counted: {', '.join(told)}."
 
 
 _NO_SUM = ("neftune_noise_alpha", "router_aux_loss_coef", "auto_find_batch_size", "torch_compile")
@@ -75,46 +82,80 @@ priced: keys used by the readers below.
 unpriced: keys that affect memory, with their neutral value: null for any disabled value.
 harmless, older: keys without an effect on memory; the latter belong to earlier versions.
 renamed: keys of earlier versions no longer read, by their current name.
-refused: keys of other, unpriced kinds of training, with the kinds that use them.
+kinds: keys that tell kinds of training apart, by the kinds that read them; "loss_type:nll" is one with its value.
 """
 
+TRAINERS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
+"""Kinds of training with a command of TRL; others count only where none of these reads all keys of a file."""
 
-def read_trainer_file(path: str | Path) -> TrainerFile:
+_OWN_KEYS = {
+    "axolotl": {"base_model"},
+    "LLaMA-Factory v1": {"peft_config", "train_dataset", "model_class", "kernel_config", "dist_config"},
+    "ms-swift": {"model", "tuner_type", "train_type", "tuner_backend", "attn_impl", "external_plugins", "rlhf_type"},
+    "LLaMA-Factory": {
+        "finetuning_type",
+        "stage",
+        "cutoff_len",
+        "lora_rank",
+        "lora_target",
+        "quantization_bit",
+        "template",
+    },
+    "TRL": {"model_name_or_path", "per_device_train_batch_size"},
+}
+"""Keys of each program that those below it lack."""
+
+_PRICED = {"axolotl": ("SFT", "pretraining"), "LLaMA-Factory": ("SFT", "pretraining"), "TRL": ("SFT", "GRPO", "RLOO")}
+
+
+def read_trainer_file(path: str | Path, trainer: str | None = None) -> TrainerFile:
     """Read a YAML file of axolotl, TRL or LLaMA-Factory.
 
+    Args:
+        path: the file.
+        trainer: the kind of training, one of `TRAINERS`; needed for files that several kinds read alike.
+
     Raises:
+        UnknownNameError: there is no such trainer.
         ConfigError: it is missing, not YAML, of another program, or of a training other than LoRA on one language
-            model; or an option of rankpilot in it is invalid.
+            model; it fits several kinds of training, and `trainer` names none; or an option of rankpilot is invalid.
     """
+    if trainer not in (None, *TRAINERS):
+        raise UnknownNameError.of("trainer", trainer, TRAINERS)
     values = _parsed(Path(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must be a mapping of setting names to values; got {shown(values)}.")
-    program = _program(values)
+    program = next((name for name, own in _OWN_KEYS.items() if own & set(values)), "")
     if not program:
         rest = "TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path and finetuning_type)"
         first = ", ".join(map(shown, list(values)[:5]))
         raise ConfigError(f"{path} is not a config of axolotl (base_model), {rest}. Its keys: {first}.")
-    if program == "ms-swift":
-        told = "is a config of ms-swift, which is not read. Pass its settings as options, or see what a run takes by"
-        raise ConfigError(f"{path} {told} rankpilot run --dry -- swift sft --config {path}.")
+    if program not in KEYS:
+        see = f", or see what a run takes by rankpilot run --dry -- swift sft --config {path}" * (program == "ms-swift")
+        raise ConfigError(f"{path} is a config of {program}, which is not read. Pass its settings as options{see}.")
     run = OptionsInFile.of({} if values[KEY] is None else values[KEY], str(path)) if KEY in values else None
-    keys = _Keys({key: value for key, value in values.items() if key != KEY}, str(path), guarded=run is not None)
-    table = KEYS[program]
-    foreign = [key for key in table["refused"] if keys.get(key, False) is not False]
-    of_grpo = program == "TRL" and all("GRPO" in table["refused"][key] for key in foreign)
-    if foreign and not of_grpo:
-        known = Counter(training for key in foreign for training in table["refused"][key])
-        most = [training for training, count in known.most_common(3) if count == max(known.values())]
-        raise keys.refuse(f"configures another kind of training, {' or '.join(most)} ({', '.join(foreign[:4])})")
-    read = _grpo if foreign else _READERS[program]
-    settings = read(keys) | {"sharding": _sharding(keys), "exact_savers": False}
+    keys, table = _Keys({key: value for key, value in values.items() if key != KEY}, str(path)), KEYS[program]
+    kinds = _kinds(program, keys, trainer)
+    if run and "GRPO" in kinds:
+        raise ConfigError(f"{path} sets options of rankpilot under GRPO. Remove {KEY}.")
+    if program == "TRL":
+        settings = _trl(keys, of_sft="SFT" in kinds)
+    else:
+        settings = _axolotl(keys) if program == "axolotl" else _llama_factory(keys)
+    model = keys.get(name := "base_model" if program == "axolotl" else "model_name_or_path")
+    if model is not None and not _is_name(model):
+        raise ConfigError(f"{path}: {name} must be a model name or a folder; got {shown(model)}.")
+    settings |= {"model": model, "sharding": _sharding(keys), "exact_savers": False}
     if settings.get("quantization"):
         settings["prepare_kbit"] = False  # all of them keep norms and embeddings in 16 bits
-    keys.notes += [key for key, rule in table["unpriced"].items() if keys.changes(key, rule)]
-    every = {key for kind in ("priced", "unpriced", "harmless", "older", "refused") for key in table[kind]}
-    unread = tuple(key for key in keys.values if key not in every)
+    keys.notes += [key for key, neutral in table["unpriced"].items() if keys.is_on(key, neutral)]
+    known = {key for kind in ("priced", "unpriced", "harmless", "older") for key in table[kind]}
+    for of, names in table["kinds"].items():
+        foreign = program == "TRL" and not set(kinds) & set(of.split())
+        known = known - set(names) if foreign else known | set(names) - set(table["renamed"])
     settings = {name: value for name, value in settings.items() if value is not None}
-    return TrainerFile(program, settings, unread, tuple(keys.notes), run)
+    unread = tuple(key for key in keys.values if key not in known)
+    return TrainerFile(program, " or ".join(kinds), settings, unread, tuple(keys.notes), run)
 
 
 def _parsed(path: Path) -> Any:
@@ -125,34 +166,70 @@ def _parsed(path: Path) -> Any:
         raise ConfigError(f"Cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def _program(values: Mapping[str, Any]) -> str:
-    if "base_model" in values:
-        return "axolotl"
-    if "model_name_or_path" not in values and _OF_SWIFT & set(values):
-        return "ms-swift"
-    if "model_name_or_path" in values or "per_device_train_batch_size" in values:
-        own = {"finetuning_type", "stage", "cutoff_len", "lora_rank", "lora_target", "quantization_bit", "template"}
-        return "LLaMA-Factory" if own & set(values) else "TRL"
-    return ""
+def _kinds(program: str, keys: _Keys, trainer: str | None) -> list[str]:
+    """Return the kinds of training that a file fits, all of equal memory.
 
-
-_OF_SWIFT = {"model", "tuner_type", "train_type", "tuner_backend", "attn_impl", "external_plugins", "use_swift_lora"}
-"""Keys of ms-swift that the other programs lack."""
-
-_MEASURE = "To measure it in your own trainer, use rankpilot.attach(trainer)"
+    Raises:
+        ConfigError: they differ in memory, or none is LoRA of a priced kind; or `trainer` contradicts the file.
+    """
+    if program == "TRL":
+        name, given, lora = "use_peft", keys.flag("use_peft"), [True]
+    elif program == "axolotl":
+        name, given, lora = "adapter", keys.get("adapter"), ["lora", "qlora"]
+    else:
+        name, given, lora = "finetuning_type", keys.get("finetuning_type", "lora"), ["lora"]
+    if given not in lora:
+        do = f"Set {name}: {' or '.join(map(str, lora)).lower()}"
+        raise keys.refuse(f"trains all weights or another adapter than LoRA ({name}: {shown(given)})", do)
+    if program == "LLaMA-Factory" and not keys.flag("do_train"):
+        others = ("do_predict", "do_eval", "infer_backend", "export_dir")
+        found = next((f"{key} without " for key in others if keys.is_on(key)), "")
+        raise keys.refuse(f"does not train ({found}do_train: true)", "Set do_train: true for its training")
+    table, loss = KEYS[program]["kinds"], keys.get("loss_type")
+    has = {key for key in keys.values if program == "TRL" or keys.is_on(key)}
+    has |= {f"loss_type:{each}" for each in (loss if isinstance(loss, list) else [loss])}
+    told = {key: of.split() for of, names in table.items() for key in names if key in has}
+    why = ", ".join([*{str(of): key for key, of in told.items()}.values()][:5])
+    every = list(dict.fromkeys(kind for of in table for kind in of.split()))
+    if program == "TRL":
+        fits = [kind for kind in every if all(kind in of for of in told.values())]
+        usual = [kind for kind in fits if kind.lower() in TRAINERS]
+        fits = usual if set(usual) & set(_PRICED[program]) else fits
+        if trainer:
+            fits, why = [kind for kind in every if kind.lower() == trainer], f"--trainer {trainer}"
+    else:
+        named = keys.word(name := "rl" if program == "axolotl" else "stage", "sft")
+        fits = next(iter(told.values()), [{"pt": "pretraining", "rm": "reward"}.get(named, named.upper())])
+        why = why or f"{name}: {named}"
+        if trainer and trainer != fits[0].lower():
+            raise ConfigError(f"{keys.path} configures {fits[0]} ({why}), not {trainer}. Leave --trainer out.")
+    priced = [kind for kind in fits if kind in _PRICED[program]]
+    if fits and not priced:
+        raise keys.refuse(f"configures another kind of training, {' or '.join(fits)}{f' ({why})' if why else ''}")
+    if not fits or priced != fits or {"SFT", "GRPO"} <= set(fits):
+        words = [kind.lower() for kind in fits or every if kind.lower() in TRAINERS]
+        which = "fits several kinds of training" if fits else f"has keys of different kinds of training ({why})"
+        raise ConfigError(f"{keys.path} {which}. Pass one of them: --trainer {' or '.join(words)}.")
+    return fits
 
 
 class _Keys:
     """The settings of a file, and notes on unpriced ones."""
 
-    def __init__(self, values: dict[str, Any], path: str, *, guarded: bool = False) -> None:
-        self.guarded: bool = guarded  # the file has our own key
+    def __init__(self, values: dict[str, Any], path: str) -> None:
         self.values = {key: value for key, value in values.items() if value is not None}
         self.empty, self.path, self.notes = set(values) - set(self.values), path, list[str]()
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of a key."""
         return self.values.get(name, default)
+
+    def is_on(self, name: str, neutral: Any = None) -> bool:
+        """True if a key has another value than a neutral one; for None, than any that disables."""
+        value = self.get(name)
+        if value is None or neutral is None:
+            return bool(value) and not (isinstance(value, str) and value.lower() in ("false", "no", "none"))
+        return bool(value != neutral)
 
     def flag(self, name: str, default: bool = False, *words: str) -> bool:
         """Return a switch, also enabled by any of `words`."""
@@ -167,10 +244,6 @@ class _Keys:
             return False
         allowed = ", ".join(("true", "false", *words))
         raise ConfigError(f"{self.path}: {name} must be one of {allowed}; got {shown(value)}.")
-
-    def any(self, *names: str) -> bool:
-        """True if any of the switches is on; reads all of them, to validate each."""
-        return True in [self.flag(name) for name in names]
 
     def word(self, name: str, default: str | None = None) -> str:
         """Return a name in lower case; empty for none."""
@@ -199,26 +272,10 @@ class _Keys:
             return value or None
         raise ConfigError(f"{self.path}: {name} must be a name or a list of names; got {shown(value)}.")
 
-    def changes(self, name: str, rule: Any) -> bool:
-        """True if an unpriced key has a value that affects memory (see `KEYS`)."""
-        value = self.get(name)
-        if value is None or rule is None:
-            off = isinstance(value, str) and value.lower() in ("false", "no", "none", "")
-            return bool(value) and not off
-        return bool(value != rule)
-
-    def model(self, name: str) -> str | None:
-        """Return the model's name; None if the command line must provide it."""
-        value = self.get(name)
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ConfigError(f"{self.path}: {name} must be a model name or a folder; got {shown(value)}.")
-        return value
-
-    def refuse(self, what: str, do: str = _MEASURE) -> ConfigError:
-        """Return the error for an unsupported kind of training; `do` is the advice."""
-        return ConfigError(
-            f"{self.path} {what}. rankpilot memory --config supports SFT and TRL's GRPO with LoRA or QLoRA. {do}."
-        )
+    def refuse(self, what: str, do: str = "To measure it, use rankpilot.attach(trainer) in its script") -> ConfigError:
+        """Return the error for an unpriced kind of training; `do` is the advice."""
+        priced = "rankpilot memory --config prices SFT, and GRPO and RLOO of TRL, with LoRA or QLoRA"
+        return ConfigError(f"{self.path} {what}. {priced}. {do}.")
 
 
 _OPTIMIZERS = {
@@ -280,16 +337,6 @@ def _quantization(keys: _Keys) -> str | None:
     if four and eight:
         raise ConfigError(f"{keys.path} sets both load_in_4bit and load_in_8bit. Set only one.")
     return "nf4" if four else "int8" if eight else None
-
-
-def _bnb(keys: _Keys) -> bool:
-    """Return whether axolotl quantises the scales of nf4 weights too; other options of bitsandbytes are noted."""
-    given = keys.get("bnb_config_kwargs") or {}
-    if not isinstance(given, dict):
-        raise ConfigError(f"{keys.path}: bnb_config_kwargs must be a mapping; got {shown(given)}.")
-    name = "bnb_4bit_use_double_quant"
-    keys.notes += [f"bnb_config_kwargs: {shown(key)}" for key in given if key not in (name, "bnb_4bit_quant_type")]
-    return keys.switch(name, given.get(name, True))
 
 
 def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> dict[str, Any]:
@@ -372,12 +419,6 @@ _PARTLY = r"reshard_after_forward\W+false|shard_grad_op|no_shard|hybrid_shard|sh
 
 
 def _axolotl(keys: _Keys) -> dict[str, Any]:
-    adapter, rl = keys.get("adapter"), keys.get("rl")
-    if adapter not in ("lora", "qlora"):
-        what = "all weights" if adapter is None else f"with adapter: {shown(adapter)}"
-        raise keys.refuse(f"trains {what}", "Set adapter: lora or qlora")
-    if rl:
-        raise keys.refuse(f"trains with rl: {shown(rl)}")
     given = keys.get("plugins") or []
     plugins = [*map(str, given)] if isinstance(given, list) else [str(given)]
     if "rankpilot." in str(plugins):
@@ -385,10 +426,10 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         raise ConfigError(f"{keys.path}: rankpilot has no plugin for axolotl any more. {use}.")
     keys.notes += [name for name in plugins if not re.search("CutCrossEntropy|Liger|LMEval|SwanLab", name)]
     switches = [key for key in keys.values if re.fullmatch("lora_(mlp|qkv|o|embedding)_kernel", key)]
-    if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
+    in_8bit = keys.get("adapter") == "lora" and keys.flag("load_in_8bit")
+    if not (switches or keys.flag("trust_remote_code") or in_8bit):
         keys.notes.append("lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)")
     cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in str(plugins))
-    loss = "cut" if cut else "liger" if keys.flag("liger_fused_linear_cross_entropy") else None
     flags = [name for name in ("flash", "sdp", "flex", "eager", "xformers", "sage") if keys.flag(f"{name}_attention")]
     attention = _attention(keys, "attn_implementation", flags[0].replace("sdp", "sdpa") if flags else None)
     packs = keys.flag("sample_packing") and attention in ("flash", "flex", None)
@@ -400,22 +441,25 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         keys.notes.append(f"lora_target_modules (none given: {default})")
     held, length = keys.number("val_set_size", 0.0, 0) or keys.get("test_datasets"), keys.number("sequence_len", 512)
     rows, span = keys.number("micro_batch_size", 1), keys.number("eval_sequence_len", length)
-    quantization, nested = _quantization(keys), _bnb(keys)
     half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
+    quantization, nested, bnb = _quantization(keys), "bnb_4bit_use_double_quant", keys.get("bnb_config_kwargs") or {}
+    if not isinstance(bnb, dict):
+        raise ConfigError(f"{keys.path}: bnb_config_kwargs must be a mapping; got {shown(bnb)}.")
+    keys.notes += [f"bnb_config_kwargs: {shown(key)}" for key in bnb if key not in (nested, "bnb_4bit_quant_type")]
+    doubled = keys.switch(nested, bnb.get(nested, True))
     return {
-        "model": keys.model("base_model"),
         "rank": keys.number("lora_r", 8),
         "lora_dropout": keys.number("lora_dropout", 0.0, 0),
         "target_modules": "all-linear" if keys.flag("lora_target_linear") else named,
         "target_parameters": _names(keys, "lora_target_parameters"),
         "adapter": _adapter(keys, use_dora="peft_use_dora", modules_to_save="lora_modules_to_save"),
         "quantization": quantization,
-        "double_quantization": nested if quantization == "nf4" else None,
+        "double_quantization": doubled if quantization == "nf4" else None,
         "experts": "axolotl" if keys.flag("quantize_moe_experts") else None,
         "optimizer": _optimizer(keys, "optimizer", "adamw_torch_fused"),
         "dtype": "bf16" if precise else "fp16" if half else "fp32",
         "attention": attention,
-        "loss": loss,
+        "loss": "cut" if cut else "liger" if keys.flag("liger_fused_linear_cross_entropy") else None,
         "expandable_segments": True,
         **_rows(keys, "micro_batch_size", 1, length, flat=packs),
         **_checkpointing(keys, checkpointed, True),
@@ -429,20 +473,12 @@ _DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp
 """TRL's names of precisions; "auto" takes bfloat16, in which most models are saved."""
 
 
-def _trl(keys: _Keys) -> dict[str, Any]:
-    if not keys.flag("use_peft"):
-        raise keys.refuse("trains all weights, since TRL's use_peft defaults to false", "Set use_peft: true")
-    loss = keys.get("loss_type", "nll")
-    if loss not in ("nll", "chunked_nll", "dft"):
-        raise keys.refuse(f"has loss_type: {shown(loss)}, which is not an SFT loss")
+def _trl(keys: _Keys, *, of_sft: bool) -> dict[str, Any]:
     quantization, nested = _quantization(keys), keys.flag("use_bnb_nested_quant")
-    attention = _attention(keys, "attn_implementation")
-    flat = keys.any("packing", "padding_free") and attention == "flash"
-    length, dtype = keys.number("max_length", 1024), keys.word("dtype", "float32").removeprefix("torch.")
+    attention, dtype = _attention(keys, "attn_implementation"), keys.word("dtype", "float32").removeprefix("torch.")
     if dtype not in _DTYPES:
         raise ConfigError(f"{keys.path}: dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}.")
-    return {
-        "model": keys.model("model_name_or_path"),
+    settings = {
         "rank": keys.number("lora_r", 16),
         "lora_dropout": keys.number("lora_dropout", 0.05 if "lora_target_parameters" not in keys.values else 0.0, 0),
         "target_modules": _names(keys, "lora_target_modules", "q_proj,v_proj"),
@@ -454,52 +490,48 @@ def _trl(keys: _Keys) -> dict[str, Any]:
         "dtype": _DTYPES[dtype],
         "bf16": keys.flag("bf16", not keys.flag("fp16")),
         "attention": attention,
+        "loss": "chunked",
+        **_checkpointing(keys, keys.flag("gradient_checkpointing", True), False),
+        "offload": keys.flag("activation_offloading"),
+    }
+    if not of_sft:
+        return settings | _grpo(keys)
+    flat = (keys.flag("packing") | keys.flag("padding_free")) and attention == "flash"
+    loss, length = keys.get("loss_type", "nll"), keys.number("max_length", 1024)
+    if loss not in ("nll", "chunked_nll", "dft"):
+        raise keys.refuse(f"has loss_type: {shown(loss)}, which is not an SFT loss")
+    return {
+        **settings,
         "loss": "chunked" if loss != "dft" else None,
         **_rows(keys, "per_device_train_batch_size", 8, length, flat=flat),
         **({"max_length": None} if "max_length" in keys.empty else {}),
         **_evaluation(keys, keys.get("eval_strategy"), _EVAL_ROWS, 8, length, packed=flat, packs="eval_packing"),
-        **_checkpointing(keys, keys.flag("gradient_checkpointing", True), False),
-        "offload": keys.flag("activation_offloading"),
     }
 
 
-_GRPO_NOTES = ("cast_lm_head_to_fp32", "sync_ref_model", "use_liger_kernel", "use_transformers_continuous_batching")
-"""Settings of GRPO that affect memory and are not counted."""
-
-
 def _grpo(keys: _Keys) -> dict[str, Any]:
-    """Return the settings of TRL's GRPOTrainer, whose step is SFT's on prompts and answers, with generation between."""
-    if keys.guarded:
-        raise keys.refuse("sets options of rankpilot under GRPO", f"Remove {KEY}")
+    """Return what GRPO and RLOO add to a step of SFT on prompts and answers: rows and lengths, and generation."""
     answer, batches = keys.number("max_completion_length", 512), keys.number("gradient_accumulation_steps", 1)
     batches = keys.number("steps_per_generation", batches)
     rows = keys.number("generation_batch_size", keys.number("per_device_train_batch_size", 8) * batches)
     prompt, longest = keys.number("max_prompt_length", 0, 0), keys.number("vllm_max_model_length", 0, 0)
     length = (prompt + answer if prompt else 0) or longest or None
+    here = not keys.flag("use_vllm") or keys.word("vllm_mode", "colocate") == "colocate"  # else a server generates
     engine = None
-    if keys.flag("use_vllm") and keys.word("vllm_mode", "colocate") == "colocate":
+    if keys.flag("use_vllm") and here:
+        if keys.flag("load_in_8bit"):
+            only = "vLLM does not load a base in 8 bits under TRL. Use 4 bits, or leave use_vllm out"
+            raise ConfigError(f"{keys.path}: {only}.")
         share, cards = keys.number("vllm_gpu_memory_utilization", 0.3, 0), keys.number("vllm_tensor_parallel_size", 1)
         engine = Engine(share, keys.flag("vllm_enable_sleep_mode"), cards, longest)
-    keys.notes += [name for name in _GRPO_NOTES if keys.flag(name)]
+    uncounted = ("cast_lm_head_to_fp32", "sync_ref_model", "use_liger_kernel", "use_transformers_continuous_batching")
+    keys.notes += [name for name in uncounted if keys.flag(name)]
     keys.notes += ["eval_strategy"] if keys.word("eval_strategy", "no") != "no" else []
-    own = {"loss_type": "nll", "max_length": length or 2, "eval_strategy": None}
-    if engine and keys.flag("load_in_8bit"):
-        raise ConfigError(
-            f"{keys.path}: vLLM does not load a base in 8 bits under TRL. Use 4 bits, or leave use_vllm out."
-        )
-    of_sft = _Keys({**keys.values, **own}, keys.path)
-    settings = _trl(of_sft) | {"max_length": length, "eval_batch_size": "none"}
-    keys.notes += of_sft.notes
-    generates = not keys.flag("use_vllm") or engine is not None  # else a server elsewhere does
-    return settings | {"rollouts": Rollouts(rows, engine) if generates else None}
+    shape = _rows(keys, "per_device_train_batch_size", 8, 0, flat=False) | {"max_length": length}
+    return shape | {"eval_batch_size": "none", "rollouts": Rollouts(rows, engine) if here else None}
 
 
 def _llama_factory(keys: _Keys) -> dict[str, Any]:
-    kind, stage = keys.get("finetuning_type", "lora"), keys.get("stage", "sft")
-    if kind != "lora":
-        raise keys.refuse(f"trains with finetuning_type: {shown(kind)}", "Set finetuning_type: lora")
-    if stage not in ("sft", "pt"):
-        raise keys.refuse(f"trains in stage: {shown(stage)}")
     bits, target = keys.number("quantization_bit", 0, 0), _names(keys, "lora_target", "all")
     if bits not in (0, 4, 8):
         raise ConfigError(f"{keys.path}: quantization_bit: {bits} is not supported. Use 4 or 8.")
@@ -511,8 +543,8 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
     if keys.flag("predict_with_generate") and evaluation["eval_batch_size"] != "none":
         rollouts = Rollouts(evaluation["eval_batch_size"], length=length + answer)
         evaluation = {"eval_batch_size": "none"}  # it computes no loss then
+    bf16 = keys.flag("bf16") | keys.flag("pure_bf16")
     return {
-        "model": keys.model("model_name_or_path"),
         "rollouts": rollouts,
         "rank": keys.number("lora_rank", 8),
         "lora_dropout": keys.number("lora_dropout", 0.0, 0),
@@ -522,7 +554,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         "double_quantization": keys.flag("double_quantization", True) if bits == 4 else None,
         "experts": "unsloth" if keys.flag("use_unsloth") and bits == 4 else None,
         "optimizer": _optimizer(keys, "optim", "adamw_torch"),
-        "dtype": "bf16" if keys.any("bf16", "pure_bf16") else "fp16" if keys.flag("fp16") else None,
+        "dtype": "bf16" if bf16 else "fp16" if keys.flag("fp16") else None,
         "attention": flash,
         "loss": "liger" if keys.flag("enable_liger_kernel") else None,
         **_rows(keys, "per_device_train_batch_size", 8, length, flat=flat),
@@ -530,7 +562,3 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         **_checkpointing(keys, not keys.flag("disable_gradient_checkpointing"), keys.flag("use_reentrant_gc", True)),
         "offload": keys.flag("use_unsloth_gc"),
     }
-
-
-_Reader = Callable[[_Keys], dict[str, Any]]
-_READERS: dict[str, _Reader] = {"axolotl": _axolotl, "TRL": _trl, "LLaMA-Factory": _llama_factory}

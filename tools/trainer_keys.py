@@ -52,8 +52,9 @@ def unknown_keys(program: str) -> list[str]:
     Raises:
         ImportError: the program is not installed.
     """
-    kinds = ("priced", "unpriced", "harmless", "older", "refused")
-    return sorted({*SETTINGS[program]()} - {key for kind in kinds for key in KEYS[program][kind]})
+    table = KEYS[program]
+    lists = (table["priced"], table["unpriced"], table["harmless"], table["older"], *table["kinds"].values())
+    return sorted({*SETTINGS[program]()} - {key for each in lists for key in each})
 
 
 def main() -> int:

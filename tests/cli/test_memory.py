@@ -195,7 +195,7 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--device T4 --trainer packing=true", "trainer cannot be combined with --device"),
+        ("--device T4 --trainer packing=true", "--trainer requires --config"),
         ("--device T4 --labels 5", "labels cannot be combined with --device"),
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
         ("--seed -1", "seed must be a whole number from 0 to 2**32 - 1; got -1"),

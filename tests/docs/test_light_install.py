@@ -65,7 +65,7 @@ OTHERS = {
     "rankpilot memory llama-3.1-8b --device 'RTX 4090' --target-modules q_proj,v_proj": False,
     "rankpilot memory llama-3.1-8b --device 'RTX 4090' --target-modules v_proj": False,
     "rankpilot memory llama-3.1-8b --device 'RTX 4090' --lora-dropout 0.1": True,
-    "rankpilot memory --config trl.yaml --device 'RTX 4090'": False,
+    "rankpilot memory --config trl.yaml --trainer sft --device 'RTX 4090'": False,
     "rankpilot memory --config llama_factory.yaml --device 'RTX 4090'": False,
     "rankpilot memory llama-3.1-8b --device 'RTX 4090' --output out": False,
     "rankpilot memory llama-3.1-8b --device 'RTX 4090' --batch-size 4 --lengths examples/lengths.txt": False,
@@ -88,7 +88,7 @@ def test_every_answer_or_one_line_without_torch(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "qlora.yaml").write_text("base_model: qwen3-8b\nadapter: qlora\nload_in_4bit: true\n")
     own = "model_name_or_path: Qwen/Qwen3-8B\nper_device_train_batch_size: 1\n"
     (tmp_path / "trl.yaml").write_text(own + "use_peft: true\ndtype: bfloat16\nload_in_4bit: true\n")
-    factory = "stage: sft\nfinetuning_type: lora\nbf16: true\nquantization_bit: 4\ncutoff_len: 1024\n"
+    factory = "stage: sft\ndo_train: true\nfinetuning_type: lora\nbf16: true\nquantization_bit: 4\ncutoff_len: 1024\n"
     (tmp_path / "llama_factory.yaml").write_text(own + factory)
     asked = {**dict(shown), **OTHERS}
     words = json.dumps([shlex.split(command)[1:] for command in asked])

@@ -59,7 +59,7 @@ files = st.builds(
     lambda name, given, adapter: {name: "m", **given, **adapter},
     st.sampled_from(["base_model", "model_name_or_path"]),
     st.dictionaries(st.sampled_from(KEYS), odd_values, max_size=6),
-    st.sampled_from([{}, {"adapter": "lora"}, {"finetuning_type": "lora"}]),
+    st.sampled_from([{"use_peft": True, "packing": False}, {"adapter": "lora"}, {"stage": "sft", "do_train": True}]),
 )
 
 

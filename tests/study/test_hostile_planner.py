@@ -28,8 +28,8 @@ Made = Callable[[Path], list[str]]
 
 TRAINERS = {
     "axolotl": {"base_model": "MODEL", "adapter": "lora", "sequence_len": "32", "lora_target_linear": "true"},
-    "trl": {"model_name_or_path": "MODEL", "use_peft": "true", "max_length": "32"},
-    "llama-factory": {"model_name_or_path": "MODEL", "finetuning_type": "lora", "cutoff_len": "32", "bf16": "true"},
+    "trl": {"model_name_or_path": "MODEL", "use_peft": "true", "max_length": "32", "packing": "false"},
+    "llama-factory": {"model_name_or_path": "MODEL", "do_train": "true", "cutoff_len": "32", "bf16": "true"},
 }
 NUMBERS = {
     "axolotl": ["lora_r", "micro_batch_size", "sequence_len", "gradient_accumulation_steps"],

@@ -40,6 +40,7 @@ exactly, closely = partial(pytest.approx, abs=SCALARS), partial(pytest.approx, r
 
 FACTORY = {
     "stage": "sft",
+    "do_train": True,
     "finetuning_type": "lora",
     "lora_target": "all",
     "lora_rank": 6,
@@ -49,6 +50,7 @@ FACTORY = {
 }
 TRL = {
     "use_peft": True,
+    "packing": False,
     "lora_target_modules": "all-linear",
     "lora_r": 6,
     "lora_dropout": 0.0,

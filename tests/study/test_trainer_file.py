@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,10 +27,9 @@ from ..cli.mistakes import failure, usage_error
 
 PACKAGES = {"axolotl": "axolotl", "TRL": "trl", "LLaMA-Factory": "llamafactory"}
 
-AXOLOTL = """
+AXOLOTL: dict[str, Any] = yaml.safe_load("""
 base_model: Qwen/Qwen3-4B
-plugins:
-  - axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin
+plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]
 load_in_4bit: true
 quantize_moe_experts: true
 datasets: [{path: some/data, type: chat_template}]
@@ -47,21 +48,23 @@ bf16: auto
 gradient_checkpointing: true
 attn_implementation: flash_attention_2
 wandb_project:
-"""
-TRL = """
+""")
+TRL: dict[str, Any] = yaml.safe_load("""
 model_name_or_path: Qwen/Qwen3-4B
 use_peft: true
 lora_r: 16
 lora_target_modules: all-linear
 load_in_4bit: true
 per_device_train_batch_size: 4
+packing: false
 max_length: 512
 gradient_accumulation_steps: 2
 learning_rate: 1.0e-4
-"""
-LLAMA_FACTORY = """
+""")
+FACTORY: dict[str, Any] = yaml.safe_load("""
 model_name_or_path: Qwen/Qwen3-4B
 stage: sft
+do_train: true
 finetuning_type: lora
 lora_target: all
 lora_rank: 8
@@ -70,301 +73,335 @@ cutoff_len: 1024
 per_device_train_batch_size: 2
 flash_attn: fa2
 bf16: true
-"""
+""")
+GRPO = {key: value for key, value in TRL.items() if key not in ("packing", "max_length")} | {"num_generations": 4}
+
+Read = Callable[..., trainer_file.TrainerFile]
 
 
-def read(folder: Path, text: str) -> Path:
-    path = folder / "train.yaml"
-    path.write_text(text)
-    return path
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Writes settings into a file, given by name and as flow YAML, and reads it."""
+
+    def read(base: dict[str, Any], change: str = "{}", **options: Any) -> trainer_file.TrainerFile:
+        path = tmp_path / "train.yaml"
+        path.write_text(yaml.safe_dump(base | yaml.safe_load(change)))
+        return read_trainer_file(path, **options)
+
+    return read
 
 
-def test_axolotl(tmp_path):
-    file = read_trainer_file(read(tmp_path, AXOLOTL))
-    kernels = "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)"
-    assert (file.program, file.unread, file.unpriced) == ("axolotl", (), (kernels,))
-    wanted = {
-        "model": "Qwen/Qwen3-4B",
-        "rank": 32,
-        "lora_dropout": 0.05,
-        "target_modules": "q_proj,v_proj",
-        "quantization": "nf4",
-        "prepare_kbit": False,
-        "experts": "axolotl",
-        "optimizer": "adamw8bit",
-        "dtype": "bf16",
-        "attention": "flash",
-        "loss": "cut",
-        "batch_size": 1,  # packed rows of a batch are one
-        "max_length": 4096,
-        "packed": True,
-        "accumulation": 4,
-        "gradient_checkpointing": True,
-        "reentrant": True,
-        "exact_savers": False,
+L, F = "model_name_or_path: m, ", "model_name_or_path: m, template: qwen3, cutoff_len: 2048, dataset: d, "
+A, LORA = "base_model: m, datasets: [{path: d}], sequence_len: 2048, ", "use_peft: true, lora_r: 16, "
+BATCH = "per_device_train_batch_size: 4, learning_rate: 1e-5, gradient_checkpointing: true, bf16: true, "
+V1 = "model: m, model_class: llm, peft_config: {name: lora, r: 16}, dist_config: {name: fsdp2}, micro_batch_size: 1"
+SWIFT = "model: m, tuner_type: lora, dataset: [d], max_length: 2048, "
+RECIPES = {
+    f"{L}{LORA}{BATCH}load_in_4bit: true, beta: 0.01, max_length: 1024, max_prompt_length: 512": "DPO or KTO",
+    f"{L}{LORA}{BATCH}beta: 0.05, max_length: 2048, max_prompt_length: 1792, optim: adamw_bnb_8bit": "ORPO",
+    f"{L}{LORA}{BATCH}beta: 0.1, max_prompt_length: 512, disable_dropout: true, sync_ref_model: true": "--trainer",
+    f"{L}{LORA}{BATCH}max_seq_length: 2048, eval_strategy: epoch, torch_dtype: bfloat16": "SFT",
+    f"{L}{LORA}{BATCH}max_length: 4096, packing: true, use_liger_kernel: true, eos_token: x": "SFT",
+    f"{L}{LORA}assistant_only_loss: true, dataset_name: d, max_length: 2048": "SFT",
+    f"{L}{LORA}loss_type: dft, max_length: 2048, dataset_name: d": "SFT",
+    f"{L}{LORA}dataset_name: d, output_dir: o, num_train_epochs: 1": "--trainer sft or dpo or kto or reward or grpo",
+    f"{L}{LORA}{BATCH}dataset_name: d, max_length: 1024": "--trainer sft or dpo or kto or reward.",
+    f"{L}{BATCH}beta: 0.01, max_length: 1024, max_prompt_length: 512": "use_peft: true",
+    f"{L}{BATCH}packing: true, max_length: 2048, use_peft: false": "use_peft: true",
+    f"{L}{LORA}{BATCH}beta: 0.05, loss_type: apo_zero, padding_free: true, max_length: 24576": "DPO",
+    f"{L}{LORA}loss_type: [sigmoid, bco_pair, sft], loss_weights: [1, 1, 1], max_length: 1024": "DPO",
+    f"{L}{LORA}precompute_ref_log_probs: true, beta: 0.0, max_length: 1024": "DPO or KTO",
+    f"{L}{LORA}desirable_weight: 1.0, undesirable_weight: 1.0, max_length: 1024": "KTO",
+    f"{L}{LORA}center_rewards_coefficient: 0.01, max_length: 2048": "reward",
+    f"{L}{LORA}reward_funcs: [accuracy_reward], dataset_name: d": "GRPO or RLOO",
+    f"{L}{LORA}{BATCH}num_generations: 16, temperature: 0.7, max_prompt_length: 512": "GRPO or RLOO",
+    f"{L}{LORA}use_vllm: true, vllm_mode: colocate, loss_type: dr_grpo, max_completion_length: 2048": "GRPO",
+    f"{L}{LORA}normalize_advantages: true, num_generations: 2": "RLOO",
+    f"{L}{LORA}reward_funcs: [f], packing: true": "different kinds of training",
+    f"{L}{LORA}simpo_gamma: 0.5, cpo_alpha: 0.0, loss_type: simpo, max_length: 1024": "CPO",
+    f"{L}{LORA}teacher_model_name_or_path: t, lmbda: 0.5, max_length: 1024": "GKD",
+    f"{L}{LORA}reward_model_path: r, max_new_tokens: 64, missing_eos_penalty: 1.0": "online-DPO",
+    f"{A}adapter: qlora, load_in_4bit: true, sample_packing: true, micro_batch_size: 2": "SFT",
+    f"{A}adapter: lora, rl: null, reward_model: false": "SFT",
+    f"{A}adapter: lora, pretraining_dataset: [{{path: d}}]": "pretraining",
+    f"{A}adapter: qlora, rl: dpo, dpo_beta: 0.1, micro_batch_size: 16": "DPO",
+    f"{A}adapter: qlora, rl: kto, rl_beta: 0.5, kto_desirable_weight: 0.2": "KTO",
+    f"{A}adapter: qlora, rl: orpo, orpo_alpha: 0.1": "ORPO",
+    f"{A}adapter: lora, rl: grpo, trl: {{num_generations: 4, use_vllm: true}}": "another kind of training, GRPO",
+    f"{A}adapter: lora, reward_model: true, num_labels: 1": "reward",
+    f"{A}adapter: lora, process_reward_model: true, num_labels: 2": "PRM",
+    f"{A}adapter: lora, kd_trainer: true, kd_alpha: 0.9": "distillation",
+    f"{A}micro_batch_size: 1, optimizer: adamw_torch": "adapter: lora or qlora",
+    f"{F}stage: sft, do_train: true, finetuning_type: lora, lora_rank: 8, lora_target: all": "SFT",
+    f"{F}stage: pt, do_train: true, finetuning_type: lora": "pretraining",
+    f"{F}stage: dpo, do_train: true, finetuning_type: lora, pref_beta: 0.1, pref_loss: sigmoid": "DPO",
+    f"{F}stage: kto, do_train: true, finetuning_type: lora, pref_beta: 0.1": "KTO",
+    f"{F}stage: rm, do_train: true, finetuning_type: lora": "reward",
+    f"{F}stage: ppo, do_train: true, finetuning_type: lora, reward_model: r": "PPO",
+    f"{F}stage: sft, do_train: true, finetuning_type: full, deepspeed: ds_z3.json": "finetuning_type: lora",
+    f"{F}stage: sft, do_train: true, finetuning_type: oft": "finetuning_type: lora",
+    f"{F}stage: sft, do_predict: true, predict_with_generate: true": "do_predict without do_train",
+    f"{F}stage: sft, do_eval: true, finetuning_type: lora": "do_eval without do_train",
+    f"{L}template: qwen3, infer_backend: huggingface, trust_remote_code: true": "infer_backend without do_train",
+    f"{L}template: qwen3, adapter_name_or_path: a, export_dir: o": "export_dir without do_train",
+    f"{F}stage: sft, do_train: true, finetuning_type: lora, tensor_model_parallel_size: 1": "Megatron",
+    f"{{{V1}, train_dataset: d.yaml, cutoff_len: 2048}}": "LLaMA-Factory v1",
+    f"{{{V1}, train_dataset: d.yaml, quant_config: {{name: bnb}}, sample_backend: hf}}": "LLaMA-Factory v1",
+    "model: m, peft_config: {name: lora, export_dir: o}": "LLaMA-Factory v1",
+    f"{SWIFT}torch_dtype: bfloat16, lora_rank: 8": "ms-swift",
+    f"{SWIFT}micro_batch_size: 1, global_batch_size: 4, expert_model_parallel_size: 4": "ms-swift",
+    "model: m, rlhf_type: grpo, num_generations: 8, train: {tuner_type: lora}": "ms-swift",
+    "max_new_tokens: 1024, temperature: 0, stream: true": "is not a config",
+}
+"""Settings of recipes of the four programs, and their kind, or what the refusal names."""
+
+
+def test_the_kind_of_every_recipe_is_told_or_named_in_a_refusal(read: Read) -> None:
+    found = {}
+    for text in RECIPES:
+        try:
+            found[text] = read({}, text if text.startswith("{") else f"{{{text}}}").kind
+        except ConfigError as error:
+            found[text] = f"refused: {error}"
+    wrong = {
+        text: found[text]
+        for text, kind in RECIPES.items()
+        if found[text] != kind and not (found[text].startswith("refused") and kind in found[text])
     }
-    assert {name: file.settings[name] for name in wanted} == wanted
+    assert wrong == {}
+    assert sum(each.startswith("refused") for each in found.values()) == 42
+    assert not any("\n" in each for each in found.values())
 
 
-@pytest.mark.parametrize(
-    ("change", "setting", "value"),
-    [
-        ("sample_packing: false", "batch_size", 2),
-        ("attn_implementation: sdpa", "attention", "sdpa"),
-        ("flex_attention: true\nattn_implementation:", "attention", "flex"),
-        ("gradient_checkpointing_kwargs: {use_reentrant: false}", "reentrant", False),
-        ("cut_cross_entropy: false", "loss", None),
-        ("lora_target_linear: true", "target_modules", "all-linear"),
-        ("activation_offloading: true", "offload", True),
-        ("lora_target_parameters: [mlp.experts.down_proj]", "target_parameters", "mlp.experts.down_proj"),
-        ("fsdp_config: {fsdp_version: 2}", "sharding", "fsdp2"),
-        ("deepspeed: deepspeed_configs/zero3.json", "sharding", "zero3"),
-        ("deepspeed: deepspeed_configs/zero2.json", "sharding", "zero2"),
-        ("optimizer: adamw_torch_4bit", "optimizer", "adamw4bit"),
-        ("bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "double_quantization", False),
-        ("{gradient_checkpointing: off, fsdp_config: {activation_checkpointing: on}}", "gradient_checkpointing", True),
-    ],
-)
-def test_what_axolotl_can_set_otherwise(change, setting, value, tmp_path):
-    values = yaml.safe_load(AXOLOTL) | yaml.safe_load(change)
-    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
-    assert file.settings.get(setting) == value
-    assert file.unread == ()
+def test_one_word_decides_between_kinds(read: Read) -> None:
+    plain = {key: value for key, value in TRL.items() if key != "packing"}
+    assert (read(plain, trainer="sft").settings, read(TRL).kind) == (read(TRL).settings, "SFT")
+    for word, kind in {"dpo": "DPO", "reward": "reward"}.items():
+        with pytest.raises(ConfigError, match=f"another kind of training, {kind} "):
+            read(plain, trainer=word)
+    grpo = read(plain, "max_prompt_length: 256", trainer="grpo")
+    assert (grpo.kind, grpo.unread, grpo.settings["max_length"]) == ("GRPO", ("max_length",), 768)
+    assert read(plain, "beta: 0.1", trainer="sft").unread == ("beta",)
+    with pytest.raises(ConfigError, match=r"SFT .*, not dpo"):
+        read(FACTORY, trainer="dpo")
 
 
-def test_trl(tmp_path):
-    settings = read_trainer_file(read(tmp_path, TRL)).settings
-    assert (settings["batch_size"], settings["max_length"], settings["accumulation"]) == (4, 512, 2)
-    assert (settings["loss"], settings["gradient_checkpointing"], settings["reentrant"]) == ("chunked", True, False)
-    assert (settings["lora_dropout"], settings["double_quantization"]) == (0.05, False)
-    assert settings["dtype"] == "fp32", "TRL 1.16 loads in fp32 unless told"
+SHIPPED = {"rank": 32, "lora_dropout": 0.05, "quantization": "nf4", "prepare_kbit": False, "dtype": "bf16"}
+FLAT = "attn_implementation: flash_attention_2, packing: true"
+NEEDS = "{use_vllm: true, gradient_accumulation_steps: 2, max_completion_length: 256"
+READ: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    (AXOLOTL, "{}", SHIPPED | {"model": "Qwen/Qwen3-4B", "target_modules": "q_proj,v_proj", "experts": "axolotl"}),
+    (AXOLOTL, "{}", {"optimizer": "adamw8bit", "attention": "flash", "loss": "cut", "exact_savers": False}),
+    (AXOLOTL, "{}", {"batch_size": 1, "max_length": 4096, "packed": True, "accumulation": 4}),
+    (AXOLOTL, "{}", {"gradient_checkpointing": True, "reentrant": True}),
+    (AXOLOTL, "sample_packing: false", {"batch_size": 2}),
+    (AXOLOTL, "attn_implementation: sdpa", {"attention": "sdpa"}),
+    (AXOLOTL, "{flex_attention: true, attn_implementation: null}", {"attention": "flex"}),
+    (AXOLOTL, "gradient_checkpointing_kwargs: {use_reentrant: false}", {"reentrant": False}),
+    (AXOLOTL, "cut_cross_entropy: false", {"loss": None}),
+    (AXOLOTL, "lora_target_linear: true", {"target_modules": "all-linear"}),
+    (AXOLOTL, "activation_offloading: true", {"offload": True}),
+    (AXOLOTL, "lora_target_parameters: [mlp.experts.down_proj]", {"target_parameters": "mlp.experts.down_proj"}),
+    (AXOLOTL, "fsdp_config: {fsdp_version: 2}", {"sharding": "fsdp2"}),
+    (AXOLOTL, "deepspeed: deepspeed_configs/zero3.json", {"sharding": "zero3"}),
+    (AXOLOTL, "deepspeed: deepspeed_configs/zero2.json", {"sharding": "zero2"}),
+    (AXOLOTL, "optimizer: adamw_torch_4bit", {"optimizer": "adamw4bit"}),
+    (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", {"double_quantization": False}),
+    (
+        AXOLOTL,
+        "{gradient_checkpointing: off, fsdp_config: {activation_checkpointing: on}}",
+        {"gradient_checkpointing": True},
+    ),
+    (TRL, "{}", {"batch_size": 4, "max_length": 512, "accumulation": 2, "loss": "chunked", "reentrant": False}),
+    (TRL, "{}", {"gradient_checkpointing": True, "lora_dropout": 0.05, "double_quantization": False, "dtype": "fp32"}),
+    (TRL, "max_length: null", {"max_length": None}),
+    (TRL, f"{{{FLAT}}}", {"batch_size": 1, "max_length": 2048, "packed": True}),
+    (FACTORY, "{}", {"target_modules": "all-linear", "quantization": "nf4", "attention": "flash", "reentrant": True}),
+    (FACTORY, "bf16: null", {"dtype": None}),
+    (FACTORY, "additional_target: 'a,b'", {"adapter": {"modules_to_save": ["a", "b"]}}),
+    (AXOLOTL, "val_set_size: 0", {"eval_batch_size": "none"}),
+    (AXOLOTL, "val_set_size: 0.05", {"eval_batch_size": 2, "eval_length": 2048, "eval_packed": True}),
+    (AXOLOTL, "{val_set_size: 0.05, eval_strategy: 'no'}", {"eval_batch_size": "none"}),
+    (
+        AXOLOTL,
+        "{test_datasets: [{path: a}], eval_batch_size: 8, eval_sample_packing: false}",
+        {"eval_batch_size": 8, "eval_packed": False},
+    ),
+    (AXOLOTL, "{val_set_size: 100, eval_sequence_len: 4096}", {"eval_length": 4096}),
+    (TRL, "per_device_eval_batch_size: 16", {"eval_batch_size": "none"}),
+    (TRL, "eval_strategy: steps", {"eval_batch_size": 8, "eval_length": 512, "eval_packed": False}),
+    (TRL, f"{{eval_strategy: epoch, {FLAT}}}", {"eval_packed": True}),
+    (TRL, f"{{eval_strategy: epoch, {FLAT}, eval_packing: false}}", {"eval_packed": False}),
+    (FACTORY, "{val_size: 0.1, eval_strategy: steps}", {"eval_batch_size": 8, "eval_length": 1024}),
+    (FACTORY, "val_size: 0.1", {"eval_batch_size": "none", "rollouts": None}),
+    (FACTORY, "{predict_with_generate: true}", {"eval_batch_size": "none", "rollouts": None}),
+    (
+        FACTORY,
+        "{predict_with_generate: true, max_new_tokens: 100, eval_dataset: a, eval_strategy: epoch}",
+        {"eval_batch_size": "none", "rollouts": Rollouts(8, length=1124)},
+    ),
+    (GRPO, "{}", {"max_length": None, "rollouts": Rollouts(8), "eval_batch_size": "none", "loss": "chunked"}),
+    (GRPO, "generation_batch_size: 32", {"rollouts": Rollouts(32)}),
+    (GRPO, NEEDS + "}", {"max_length": None, "rollouts": Rollouts(8, Engine(0.3)), "batch_size": 4}),
+    (GRPO, NEEDS + ", max_prompt_length: 256}", {"max_length": 512, "rollouts": Rollouts(8, Engine(0.3))}),
+    (
+        GRPO,
+        NEEDS + ", vllm_max_model_length: 4096, vllm_gpu_memory_utilization: 0.55}",
+        {"max_length": 4096, "rollouts": Rollouts(8, Engine(0.55, length=4096))},
+    ),
+    (GRPO, NEEDS + ", vllm_enable_sleep_mode: true}", {"rollouts": Rollouts(8, Engine(0.3, sleeps=True))}),
+    (GRPO, NEEDS + ", vllm_tensor_parallel_size: 2}", {"rollouts": Rollouts(8, Engine(0.3, cards=2))}),
+    (GRPO, NEEDS + ", steps_per_generation: 16}", {"rollouts": Rollouts(64, Engine(0.3))}),
+    (GRPO, NEEDS + ", vllm_mode: server}", {"rollouts": None}),
+]
 
 
-def test_llama_factory(tmp_path):
-    file = read_trainer_file(read(tmp_path, LLAMA_FACTORY))
-    assert file.program == "LLaMA-Factory"
-    assert (file.settings["target_modules"], file.settings["quantization"]) == ("all-linear", "nf4")
-    assert (file.settings["attention"], file.settings["reentrant"]) == ("flash", True)
+def test_settings_are_read(read: Read) -> None:
+    wrong = []
+    for base, change, wanted in READ:
+        file = read(base, change)
+        found = {name: file.settings.get(name) for name in wanted}
+        wrong += [(base.get("base_model"), change, found, file.unread)] if found != wanted or file.unread else []
+    assert wrong == []
 
 
-def test_llama_factory_without_a_precision_is_loaded_as_the_card_has_it(tmp_path):
-    file = read_trainer_file(read(tmp_path, LLAMA_FACTORY.replace("bf16: true", "")))
-    assert "dtype" not in file.settings
+KERNELS = "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)"
+UNPRICED = [
+    (AXOLOTL, "{}", {KERNELS}),
+    (AXOLOTL, "lora_mlp_kernel: true", {"lora_mlp_kernel"}),
+    (AXOLOTL, "{lora_mlp_kernel: false, eval_batch_size: 2, eval_sample_packing: true}", set[str]()),
+    (AXOLOTL, "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}", {"'llm_int8_skip_modules'"}),
+    (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: true, bnb_4bit_quant_type: fp4}", set[str]()),
+    (AXOLOTL, "{ple_cpu_offload: true, processor_type: AutoProcessor}", {"ple_cpu_offload", "processor_type"}),
+    (AXOLOTL, "{lora_model_dir: runs/first, fp8_config: {recipe: rowwise}}", {"lora_model_dir"}),
+    (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", {"do_causal_lm_eval", "is_multimodal"}),
+    (AXOLOTL, "{image_size: 512, unfrozen_parameters: [lm_head]}", {"image_size", "unfrozen_parameters"}),
+    (AXOLOTL, "plugins: [a.SpectrumPlugin, b.LigerPlugin]", {"a.SpectrumPlugin"}),
+    (AXOLOTL, "fsdp_config: {offload_params: true}", {"FSDP offload"}),
+    (AXOLOTL, "fsdp: [full_shard, offload]", {"FSDP offload"}),
+    (AXOLOTL, "fsdp_config: {cpu_offload: true, cpu_offload_pin_memory: true}", {"FSDP offload"}),
+    (AXOLOTL, "fsdp_config: {reshard_after_forward: false}", {"FSDP that does not shard fully"}),
+    (AXOLOTL, "fsdp: [shard_grad_op]", {"FSDP that does not shard fully"}),
+    (AXOLOTL, "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, reshard_after_forward: true}", set[str]()),
+    (AXOLOTL, f"deepspeed: '{'x' * 300}'", {"deepspeed (unknown ZeRO stage)"}),
+    (AXOLOTL, "deepspeed: other.json", {"deepspeed (unknown ZeRO stage)"}),
+    (AXOLOTL, "deepspeed: {zero_optimization: {stage: 3.7}}", {"deepspeed (unknown ZeRO stage)"}),
+    (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", {"DeepSpeed offload"}),
+    (AXOLOTL, "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: none}}}", set[str]()),
+    (AXOLOTL, "attn_implementation: s2", {"attn_implementation: 's2'"}),
+    (TRL, "{neftune_noise_alpha: 5, label_smoothing_factor: 0.0}", {"neftune_noise_alpha"}),
+    (GRPO, "{sync_ref_model: true, eval_strategy: steps}", {"sync_ref_model", "eval_strategy"}),
+    (FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", {"image_max_pixels"}),
+    (FACTORY, "{freeze_vision_tower: false, predict_with_generate: true}", {"freeze_vision_tower"}),
+]
 
 
-def test_modules_in_one_text_are_several(tmp_path):
-    values = yaml.safe_load(LLAMA_FACTORY) | {"additional_target": "embed_tokens,lm_head"}
-    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
-    assert file.settings["adapter"] == {"modules_to_save": ["embed_tokens", "lm_head"]}
+def test_what_is_not_priced_is_named(read: Read) -> None:
+    wrong = []
+    for base, change, wanted in UNPRICED:
+        file = read(base, change)
+        found = {name.removeprefix("bnb_config_kwargs: ") for name in file.unpriced} - ({KERNELS} - wanted)
+        wrong += [(change, found, file.unread)] if found != wanted or file.unread else []
+    assert wrong == []
 
 
-def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys):
+SMALL = {"axolotl": {"base_model": "m", "adapter": "lora"}, "TRL": {**GRPO, "model_name_or_path": "m"}}
+BAD = {
+    ("axolotl", "optimizer: adamw_8bits"): "'adamw_8bit'",
+    ("axolotl", "lora_r: many"): "lora_r .* whole number",
+    ("axolotl", "lora_r: 2.9"): "lora_r .* 2.9",
+    ("axolotl", "{load_in_4bit: true, load_in_8bit: true}"): "load_in_8bit",
+    ("axolotl", "micro_batch_size: 0"): "micro_batch_size",
+    ("axolotl", "lora_modules_to_save: [1, 2]"): "lora_modules_to_save",
+    ("axolotl", "lora_target_modules: {a: 1}"): "lora_target_modules",
+    ("axolotl", "load_in_4bit: flase"): "load_in_4bit .* 'flase'",
+    ("axolotl", "{bf16: true, fp16: 7}"): "fp16",
+    ("axolotl", "gradient_checkpointing_kwargs: {use_reentrant: x}"): "use_reentrant",
+    ("axolotl", "attn_implementation: 5"): "attn_implementation",
+    ("axolotl", "fsdp: 5"): "fsdp",
+    ("axolotl", "bnb_config_kwargs: [1]"): "bnb_config_kwargs",
+    ("axolotl", "plugins: [rankpilot.x.Y]"): "rankpilot run",
+    ("TRL", "dtype: bflot16"): "dtype",
+    ("TRL", "rankpilot: {budget: 80%}"): "under GRPO",
+    ("TRL", "{use_vllm: true, vllm_gpu_memory_utilization: 2}"): "at most 1",
+    ("TRL", "{use_vllm: true, load_in_4bit: false, load_in_8bit: true}"): "8 bits",
+}
+
+
+def test_bad_values_get_one_line(read: Read, tmp_path: Path) -> None:
+    asked: list[tuple[str, Callable[[], object]]] = [
+        (message, lambda program=program, change=change: read(SMALL[program], change))  # type: ignore[misc]
+        for (program, change), message in BAD.items()
+    ]
+    texts = {"[1, 2]": "mapping", "a: [": "Cannot read", "base_model: m\nlora_r: 8\nlora_r: 9": "lora_r. appears twice"}
+    for number, (text, message) in enumerate(texts.items()):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        asked.append((message, lambda path=path: read_trainer_file(path)))  # type: ignore[misc]
+    wrong = []
+    for message, ask in asked:
+        with pytest.raises(ConfigError) as error:
+            ask()
+        told = str(error.value)
+        wrong += [(message, told)] if not re.search(message, told) or "\n" in told else []
+    assert wrong == []
+
+
+def test_what_was_understood_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
     LlamaConfig(vocab_size=256, **sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
-    values = yaml.safe_load(TRL) | {"flux_capacitor": 1, "torch_dtype": "bfloat16"}
-    values["model_name_or_path"] = str(tmp_path / "model")
-    path = read(tmp_path, yaml.safe_dump(values | {"load_in_4bit": False, "fsdp": "full_shard"}))
+    values = {key: value for key, value in TRL.items() if key != "packing"} | {"torch_dtype": "bfloat16"}
+    values |= {"model_name_or_path": str(tmp_path / "model"), "load_in_4bit": False, "fsdp": "full_shard", "flux": 1}
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(values))
     command = ["memory", "--config", str(path), "--device", "T4"]
+    assert "--trainer sft or dpo" in failure(command, capsys)
+    command += ["--trainer", "sft"]
     assert cli.run(command) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "4 x 512 tokens, rank 16" in printed
-    assert "loaded in fp32" in printed
-    assert "flux_capacitor" in printed
-    assert "did you mean dtype?" in printed
+    lines = capsys.readouterr().out.splitlines()
+    assert "TRL's SFT" in " ".join(lines[:2])
+    printed = " ".join(" ".join(lines).split())
+    assert all(word in printed for word in ("4 x 512 tokens", "loaded in fp32", "flux", "did you mean dtype?"))
     assert cli.run([*command, "--batch-size", "2", "--json"]) == 0, "options go before the file"
     figures = json.loads(capsys.readouterr().out)
-    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor", "torch_dtype"])
+    assert (figures["rows"], figures["unread"]) == (2, ["flux", "torch_dtype"])
+    assert (figures["program"], figures["kind"]) == ("TRL", "SFT")
     assert "fsdp2" in figures["unpriced"][0], "one GPU shards nothing"
     assert cli.run([*command, "--os", "windows"]) == 0
     assert "Sysmem Fallback" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1", "is not a config of axolotl"),
-        ("[1, 2]", "must be a mapping of setting names"),
-        ("a: [", "Cannot read"),
-        ("base_model: m", "trains all weights"),
-        ("base_model: m\nadapter: lora\nrl: dpo", "trains with rl: .dpo"),
-        ("base_model: m\nadapter: lora\noptimizer: adamw_8bits", "Did you mean 'adamw_8bit'"),
-        ("base_model: m\nadapter: lora\nlora_r: many", "lora_r must be a whole number"),
-        ("base_model: m\nadapter: lora\nload_in_4bit: true\nload_in_8bit: true", "Set only one"),
-        ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: .full"),
-        ("model_name_or_path: m\nuse_peft: false", "use_peft"),
-        ("model_name_or_path: m\nlora_r: 8", "use_peft: true"),
-        ("model_name_or_path: m\nuse_peft: true\nnum_generations: 8\nnormalize_advantages: true", "RLOO"),
-        ("model_name_or_path: m\nuse_peft: true\nnum_generations: 8\nrankpilot: {budget: 80%}", "under GRPO"),
-        ("model_name_or_path: m\nuse_peft: true\nuse_vllm: true\nvllm_gpu_memory_utilization: 2", "at most 1"),
-        ("model_name_or_path: m\nuse_peft: true\nprecompute_ref_log_probs: true\nbeta: 0.0", "DPO or KTO"),
-        ("model_name_or_path: m\nuse_peft: true\nloss_type: [sigmoid]", "not an SFT loss"),
-        ("model_name_or_path: m\nuse_peft: true\ncenter_rewards_coefficient: 0.01", "reward"),
-        ("model_name_or_path: m\nuse_peft: true\nreward_model_path: r", "online DPO"),
-        ("base_model: m\nadapter: lora\nreward_model: true", "a reward model"),
-        ("model_name_or_path: m\nstage: dpo\nfinetuning_type: lora", "stage: .dpo"),
-        ("model_name_or_path: m\nstage: sft\nfinetuning_type: freeze", "finetuning_type: .freeze"),
-        ("model_name_or_path: m\nlora_rank: 8\nquantization_bit: 3", "Use 4 or 8"),
-        ("base_model: m\nadapter: lora\nmicro_batch_size: 0", "micro_batch_size .* of at least 1"),
-        ("base_model: m\nadapter: lora\nlora_r: 2.9", "lora_r .* got 2.9"),
-        ("base_model: m\nadapter: lora\nlora_modules_to_save: [1, 2]", "lora_modules_to_save .* a list of names"),
-        ("base_model: m\nadapter: lora\nlora_target_modules: {a: 1}", "lora_target_modules .* a list of names"),
-        ("base_model: m\nadapter: lora\nlora_r: 8\nlora_r: 9", "lora_r. appears twice"),
-        ("base_model: m\nadapter: lora\nload_in_4bit: flase", "load_in_4bit must be one of true, false; got .flase"),
-        ("base_model: m\nadapter: lora\nbf16: true\nfp16: 7", "fp16 must be one of true, false; got 7"),
-        (
-            "base_model: m\nadapter: lora\ngradient_checkpointing_kwargs: {use_reentrant: x}",
-            "use_reentrant must be one of true",
-        ),
-        ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation must be a string"),
-        ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp must be a name"),
-        ("base_model: m\nadapter: lora\nbnb_config_kwargs: [1]", "bnb_config_kwargs must be a mapping"),
-        ("model: m\ntuner_type: lora", "config of ms-swift"),
-        ("base_model: m\nadapter: lora\nplugins: [rankpilot.x.Y]", "no plugin .* rankpilot run"),
-        ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype must be one of auto, bfloat16"),
-    ],
-)
-def test_bad_files_get_one_line(text, message, tmp_path):
-    with pytest.raises(ConfigError, match=message) as error:
-        read_trainer_file(read(tmp_path, text))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("base", "change", "told"),
-    [
-        (AXOLOTL, "lora_mlp_kernel: true", "lora_mlp_kernel"),
-        (AXOLOTL, "{lora_mlp_kernel: false, eval_batch_size: 2, sample_packing: true, eval_sample_packing: true}", ""),
-        (AXOLOTL, "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}", "llm_int8_skip_modules"),
-        (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: true, bnb_4bit_quant_type: fp4}", ""),
-        (AXOLOTL, "{ple_cpu_offload: true, processor_type: AutoProcessor}", "ple_cpu_offload, processor_type"),
-        (AXOLOTL, "{lora_model_dir: runs/first, fp8_config: {recipe: rowwise}}", "lora_model_dir"),
-        (AXOLOTL, "unfrozen_parameters: [lm_head]", "unfrozen_parameters"),
-        (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
-        (AXOLOTL, "image_size: 512", "image_size"),
-        (AXOLOTL, "plugins: [a.SpectrumPlugin, b.LigerPlugin]", "a.SpectrumPlugin"),
-        (AXOLOTL, "fsdp_config: {offload_params: true}", "FSDP offload"),
-        (AXOLOTL, "fsdp: [full_shard, offload]", "FSDP offload"),
-        (AXOLOTL, "fsdp_config: {cpu_offload: true, cpu_offload_pin_memory: true}", "FSDP offload"),
-        (AXOLOTL, "fsdp_config: {reshard_after_forward: false}", "FSDP that does not shard fully"),
-        (AXOLOTL, "fsdp: [shard_grad_op]", "FSDP that does not shard fully"),
-        (AXOLOTL, "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, reshard_after_forward: true}", ""),
-        (AXOLOTL, f"deepspeed: '{'x' * 300}'", "ZeRO stage"),
-        (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "DeepSpeed offload"),
-        (AXOLOTL, "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: none}}}", ""),
-        (AXOLOTL, "deepspeed: other.json", "ZeRO stage"),
-        (AXOLOTL, "attn_implementation: s2", "attn_implementation: 's2'"),
-        (AXOLOTL, "deepspeed: {zero_optimization: {stage: 3.7}}", "ZeRO stage"),
-        (TRL, "{neftune_noise_alpha: 5, label_smoothing_factor: 0.0}", "neftune_noise_alpha"),
-        (LLAMA_FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", "image_max_pixels"),
-        (LLAMA_FACTORY, "freeze_vision_tower: false", "freeze_vision_tower"),
-    ],
-)
-def test_what_is_not_priced_is_named(base, change, told, tmp_path):
-    values = yaml.safe_load(base) | yaml.safe_load(change)
-    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
-    named = [name for name in file.unpriced if "by default" not in name]
-    assert (told in ", ".join(named), bool(named), file.unread) == (True, bool(told), ())
-
-
-GRPO = "{use_vllm: true, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, max_completion_length: 256"
-
-
-@pytest.mark.parametrize(
-    ("change", "length", "rollouts"),
-    [
-        (GRPO + "}", None, Rollouts(8, Engine(0.3))),
-        (GRPO + ", max_prompt_length: 256}", 512, Rollouts(8, Engine(0.3))),
-        (
-            GRPO + ", vllm_max_model_length: 4096, vllm_gpu_memory_utilization: 0.55}",
-            4096,
-            Rollouts(8, Engine(0.55, length=4096)),
-        ),
-        (GRPO + ", vllm_enable_sleep_mode: true}", None, Rollouts(8, Engine(0.3, sleeps=True))),
-        (GRPO + ", vllm_tensor_parallel_size: 2}", None, Rollouts(8, Engine(0.3, cards=2))),
-        (GRPO + ", steps_per_generation: 16}", None, Rollouts(64, Engine(0.3))),
-        (GRPO + ", vllm_mode: server}", None, None),
-        ("{num_generations: 4, per_device_train_batch_size: 4}", None, Rollouts(8)),
-        ("{num_generations: 4, generation_batch_size: 32}", None, Rollouts(32)),
-    ],
-)
-def test_grpo_is_a_step_of_sft_with_generation_between(change, length, rollouts, tmp_path):
-    values = yaml.safe_load(TRL) | yaml.safe_load(change)
-    del values["max_length"]
-    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
-    assert file.settings.get("max_length") == length
-    assert file.settings.get("rollouts") == rollouts
-    assert (file.settings["eval_batch_size"], file.settings["loss"], file.sums) == ("none", "chunked", rollouts is None)
-
-
-@pytest.mark.parametrize(
-    ("base", "change", "evaluation"),
-    [
-        (AXOLOTL, "val_set_size: 0", "none"),
-        (AXOLOTL, "val_set_size: 0.05", (2, 2048, True)),
-        (AXOLOTL, "{val_set_size: 0.05, eval_strategy: 'no'}", "none"),
-        (AXOLOTL, "{test_datasets: [{path: a}], eval_batch_size: 8, eval_sample_packing: false}", (8, 2048, False)),
-        (AXOLOTL, "{val_set_size: 100, eval_sequence_len: 4096}", (2, 4096, True)),
-        (TRL, "per_device_eval_batch_size: 16", "none"),
-        (TRL, "eval_strategy: steps", (8, 512, False)),
-        (TRL, "{eval_strategy: epoch, attn_implementation: flash_attention_2, packing: true}", (8, 512, True)),
-        (
-            TRL,
-            "{eval_strategy: epoch, attn_implementation: flash_attention_2, packing: true, eval_packing: false}",
-            (8, 512, False),
-        ),
-        (LLAMA_FACTORY, "{val_size: 0.1, eval_strategy: steps, cutoff_len: 1024}", (8, 1024, False)),
-        (LLAMA_FACTORY, "val_size: 0.1", "none"),
-    ],
-)
-def test_evaluation_is_read(base, change, evaluation, tmp_path):
-    values = yaml.safe_load(base) | yaml.safe_load(change)
-    settings = read_trainer_file(read(tmp_path, yaml.safe_dump(values))).settings
-    if evaluation == "none":
-        assert settings["eval_batch_size"] == "none"
-    else:
-        assert (settings["eval_batch_size"], settings["eval_length"], settings["eval_packed"]) == evaluation
-
-
-def test_answers_that_an_evaluation_generates_are_read(tmp_path):
-    values = yaml.safe_load(LLAMA_FACTORY) | {"predict_with_generate": True, "cutoff_len": 512, "max_new_tokens": 100}
-    assert "rollouts" not in read_trainer_file(read(tmp_path, yaml.safe_dump(values))).settings, "no evaluation"
-    held = {"eval_dataset": "a", "eval_strategy": "epoch", "per_device_eval_batch_size": 4}
-    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values | held)))
-    assert (file.settings["rollouts"], file.settings["eval_batch_size"]) == (Rollouts(4, length=612), "none")
-    assert "predict_with_generate" not in file.unpriced
-
-
-@pytest.mark.parametrize(
-    ("deepspeed", "sharding"),
-    [("ds.json", "zero3"), ("ds_z3_config.json", "zero3"), ({"zero_optimization": {"stage": 2}}, "zero2")],
-)
-def test_deepspeed_is_read_where_it_stands(deepspeed, sharding, tmp_path):
+def test_deepspeed_and_fsdp_are_read_where_they_stand(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
-    text = yaml.safe_dump(yaml.safe_load(LLAMA_FACTORY) | {"deepspeed": deepspeed})
-    assert read_trainer_file(read(tmp_path, text)).settings["sharding"] == sharding
-
-
-@pytest.mark.parametrize(("key", "note"), [("deepspeed", "DeepSpeed offload"), ("fsdp_config", "FSDP offload")])
-def test_a_file_named_in_the_config_is_found_where_the_program_runs(key, note, tmp_path, monkeypatch):
+    for change, sharding in {
+        "deepspeed: ds.json": "zero3",
+        "deepspeed: ds_z3_config.json": "zero3",
+        "deepspeed: {zero_optimization: {stage: 2}}": "zero2",
+    }.items():
+        assert read(FACTORY, change).settings["sharding"] == sharding
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
     Path("named.json").write_text(json.dumps({"zero_optimization": zero, "offload_params": True}))
-    text = yaml.safe_dump(yaml.safe_load(TRL) | {key: "named.json"})
-    assert note in read_trainer_file(read(tmp_path, text)).unpriced
+    assert "DeepSpeed offload" in read(TRL, "deepspeed: named.json").unpriced
+    assert "FSDP offload" in read(TRL, "fsdp_config: named.json").unpriced
 
 
-@pytest.mark.parametrize("program", KEYS)
-def test_priced_keys_are_those_that_are_asked_for(program):
+def test_tables_of_keys_are_consistent() -> None:
     source = Path(str(trainer_file.__file__)).read_text(encoding="utf-8")
     asked = {*re.findall(r'"(\w+)"', source), *(f"{name}_attention" for name in re.findall(r'"(\w+)"', source))}
-    assert set(KEYS[program]["priced"]) - asked - {"fsdp_version"} == set(), "of axolotl, with fsdp_config"
-    kinds = [name for kind in ("priced", "unpriced", "harmless", "older", "refused") for name in KEYS[program][kind]]
-    assert len(kinds) == len(set(kinds)), "a key is of one kind"
+    for program, table in KEYS.items():
+        assert set(table["priced"]) - asked - {"fsdp_version"} == set(), f"of {program}; fsdp_version is of fsdp_config"
+        for kinds in (("priced", "unpriced", "harmless", "older"), ("kinds",)):
+            names = [name for kind in kinds for name in table[kind]]
+            names = [name for of in table["kinds"].values() for name in of] if kinds == ("kinds",) else names
+            assert len(names) == len(set(names)), f"a key of {program} is in one list"
 
 
 @pytest.mark.parametrize("program", SETTINGS)
-def test_every_key_of_an_installed_program_is_known(program):
+def test_every_key_of_an_installed_program_is_known(program: str) -> None:
     """A new key fails here: it belongs in trainer_keys.json, by what it does to memory."""
     try:
         unknown = unknown_keys(program)
@@ -375,16 +412,18 @@ def test_every_key_of_an_installed_program_is_known(program):
     assert unknown == []
 
 
-def test_keys_of_other_trainings_are_refused():
+def test_each_kind_of_trl_has_its_keys() -> None:
     trl = pytest.importorskip("trl")
     table = KEYS["TRL"]
     if trl.__version__ != table["version"]:
         pytest.skip(f"the table is of TRL {table['version']}")
-    known = {*SETTINGS["TRL"]()}
-    for name, kind in {"GRPO": trl.GRPOConfig, "DPO": trl.DPOConfig, "KTO": trl.KTOConfig}.items():
-        assert {each.name for each in fields(kind)} - known <= {
-            key for key, of in table["refused"].items() if name in of
-        }
+    kinds = {"SFT": "SFT", "DPO": "DPO", "KTO": "KTO", "reward": "Reward", "GRPO": "GRPO", "RLOO": "RLOO"}
+    has = {kind: {each.name for each in fields(getattr(trl, f"{name}Config"))} for kind, name in kinds.items()}
+    told = {key: set(of.split()) for of, names in table["kinds"].items() for key in names}
+    usual = {*SETTINGS["TRL"]()}
+    for kind, names in has.items():
+        assert {key for key in names if kind not in told.get(key, {kind})} == set(), f"a key of {kind} is said to tell"
+        assert {key for key in names - usual if key not in told} == set(), f"a key of {kind} is unknown"
 
 
 @pytest.mark.parametrize(
@@ -398,22 +437,25 @@ def test_keys_of_other_trainings_are_refused():
         (r".*\.layers\.(3|7)\.self_attn\.q_proj|.*\.mlp\.up_proj|.*k_proj|.*o_proj|.*\.mlp\.(?:gate|down)_proj", False),
     ],
 )
-def test_expressions_without_end_are_refused(pattern, slow):
+def test_expressions_without_end_are_refused(pattern: str, slow: bool) -> None:
     assert is_slow_pattern(pattern) == slow
 
 
-def test_language_model_is_found_where_it_stands_alone(tmp_path):
-    text = yaml.safe_dump(
-        yaml.safe_load(AXOLOTL) | {"lora_target_modules": r"model.language_model.layers.[\d]+.mlp.up"}
-    )
-    pattern = read_trainer_file(read(tmp_path, text)).settings["target_modules"]
-    assert all(re.fullmatch(pattern, f"model.{part}layers.1.mlp.up") for part in ("", "language_model."))
+def test_language_model_is_found_where_it_stands_alone(read: Read) -> None:
+    pattern = read(AXOLOTL | {"lora_target_modules": r"model.language_model.layers.[\d]+.mlp.up"}).settings
+    for part in ("", "language_model."):
+        assert re.fullmatch(pattern["target_modules"], f"model.{part}layers.1.mlp.up")
 
 
-def test_bad_commands_get_one_line(tmp_path, capsys):
-    assert "No such file" in failure(["memory", "--config", str(tmp_path / "none.yaml"), "--device", "T4"], capsys)
-    path = read(tmp_path, TRL)
+def test_bad_commands_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(TRL))
+    device = ["--device", "T4"]
+    assert "No such file" in failure(["memory", "--config", str(tmp_path / "none.yaml"), *device], capsys)
     assert "requires --device" in failure(["memory", "--config", str(path)], capsys)
-    uncut = read(tmp_path, TRL.replace("max_length: 512", "max_length: null"))
-    assert "Pass --max-length" in failure(["memory", "--config", str(uncut), "--device", "T4"], capsys)
+    assert "Unknown trainer" in failure(["memory", "--config", str(path), "--trainer", "ppo", *device], capsys)
+    for base in (TRL | {"max_length": None}, GRPO):
+        path.write_text(yaml.safe_dump(base))
+        assert "Pass --max-length" in failure(["memory", "--config", str(path), *device], capsys)
+    assert "requires --config" in usage_error(["memory", "qwen3-4b", "--trainer", "sft", *device], capsys)
     assert "requires --device" in usage_error(["memory", "qwen3-4b", "--attention", "flash"], capsys)
