@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from .errors import ConfigError, UnsupportedError, first_line
+from .errors import ConfigError, UnsupportedError, first_line, install
 
 LOCAL, AUTO = "local", "auto"
 """Addresses to start a cluster on this machine, and to join the one running here."""
@@ -79,7 +79,7 @@ def _connected(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UnsupportedError("Using a cluster requires Ray: pip install 'rankpilot[cluster]'.") from error
+        raise UnsupportedError(f"Using a cluster requires Ray: {install('cluster')}.") from error
     _check_address(address)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -112,11 +112,16 @@ class UnsupportedError(RankPilotError, TypeError):
     """A model, adapter or optimizer without support for safe rank changes."""
 
 
+def install(extra: str) -> str:
+    """Command that installs an extra, in a clone of the project."""
+    return f'pip install -e ".[{extra}]"'
+
+
 _EXTRAS = {
-    "Pictures require matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
-    "Policies and environments require gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
-    "Training, --lengths, and models or settings without recordings require torch and transformers: pip install "
-    "'rankpilot[train]'.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
+    f"Pictures require matplotlib: {install('study')}.": "matplotlib",
+    f"Policies and environments require gymnasium: {install('agent')}.": "gymnasium stable_baselines3 scipy",
+    "Training, --lengths, and models or settings without recordings require torch and transformers: "
+    f"{install('train')}.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
 }
 """Advice for missing packages, by the packages an extra installs."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..common.errors import UnsupportedError, shown
+from ..common.errors import UnsupportedError, install, shown
 from .step_config import OptimizerName, Quantization
 
 LossFunction = Callable[[Any], torch.Tensor]
@@ -97,7 +97,7 @@ def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantizati
     needing = [f"optimizer {optimizer}"] if optimizer in _OF_BITSANDBYTES else []
     needing += [f"quantization {quantization}"] if quantization != "none" else []
     if needing and find_spec("bitsandbytes") is None:
-        raise UnsupportedError(f"The {needing[0]} requires bitsandbytes: pip install 'rankpilot[quant]'.")
+        raise UnsupportedError(f"The {needing[0]} requires bitsandbytes: {install('quant')}.")
 
 
 def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..common.errors import AssetError, UnknownNameError, first_line, naming_extras
+from ..common.errors import AssetError, UnknownNameError, first_line, install, naming_extras
 from ..common.files import CACHE_VARIABLE, cache_folder, expanded, read_json, sha256, write_json
 
 
@@ -319,7 +319,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         AssetError: the package `gguf` is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise AssetError(f"{file.name} is a GGUF file, which requires the package gguf: pip install 'rankpilot[gguf]'.")
+        raise AssetError(f"{file.name} is a GGUF file, which requires the package gguf: {install('gguf')}.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -33,7 +33,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..common.devices import EnergyCounter
-from ..common.errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line, shown
+from ..common.errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line, install, shown
 from ..common.files import append_json_line, parse_json, read_json_lines, write_text
 from ..cost.budget import free_bytes
 from ..cost.forecast.published import most_positions
@@ -366,7 +366,7 @@ def arguments_class(task: Task) -> type[TrainingArguments]:
     if task != "causal-lm":
         return kind
     if find_spec("trl") is None:
-        raise UnsupportedError("Fine-tuning a causal language model requires TRL: pip install 'rankpilot[trl]'.")
+        raise UnsupportedError(f"Fine-tuning a causal language model requires TRL: {install('trl')}.")
     from trl import SFTConfig
 
     kind = SFTConfig

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import finite_points
-from ..common.errors import BudgetError, DataError
+from ..common.errors import BudgetError, DataError, install
 from ..common.files import read_object, read_shapes, write_text
 from ..common.text import format_bytes, module_kinds, short_names
 from ..cost.budget import TimeBudget
@@ -49,7 +49,7 @@ MOST_POINTS = 1500
 MOST_PLANS = 24
 """Maximum number of plans of one decision on a page, the best for the goal."""
 
-NOT_MEASURED = 'not measured: no energy counter is available (on NVIDIA: pip install -e ".[energy]")'
+NOT_MEASURED = f"not measured: no energy counter is available (on NVIDIA: {install('energy')})"
 
 LOADERS = {kind.peft_type: kind.auto_class.replace("Auto", "AutoPeft") for kind in KINDS.values()}
 """PEFT's classes that load an adapter with its base model, by the adapter's task."""

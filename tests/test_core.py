@@ -61,7 +61,7 @@ ROOT = Path(__file__).parents[1]
 MORE = ("rankpilot.agents.sb3_policy", "rankpilot.common.statistics")
 """Modules outside of the environment that need its extra."""
 
-LINE = "Policies and environments require gymnasium: pip install 'rankpilot[agent]'."
+LINE = 'Policies and environments require gymnasium: pip install -e ".[agent]".'
 
 
 def run_without(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +82,7 @@ def test_memory_plans_and_fine_tunes_need_no_extra_and_each_module_names_its_own
     assert not re.search("warning|loading weights", done.stderr, re.IGNORECASE), done.stderr
     commands, imported, _ = done.stdout.split("MODULES\n")
     told = " ".join(commands.split())
-    assert told.count("require matplotlib: pip install 'rankpilot[study]'") == 1, "of memory; ranks are alike"
+    assert told.count('require matplotlib: pip install -e ".[study]"') == 1, "of memory; ranks are alike"
     assert (tmp_path / "memory" / "memory.json").is_file()
     assert (tmp_path / "plan.json").is_file()
     assert (tmp_path / "run" / "study.html").is_file()

@@ -303,7 +303,7 @@ def test_a_gguf_file_needs_its_reader(cache: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
-    with pytest.raises(AssetError, match=r"pip install 'rankpilot\[gguf\]'"):
+    with pytest.raises(AssetError, match=r'pip install -e "\.\[gguf\]"'):
         assets.fetch_asset("tiny")
     assert not is_cached("tiny")
     assert not leftovers(cache), "nothing half made stays"

@@ -40,7 +40,7 @@ for words in json.loads(sys.argv[1]):
             status = traceback.format_exc()
     print(json.dumps([status, error.getvalue()]))
 """
-NEEDS = re.compile(r"error: .* (needs?|requires?) .*: pip install 'rankpilot\[\w+\]'\.( .*)?\n")
+NEEDS = re.compile(r'error: .* (needs?|requires?) .*: pip install -e "\.\[\w+\]"\.( .*)?\n')
 
 
 def commands() -> Iterator[tuple[str, bool]]:
