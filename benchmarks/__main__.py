@@ -11,23 +11,15 @@ from rich.console import Console
 
 BENCHMARKS = {
     "overhead": ("overhead", "time and memory of a step, compared with LoRA and AdaLoRA"),
-    "step-time": ("step_time", "step times under any plan, predicted and measured; time limits"),
+    "step-time": ("step_time", "step times under any plan, predicted and measured"),
     "memory": ("memory", "memory of a training step, predicted and measured"),
-    "savers": ("savers", "the same losses in less memory and time, on a language model"),
     "parts": ("parts", "steps in parts, compared with padded rectangles and other ways to avoid padding"),
     "published": ("published", "peaks measured by others on GPUs, compared with predictions"),
     "zero": ("zero", "a step under DeepSpeed's ZeRO, predicted and measured on the CPU"),
-    "estimators": ("estimators", "other estimators on peaks measured on a T4"),
     "published-time": ("published_time", "step times measured by others on a GPU, compared with predictions"),
-    "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),
     "rates": ("rates", "loss of the learning-rate rule compared with the best rate of each task"),
-    "loss-runs": ("loss_runs", "fine-tunes used to fit the learning-rate rule and the expected losses"),
-    "no-sweep": ("no_sweep", "one run of rankpilot at its own rate, compared with plain LoRA at its best rate"),
     "race": ("race", "the learning rate that a race chooses, compared with the best rate of a sweep"),
-    "regrets": ("regrets", "what a wrong rate and a wrong depth cost on proxies, beside real fine-tunes"),
-    "labels": ("labels", "the default learning rate on labels, compared with its starting rate"),
     "agent": ("agent", "a trained agent compared with hand-written rules, on unseen families and texts"),
-    "agent-runs": ("agent_runs", "a trained agent compared with hand-written rules, on real fine-tunes"),
     "elastic": ("elastic", "another process takes memory during runs and releases it"),
     "streaming": ("streaming", "a base in main memory: equal losses, time of the hooks, memory of the process"),
     "gpu-evidence": ("gpu_evidence", "claims about CUDA, predicted and measured on the local card"),
@@ -51,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         width = max(map(len, BENCHMARKS))
         lines = [f"  [bold]python -m benchmarks {name:{width}}[/]  {told}" for name, (_, told) in BENCHMARKS.items()]
         first = "Repeat the measurements behind the documentation.\n"
-        last = "\nAll support --help and --json FILE (the figures), and nearly all --quick (under a minute)."
+        last = "\nAll support --help and --json FILE (the figures), and most --quick (under a minute)."
         Console().print("\n".join([first, *lines, last]), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, *options = arguments

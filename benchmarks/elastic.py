@@ -26,8 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .harness import Figures, machine_facts
-from .text_runs import adapted_model, factor_at, held_out_loss, new_loader, training_run
-from .texts import TextTask, load_data
+from .texts import TextTask, adapted_model, factor_at, held_out_loss, new_loader, training_run
 
 STEPS, RATE = 70, 8e-3
 
@@ -120,7 +119,7 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
     generator = np.random.default_rng([44, number])
     text = ("language-de", "language-fi", "package-email", "tales")[number % 4]
     task = TextTask("llama-8x32", text, STEPS, 16)
-    data, model = load_data(task), adapted_model(task, number)
+    model = adapted_model(task, number)
     run = training_run(task, model, RATE, number)
     checkpointing = False if number % 2 else "auto"
     pilot = RankPilot(
@@ -136,7 +135,7 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
     if other:
         pilot.set_budget(lambda: room - other.held())
     sizes, steps, above, returned = [], 0, 0, math.inf
-    for step, batch in enumerate(new_loader(task, data, number)):
+    for step, batch in enumerate(new_loader(task, number)):
         if other and step in (at, back):
             taken = int(TAKEN * room) if step == at else 0
             other.take(taken)
@@ -159,7 +158,7 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
         if step >= back and sizes[-1] == sizes[0]:
             returned = min(returned, step - back + 1)
     pilot.finish()
-    found = held_out_loss(model, data, task)
+    found = held_out_loss(model, task)
     layers, ranks = zip(*sizes, strict=True)
     lost = 1 - min(ranks) / ranks[0]
     return {"loss": found, "steps": steps, "above": above, "layers": max(layers), "lost": lost, "returned": returned}

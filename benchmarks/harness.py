@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
-import math
-import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
 from importlib.metadata import version
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +16,11 @@ import torch
 import tyro
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.errors import ConfigError
-from rankpilot.common.files import append_json_line, read_json_lines, write_json, write_text
+from rankpilot.common.files import write_json
 from rankpilot.common.statistics import Estimate, Statistic, estimate
 from rankpilot.decide.plan.parts import Part
 from rich.console import Console
 from rich.progress import track
-from scipy.stats import rankdata
 
 WIDTH = 132
 """Columns of output that goes into a file."""
@@ -233,18 +224,6 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"Cannot make the folder of --json {path}: {error}") from error
 
 
-def rank_correlation(first: FloatArray, second: FloatArray) -> float:
-    """Spearman's rank correlation of two lists of numbers, -1 to 1; NaN if all numbers of one are equal.
-
-    Args:
-        first: (values,), at least one.
-        second: of the same shape; equal numbers share the mean of their ranks.
-    """
-    places = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
-    scale = np.sqrt(np.prod([place @ place for place in places]))
-    return float(places[0] @ places[1] / scale) if scale else float("nan")
-
-
 @contextmanager
 def isolated() -> Iterator[None]:
     """One thread, and no trace in the random state: bases are adapted at random."""
@@ -255,63 +234,6 @@ def isolated() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def collect_rows(
-    path: Path,
-    rows: dict[Any, Any],
-    missing: Callable[[], Iterable[Any]],
-    perform: Callable[[Any], dict[str, Any]],
-    told: Callable[[Any, Mapping[str, Any]], str],
-    *,
-    workers: int,
-    minutes: float | None,
-) -> None:
-    """Run what is missing, and write each row down as it comes, so that an interrupted collection goes on.
-
-    Args:
-        path: of the rows, a line of JSON each.
-        rows: those so far by run, a dataclass; new ones join them.
-        missing: the runs that are missing now.
-        perform: makes a row.
-        told: a line on a run and its row, for people.
-        workers: processes of one thread each; 0 for as many as there are cores.
-        minutes: stop after so many, when the runs that have begun are over; None for no limit.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    progress, count = Console(file=sys.stderr), workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        while time.monotonic() < end and (next_ones := list(islice(missing(), 2 * count))):
-            for run, row in zip(next_ones, pool.map(perform, next_ones), strict=True):
-                append_json_line(path, {"run": asdict(run), "row": row})
-                rows[run] = row
-                progress.print(told(run, row), markup=False, soft_wrap=True)
-
-
-def packed_rows(kind: Callable[..., Any], packed: Path) -> dict[Any, Any]:
-    """The rows of a file of the repository, by run, a dataclass of this kind."""
-    return {kind(*run): row for run, row in json.loads(packed.read_text(encoding="utf-8"))}
-
-
-def known_rows(kind: Callable[..., Any], path: Path, packed: Path, minutes: float | None) -> dict[Any, Any]:
-    """The rows so far by run: those of an earlier collection, or, if none is to be made, those of the repository.
-
-    Args:
-        kind: the dataclass of a run.
-        path: of the rows, a line of JSON each; see `collect_rows`.
-        packed: the file of the repository.
-        minutes: 0 for no new rows.
-    """
-    if path.is_file():
-        return {kind(**line["run"]): line["row"] for line in read_json_lines(path)}
-    return packed_rows(kind, packed) if minutes == 0 else {}
-
-
-def pack_rows(packed: Path, rows: Mapping[Any, Any]) -> None:
-    """Write rows into a file of the repository, a line each."""
-    lines = [json.dumps([astuple(run), row], separators=(",", ":")) for run, row in rows.items()]
-    write_text(packed, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:

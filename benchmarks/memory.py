@@ -16,21 +16,14 @@ from peft import LoraConfig
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.errors import ConfigError
-from rankpilot.common.statistics import Estimate
-from rankpilot.common.text import format_bytes, make_table
-from rankpilot.cost.batch_shape import Batch, shape_of
-from rankpilot.cost.cost import Cost, plan_cost
-from rankpilot.cost.record.peak_meter import restart_resident_peak
+from rankpilot.common.text import make_table
+from rankpilot.cost.batch_shape import Batch
+from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.recording import BatchShape
-from rankpilot.decide.plan.plan import top_down
-from rankpilot.decide.plan.problem import AllocationProblem
-from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.lora.targets import TargetModule
 from rich.console import Console
 
-from .harness import Figures, estimate_figures, interleave, machine_facts, usual_ratio, with_progress
-from .models import ARCHITECTURES, FAMILIES, LORA, Family, Learner, Size, random_model
-from .resident import large_learner, observe
+from .harness import Figures, interleave, machine_facts, with_progress
+from .models import ARCHITECTURES, LORA, Family, Learner, Size, random_model
 
 Checkpointing = Literal["none", "not reentrant", "reentrant"]
 Precision = Literal["fp32", "bf16", "autocast"]
@@ -203,77 +196,6 @@ def saved_bytes(learner: Learner, batch: Batch) -> int:
     return total
 
 
-REFERENCE = f"all-linear, rank {REFERENCE_RANK}"
-TOP_HALF, HALF_BUDGET = "top half, rank 16", "top-down at 50 %"
-PLANS = (REFERENCE, TOP_HALF, HALF_BUDGET)
-"""Plans that are looked at from outside the process."""
-
-
-def measured_steps(family: Family, size: Size, device: torch.device, seed: int, rounds: int) -> dict[str, Any]:
-    """Time steps under `PeakMeter` and plain ones in turn.
-
-    Returns:
-        "step_ratio" (value, low, high) of a measured step, and "look_share" of a plain step that the callback's
-        look at its batch takes.
-    """
-    learner, batch = large_learner(family, size, device, seed)
-    learner.step(batch)
-
-    work = {"plain": lambda turn: learner.step(batch), "measured": lambda turn: learner.measured_step(batch)}
-    seconds = interleave(work, rounds, device)
-    ratio = usual_ratio(seconds["measured"], seconds["plain"])
-    share = _look_seconds(batch) / float(np.median(seconds["plain"]))
-    return {"step_ratio": [ratio.value, ratio.low, ratio.high], "look_share": share}
-
-
-def _look_seconds(batch: Batch) -> float:
-    """What the callback's look at a batch takes, which every step carries."""
-    shape, calls = shape_of(batch), 1000
-    start = time.perf_counter()
-    for _ in range(calls):
-        shape.joined(shape_of(batch))
-    return (time.perf_counter() - start) / calls
-
-
-def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dict[str, IntArray]:
-    """Ranks of each of `PLANS`, int64 (modules,).
-
-    Args:
-        targets: target modules of the model.
-        cost: of a plan.
-        layers: transformer layers of the model; what stands above them, such as a pooler, goes with the top one.
-    """
-    everything = AllocationProblem.of(targets, cost, float("inf"))
-    reference = everything.uniform(REFERENCE_RANK)
-    half_budget = AllocationProblem.of(targets, cost, 0.5 * plan_cost(cost, reference))
-    return {
-        REFERENCE: reference,
-        TOP_HALF: everything.uniform(16, layers - round(layers / 2)),
-        HALF_BUDGET: top_down(half_budget),
-    }
-
-
-def outside_view(
-    family: Family, size: Size, device: torch.device, seed: int, plans: tuple[str, ...] = PLANS
-) -> dict[str, Any]:
-    """What the operating system or CUDA's allocator reports of single steps, beside the prediction.
-
-    Returns:
-        By plan "predicted" bytes, and those of `resident.observe`; no plan where nothing can be read.
-    """
-    if device.type != "cuda" and restart_resident_peak() is None:
-        return {}
-    learner, batch = large_learner(family, size, device, seed)
-    learner.step(batch)
-    cost = learner.calibrate(batch).cost()
-    named = named_plans(learner.targets, cost, size.layers)
-    seen = {}
-    for name in plans:
-        ranks = named[name]
-        seen[name] = {"predicted": plan_cost(cost, ranks)} | observe(family, size, ranks.tolist(), device, seed)
-    return seen
-
-
 KINDS = {"saved": "Saved for backward", "peak": "Peak of a step"}
 BARS = {"saved": "Bars: 0.5, 2, 4, -4", "peak": "Bars: 0.5, 3, 4, -4"}
 """The largest errors that are allowed: median and 95th percentile of their size, the worst over and under, in %."""
@@ -315,31 +237,6 @@ def accuracy(results: Mapping[Setting, Mapping[str, Any]], console: Console) -> 
     return figures
 
 
-def guard(results: Mapping[str, Mapping[str, Any]], console: Console) -> Figures:
-    """Print what the system reports of single steps, and what the guard costs; returns the figures."""
-    figures: Figures = {}
-    for family, result in results.items():
-        seen = result.get("outside") or {}
-        if seen:
-            names = [name for name in next(iter(seen.values())) if name != "predicted"]
-            rows = []
-            for plan, sizes in seen.items():
-                predicted = sizes["predicted"]
-                beside = (f"{format_bytes(sizes[name])} ({sizes[name] / predicted - 1:+.1%})" for name in names)
-                rows.append((plan, format_bytes(predicted), *beside))
-            titles = [name.replace("resident_given_back", "resident, freed\nheap returned") for name in names]
-            console.print(make_table(f"{family}, one step from outside", ("plan", "predicted", *titles), rows))
-            figures |= {f"outside.{family}.{p}.{n}": v for p, sizes in seen.items() for n, v in sizes.items()}
-        ratio, share = Estimate(*result["guard"]["step_ratio"]), result["guard"]["look_share"]
-        console.print(
-            f"{family}: a measured step takes {ratio:.3f} of a plain one; other steps carry the look at the batch, "
-            f"{share:.3%} of a step.",
-            highlight=False,
-        )
-        figures |= estimate_figures(f"guard.{family}.step_ratio", ratio) | {f"guard.{family}.look_share": share}
-    return figures
-
-
 @dataclass(frozen=True)
 class Extent:
     """How much is measured.
@@ -348,29 +245,17 @@ class Extent:
         settings: of random plans.
         shapes: batch shapes of each setting.
         plans: random plans at each shape.
-        size: of the larger models.
-        families: of the larger models whose guard is timed.
-        outside: plans that are looked at from outside, on the first of the families.
-        rounds: timed pairs of a plain and a measured step.
     """
 
     settings: tuple[Setting, ...]
     shapes: tuple[BatchShape, ...]
     plans: int
-    size: Size
-    families: tuple[Family, ...]
-    outside: tuple[str, ...]
-    rounds: int
 
 
 FULL = Extent(
     settings=tuple(Setting(f, c, p) for f in ARCHITECTURES for c in CHECKPOINTING for p in PRECISIONS),
     shapes=SHAPES,
     plans=3,
-    size=Size(),
-    families=FAMILIES,
-    outside=PLANS,
-    rounds=10,
 )
 QUICK = Extent(
     settings=tuple(
@@ -380,10 +265,6 @@ QUICK = Extent(
     ),
     shapes=SHAPES[:2],
     plans=1,
-    size=Size(layers=2, rows=4),
-    families=FAMILIES[:1],
-    outside=(REFERENCE,),
-    rounds=3,
 )
 
 
@@ -397,10 +278,7 @@ class Options:
     forward pass, "peak" all of a step, both beside the frozen model. An error is predicted over measured, minus 1:
     above 0 is safe, below 0 is not. Under checkpointing the prediction holds a margin.
 
-    Then one larger step is looked at from outside: what the operating system (on CUDA the allocator) says; and a step
-    is timed with and without the guard of the budget that measures it. Intervals are 95 % (bootstrap).
-
-    The full run takes about five minutes on two cores. Leave the machine alone meanwhile; OMP_NUM_THREADS=1 makes
+    The full run takes about four minutes on two cores. Leave the machine alone meanwhile; OMP_NUM_THREADS=1 makes
     figures steadier.
 
     Attributes:
@@ -418,7 +296,7 @@ class Options:
 
 
 def benchmark(options: Options, console: Console) -> Figures:
-    """Run both parts, print their tables, and return all figures.
+    """Measure, print the tables, and return all figures.
 
     Raises:
         ConfigError: a value out of range, or an absent device.
@@ -431,11 +309,4 @@ def benchmark(options: Options, console: Console) -> Figures:
         setting: compare_plans(setting, extent.shapes, extent.plans, device, options.seed)
         for setting in with_progress(extent.settings, "settings of random plans")
     }
-    figures |= accuracy(plans, console)
-    guards: dict[str, dict[str, Any]] = {}
-    for family in with_progress(extent.families, "guard and resident set"):
-        given = (family, extent.size, device, options.seed)
-        guards[family] = {"guard": measured_steps(*given, extent.rounds)}
-        if family == extent.families[0]:
-            guards[family]["outside"] = outside_view(*given, extent.outside)
-    return figures | guard(guards, console)
+    return figures | accuracy(plans, console)

@@ -14,7 +14,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from rankpilot.cost.streaming import StreamedTime
 from rankpilot.decide.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, agent_runs, estimators, labels, no_sweep, published_page, race, rates, worth
-from .harness import Figures, packed_rows
-from .loss_runs import HARD
+from . import agent, published_page, race, rates, worth
+from .harness import Figures
 from .published_time import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -68,140 +66,22 @@ def signed(value: float | str, digits: int = 1) -> str:
     return f"{round(float(value), digits) + 0.0:+.{digits}f} %"
 
 
-def ranged(figures: Figures, key: str) -> str:
-    """An estimate in per cent with its interval; a single text has none."""
-    value, low, high = (figures[f"{key}: {name}"] for name in ("value", "low", "high"))
-    around = "one text" if figures[f"{key}: texts"] == 1 else f"{low:+.2f} to {high:+.2f}"
-    return f"{signed(value, 2)} ({around})"
-
-
-@cache
-def without_a_sweep() -> Figures:
-    """What the rows of `no-sweep` tell."""
-    return no_sweep.report(no_sweep.stored_rows(), Console(file=io.StringIO()))
-
-
-SIDES = {
-    "quality": '`goal="quality"`: the lowest loss in the bytes of plain LoRA',
-    "bytes": '`goal="bytes"`: the fewest bytes, average loss within 1 %',
-    "auto": 'plain LoRA, `learning_rate="auto"`',
-    "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
-    "usual": "plain LoRA at 3e-4",
-}
-SHORT = "auto", "quality", "bytes"
-"""The sides that the README shows."""
-
-RIVALS = {
-    "plain, rule": "plain LoRA",
-    "top 3/4": "adapters on the top three quarters of the layers",
-    "EVA": "EVA",
-    "MLPs": "adapters on MLPs alone",
-    "LoRA+": "LoRA+, ratio 16",
-    "AdaLoRA": "AdaLoRA, 12 to 8 components",
-    "Prodigy": "Prodigy, which finds its own rate",
-}
-
-
-MODELS = {
-    "SmolLM2-135M": "SmolLM2-135M",
-    "256 and 384 wide": "models 256 and 384 wide",
-    "byte models": "models of width 64",
-}
-"""Groups of models as pages name them, real ones first."""
-
-
-def one_run() -> str:
-    """One run of rankpilot versus plain LoRA at the best of its rates, whole models first."""
-    figures, tables = without_a_sweep(), []
-    beside = "bytes of a step", "versus plain LoRA checkpointed"
-    for part, words in MODELS.items():
-        rows = []
-        for side, told in SIDES.items():
-            key = f"{part}, admitted, {side}"
-            if f"{key}: value" in figures:
-                sizes = [f"{figures[f'{key}: bytes{beside}']:.2f}" for beside in ("", " beside checkpointed")]
-                worst, texts = signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}"
-                rows.append((told.partition(":")[0], ranged(figures, key), worst, *sizes, texts))
-        tables.append(table((words, "loss", "worst text", *beside, "texts"), rows))
-    return "\n\n".join(tables)
-
-
-def one_run_in_short() -> str:
-    """One run of rankpilot versus plain LoRA at the best of its rates."""
-    figures, rows = without_a_sweep(), []
-    for side in SHORT:
-        keys = [f"{part}, admitted, {side}" for part in MODELS]
-        losses = [ranged(figures, key) if f"{key}: value" in figures else "" for key in keys]
-        at = next(key for key in reversed(keys) if f"{key}: value" in figures)
-        sizes = (f"{figures[f'{at}: {name}']:.2f}" for name in ("bytes", "bytes beside checkpointed"))
-        rows.append((SIDES[side], *losses, *sizes))
-    return table(("", *MODELS.values(), "bytes there", "versus checkpointed"), rows)
-
-
-def estimators_in_short() -> str:
-    """The same in two sentences."""
-    names, means, low, *_ = zip(*estimators.table_rows(), strict=True)
-    others = ", ".join(f"{name.partition(',')[0]}: {mean}" for name, mean in zip(names[1:], means[1:], strict=True))
+def t4_in_short() -> str:
+    """How exact predictions for a T4 are, in two sentences."""
+    groups = ("t4",), ("t4_reserved none", "t4_reserved nf4")
+    live, kept = (_percents(row for row in _list("published_rows") if row["group"] in group) for group in groups)
     told = (
-        f"On 43 published steps on a T4, predicted *tensor* bytes are off by {means[0]} on average ({others}), and at "
-        f"most {low[0]} too low. {_steps_on_a_t4()}"
+        f"On {len(live)} published steps on a T4, predicted *tensor* bytes are off by {np.abs(live).mean():.1f} % on "
+        f"average, and at most {-live.min():.1f} % too low. What torch's allocator reserves, which decides whether a "
+        f"step fits, is harder: {np.abs(kept).mean():.1f} % on average, from {-kept.min():.1f} % too low to "
+        f"{kept.max():.1f} % too high."
     )
     return textwrap.fill(told, 140)
-
-
-def _steps_on_a_t4() -> str:
-    """What those steps are, and how exact the bytes are that the allocator reserves in them."""
-    names = [row["name"] for row in estimators.stored()]
-    large = sum("-3B-" in name for name in names)
-    groups = ("t4_reserved none", "t4_reserved nf4")
-    errors = _percents(row for row in _list("published_rows") if row["group"] in groups)
-    return (
-        f"{len(names) - large} of these steps train models of 135M to 1.7B, {large} a 3B, with adapters on q, k, v and "
-        "o and all layers checkpointed. What torch's allocator reserves, which decides whether a step fits, is harder "
-        f"to predict: rankpilot's average error is {np.abs(errors).mean():.1f} %, from {-errors.min():.1f} % too low "
-        f"to {errors.max():.1f} % too high."
-    )
 
 
 def _percents(rows: Iterable[dict[str, Any]]) -> Any:
     """By how many per cent predictions are above what was measured, (rows,)."""
     return np.array([100 * (row["predicted"] / row["measured"] - 1) for row in rows if row["measured"]])
-
-
-def estimator_table() -> str:
-    """Estimators of memory by how far they are from tensors that were measured on a T4."""
-    heads = ("43 steps on a T4", "mean error", "too low, at most", "too high, at most", "over 5 % too low")
-    return table(heads, estimators.table_rows())
-
-
-def rivals() -> str:
-    """Other ways to fine-tune small models at the rate of an earlier rule."""
-    figures = without_a_sweep()
-    rows = [
-        (words, ranged(figures, key), signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}")
-        for side, words in RIVALS.items()
-        for key in [f"byte models, admitted, {side}"]
-    ]
-    return table(("", "loss", "worst text", "texts"), rows)
-
-
-def control() -> str:
-    """Ways to correct a learning rate during the run; SmolLM2 was trained with two of them."""
-    figures, lines = without_a_sweep(), []
-    sides = ("plain", "controlled", "forks", "hypergradient, .3", "reduced on a plateau")
-    words = {0.25: "a quarter of the best", 1.0: "the best", 4.0: "four times that"}
-    for prefix in (f"{name}, " if name != "byte models" else "" for name in MODELS):
-        for factor, told in words.items():
-            cells, texts = [], figures.get(f"{prefix}controlled at {factor:g}: texts")
-            for key in (f"{prefix}{side} at {factor:g}" for side in sides):
-                same = texts and figures.get(f"{key}: texts") == texts
-                cells.append(
-                    f"{signed(figures[f'{key}: value'])} (worst {figures[f'{key}: worst']:.1f})" if same else ""
-                )
-            if any(cells):
-                lines.append((prefix + told, f"{texts}", *cells))
-    columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
-    return table(columns, lines)
 
 
 def races() -> str:
@@ -223,13 +103,6 @@ def races() -> str:
     return table(names.split(" | "), lines, left=3)
 
 
-def look() -> str:
-    """What the look before the first step takes."""
-    figures = without_a_sweep()
-    shares = ", ".join(f"{100 * float(figures[f'{name}: look']):.1f} % on {words}" for name, words in MODELS.items())
-    return f"Reading them costs, as a share of 100 steps, {shares}."
-
-
 def agent_table() -> str:
     """A trained agent, rules and constants by how far above the best hand rule they end."""
     rows = agent.stored_rows()
@@ -246,11 +119,6 @@ def agent_table() -> str:
     return table(("", *(f"{each}, {count} tasks" for each, count in counts.items())), lines) + f"\n\n{told}"
 
 
-def agent_runs_table() -> str:
-    """A trained agent and rules on real fine-tunes."""
-    return table(agent_runs.COLUMNS, agent_runs.table_rows(packed_rows(labels.Run, agent_runs.STORED)))
-
-
 PARTS = {
     "all": "all modules",
     "mlp": "MLPs",
@@ -262,6 +130,10 @@ PARTS = {
 }
 
 
+DRAWN = ("language-de", "language-fi")
+"""Texts whose plans had drawn rates."""
+
+
 def parts_of_whole() -> list[tuple[str, int, int, list[float]]]:
     """Adapters on parts of SmolLM2-135M: the part, the least and the highest rank, and the losses in per cent.
 
@@ -269,7 +141,7 @@ def parts_of_whole() -> list[tuple[str, int, int, list[float]]]:
     """
     found: dict[tuple[str, bool], list[tuple[int, float]]] = defaultdict(list)
     for packed in json.loads(worth.PACKED.read_text(encoding="utf-8")):
-        if packed["task"][0] == "smollm2-135m" and packed["task"][1] in HARD:
+        if packed["task"][0] == "smollm2-135m" and packed["task"][1] not in DRAWN:
             best = min(run[4] for run in packed["runs"] if run[:3] == ["all", 8, 1.0])
             for part, rank, *_, loss in packed["runs"]:
                 if part in PARTS and (part, rank) != ("all", 8):
@@ -300,35 +172,6 @@ def published_rates() -> str:
         rows.append((words, *(f"{np.mean(each):.2f} % (worst {max(each):.1f})" for each in regrets)))
     columns = ("rate", "41 published sweeps, 1B to 685B", "those of rank 64 and 128", "SmolLM2-135M, 17 texts")
     return table(columns, rows)
-
-
-FIXED = {
-    "everything-2": "rank 2 on all modules",
-    "top-three-quarters-8": "rank 8 on the top three quarters of the layers",
-    "top-half-8": "rank 8 on the top half",
-    "top-quarter-8": "rank 8 on the top quarter",
-    "mlp-8": "rank 8 on MLPs alone",
-    "attention-8": "rank 8 on attention alone",
-    "adalora-final": "AdaLoRA, 12 to 8 components",
-    "eva": "EVA",
-}
-
-
-def fixed_plans() -> str:
-    """What plans take and lose versus rank 8 on all modules."""
-    stored = {row["plan"]: row for row in _list("fixed_plans")}
-    rows = [
-        (
-            words,
-            f"{row['bytes']:.2f}",
-            f"{row['step']:.2f}",
-            f"{signed(row['loss'])} ({row['low']:+.1f} to {row['high']:+.1f})",
-            f"{row['fine-tunes']}",
-        )
-        for name, words in FIXED.items()
-        for row in [stored[name]]
-    ]
-    return table(("plan", "bytes", "step time", "loss", "fine-tunes"), rows)
 
 
 def step_cost() -> str:
@@ -395,29 +238,6 @@ def time_accuracy() -> str:
     return table(("20 held-out steps on an A100", "bf16", "four bits"), rows)
 
 
-def smollm2_told() -> str:
-    """The lines before the first step of the run on the page of SmolLM2."""
-    lines = read_object(RESULTS / "smollm2.json")["told"]
-    return "```text\n" + "\n".join(textwrap.fill(line, 125) for line in lines) + "\n```"
-
-
-def smollm2_came() -> str:
-    """What came of that run."""
-    runs = read_object(RESULTS / "smollm2.json")["runs"]
-    ours, plain = runs["rankpilot"], runs["all-linear"]
-
-    def mib(value: float) -> str:
-        return f"{value / 2**20:.1f} MiB"
-
-    rows = [
-        ("held-out loss", *(f"{run['held_out_loss']:.4f}" for run in (ours, plain))),
-        ("peak memory per step", *(mib(run["peak_bytes"]) for run in (ours, plain))),
-        ("budget", mib(ours["budget_bytes"]), "none"),
-        ("adapter parameters", *(f"{run['adapter_parameters']:,}" for run in (ours, plain))),
-    ]
-    return table(("", "rankpilot", "plain LoRA"), rows)
-
-
 MODEL_NAMES = {"all-minilm-l6-v2": "MiniLM", "smollm2-135m-instruct": "SmolLM2-135M"}
 
 
@@ -460,13 +280,6 @@ def parts_hold() -> str:
             (
                 f"largest difference of losses, {found['losses.steps']} steps of MiniLM",
                 f"{found['losses.difference']:.0e}",
-            )
-        )
-    if "asked.steps" in found:
-        rows.append(
-            (
-                f"time of {found['asked.steps']} steps of MiniLM under a custom loss, versus whole steps; of its tests",
-                f"{100 * found['asked.share']:.0f} %, {100 * found['asked.tests']:.1f} %",
             )
         )
     if "budgets.batches" in found:
@@ -528,23 +341,13 @@ def _streamed_share(step: ConfiguredStep, card: DeviceSpec) -> float:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "one run": one_run,
-    "one run in short": one_run_in_short,
-    "estimators": estimator_table,
-    "estimators in short": estimators_in_short,
-    "rivals": rivals,
+    "T4 in short": t4_in_short,
     "parts of SmolLM2": parts,
     "rates": published_rates,
     "agent": agent_table,
-    "agent runs": agent_runs_table,
-    "control": control,
-    "look": look,
-    "fixed plans": fixed_plans,
     "step cost": step_cost,
     "memory accuracy": memory_accuracy,
     "time accuracy": time_accuracy,
-    "SmolLM2 tells": smollm2_told,
-    "SmolLM2 came to": smollm2_came,
     "steps in parts": steps_in_parts,
     "parts and others": parts_and_others,
     "parts hold": parts_hold,

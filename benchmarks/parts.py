@@ -42,7 +42,6 @@ from rankpilot.lora.targets import find_target_modules
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from .asked_parts import MODEL, ROWS, asked_steps
 from .harness import Figures, interleave, padding_share, usual_ratio, with_progress
 from .models import LORA, Size, random_model
 from .texts import instructions
@@ -65,7 +64,6 @@ class Options:
         batches: random batches under random budgets, on a small model; 0 leaves them out, as the two below.
         steps: of two runs whose losses are compared.
         errors: runs with an error at some part.
-        asked: steps of runs whose loss is not known, and tested; 0 leaves them out.
         quick: little of each.
         resume: keep the figures that the file of `json` has, and measure the others.
         json: also write figures to this file.
@@ -78,7 +76,6 @@ class Options:
     batches: int = 2000
     steps: int = 200
     errors: int = 100
-    asked: int = 100
     quick: bool = False
     resume: bool = False
     json: Path | None = None
@@ -111,9 +108,6 @@ def _pieces(options: Options, console: Console) -> dict[str, Callable[[], Figure
         found["losses.steps"] = partial(_losses, 10 if few else options.steps, console)
     if options.errors:
         found["errors.runs"] = partial(_errors, 3 if few else options.errors, console)
-    if options.asked:
-        steps = 8 if few else options.asked
-        found["asked.steps"] = partial(_tests, steps, console)
     return found
 
 
@@ -132,7 +126,7 @@ def rows_of_text(text: str, model: str, count: int) -> list[IntArray]:
 
 def _texts(name: str) -> Iterator[str]:
     if name == "chat":
-        yield from (row["prompt"] + row["completion"] for row in instructions()[0])
+        yield from instructions()
     elif name == "reviews":
         yield from (row["text"] for row in read_reviews("rotten_tomatoes"))
     else:
@@ -506,10 +500,6 @@ def _under_budgets(count: int, console: Console) -> Figures:
         "budgets.most": float(errors.max()),
         "budgets.median": float(np.median(errors)),
     }
-
-
-def _tests(steps: int, console: Console) -> Figures:
-    return asked_steps(steps, rows_of_text("chat", MODEL, ROWS * min(steps, 50)), console)
 
 
 def _losses(steps: int, console: Console) -> Figures:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from rankpilot.cost.part_seconds import PartSeconds
 from rankpilot.decide.plan.parts import plan_parts
 from rich.console import Console
 
-from . import drawing, rates
-from .drawing import Curve, Interval, Picture, Stack
+from . import rates
 from .harness import Figures, padding_share
-from .pages import PARTS, ROOT, parts_of_whole, without_a_sweep
+from .pages import ROOT
 
 RESULTS = Path(__file__).parent / "results"
 STEP = RESULTS / "step.json"
@@ -43,6 +42,201 @@ class Options:
 
     ask: bool = False
     json: Path | None = None
+
+
+# Charts as SVG: readable on light and dark ground, the same bytes on every machine -----------------------------------
+
+WIDTH = 760
+
+STYLE = """
+text { font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #24292f }
+.ground { fill: #ffffff; stroke: #d0d7de }
+.title { font-size: 15px; font-weight: 600 }
+.mute { fill: #59636e }
+.bold { font-weight: 600 }
+.line { stroke: #d0d7de; fill: none }
+.axis { stroke: #59636e; fill: none }
+.arrow { stroke: #59636e; fill: none; stroke-width: 1.6 }
+.head { fill: #59636e }
+.limit { stroke: #cf222e; stroke-width: 2; fill: none }
+.limit-text { fill: #cf222e }
+.box { fill: #f6f8fa; stroke: #59636e }
+.a { fill: #0969da } .a-line { stroke: #0969da }
+.b { fill: #bf8700 } .b-line { stroke: #bf8700 }
+.c { fill: #1a7f37 } .c-line { stroke: #1a7f37 }
+.d { fill: #8c959f } .d-line { stroke: #8c959f }
+.e { fill: #8250df } .e-line { stroke: #8250df }
+.pale { fill: #d0d7de }
+.curve { fill: none; stroke-width: 2.4 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 }
+  .ground { fill: #0d1117; stroke: #30363d }
+  .mute, .head { fill: #9198a1 }
+  .line { stroke: #30363d }
+  .axis, .arrow { stroke: #9198a1 }
+  .limit { stroke: #ff7b72 } .limit-text { fill: #ff7b72 }
+  .box { fill: #161b22; stroke: #9198a1 }
+  .a { fill: #58a6ff } .a-line { stroke: #58a6ff }
+  .b { fill: #d29922 } .b-line { stroke: #d29922 }
+  .c { fill: #3fb950 } .c-line { stroke: #3fb950 }
+  .d { fill: #6e7681 } .d-line { stroke: #6e7681 }
+  .e { fill: #bc8cff } .e-line { stroke: #bc8cff }
+  .pale { fill: #30363d }
+}
+"""
+
+
+def number(value: float) -> str:
+    """A coordinate with one digit after the point at most."""
+    return f"{round(value, 1):g}"
+
+
+@dataclass
+class Picture:
+    """A picture that is being drawn.
+
+    Attributes:
+        title: what it shows, its first line.
+        told: what a reader needs to know to read it, its second line.
+        parts: its elements so far.
+    """
+
+    title: str
+    told: str = ""
+    parts: list[str] = field(default_factory=list)
+
+    def text(self, x: float, y: float, words: str, kind: str = "", *, at: str = "start") -> None:
+        """Words whose base line begins, ends or has its middle at a point: `at` is "start", "end" or "middle"."""
+        kinds = f' class="{kind}"' if kind else ""
+        anchor = "" if at == "start" else f' text-anchor="{at}"'
+        self.parts.append(f'<text x="{number(x)}" y="{number(y)}"{kinds}{anchor}>{escape(words, quote=False)}</text>')
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, *, round: float = 2) -> None:
+        """A rectangle."""
+        size = f'width="{number(max(width, 0))}" height="{number(height)}" rx="{number(round)}"'
+        self.parts.append(f'<rect x="{number(x)}" y="{number(y)}" {size} class="{kind}"/>')
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
+        """A line through points."""
+        path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
+        self.parts.append(f'<polyline points="{path}" class="{kind}"/>')
+
+    def dot(self, x: float, y: float, kind: str, size: float = 4.5) -> None:
+        """A filled circle."""
+        self.parts.append(f'<circle cx="{number(x)}" cy="{number(y)}" r="{number(size)}" class="{kind}"/>')
+
+    def legend(self, y: float, names: Sequence[tuple[str, str]], x: float = 20) -> None:
+        """Names of kinds beside squares of their colour, in a row."""
+        for kind, words in names:
+            self.box(x, y - 10, 12, 12, kind)
+            self.text(x + 18, y, words, "mute")
+            x += 18 + 7.4 * len(words) + 16
+
+    def svg(self, height: float) -> str:
+        """The file."""
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {number(height)}" role="img"'
+        described = f"<title>{escape(self.title)}</title>"
+        self_told = [f'<text x="20" y="28" class="title">{escape(self.title, quote=False)}</text>']
+        if self.told:
+            self_told.append(f'<text x="20" y="48" class="mute">{escape(self.told, quote=False)}</text>')
+        ground = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{number(height - 1)}" rx="8" class="ground"/>'
+        body = "\n".join((f"<style>{STYLE}</style>", described, ground, *self_told, *self.parts))
+        return f'{head} width="{WIDTH}">\n{body}\n</svg>\n'
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A bar of pieces that lie one after another.
+
+    Attributes:
+        name: words to its left.
+        pieces: kinds and lengths.
+        told: columns of words to its right.
+    """
+
+    name: str
+    pieces: tuple[tuple[str, float], ...]
+    told: tuple[str, ...]
+
+
+def stacks(
+    picture: Picture,
+    rows: Sequence[Stack],
+    *,
+    heads: Sequence[str],
+    legend: Sequence[tuple[str, str]],
+    limit: tuple[float, str],
+    left: float = 262,
+) -> str:
+    """Horizontal bars of pieces with a limit across all of them."""
+    right = WIDTH - 30 - 84 * len(heads)
+    most = max(sum(length for _, length in row.pieces) for row in rows)
+    scale, top = (right - left) / most, 96
+    for column, head in enumerate(heads):
+        picture.text(right + 84 * (column + 1), top - 12, head, "mute", at="end")
+    for index, row in enumerate(rows):
+        y, x = top + 34 * index, left
+        picture.text(left - 10, y + 16, row.name, at="end")
+        for kind, length in row.pieces:
+            picture.box(x, y, scale * length - 1, 24, kind)
+            x += scale * length
+        for column, words in enumerate(row.told):
+            picture.text(right + 84 * (column + 1), y + 16, words, at="end")
+    bottom = top + 34 * len(rows)
+    at = left + scale * limit[0]
+    picture.line([(at, top - 8), (at, bottom)], "limit")
+    picture.text(at, top - 12, limit[1], "limit-text", at="middle")
+    _scale_below(picture, left, scale, most, bottom)
+    picture.legend(bottom + 56, legend)
+    return picture.svg(bottom + 72)
+
+
+def _scale_below(picture: Picture, left: float, scale: float, most: float, y: float) -> None:
+    """An axis of round numbers below bars that begin at 0."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200) if most / step <= 8)
+    picture.line([(left, y), (left + scale * most, y)], "axis")
+    for value in range(0, int(most) + 1, step):
+        picture.text(left + scale * value, y + 18, f"{value}", "mute", at="middle")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of points.
+
+    Attributes:
+        name: what it is.
+        kind: its colour.
+        points: where it goes through.
+    """
+
+    name: str
+    kind: str
+    points: tuple[tuple[float, float], ...]
+
+
+def curves(
+    picture: Picture, rows: Sequence[Curve], *, ticks: Sequence[tuple[float, str]], most: float, below: str
+) -> str:
+    """Lines over a scale with named ticks; what is higher than `most` is left out."""
+    left, right, top, height = 62, WIDTH - 56, 74, 220
+    low, high = ticks[0][0], ticks[-1][0]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * (x - low) / (high - low), top + height * (1 - y / most)
+
+    for value in range(0, int(most) + 1, 5):
+        picture.line([place(low, value), place(high, value)], "axis" if value == 0 else "line")
+        picture.text(left - 8, place(low, value)[1] + 4, f"+{value} %" if value else "0", "mute", at="end")
+    for x, words in ticks:
+        picture.text(place(x, 0)[0], top + height + 20, words, "mute", at="middle")
+    for row in rows:
+        picture.line([place(x, y) for x, y in row.points if y <= most], f"curve {row.kind}-line")
+        for x, y in row.points:
+            if y <= most:
+                picture.dot(*place(x, y), row.kind, 3.5)
+    picture.text((left + right) / 2, top + height + 42, below, "mute", at="middle")
+    picture.legend(top + height + 70, [(row.kind, row.name) for row in rows])
+    return picture.svg(top + height + 86)
 
 
 # The step -------------------------------------------------------------------------------------------------------------
@@ -107,7 +301,7 @@ def step() -> str:
         ("c", "step with exact savers"),
         ("pale", "allocator's reserve, CUDA context"),
     )
-    return drawing.stacks(
+    return stacks(
         picture,
         rows,
         heads=("on the card", "time"),
@@ -115,83 +309,6 @@ def step() -> str:
         limit=(limit, f"{limit:.1f} GiB"),
         left=280,
     )
-
-
-# Losses ---------------------------------------------------------------------------------------------------------------
-
-
-def _measured(words: str, key: str, kind: str = "a") -> Interval:
-    """A choice on models of width 64, or what rankpilot does there ("c")."""
-    figures = without_a_sweep()
-    value, low, high = (float(figures[f"{key}: {name}"]) for name in ("value", "low", "high"))
-    return Interval(words, value, low, high, kind)
-
-
-def choices() -> str:
-    """What single choices are worth in held-out loss."""
-    whole = {
-        (part, least): Interval(PARTS[part], float(np.mean(losses)), min(losses), max(losses), "b")
-        for part, least, _, losses in parts_of_whole()
-    }
-    ranks = [
-        replace(row, name=f"{'rank 4' if low == 4 else 'ranks 16 to 128'}, SmolLM2-135M")
-        for (part, low), row in whole.items()
-        if part == "all"
-    ]
-    small = partial("byte models, admitted, {}".format)
-    groups: list[tuple[str, Sequence[Interval]]] = [
-        (
-            "Learning rate",
-            (
-                _measured("3e-4 on narrow models", small("usual")),
-                _measured("four times the best", "plain at 4"),
-                _measured("four times, with control", "controlled at 4", "c"),
-                _measured("a quarter of the best", "plain at 0.25"),
-                _measured("a quarter, with control", "controlled at 0.25", "c"),
-                _measured('learning_rate="auto"', small("auto"), "c"),
-            ),
-        ),
-        ("Coverage, SmolLM2-135M", [row for (part, low), row in whole.items() if part != "all"]),
-        ("Rank", (*ranks, _measured("rank 64 with rsLoRA", small("rslora-64")))),
-        (
-            "Methods at a mean rank of 8",
-            (
-                *(_measured(name, small(name)) for name in ("Prodigy", "AdaLoRA", "LoRA+", "EVA")),
-                _measured('goal="quality"', small("quality"), "c"),
-            ),
-        ),
-    ]
-    picture = Picture(
-        "What a choice is worth: held-out loss versus plain LoRA at its best rate",
-        "Left is better. Width 64 with 95 % intervals; green: rankpilot; orange: SmolLM2-135M, least to most.",
-    )
-    return drawing.intervals(picture, groups, ends=(-6, 32))
-
-
-def control() -> str:
-    """A wrong rate that is left alone, and that is corrected."""
-    figures = without_a_sweep()
-    sides = {
-        "plain": ("d", "left alone"),
-        "controlled": ("c", "control"),
-        "hypergradient, .3": ("a", "hypergradient"),
-        "forks": ("e", "forks"),
-        "reduced on a plateau": ("b", "ReduceLROnPlateau"),
-    }
-    starts = {
-        0.25: "begins at a quarter of the best",
-        1.0: "begins at about the best",
-        4.0: "begins at four times the best",
-    }
-    groups = [
-        (words, [(kind, float(figures[f"{side} at {factor:g}: value"])) for side, (kind, _) in sides.items()])
-        for factor, words in starts.items()
-    ]
-    picture = Picture(
-        "Log loss above that of the best learning rate, in per cent",
-        "Mean of 8 texts, models of width 64, 200 steps, the same batches. Lower is better.",
-    )
-    return drawing.grouped(picture, groups, list(sides.values()))
 
 
 OCTAVES = np.arange(-3, 3)
@@ -217,7 +334,7 @@ def wrong_rates() -> str:
         "Mean loss above the best rate of each sweep, read off between the rates that were run.",
     )
     names = {-3: "an eighth", -2: "a quarter", -1: "half", 0: "the best rate", 1: "twice", 2: "four times"}
-    return drawing.curves(
+    return curves(
         picture, rows, ticks=[(float(k), v) for k, v in names.items()], most=30, below="learning rate of plain LoRA"
     )
 
@@ -259,44 +376,10 @@ def split() -> str:
     return picture.svg(at + 14)
 
 
-def environment() -> str:
-    """State, action and reward of the environment."""
-    picture = Picture(
-        "One episode: a short fine-tune, and an agent that steers it at twelve moments",
-        "A group is one kind of module in one third of the layers.",
-    )
-
-    def lines(x: float, y: float, words: Sequence[str], kind: str = "") -> None:
-        for line, told in enumerate(words):
-            picture.text(x, y + 20 * line, told, kind, at="middle")
-
-    picture.box(20, 126, 208, 140, "box", round=8)
-    picture.text(124, 168, "Fine-tune", "bold", at="middle")
-    lines(124, 192, ("a small transformer with", "LoRA adapters, inside", "its budget"))
-    picture.box(552, 126, 188, 140, "box", round=8)
-    picture.text(646, 178, "Agent", "bold", at="middle")
-    lines(646, 202, ("MaskablePPO, a rule,", "or a policy of yours"))
-    picture.arrow([(124, 126), (124, 98), (646, 98), (646, 124)])
-    picture.text(390, 90, "State", "bold", at="middle")
-    state = "of each group: rank, cost, gradient signals,", "what its last change did to the loss;"
-    lines(390, 118, (*state, "of the run: budget, progress, loss, rate"), "mute")
-    picture.arrow([(646, 266), (646, 296), (160, 296), (160, 268)])
-    picture.text(390, 314, "Action", "bold", at="middle")
-    lines(390, 262, ("a group grows or gives a rank; the rate", "doubles or halves; undo; nothing"), "mute")
-    picture.arrow([(70, 266), (70, 346)])
-    picture.text(20, 366, "Reward, at the end", "bold")
-    told = "-100 log(held-out loss / that of a rule's run on the same task, seed and batches)"
-    picture.text(170, 366, told, "mute")
-    return picture.svg(386)
-
-
 PICTURES: dict[str, Callable[[], str]] = {
     "step.svg": step,
-    "choices.svg": choices,
-    "control.svg": control,
     "rates.svg": wrong_rates,
     "parts.svg": split,
-    "environment.svg": environment,
 }
 """What each picture of docs/images is drawn by."""
 

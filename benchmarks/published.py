@@ -162,19 +162,17 @@ def t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
 
 
 @cache
-def peft_step(
-    targets: tuple[str, ...], dora: bool, length: int = LENGTHS.stop, *, counted: bool = False
-) -> ConfiguredStep:
+def peft_step(targets: tuple[str, ...], dora: bool) -> ConfiguredStep:
     """The training step of a run of PEFT's benchmark."""
     step = StepConfig(
         batch_size=4,
-        max_length=length,
+        max_length=LENGTHS.stop,
         target_modules=",".join(targets),
         gradient_checkpointing=False,
         exact_savers=False,
     )
     loaded = LoadedAs(padded=True, keeps_output=True, adapter={"use_dora": True} if dora else {})
-    return from_config("llama-3.2-3b", step, loaded, counted=counted)
+    return from_config("llama-3.2-3b", step, loaded)
 
 
 def total_mib(step: ConfiguredStep, shape: BatchShape, rank: int) -> float:

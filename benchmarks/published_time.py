@@ -32,11 +32,12 @@ from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.step_time import Rates
 from rich.console import Console
 from scipy.optimize import minimize
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2
 
-from .harness import Figures, rank_correlation, with_progress
+from .harness import Figures, with_progress
 from .published import FOLDER, libraries_of_2024
 
 CARD = "A100 80GB"
@@ -245,7 +246,7 @@ def judged(times: FloatArray, measured: FloatArray) -> dict[str, float]:
         "held": float(len(times)),
         "median_error": float(np.median(errors)),
         "worst_error": float(errors.max()),
-        "rank_correlation": rank_correlation(times, measured),
+        "rank_correlation": float(spearmanr(times, measured).statistic),
         "median_share_error": float(np.median(shares)),
         "order_right": float(np.mean(right)),
     }

@@ -14,11 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rankpilot.common.errors import ConfigError
-from rankpilot.common.files import read_json_lines
 from rankpilot.common.text import make_table
 from rankpilot.decide.plan.rate import BELOW, ENDS, MOST_TOKENS, RULE, WIDE, InitialLoss, RateRule
 from rankpilot.lora.spec import REFERENCE_RANK
@@ -26,7 +23,6 @@ from rich.console import Console
 from scipy.optimize import minimize
 
 from .harness import Figures
-from .loss_runs import LossRun, width_of
 
 PUBLISHED = Path(__file__).parent / "published_rates" / "lora_rank_rate_sweep.csv"
 PUBLISHED_STEPS, PUBLISHED_ALPHA = 780, 32
@@ -35,7 +31,7 @@ PUBLISHED_START = InitialLoss(0.9, MOST_TOKENS)
 """The loss before training is not published; after it, it is .5 to .8."""
 
 ROWS = Path(__file__).parent / "results" / "rates.json"
-"""Sweeps of small models, packed."""
+"""Sweeps of small models; what ran them, and the fine-tunes of `RUNS`, is at commit c5bd684f."""
 
 RUNS = ROWS.with_name("loss_runs.json")
 """Fine-tunes of SmolLM2 whole, of which plain LoRA at several rates is a sweep."""
@@ -59,11 +55,9 @@ class Options:
     """Judge the rule for the learning rate on published sweeps and on our own.
 
     Attributes:
-        rows: the output folder of `loss-runs`, whose sweeps are packed into the file of the repository first.
         json: also write figures to this file.
     """
 
-    rows: Path | None = None
     json: Path | None = None
 
 
@@ -138,16 +132,12 @@ def published() -> Iterator[Sweep]:
             yield Sweep(family, name, width, PUBLISHED_STEPS, rank, scale, initial.loss, initial.tokens, means)
 
 
-def own(folder: Path) -> list[dict[str, Any]]:
-    """Our own sweeps as JSON values: plain LoRA at three rates or more."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in read_json_lines(folder / "rows.jsonl"):
-        run, row = LossRun(**line["run"]), line["row"]
-        if (run.part, run.rank, run.power) == ("all", REFERENCE_RANK, 1.0):
-            key = run.model, run.text, run.steps, run.rows
-            sweep = found.setdefault(key, {"run": key, "untrained": round(row["untrained"], 4), "losses": []})
-            sweep["losses"].append([run.rate, None if row["loss"] is None else round(row["loss"], 5)])
-    return [sweep for sweep in found.values() if len(sweep["losses"]) >= 3]
+WIDTHS = {"smollm2-135m": 576, "smollm2-15": 576, "smollm2-8": 576}
+
+
+def width_of(model: str) -> int:
+    """The hidden width of a model; that of byte models stands in their name, as in "llama-8x64"."""
+    return WIDTHS.get(model) or int(model.rpartition("x")[2])
 
 
 def packed() -> Iterator[Sweep]:
@@ -205,16 +195,7 @@ RATES: dict[str, Callable[[Sweep], float]] = {
 
 
 def benchmark(options: Options, console: Console) -> Figures:
-    """Print the regret of each rule by family.
-
-    Raises:
-        ConfigError: there are no sweeps in the folder.
-    """
-    if options.rows:
-        found = own(options.rows)
-        if not found:
-            raise ConfigError(f"{options.rows} holds no sweep: `python -m benchmarks loss-runs` makes them.")
-        ROWS.write_text(json.dumps(found, separators=(",", ":")).replace('{"run"', '\n{"run"') + "\n", encoding="utf-8")
+    """Print the regret of each rule by family."""
     small = [sweep for sweep in packed() if not sweep.name.startswith("smollm2")]
     by_family: dict[str, list[Sweep]] = defaultdict(list)
     for sweep in (*published(), *whole(), *small):

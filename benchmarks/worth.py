@@ -1,8 +1,9 @@
 """`python -m benchmarks worth`: fits what a plan is worth on real fine-tunes, and judges it on those left out.
 
-Rows come from three places: `loss-runs` (drawn plans at drawn rates), the plans of 44 fine-tunes of byte models that
-version 0.2 learned from, and the sweeps of rank and rate that others published. Effects are fitted by expectation
-maximisation (Dempster, Laird and Rubin, 1977) with a free level for each fine-tune, since only differences count.
+Rows come from three places: drawn plans at drawn rates (what ran them is at commit c5bd684f), the plans of 44
+fine-tunes of byte models that version 0.2 learned from, and the sweeps of rank and rate that others published. Effects
+are fitted by expectation maximisation (Dempster, Laird and Rubin, 1977) with a free level for each fine-tune, since
+only differences count.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rankpilot.common.arrays import BoolArray, FloatArray
-from rankpilot.common.errors import ConfigError
-from rankpilot.common.files import read_json_lines, write_json, write_text
+from rankpilot.common.arrays import BoolArray, FloatArray, IntArray
+from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
 from rankpilot.decide.observation import ModuleShapes
 from rankpilot.decide.plan.goal import CAUTION, SURE
@@ -29,8 +28,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from .harness import Figures
-from .loss_runs import PARTS, LossRun, width_of
-from .rates import published
+from .rates import published, width_of
 
 PACKED = Path(__file__).parent / "results" / "loss_runs.json"
 EARLIER = Path(__file__).parent / "results" / "plan_losses.json"
@@ -54,18 +52,52 @@ OUTLIER = 0.08
 SHAPES = {"smollm2-135m": (30, 192, 1536), "smollm2-15": (15, 192, 1536), "smollm2-8": (8, 192, 1536)}
 """Layers, width of keys and values, and of the inside of MLPs."""
 
+Part = Callable[[Sequence[ModuleSpec]], BoolArray]
+"""Chooses modules, bool (modules,)."""
+
+
+def _heights(modules: Sequence[ModuleSpec]) -> IntArray:
+    """How many layers are above each module, (modules,)."""
+    blocks = np.array([module.block for module in modules])
+    return np.asarray(blocks.max() - blocks)
+
+
+def top(share: float) -> Part:
+    """A share of the layers from the top down, rounded up."""
+    return lambda modules: _heights(modules) < math.ceil(share * (_heights(modules).max() + 1))
+
+
+def mlp(modules: Sequence[ModuleSpec]) -> BoolArray:
+    """The modules of MLPs: they have the wide inner side of their layer, attention's do not."""
+    return ModuleShapes.of(tuple(modules)).wide
+
+
+_ENDS = ("o_proj", "down_proj", "attn.c_proj", "mlp.c_proj")
+PARTS: dict[str, Part] = {
+    "all": top(1),
+    "attention": lambda modules: ~mlp(modules),
+    "mlp": mlp,
+    "top-3/4": top(0.75),
+    "top-1/2": top(0.5),
+    "top-1/4": top(0.25),
+    "every-other": lambda modules: _heights(modules) % 2 == 0,
+    "attention-top-1/2": lambda modules: ~mlp(modules) & top(0.5)(modules),
+    "mlp-top-3/4": lambda modules: mlp(modules) & top(0.75)(modules),
+    "mlp-top-1/2": lambda modules: mlp(modules) & top(0.5)(modules),
+    "out": lambda modules: np.array([module.name.endswith(_ENDS) for module in modules]),
+}
+"""Which modules were adapted, by name; "out" is what writes into the residual stream."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Fit what a plan is worth, and judge it on fine-tunes and models left out.
 
     Attributes:
-        rows: output folders of `loss-runs`, whose rows are packed into the file of the repository first.
         write: write the fit into the package.
         json: also write figures to this file.
     """
 
-    rows: tuple[Path, ...] = ()
     write: bool = False
     json: Path | None = None
 
@@ -112,7 +144,7 @@ class FineTune:
 
 
 def specs_of(model: str) -> tuple[ModuleSpec, ...]:
-    """The target modules of a model of `loss-runs`."""
+    """The target modules of a model of the drawn plans."""
     width = width_of(model)
     layers, narrow, inner = SHAPES.get(model) or (int(model.rpartition("-")[2].partition("x")[0]), width, 3 * width)
     attention = {"q": (width, width), "k": (width, narrow), "v": (width, narrow), "o": (width, width)}
@@ -267,38 +299,8 @@ def judge(worth: PlanWorth, fine_tune: FineTune) -> Judgement | None:
     )
 
 
-def pack(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of collections as JSON values, by fine-tune; runs that diverged are left out.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in (line for folder in folders for line in read_json_lines(folder / "rows.jsonl")):
-        run, row = LossRun(**line["run"]), line["row"]
-        key = run.model, run.text, run.steps, run.rows
-        task = found.setdefault(key, {"task": key, "untrained": round(row["untrained"], 4), "runs": []})
-        values = [run.part, run.rank, run.power, run.rate, row["loss"] and round(row["loss"], 5)]
-        if row["loss"] and values not in task["runs"]:
-            task["runs"].append(values)
-    tasks = [task for task in found.values() if any(run[:3] != PLAIN for run in task["runs"])]
-    if not tasks:
-        raise ConfigError(
-            f"No drawn plan in {' '.join(map(str, folders))}: `python -m benchmarks loss-runs` runs them."
-        )
-    return tasks
-
-
 def benchmark(options: Options, console: Console) -> Figures:
-    """Print how well plans of fine-tunes and models left out are predicted, and the effects.
-
-    Raises:
-        ConfigError: there are no rows in the folders.
-    """
-    if options.rows:
-        tasks = pack(options.rows)
-        text = ",\n".join(json.dumps(task, separators=(",", ":")) for task in tasks)
-        write_text(PACKED, f"[\n{text}\n]\n")
+    """Print how well plans of fine-tunes and models left out are predicted, and the effects."""
     known = [*loss_runs(), *earlier(), *sweeps()]
     figures: Figures = {"fine-tunes": len(known), "plans": sum(len(each.losses) for each in known)}
     console.print(f"{figures['fine-tunes']} fine-tunes, {figures['plans']} runs.")

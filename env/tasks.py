@@ -48,7 +48,7 @@ RATE = 6e-3
 
 ORIGINS = 0.5
 """Share of the tasks with labels whose classes are texts of the split. At rates four times off they lose 6 to 44 %,
-others about 2 %, and a real encoder 30 to 105 % (`python -m benchmarks regrets`).
+others about 2 %, and a real encoder 30 to 105 %.
 """
 
 LENGTHS = (80, 100, 130, 160)

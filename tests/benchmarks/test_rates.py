@@ -1,19 +1,14 @@
-"""Sweeps of the learning rate, and the runs that make them."""
+"""Sweeps of the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.common.errors import ConfigError
 from rankpilot.decide.plan.rate import RULE
-from rich.console import Console
 
-from benchmarks.loss_runs import JUDGED, LEARNED, PARTS, LossRun, drawn_runs
-from benchmarks.rates import CONSTANT, Options, Sweep, benchmark, packed, published, whole
+from benchmarks.rates import CONSTANT, Sweep, packed, published, whole
 
 SWEEP = Sweep("family", "name", 64, 100, 8, 2.0, 1.0, 400, {1e-3: 2.0, 1e-2: 1.0, 1e-1: 4.0})
 
@@ -38,19 +33,3 @@ def test_the_rule_is_the_constant_on_published_sweeps_and_better_than_it_on_smol
     rule, usual = (np.mean([sweep.regret(rate or sweep.rate(RULE)) for sweep in real]) for rate in (None, CONSTANT))
     assert rule < usual / 3
     assert all(math.isfinite(sweep.regret(sweep.rate(RULE))) for sweep in packed())
-
-
-def test_runs_are_drawn_alike_and_leave_the_texts_of_comparisons_alone() -> None:
-    runs = [*drawn_runs()]
-    assert runs == [*drawn_runs()]
-    assert len(set(runs)) == len(runs)
-    assert {run.text for run in runs} == set(LEARNED)
-    assert not set(LEARNED) & set(JUDGED)
-    assert {run.part for run in runs} == set(PARTS)
-    assert Counter(run.model for run in runs)["smollm2-135m"] >= 120
-    assert LossRun(**vars(runs[0])) == runs[0]
-
-
-def test_a_folder_without_sweeps(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="loss-runs"):
-        benchmark(Options(rows=tmp_path), Console())
