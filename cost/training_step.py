@@ -34,7 +34,6 @@ class TrainingStep:
         accumulates: whether gradients always exist, because they accumulate over several batches per step.
         bucket_copies: number of permanent extra copies of all gradients, for communication with other processes.
         message_bytes: bytes of the model's buffers in transit to other processes during a forward pass.
-        offloads: whether inputs of checkpointed layers stay in main memory until recomputation.
     """
 
     model: nn.Module
@@ -44,7 +43,6 @@ class TrainingStep:
     accumulates: bool = False
     bucket_copies: float = 0.0
     message_bytes: int = 0
-    offloads: bool = False
 
 
 def checked_loss(loss: LossFunction) -> LossFunction:

@@ -129,9 +129,6 @@ class PilotOptions(PlanOptions):
         control: correct the learning rate in the first half of the run from its steps, and undo damage done by too high
             a rate (docs/control.md). For Adam and its variants, and runs of 60 steps or more. On by default under
             learning_rate="auto", off for a rate of your own. Has no effect on labels.
-        offload: keep the inputs of checkpointed layers in main memory until needed: the same losses, and fewer
-            checkpointed layers within the same bytes. For CUDA, where its time has not been measured yet; a time limit
-            measures it.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -147,7 +144,6 @@ class PilotOptions(PlanOptions):
     log: str | Path | None = None
     learning_rate: str | Sequence[float] | None = None
     control: bool | None = None
-    offload: bool = False
 
     @property
     def budget_read(self) -> Budget:
@@ -173,7 +169,6 @@ class PilotOptions(PlanOptions):
             check_seed(self.seed)
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
-        _check_switch("offload", self.offload)
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):

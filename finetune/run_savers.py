@@ -8,7 +8,6 @@ from typing import Any
 
 from ..cost.savers.checkpointed_layers import LayerCheckpointing, all_running_again, could_checkpoint
 from ..cost.savers.exact import SAVERS, ExactSavers, is_compiled
-from ..cost.savers.offload import can_offload, offload_inputs
 from ..cost.savers.prices import CACHE, TILES
 from .options import PilotOptions
 from .step.journal import Journal
@@ -60,14 +59,6 @@ class RunSavers:
         if options.chooses_layers and counts_bytes and could_checkpoint(run.model):
             self.checkpointing = LayerCheckpointing(run.model, whole=options.goal == "bytes")
             self._undo.callback(self.checkpointing.put_back)
-        if options.offload and can_offload(run.wrapped):
-            self._undo.callback(offload_inputs(run.model))
-            run.offload_inputs()
-            self._journal.note(
-                "Inputs of checkpointed layers are kept in main memory, except the nearest (offload=True)."
-            )
-        elif options.offload:
-            self._journal.note("offload=True has no effect: the model is already in main memory, or it is compiled.")
 
     def end(self) -> None:
         """Restore the original step; a second call does nothing."""

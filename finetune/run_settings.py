@@ -39,7 +39,6 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
         "learning_rate": list(rate) if isinstance(rate := options.learning_rate, list | tuple) else rate,
         "keep_rate": options.keep_rate,
         "control": options.control,
-        **({"offload": True} if options.offload else {}),
         **({"stream": options.stream} if options.stream != "auto" else {}),
     }
 

@@ -128,8 +128,7 @@ def _offload_text(outlook: Outlook) -> str:
         return ""
     fits = f"adapters on all layers fit with {format_bytes(found[0])} to spare"
     costs = f"are kept in main memory, and copying them adds at most {found[1]:.2g} s per step"
-    option = "With offload=True (activation_offloading in TRL and axolotl)"
-    return f" {option}, {fits}: inputs of checkpointed layers {costs}."
+    return f" With activation_offloading (TRL, axolotl), {fits}: inputs of checkpointed layers {costs}."
 
 
 def _stream_text(outlook: Outlook) -> str:

@@ -209,7 +209,6 @@ class _Priced:
         def measure(names: tuple[str, ...]) -> MemoryModel:
             assert step.measure is not None, "the step was recorded"
             memory = outlook.shards.of(replace(step, memory=step.measure(names))).memory
-            memory = memory.offloaded() if options.offload and card else memory
             return memory if chooses or checkpoints else memory.with_checkpointed(())
 
         names = free_savers(step.targets) if options.exact_savers else ()

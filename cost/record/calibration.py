@@ -301,8 +301,7 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
         signal_bytes=signals,
         accumulates=step.accumulates,
     )
-    memory = replace(memory, states=step_states(step, targets, signals=signals))
-    return memory.offloaded() if step.offloads else memory
+    return replace(memory, states=step_states(step, targets, signals=signals))
 
 
 def step_states(step: TrainingStep, targets: Sequence[TargetModule], *, signals: bool) -> ModelStates:

@@ -30,7 +30,6 @@ from ...lora.targets import scale_tensors
 from ..streaming import LEAST_BYTES, ON_DEVICE, spread
 from ..training_step import inner_layers
 from .exact import is_compiled
-from .offload import Copies
 
 PLAIN = ("Tensor", "Parameter", "Buffer", "Params4bit")
 """Types of tensors that can be streamed; others keep data of their own."""
@@ -40,6 +39,31 @@ DEVICES: frozenset[str] = frozenset({"cuda"})
 
 _DDP = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model in which DistributedDataParallel looks for names to leave alone."""
+
+
+class Copies:
+    """Copies between a CUDA device and pinned main memory, in a separate stream; on the CPU, plain ones."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def into(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        """Copy a tensor into another one, after all earlier work; return the completion event."""
+        device = source.device if source.is_cuda else target.device
+        if device.type != "cuda":
+            target.copy_(source)
+            return None
+        if (stream := self._streams.get(device)) is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            return stream.record_event()
+
+    def wait(self, done: Any) -> None:
+        """Make later work on the device wait for a copy."""
+        if done is not None:
+            torch.cuda.current_stream().wait_event(done)
 
 
 class StreamedWeight:

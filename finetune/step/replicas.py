@@ -299,8 +299,7 @@ def check_arguments(args: TrainingArguments) -> None:
     if getattr(args, "activation_offloading", False):
         raise UnsupportedError(
             "With activation_offloading=True the tensors of a step leave the device, so its memory cannot be "
-            "measured before training. Use rankpilot's offload=True instead: it keeps inputs of checkpointed "
-            "layers in main memory and accounts for their bytes."
+            "measured before training. Set it to False: rankpilot checkpoints layers, and streams the base."
         )
 
 

@@ -293,10 +293,6 @@ class TrainingRun:
         """From now on, measure steps as in a loop that keeps its gradients."""
         vars(self)["step"] = self.step_in_parts
 
-    def offload_inputs(self) -> None:
-        """From now on, measure steps with the inputs of checkpointed layers in main memory."""
-        vars(self)["step"] = replace(self.step, offloads=True)
-
     @property
     def tells_positions(self) -> bool:
         """True if batches hold the positions of their tokens."""

@@ -183,7 +183,7 @@ def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
     assert every.use
     assert spare == every.use.spare_bytes > 0
     assert seconds == pytest.approx(2 * (told.memory.peak(ranks) - every.step_bytes) / 31.5e9)
-    assert "With offload=True" in verdict_text(told)
+    assert "With activation_offloading" in verdict_text(told)
 
 
 def test_nothing_fits_a_card_that_the_model_fills() -> None:
