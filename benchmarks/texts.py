@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from rankpilot.common.errors import UnknownNameError
-from rankpilot.data.assets import fetch_asset
-from rankpilot.data.corpora import EVAL_SHARE, docstrings, load_corpus, scattered, standard_library, translations
+from rankpilot.data.corpora import docstrings, load_corpus, scattered, standard_library
 from rankpilot.data.task import KINDS
 from rankpilot.env.bases import load_base_model
 from rankpilot.finetune.step.run import TrainingRun
@@ -41,7 +39,7 @@ class TextTask:
 
     Attributes:
         model: a proxy base.
-        text: a name that `load_text` knows.
+        text: a name of `CORPORA`.
         steps: optimizer steps.
         rows: rows of a batch, each of `LENGTH` bytes.
     """
@@ -57,10 +55,10 @@ def load_rows(text: str) -> tuple[list[Row], list[Row]]:
     """Rows to train on, and those held out; the same on each machine (code: with each version of Python).
 
     Raises:
-        UnknownNameError: no such text.
+        UnknownNameError: no such corpus.
         AssetError: a package is neither cached nor downloadable.
     """
-    return tuple(map(_windows, load_text(text), (ROWS, HELD_OUT)))  # type: ignore[return-value]
+    return tuple(map(_windows, load_corpus(text), (ROWS, HELD_OUT)))  # type: ignore[return-value]
 
 
 def _windows(data: NDArray[np.uint8], count: int) -> list[Row]:
@@ -68,35 +66,6 @@ def _windows(data: NDArray[np.uint8], count: int) -> list[Row]:
     starts = np.linspace(0, len(data) - LENGTH, count).astype(np.int64)
     rows = torch.from_numpy(data[starts[:, None] + np.arange(LENGTH)].astype(np.int64))
     return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def load_text(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The bytes of a text, uint8: its first nine tenths, and the rest, held out.
-
-    Args:
-        name: of `CORPORA`; or "language-fi" (a language of the asset "plone-locales") or "package-email" (source of
-            the standard library).
-
-    Raises:
-        UnknownNameError: no such text.
-        AssetError: a package is neither cached nor downloadable.
-    """
-    kind, _, which = name.partition("-")
-    if kind not in ("language", "package"):
-        return load_corpus(name)
-    text = translations(which, fetch_asset("plone-locales")) if kind == "language" else _library_source(which)
-    if not text:
-        raise UnknownNameError(f"There is no text {name!r}: its package has none of that name.")
-    data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-    cut = int(len(data) * (1 - EVAL_SHARE))
-    return data[:cut], data[cut:]
-
-
-def _library_source(package: str) -> str:
-    """The source of one package of the standard library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in standard_library() if path.relative_to(root).parts[0] == package)
-    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
 
 
 def instructions() -> list[str]:
