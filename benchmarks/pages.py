@@ -87,20 +87,19 @@ def _percents(rows: Iterable[dict[str, Any]]) -> Any:
 def races() -> str:
     """What races of learning rates choose, by where they start."""
     figures = race.report(race.stored_rows(), Console(file=io.StringIO()))
-    groups = sorted({key.rpartition(": ")[0] for key in figures}, key=lambda key: (key.split(", ")[:2], key))
-    lines = [
-        (
-            *key.removesuffix(" of the rule").split(", "),
-            f"{figures[f'{key}: cells']:.0f}",
-            signed(figures[f"{key}: start"], 2),
-            signed(figures[f"{key}: auto"], 2) if f"{key}: auto" in figures else "",
-            f"{signed(figures[f'{key}: race'], 2)} ({figures[f'{key}: worst']:+.2f})",
-            f"{figures[f'{key}: time']:.2f}",
-        )
-        for key in groups
-    ]
-    names = 'models | steps | start, of the rule\'s rate | sweeps | start kept | `"auto"` | race (worst) | time'
-    return table(names.split(" | "), lines, left=3)
+    lines = []
+    for group in sorted({key.rpartition(", ")[0] for key in figures}):
+        found = [f"{group}, {start:g} of the rule" for start in (0.5, 1, 2)]
+        kept = [f"{figures[f'{key}: start']:+.2f}" for key in found if f"{key}: start" in figures]
+        races = [
+            f"{figures[f'{key}: race']:+.2f} ({figures[f'{key}: worst']:+.2f})" if f"{key}: race" in figures else ""
+            for key in found
+        ]
+        auto = figures.get(f"{found[1]}: auto")
+        cells = f"{figures[f'{found[1]}: cells']:.0f}", ", ".join(kept), "" if auto is None else f"{auto:+.2f}"
+        lines.append((*group.split(", "), *cells, *races, f"{figures[f'{found[1]}: time']:.2f}"))
+    names = ("models", "steps", "sweeps", "start kept, %", '`"auto"`', "race from half (worst)", "from the rule")
+    return table((*names, "from twice", "time"), lines, left=2)
 
 
 def agent_table() -> str:

@@ -127,7 +127,7 @@ class PilotOptions(PlanOptions):
             take turns on the first batches, and the best continues (docs/learning-rate.md). "race 5" spans a factor of
             16 instead of 4; (1e-4, 2e-4, 4e-4) races your own rates.
         control: correct the learning rate in the first half of the run from its steps, and undo damage done by too high
-            a rate (docs/control.md). For Adam and its variants, and runs of 60 steps or more. On by default under
+            a rate (docs/learning-rate.md). For Adam and its variants, and runs of 60 steps or more. On by default under
             learning_rate="auto", off for a rate of your own. Has no effect on labels.
 
     Example:
@@ -351,7 +351,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         report_to: trackers of losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
-        control: correct the learning rate in the first half of the run, including your own (docs/control.md).
+        control: correct the learning rate in the first half of the run, including your own (docs/learning-rate.md).
         stream: layers whose frozen weights wait in main memory, for a base too large for the card: auto, as few as a
             budget such as 12GiB requires; off; or a number.
 

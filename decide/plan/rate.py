@@ -37,7 +37,7 @@ BELOW = 0.25
 """Share of models with a best rate below the rule's.
 
 If left uncorrected, a rate too high costs three times as much as one too low by the same factor. With correction
-during the run, both cost about the same, and little (docs/control.md). Such a run starts at the lower end of the
+during the run, both cost about the same, and little (docs/learning-rate.md). Such a run starts at the lower end of the
 interval, since it can catch up later.
 """
 

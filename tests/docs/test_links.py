@@ -68,7 +68,7 @@ def test_sources_that_a_text_names_exist(text: Path) -> None:
 
 
 def test_pages_that_the_code_names_exist() -> None:
-    """Errors, help texts and comments name pages, such as docs/control.md."""
+    """Errors, help texts and comments name pages, such as docs/savers.md."""
     listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.toml"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("only a git checkout tells which files belong to it")
