@@ -170,8 +170,8 @@ class GroupView:
     def allowed(self) -> BoolArray:
         """Action mask: actions with an effect and within the budget, bool (actions,); keeping is always allowed.
 
-        On labels the rate stays: alignments of their steps are noise (docs/learning-rate.md). A run goes back once at most.
-        Groups grow only under a budget below `ROOMY`.
+        On labels the rate stays: alignments of their steps are noise (docs/learning-rate.md). A run goes back once at
+        most. Groups grow only under a budget below `ROOMY`.
         """
         problem, member, ladder = self.observation.problem, self.groups.member, self.observation.problem.ladder
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)

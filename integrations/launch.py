@@ -23,7 +23,8 @@ NOTHING_ATTACHED = 3
 
 ESCAPED = (
     "nothing was attached: no process of this command was seen to train with transformers' Trainer. Python started "
-    "with -E, -I or -S, programs that replace PYTHONPATH, and other machines are not reached; see docs/integrations.md."
+    "with -E, -I or -S, programs that replace PYTHONPATH, and other machines are not reached "
+    "(docs/train-anywhere.md)."
 )
 UNTRAINED = "nothing was attached: a Trainer was made, but its `train` was not called."
 

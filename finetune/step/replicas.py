@@ -42,7 +42,7 @@ _REASONS = {
     "DeepSpeedEngine": f"DeepSpeed keeps parameters in flat buffers of fixed size, so ranks cannot change. {WAY_OUT} "
     f"{PLAN_FIRST}",
     "FullyShardedDataParallel": f"FSDP shards the adapters, so ranks cannot change. {WAY_OUT} Your own loop can shard "
-    f"the frozen base alone (docs/several-processes.md). {PLAN_FIRST}",
+    f"the frozen base alone (docs/compatibility.md). {PLAN_FIRST}",
 }
 
 
@@ -86,7 +86,7 @@ class Replicas:
                 f"{dist.get_world_size()} processes are running, but the model is not wrapped in "
                 "DistributedDataParallel, so each would train alone. Pass the wrapped model to TrainingRun; a "
                 "Trainer on a CPU wraps it with use_cpu=True. FSDP2 around whole adapters needs this too, since "
-                "it does not reduce gradients of ignored parameters (docs/several-processes.md)."
+                "it does not reduce gradients of ignored parameters (docs/compatibility.md)."
             )
 
     def inside(self, model: nn.Module) -> nn.Module:

@@ -38,7 +38,7 @@ KINDS = ("python", "bash", "text", "sql", "yaml", "")
 
 DIRECTIVES = ("{toctree}", "{include}", "{literalinclude}", "{eval-rst}", "{docstring}")
 
-LONG = {f"docs/{name}.md" for name in ("command-line", "index", "memory", "several-processes", "study")}
+LONG = {f"docs/{name}.md" for name in ("command-line", "index", "memory", "compatibility", "study")}
 """Pages whose blocks take long with tiny models too."""
 
 FETCHES = re.compile("all-minilm|smollm2|fetch_asset|load_packaged_dataset|examples/")
