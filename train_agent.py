@@ -21,7 +21,6 @@ from rankpilot.agents.sb3_policy import GroupPolicy, clone, read_checkpoint, wri
 from rankpilot.agents.training import TOGETHER, Train
 from rankpilot.common import files
 from rankpilot.common.errors import RankPilotError
-from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.groups import STEERING
 from rankpilot.env.evaluate import Row, beside, compare, evaluation_tasks
 from rankpilot.env.fine_tune import FineTuneConfig
@@ -30,6 +29,8 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
+
+from .decide.groups import GROUP_RULES
 
 SOFT = 5.0
 """Scale of an arcsinh that limits outliers in the mean over validation tasks, in hundredths of the log loss."""

@@ -18,19 +18,79 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..common.arrays import BoolArray, FloatArray
+from ..common.checks import is_count
 from ..common.devices import without_autocast
 from ..common.errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ..common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
 from ..decide.chooser import DEFAULT, PlanChooser
-from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import GROUP_FEATURES, NOTHING, GroupView, Steering
+from ..decide.groups import GROUP_FEATURES, GROUP_RULES, NOTHING, RATE_CHANGES, GroupView, Steering
 from ..decide.log import POLICY, DecisionLog
 from ..decide.observation import RUN_FEATURES, Observation, learns_labels
 from ..decide.policy import Decision, Policy
 from ..decide.rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
 from ..decide.settings import ONCE, DecisionSchedule
 from ..lora.spec import DEFAULT_RANKS
-from .networks import GroupNetwork, NetworkConfig
+
+MOST_WIDTH = 8192
+"""Maximum width of a hidden layer: a policy's card requests it before weights are read."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Configuration of a network.
+
+    Attributes:
+        width: width of every hidden layer.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        if not is_count(self.width) or self.width > MOST_WIDTH:
+            given = shown(self.width)
+            raise ConfigError(f"The width of a network must be a whole number from 1 to {MOST_WIDTH}; got {given}.")
+
+
+class GroupNetwork(nn.Module):
+    """Compute the scores of all actions and the value of the run.
+
+    Args:
+        config: configuration of the network.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width, group, run = config.width, len(GROUP_FEATURES), len(RUN_FEATURES)
+        self.config = config
+        self.token = nn.Sequential(nn.Linear(group + run, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+        self.context = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh())
+        self.moves = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1))
+        self.rate = nn.Linear(width, len(RATE_CHANGES))
+        self.worth = nn.Sequential(nn.Linear(2 * width + run, width), nn.Tanh(), nn.Linear(width, 1))
+
+    def forward(
+        self, groups: torch.Tensor, present: torch.Tensor, run: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores (batch, 4 + groups), in the order of `GroupView`'s actions, and values (batch, 1).
+
+        Args:
+            groups: features of each group, (batch, groups, len(GROUP_FEATURES)).
+            present: 1 for groups in layers, (batch, groups); the others are excluded from the context.
+            run: features of the run, (batch, len(RUN_FEATURES)).
+        """
+        beside = run[:, None].expand(-1, groups.shape[1], -1)
+        tokens = self.token(torch.cat([groups, beside], dim=2))
+        there = present[:, :, None].to(tokens.dtype)
+        mean = (tokens * there).sum(dim=1) / there.sum(dim=1).clamp_min(1.0)
+        most = tokens.masked_fill(there == 0, -1.0).amax(dim=1)
+        seen = torch.cat([mean, most, run], dim=1)
+        context = self.context(seen)
+        moves = self.moves(torch.cat([tokens, context[:, None].expand(-1, groups.shape[1], -1)], dim=2))
+        return torch.cat([self.rate(context), moves[:, :, 0]], dim=1), self.worth(seen)
+
 
 logger = logging.getLogger(__name__)
 

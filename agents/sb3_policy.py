@@ -13,7 +13,7 @@ from torch import nn
 from ..common.errors import RunFolderError, first_line, naming_extras
 from ..common.files import atomic_path, load_archive
 from ..decide.groups import GROUP_FEATURES
-from .networks import GroupNetwork, NetworkConfig
+from .policy_file import GroupNetwork, NetworkConfig
 
 with naming_extras():
     from gymnasium import spaces

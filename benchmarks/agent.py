@@ -19,8 +19,7 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import append_json_line, read_json_lines
 from rankpilot.common.statistics import Estimate, estimate
 from rankpilot.common.text import kinds_in_layers, make_table, plural
-from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.groups import NOTHING, RATE_CHANGES, GroupView, Steering
+from rankpilot.decide.groups import GROUP_RULES, NOTHING, RATE_CHANGES, GroupView, Steering
 from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.policy import Decision, Policy, decision_to_keep, is_first
 from rankpilot.decide.rules import find_rule

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_text
-from rankpilot.cost.part_seconds import PartSeconds
+from rankpilot.cost.streaming import PartSeconds
 from rankpilot.decide.plan.parts import plan_parts
 from rich.console import Console
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from rankpilot.common.text import make_table
-from rankpilot.decide.race import RaceLength, staying, time_for_one_more
+from rankpilot.decide.rate_control import RaceLength, staying, time_for_one_more
 from rich.console import Console
 
 from .harness import Figures

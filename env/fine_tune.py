@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from ..common.checks import is_count
 from ..common.errors import ConfigError, UnknownNameError, naming_extras, shown
-from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import GROUP_FEATURES, NOTHING, RATE_CHANGES, STEERING, GroupView, Steering
+from ..decide.groups import GROUP_FEATURES, GROUP_RULES, NOTHING, RATE_CHANGES, STEERING, GroupView, Steering
 from ..decide.log import DecisionLog
 from ..decide.observation import MOST_FEATURE, RUN_FEATURES
 from ..decide.policy import Decision, Policy

@@ -9,8 +9,7 @@ import rankpilot
 from rankpilot.agents.policy_file import LearnedPolicy, save_policy
 from rankpilot.agents.sb3_policy import GroupPolicy, clone
 from rankpilot.common.statistics import estimate
-from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.groups import STEERING
+from rankpilot.decide.groups import GROUP_RULES, STEERING
 from rankpilot.env.evaluate import beside, compare
 from rankpilot.env.tasks import FineTuneTask
 from sb3_contrib import MaskablePPO

@@ -15,7 +15,7 @@ from ..common.checks import counted, finite
 from ..common.errors import ConfigError
 from ..common.text import format_bytes
 from ..cost.batch_shape import Batch, map_tensors, tensors_of
-from ..decide.race import RaceLength, staying, time_for_one_more
+from ..decide.rate_control import RaceLength, staying, time_for_one_more
 from ..lora.targets import TargetModule
 from .plan_rate import PlanRate
 from .step.journal import Journal

@@ -19,8 +19,8 @@ from ..common.text import byte_unit, format_bytes, make_table, plural
 from ..cost.cards import USUAL_CARD, card_rates, device_table
 from ..cost.forecast.outlook import Outlook, room_for_tensors
 from ..cost.model import fewest_checkpointed
-from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
+from ..cost.streaming import PartSeconds
 from ..decide.plan.parts import PlanBytes, longest_that_fits, plan_parts
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from ..common.text import cost_text, plural
 from ..cost.savers.prices import plain_text
 from ..decide.choice import PLAIN, Choice, percent
 from ..decide.chooser import PlanChooser
-from ..decide.group_rules import GROUP_RULES
-from ..decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, GroupView
+from ..decide.groups import DOUBLE, GO_BACK, GROUP_RULES, HALVE, NOTHING, GroupView
 from ..decide.log import DecisionLog, DecisionRecord
 from ..decide.observation import STEPS_PREFIX
 from ..decide.plan.worth import FEATURES

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from traceback import walk_tb
 from typing import Any
@@ -33,7 +33,6 @@ from ..cards import WORKSPACE_BYTES
 from ..model import MemoryModel, ModelStates
 from ..record.calibration import keeps_state, measure_memory, step_states
 from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
-from ..record.frozen_towers import no_checkpoints_in_towers, towers_cut
 from ..record.kernels_on_meta import cut_loss, fuse_activations, fused_scans, use_chunked_loss, use_flash_attention
 from ..record.known_contents import known_contents
 from ..record.measured_time import product_sizes
@@ -483,3 +482,54 @@ def batch_with_pictures(
         sizes = (shape.length if size == LENGTH else size for size in tensor.shape[1:])
         batch[name] = values.expand(shape.rows * tensor.shape[0], *sizes)
     return batch
+
+
+LEAST = 2
+"""Fewest layers to keep: one, and one that reads the output of another."""
+
+
+def _frozen_towers(base: PreTrainedModel) -> Iterator[nn.ModuleList]:
+    """Yield the lists of checkpointable layers outside the language model that hold no adapter."""
+    texts = {id(module) for module in base.get_decoder().modules()}
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in texts and _is_frozen(module):
+            yield module
+
+
+def _is_frozen(layers: nn.ModuleList) -> bool:
+    trained = any(parameter.requires_grad for parameter in layers.parameters())
+    return not trained and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers) and len(layers) > 0
+
+
+def no_checkpoints_in_towers(base: PreTrainedModel) -> None:
+    """Turn gradient checkpointing off in frozen towers, for recordings to count only layers on which it has effects."""
+    for layer in (layer for layers in _frozen_towers(base) for layer in layers):
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = False
+
+
+@contextmanager
+def towers_cut(base: PreTrainedModel) -> Iterator[None]:
+    """Cut frozen towers to their first layers of all kinds inside the context."""
+    with ExitStack() as stack:
+        for layers in list(_frozen_towers(base)):
+            stack.enter_context(_cut(layers, _layers_of_all_kinds(base)))
+        yield
+
+
+def _layers_of_all_kinds(base: PreTrainedModel) -> int:
+    """Return the number of first layers that include one with full attention, and all whose outputs are kept."""
+    sight = base.config.vision_config
+    names = "fullatt_block_indexes", "deepstack_visual_indexes", "intermediate_layers_indices"
+    full, *kept = (getattr(sight, name, None) or () for name in names)
+    return max(LEAST, 1 + min(full, default=0), *(1 + max(each, default=0) for each in kept))
+
+
+@contextmanager
+def _cut(layers: nn.ModuleList, count: int) -> Iterator[None]:
+    rest = list(layers)[count:]
+    del layers[count:]
+    try:
+        yield
+    finally:
+        layers.extend(rest)

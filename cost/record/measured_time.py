@@ -28,8 +28,8 @@ from ...lora.targets import TargetModule
 from ..batch_shape import Batch
 from ..cost import ModuleSet
 from ..model import RANK
-from ..part_seconds import PartSeconds, published_rates
 from ..step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
+from ..streaming import PartSeconds, published_rates
 from ..training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 from .calibration import all_training, prepare
 from .live_storages import run_on_meta, tensors_in

@@ -23,8 +23,7 @@ from rankpilot.agents.sb3_policy import GroupPolicy, clone
 from rankpilot.agents.training import learning_curve
 from rankpilot.common.drawing import save_figure
 from rankpilot.common.statistics import estimate
-from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.groups import STEERING
+from rankpilot.decide.groups import GROUP_RULES, STEERING
 from rankpilot.env.evaluate import beside, compare, table
 from rankpilot.env.tasks import FineTuneTask
 from sb3_contrib import MaskablePPO

@@ -10,9 +10,9 @@ import numpy as np
 
 from ...common.arrays import FloatArray, IntArray
 from ...cost.model import MemoryModel
-from ...cost.part_seconds import PartSeconds
 from ...cost.record.measured_time import part_seconds_of
 from ...cost.recording import BatchShape
+from ...cost.streaming import PartSeconds
 from ...decide.plan.parts import Part, PlanBytes, ShapeCost, longest_that_fits, plan_parts
 from .batch_rows import BatchRows
 from .plan_keeper import PlanKeeper

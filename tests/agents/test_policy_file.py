@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import CARD, WEIGHTS, LearnedPolicy, load_policy, policy_schedule, save_policy
+from rankpilot.agents.policy_file import (
+    CARD,
+    WEIGHTS,
+    GroupNetwork,
+    LearnedPolicy,
+    NetworkConfig,
+    load_policy,
+    policy_schedule,
+    save_policy,
+)
 from rankpilot.common.errors import PolicyFileError, UnknownNameError
 from rankpilot.common.files import sha256
-from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.groups import NOTHING, STEERING, GroupView
+from rankpilot.decide.groups import GROUP_RULES, NOTHING, STEERING, GroupView
 from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.rules import RULES, SignalRule
 from rankpilot.decide.settings import DecisionSchedule

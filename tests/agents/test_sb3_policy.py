@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import LearnedPolicy, load_policy
+from rankpilot.agents.policy_file import GroupNetwork, LearnedPolicy, NetworkConfig, load_policy
 from rankpilot.agents.sb3_policy import GroupPolicy
 from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.common.files import read_json, read_json_lines

@@ -337,8 +337,7 @@ def test_a_training_draws_its_curve_and_tells_where_the_policy_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import rankpilot.train_agent as script
-    from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-    from rankpilot.agents.policy_file import save_policy
+    from rankpilot.agents.policy_file import GroupNetwork, NetworkConfig, save_policy
     from rankpilot.decide.groups import STEERING
 
     def train_nothing(options: Train, tell: Any) -> Path:

@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import plan_cost
-from rankpilot.decide.group_rules import GROUP_RULES, Halving, SteerRate
-from rankpilot.decide.groups import DOUBLE, GO_BACK, HALVE, NOTHING, STEERING, GroupView, Steering, what_stays
+from rankpilot.decide.groups import (
+    DOUBLE,
+    GO_BACK,
+    GROUP_RULES,
+    HALVE,
+    NOTHING,
+    STEERING,
+    GroupView,
+    Halving,
+    Steering,
+    SteerRate,
+    what_stays,
+)
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.policy import decided_plan
 from rankpilot.decide.rate_control import CHANGES, KEEP, UNDO

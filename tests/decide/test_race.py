@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.decide.race import LEAST_WARM_UP, MOST_TIME, RaceLength, staying
+from rankpilot.decide.rate_control import LEAST_WARM_UP, MOST_TIME, RaceLength, staying
 
 from benchmarks.race import SWEPT, Run, race, regrets, stored_rows
 

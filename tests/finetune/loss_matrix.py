@@ -260,7 +260,7 @@ def train(cell: Cell, mode: str) -> Ran:
         if mode:
             more = {"parts": mode, "keep_rate": True, "control": False}
             rankpilot.attach(made, AsConfigured(), budget="8 GiB", **more)
-        undo.enter_context(patch("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 2e-7))  # some more parts
+        undo.enter_context(patch("rankpilot.cost.streaming.PROCESSOR_LAUNCH", 2e-7))  # some more parts
         made.remove_callback(PrinterCallback)
         start = trained(made.model)
         made.train()

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot import DecisionSchedule, RankPilot, TrainingRun, last_checkpoint, memory_of
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import save_policy
+from rankpilot.agents.policy_file import GroupNetwork, NetworkConfig, save_policy
 from rankpilot.common.errors import ConfigError, RankPilotError, RunFolderError
 from rankpilot.common.files import write_text
 from rankpilot.data.assets import fetch_asset

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import save_policy
+from rankpilot.agents.policy_file import GroupNetwork, NetworkConfig, save_policy
 from rankpilot.cli import main as cli
 from rankpilot.common.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.decide.log import DecisionLog

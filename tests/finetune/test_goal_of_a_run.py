@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import save_policy
+from rankpilot.agents.policy_file import GroupNetwork, NetworkConfig, save_policy
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import TimedCost
 from rankpilot.decide.chooser import PlanChooser

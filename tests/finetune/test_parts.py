@@ -111,7 +111,7 @@ def launch(tmp_path: Path, llama_config: LlamaConfig) -> Callable[..., Launched]
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part costs nothing, so that there are as many as padding asks for."""
-    monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 0.0)
+    monkeypatch.setattr("rankpilot.cost.streaming.PROCESSOR_LAUNCH", 0.0)
 
 
 def test_losses_are_those_of_whole_steps_in_fewer_bytes(launch: Callable[..., Launched]) -> None:
@@ -200,7 +200,7 @@ def test_the_fewest_bytes_take_no_more_time_than_a_checkpointed_rectangle(
     launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, launch_seconds: float
 ) -> None:
     """Parts take what the longest row of the run alone does; where a part costs a second, there is one."""
-    monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", launch_seconds)
+    monkeypatch.setattr("rankpilot.cost.streaming.PROCESSOR_LAUNCH", launch_seconds)
     run = launch(data=texts([24, 24, *[4] * 22]), goal="bytes", policy="default").train()
     assert (run.guard.parts.tally.parts > STEPS) == (launch_seconds == 0)
     (_, alone), *_ = run.callback.predictions

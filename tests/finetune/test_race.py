@@ -12,7 +12,7 @@ import pytest
 import torch
 from rankpilot.common.errors import ConfigError
 from rankpilot.common.text import format_bytes
-from rankpilot.decide.race import MOST_TIME
+from rankpilot.decide.rate_control import MOST_TIME
 from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot

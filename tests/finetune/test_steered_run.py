@@ -11,8 +11,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import load_policy, policy_of, read_card, save_policy
+from rankpilot.agents.policy_file import GroupNetwork, NetworkConfig, load_policy, policy_of, read_card, save_policy
 from rankpilot.cli import main as cli
 from rankpilot.common.errors import ConfigError
 from rankpilot.decide.groups import DOUBLE, GO_BACK, STEERING, GroupView, Steering

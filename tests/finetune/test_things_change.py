@@ -110,7 +110,7 @@ SAME_OPERATORS = {"masks and labels": CHANGE + 2}
 )
 def test_a_run_in_parts_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, change: str, family: str) -> None:
     """Each row is a part, as launches cost nothing here. Dropout draws other numbers, so it is left out."""
-    monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 0.0)
+    monkeypatch.setattr("rankpilot.cost.streaming.PROCESSOR_LAUNCH", 0.0)
     monkeypatch.setattr("rankpilot.finetune.step.exact_parts.TESTED_ROWS", AT_ONCE)
     monkeypatch.setattr(PartPlans, "least", property(lambda self: 1, lambda self, least: None), raising=False)
     expected, (found, parts) = plain_run(family, torch.float32, change), run_in_parts(family, CHANGES[change])

@@ -14,8 +14,15 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
-from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
+from rankpilot.agents.policy_file import (
+    CARD,
+    WEIGHTS,
+    GroupNetwork,
+    NetworkConfig,
+    load_policy,
+    policy_schedule,
+    save_policy,
+)
 from rankpilot.common.checks import MOST_NUMBER
 from rankpilot.common.errors import ConfigError, RunFolderError
 from rankpilot.cost.cost import ParameterCost

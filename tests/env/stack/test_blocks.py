@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rankpilot.common.errors import UnsupportedError
-from rankpilot.env.stack.blocks import Blocks
+from rankpilot.env.stack.trainer import Blocks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 

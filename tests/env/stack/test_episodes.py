@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.common.errors import ConfigError
-from rankpilot.decide.group_rules import GROUP_RULES
+from rankpilot.decide.groups import GROUP_RULES
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.plan.rate import RULE
 from rankpilot.decide.policy import Decision

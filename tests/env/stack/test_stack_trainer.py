@@ -16,10 +16,9 @@ from rankpilot.env.stack import adapters as adapters_module
 from rankpilot.env.stack import episodes as episodes_module
 from rankpilot.env.stack import trainer as trainer_module
 from rankpilot.env.stack.adapters import Segment
-from rankpilot.env.stack.blocks import Blocks
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.stack.runs import reset_runs
-from rankpilot.env.stack.trainer import Member, StackTrainer
+from rankpilot.env.stack.trainer import Blocks, Member, StackTrainer
 from rankpilot.env.task_data import known_of, load_task
 from rankpilot.env.tasks import FineTuneTask
 

@@ -14,8 +14,7 @@ from rankpilot.agents.policy_file import LearnedPolicy, load_policy
 from rankpilot.common.errors import RunFolderError
 from rankpilot.cost.savers.prices import Saved
 from rankpilot.decide.choice import Choice
-from rankpilot.decide.group_rules import GROUP_RULES
-from rankpilot.decide.groups import GroupView
+from rankpilot.decide.groups import GROUP_RULES, GroupView
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.plan.goal import CAUTION, Goal
