@@ -34,8 +34,8 @@ SPILLS = (
 FEW_COLLECTIONS = 100_000
 """Garbage-collection threshold in objects; an answer creates many objects, but no reference cycles."""
 
-NOTHING_FITS = 3
-"""Exit status if nothing fits the card."""
+DOES_NOT_FIT = 3
+"""Exit status if the run as requested does not fit the card."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,10 @@ class Memory(MemoryConfig):
     layers, smaller batches and gradient checkpointing, without running them (--details). It trains nothing, and writes
     memory.json and memory.png only to a folder given by --output.
 
-    With --device or --device-memory the model's configuration is enough: no weights are downloaded, and the answer
-    lists the settings that fit that card, and the cost of each choice. The exit status is 3 if nothing fits.
+    With --device or --device-memory the model's configuration is enough: no weights are downloaded. The answer is for
+    the run as requested: its rank, rows and length, with adapters on all layers. Exact savers, checkpointing and
+    streaming, which `attach` adds at the same losses, count as requested; fewer layers, rows or ranks come second. The
+    exit status is 3 if the run as requested does not fit.
 
     Attributes:
         lengths: DATASET:COLUMN with texts to tokenize, or a file with the number of tokens of each row, whole numbers:
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
         outlook = _asking(options, options.card, file)() if options.card else _here(options)
         found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
         run = _run(outlook, file)
-        told = not (options.json or (options.python and outlook.best))
+        told = not (options.json or (options.python and (outlook.as_asked or outlook.instead)))
         opening = report.headline(outlook) + report.subject(outlook, options, file.training if file else "")
         verdict = (_verdict(outlook, run), doubts_text(outlook)) if told else ()
     if told:  # the requested answer first, then parts that take seconds more
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
     written = report.write_memory_report(outlook, options, options.output, found, run) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
-    return 0 if (run.fits if run else outlook.best or not options.card) else NOTHING_FITS
+    return 0 if (run.fits if run else not options.card or report.fits(outlook)) else DOES_NOT_FIT
 
 
 def _notes(options: Memory, file: TrainerFile | None, outlook: Outlook) -> Iterator[str]:

@@ -65,7 +65,13 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
         arguments: the command line.
         default: default settings; `tyro.MISSING` for required ones.
         prog: name of the command in --help.
+
+    Raises:
+        ConfigError: a size is 0, or a setting is invalid.
     """
+    for size in ("--batch-size", "--per-device-train-batch-size", "--max-length"):
+        if peek(arguments, size) == "0":
+            raise ConfigError(f"{size} must be at least 1; got 0. Leave it out for the default.")
     hints, names = get_type_hints(kind, include_extras=True), [each.name for each in fields(kind)]
     groups: dict[str, Any] = {}
 

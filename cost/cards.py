@@ -129,7 +129,7 @@ def find_device_spec(name: str) -> DeviceSpec:
     """
     if not isinstance(name, str):
         raise ConfigError(f"A card must be its name or its memory ('RTX 4090', '24GiB'); got {shown(name)}.")
-    if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
+    if re.match(r"\s*-?[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
     spelled = re.sub(r"(?<=[\s-])(\d+)\s*gi?b?\b", r"\1gb", name.lower().strip())
     spelled = re.sub(r"(rtx|\d{4}|ti)(?=a?\d{4}|ti|super)", r"\1 ", spelled)  # "rtx4090", "4070tisuper"

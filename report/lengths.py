@@ -152,7 +152,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
     Raises:
         UnsupportedError: the model's operations depend on its data, so other shapes are unknown.
     """
-    memory, ranks = outlook.memory, (outlook.best or outlook.main).ranks
+    memory, ranks = outlook.memory, outlook.main.ranks
     whole = BatchShape(rows := memory.shape.rows, int(lengths.max()))
     if not memory.predicts(whole) or not memory.predicts(BatchShape(1, 1)):
         raise UnsupportedError(

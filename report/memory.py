@@ -22,7 +22,7 @@ from ..cost.breakdown import KINDS
 from ..cost.cards import USUAL_CARD
 from ..cost.forecast.outlook import Choice, GridCell, Outlook
 from ..cost.forecast.pictures_that_fit import largest_max_pixels
-from ..cost.forecast.what_else import brought_by_offloading, brought_by_streaming, smallest_use
+from ..cost.forecast.what_else import brought_by_offloading, brought_by_streaming, least_use
 from ..cost.savers.prices import ACTIVATIONS, Saved
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
@@ -39,17 +39,32 @@ HELD_BACK = 0.05, 8 * 2**20
 """Resident memory beyond the peak deserves a note above this share of it and these bytes."""
 
 
+def fits(outlook: Outlook) -> bool:
+    """Return True if the run as requested fits its card or budget, if need be with a streamed base."""
+    if outlook.card is None:
+        return outlook.choices[0].verdict != "does not fit"
+    if too_large_evaluation(outlook):
+        return False
+    return bool(outlook.as_asked or brought_by_streaming(outlook))
+
+
 def headline(outlook: Outlook) -> str:
-    """Return a line with the verdict, bytes and request; empty without a card, or if nothing fits."""
-    best, card = outlook.best, outlook.card
-    if card is None or best is None or best.use is None:
+    """Return a line with the verdict on the run as requested, its bytes and settings; empty without a card."""
+    card, asked, streamed = outlook.card, outlook.as_asked, brought_by_streaming(outlook)
+    if card is None:
         return ""
+    if asked and not too_large_evaluation(outlook):
+        word = str(asked.verdict).capitalize()
+    elif streamed:
+        asked, word = streamed.as_asked, f"Fits with {plural(streamed.streamed, 'layer')} streamed"
+    else:
+        asked, word = None, "Does not fit"
+    total = asked.use.total_bytes if asked and asked.use else least_use(outlook)
     shape, how = outlook.memory.shape, outlook.settings.quantization
     unit, size = byte_unit(card.memory_bytes)
-    asked = [f"{shape.rows} x {shape.length:,} tokens", f"rank {best.rank}", *([how] if how != "none" else [])]
-    asked += [] if best.layers == outlook.blocks else [f"the top {best.layers} of {outlook.blocks} layers"]
-    taken = f"{best.use.total_bytes / size:.1f} of {card.memory_bytes / size:.1f} {unit}"
-    return f"{str(best.verdict).capitalize()}: {taken} ({', '.join(asked)}).\n"
+    run = [f"{shape.rows} x {shape.length:,} tokens", f"rank {outlook.rank}", *([how] if how != "none" else [])]
+    taken = f"{total / size:.1f} of {card.memory_bytes / size:.1f} {unit}"
+    return f"{word}: {'vLLM would not start' if outlook.engine_lacks > 0 else taken} ({', '.join(run)}).\n"
 
 
 def subject(outlook: Outlook, config: MemoryConfig, kind: str = "") -> str:
@@ -131,18 +146,6 @@ def _offload_text(outlook: Outlook) -> str:
     return f" With activation_offloading (TRL, axolotl), {fits}: inputs of checkpointed layers {costs}."
 
 
-def _stream_text(outlook: Outlook) -> str:
-    """Describe the benefit of streaming the base, if not all layers fit without it."""
-    if (other := brought_by_streaming(outlook)) is None:
-        return ""
-    choice, streamed = other.fitting(other.blocks, other.rank), plural(other.streamed, "layer")
-    assert choice.use is not None, "there is a card"
-    time = "" if choice.time is None else f", at {choice.time:.2f}x plain LoRA's step time"
-    there = f"(stream={other.streamed}; {format_bytes(other.streamed * other.base.layer_bytes)} there)"
-    told = f" With the frozen weights of {streamed} streamed from main memory {there}, {choice_text(other, choice)}"
-    return f"{told} fits with {format_bytes(choice.use.spare_bytes)} to spare{time}."
-
-
 def verdict_text(outlook: Outlook) -> str:
     """Return the result in a few sentences: on a card whether it fits, else the bytes by kind."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
@@ -158,27 +161,43 @@ def verdict_text(outlook: Outlook) -> str:
         if outlook.engine_lacks > 0:
             return f"Does not fit: vLLM would not start. {engine}{told}{prepared}"
         found += f" {engine}"
-    return f"{found}{_offload_text(outlook)}{_stream_text(outlook)}{told}{prepared}"
+    return f"{found}{_offload_text(outlook)}{told}{prepared}"
 
 
 def _fit(outlook: Outlook) -> str:
-    """Describe whether the choices fit the card."""
-    best, card = outlook.best, outlook.card
+    """Describe whether the run as requested fits the card, and what fits instead."""
+    asked, instead, card = outlook.as_asked, outlook.instead, outlook.card
     assert card is not None, "there is no card"
-    if best is None:
-        if tight := [choice for choice in outlook.choices if choice.verdict == "tight"]:
+    if asked is None:
+        smallest = choice_text(outlook, outlook.main)
+        takes = f"{format_bytes(least_use(outlook), up=True)} of {format_bytes(card.memory_bytes)}"
+        if streamed := brought_by_streaming(outlook):
+            return f"{_streamed_text(streamed)} Without streaming, {smallest} takes {takes}."
+        if outlook.main.verdict == "tight":
             advice = "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
-            return f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. {advice}"
-        smallest, least = smallest_use(outlook)
-        takes = f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
-        return f"Does not fit: even the smallest choice, {choice_text(outlook, smallest)}, takes {takes}"
-    assert best.use is not None, "choices of a card have a use of it"
-    spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
-    if best.verdict == "tight":
+            return f"Does not fit: {smallest} fits only without fragmentation. {advice}"
+        told = f"Does not fit: {smallest} takes {takes}."
+        if instead and instead.use:
+            spare = format_bytes(instead.use.spare_bytes)
+            told += f" What fits: {choice_text(outlook, instead)}, with {spare} to spare."
+        return f"{told}{_largest_text(outlook)}"
+    assert asked.use is not None, "choices of a card have a use of it"
+    spare, needed = format_bytes(asked.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
+    if asked.verdict == "tight":
         error = f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'}"
-        told = f"Tight: {choice_text(outlook, best)} leaves {spare} free, less than the prediction error of {error}"
+        told = f"Tight: {choice_text(outlook, asked)} leaves {spare} free, less than the prediction error of {error}"
         return f"{told} ({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
-    return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
+    return f"Fits with {spare} to spare: {choice_text(outlook, asked)}{_time_text(outlook, asked)}."
+
+
+def _streamed_text(outlook: Outlook) -> str:
+    """Describe the request with a streamed base, which fits."""
+    choice, layers = outlook.fitting(outlook.blocks, outlook.rank), plural(outlook.streamed, "layer")
+    assert choice.use is not None, "there is a card"
+    there = f"(stream={outlook.streamed}; {format_bytes(outlook.streamed * outlook.base.layer_bytes)} there)"
+    time = "" if choice.time is None else f", at {choice.time:.2f}x plain LoRA's step time"
+    with_layers = f"with the frozen weights of {layers} streamed from main memory {there}"
+    return f"Fits {with_layers}: {choice_text(outlook, choice)}, {format_bytes(choice.use.spare_bytes)} to spare{time}."
 
 
 def _finding(outlook: Outlook) -> str:
@@ -391,12 +410,12 @@ def _measured(outlook: Outlook) -> Iterator[str]:
 
 
 def configuration_text(outlook: Outlook) -> str:
-    """Return the best choice as Python code: a LoraConfig, and the relevant training arguments.
+    """Return the request as it fits as Python code, or else what fits: a LoraConfig and the training arguments.
 
     Raises:
         BudgetError: nothing fits.
     """
-    best, settings = outlook.best, outlook.settings
+    best, settings = outlook.as_asked or outlook.instead, outlook.settings
     if best is None:
         raise BudgetError(verdict_text(outlook))
     names = [name.strip() for name in settings.target_modules.split(",")]
@@ -478,7 +497,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "rank": outlook.rank,
         "blocks": outlook.blocks,
         "verdict": verdict_text(outlook),
-        "fits": outlook.best is not None,
+        "fits": fits(outlook),
         "peak_bytes": breakdown.total,
         "reference_bytes": outlook.reference_bytes,
         "checkpointed_bytes": outlook.checkpointed_bytes,

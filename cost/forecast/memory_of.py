@@ -80,7 +80,7 @@ def memory_of(
         UnsupportedError: the model's step cannot be predicted.
 
     Example:
-        >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
+        >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).as_asked  # doctest: +SKIP
     """
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
     dtype = _dtype_on(spec, dtype)

@@ -401,19 +401,28 @@ class Outlook:
         own = (choice for layers in _depths(self) for choice in _of_depth(self, layers))
         return (*own, *_rank_choices(self), *self._others)
 
-    @property
-    def best(self) -> Choice | None:
-        """The fitting choice with the most adapted layers, then the least checkpointing; None if none fits.
+    @cached_property
+    def as_asked(self) -> Choice | None:
+        """The least checkpointing that fits with adapters on all layers at the requested rank and batch.
 
-        If none fits with slack, this is the tight choice with the most spare memory.
+        If none fits with slack, this is the tight choice with the most spare memory; None if the card is too small, or
+        without a card.
         """
-        if self.engine_lacks > 0:
+        if self.card is None or self.engine_lacks > 0:
             return None
-        if fitting := next((choice for choice in self.by_depth() if choice.fits), None):
+        asked = sorted(_of_depth(self, self.blocks), key=lambda choice: len(choice.checkpointed))
+        if fitting := next((choice for choice in asked if choice.fits), None):
             return fitting
-        near = (choice for choice in self.by_depth() if choice.verdict != "does not fit")
-        tight = [choice for choice in near if choice.use and choice.use.spare_bytes >= 0]
-        return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
+        tight = [choice for choice in asked if choice.verdict != "does not fit"]
+        near = [choice for choice in tight if choice.use and choice.use.spare_bytes >= 0]
+        return min(near, key=lambda choice: choice.step_bytes, default=None)
+
+    @cached_property
+    def instead(self) -> Choice | None:
+        """The choice that fits with the most adapted layers, where the request does not fit; None without one."""
+        if self.card is None or self.as_asked or self.engine_lacks > 0:
+            return None
+        return next((choice for choice in self.by_depth() if choice.fits), None)
 
     def by_depth(self) -> Iterator[Choice]:
         """Yield choices at the requested rank: most layers first, then least checkpointing.
@@ -425,8 +434,10 @@ class Outlook:
 
     @property
     def main(self) -> Choice:
-        """The choice to report: the request, or the best fit on a card."""
-        return (self.best if self.card else None) or self.choices[0]
+        """The choice to report: the request, on a card with the least checkpointing that fits, or with the most."""
+        if self.card is None:
+            return self.choices[0]
+        return self.as_asked or max(_of_depth(self, self.blocks), key=lambda choice: len(choice.checkpointed))
 
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from ..moments import between_steps
 from ..recording import BatchShape
 from ..rollouts import GRAPHS_BYTES, Engine, EngineNeeds, cache_bytes_of
 from ..streaming import ON_DEVICE
-from .card_use import SURELY
-from .outlook import Choice, Outlook, room_for_tensors
+from .outlook import Outlook, room_for_tensors
 
 MOST_ROW = 2**17
 """Largest row to try for a model without a limit, in tokens."""
 
 
-def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
-    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
-    assert outlook.room is not None, "there is no card"
-    beside, found = outlook.room.taken, list[tuple[int, int]]()
-    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
-        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
-            break
-        if use := choice.use:
-            found.append((use.total_bytes, index))
-    total, index = min(found)
-    return outlook.choices[index], total
+def least_use(outlook: Outlook) -> int:
+    """Return the bytes on the card of the run as requested, with all layers checkpointed if it may checkpoint any."""
+    assert outlook.main.use is not None, "there is a card"
+    return outlook.main.use.total_bytes
 
 
 def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
@@ -38,8 +31,8 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     room = outlook.room
     if not room or outlook.step.loaded.offload or not outlook.checkpointable:
         return None
-    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
-    if (best and best.layers == outlook.blocks) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
+    ranks, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.memory.offloaded()
+    if (outlook.as_asked and outlook.as_asked.fits) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
         return None
     use, moved = room.use(lighter, ranks), outlook.memory.peak(ranks) - least
     if use.verdict != "fits":
@@ -47,16 +40,17 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     return use.spare_bytes, 2 * moved / room.card.bus_bytes_per_s
 
 
+@lru_cache(maxsize=4)
 def brought_by_streaming(outlook: Outlook) -> Outlook | None:
     """Return the outlook with the base streamed, in the least time, if only that fits adapters on all layers.
 
     All layers stream, with the fewest checkpointed ones that fit; or all are checkpointed, and as few stream as fit.
     None if streaming is needless or does not help.
     """
-    best, count = outlook.best, outlook.base.count
+    count = outlook.base.count
     if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
         return None
-    if best and best.layers == outlook.blocks:
+    if outlook.as_asked:
         return None
     every = with_streamed(outlook, count)
     found = every.fitting(outlook.blocks, outlook.rank)
@@ -88,10 +82,11 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
     First fewer logits are kept, then none, then batches are halved.
     """
     asked, loaded = outlook.evaluation(outlook.memory.shape), outlook.given.loaded
-    if outlook.room is None or asked is None or (outlook.best and outlook.best.fits):
+    if outlook.room is None or asked is None or (outlook.as_asked and outlook.as_asked.fits):
         return None
     bare = _with(outlook, eval_batch_size="none")
-    if bare.best is None or not bare.best.fits:
+    step = bare.as_asked
+    if step is None or not step.fits:
         return None
     rows = loaded.eval_batch_size or outlook.memory.shape.rows
     assert isinstance(rows, int), "there is an evaluation"
@@ -99,7 +94,7 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
     for size, kept in (*smaller, *((size, 0) for size in (rows, *_halves(rows)))):
         other = _with(outlook, eval_batch_size=size, keep_logits=kept)
         assert other.room is not None, "there is a card"
-        if other.room.use(bare.best.memory, bare.best.ranks, bare.best.shape).verdict == "fits":
+        if other.room.use(step.memory, step.ranks, step.shape).verdict == "fits":
             return other
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -142,7 +143,7 @@ def test_nothing_fits_and_the_status_says_so(
     assert cli.run(["memory", str(configuration), *options]) == 3
     figures = json.loads(capsys.readouterr().out)
     assert not figures["fits"]
-    assert figures["verdict"].startswith("Does not fit: even the smallest choice, ")
+    assert figures["verdict"].startswith("Does not fit: ")
     assert "The largest batch that fits with adapters on all layers is " in figures["verdict"]
     assert figures == read_json(tmp_path / "card/memory.json")
 
@@ -177,8 +178,11 @@ def test_the_configuration_builds_the_ranks_that_were_priced(narrow_keys: Outloo
     """Keys and values of grouped queries are narrower than the rank, and PEFT would build the rank for all."""
     shown = copy.copy(narrow_keys)
     if not fits_whole:
-        shown.choices = tuple(choice for choice in shown.choices if choice.layers < shown.blocks)
-    best = shown.best
+        shown.as_asked, shown.instead = (
+            None,
+            next(choice for choice in shown.by_depth() if choice.layers < shown.blocks),
+        )
+    best = shown.as_asked or shown.instead
     names: dict[str, object] = {}
     exec(configuration_text(shown), names)
     lora = names["lora"]
@@ -238,6 +242,8 @@ def test_contradictions_are_refused_as_options(options: str, words: str, capsys:
         ("{model} --device-memory 24", "needs a unit; got '24'. Did you mean '24GiB'?"),
         ("{model} --device 24G", "Did you mean '24GiB'?"),
         ("{model} --device-memory 400MiB", "cannot hold even the CUDA context"),
+        ("{model} --device-memory=-24GiB", "Cannot read the device memory '-24GiB'"),
+        ("{model} --device-memory 24GiB --batch-size 0", "--batch-size must be at least 1; got 0"),
         ("{model} --python", "--python requires --device or --device-memory"),
         ("{model} --device T4 --gpus 0", "gpus must be a whole number from 1"),
         ("qwen9-8b --device T4", "qwen3-8b"),
@@ -281,3 +287,39 @@ def test_a_folder_that_is_broken_is_one_line(
     for command, words in told.items():
         assert words in failure(f"memory {command}", capsys), command
     assert "got 8 and a whole" in usage_error(f"memory whole --labels {10**400}", capsys)
+
+
+MODELS = ("llama-3.1-8b", "qwen3-8b", "mistral-7b-v0.3", "smollm2-135m", "gpt-oss-20b")
+SETTINGS = (
+    "--device-memory 24GiB",
+    "--device-memory 24GiB --rank 64 --batch-size 4 --max-length 2048",
+    "--device-memory 16GiB --quantization nf4 --batch-size 1",
+    "--device-memory 8GiB --quantization nf4 --max-length 4096",
+    "--device-memory 80GiB --batch-size 16 --max-length 4096",
+    "--device-memory 20GiB --gradient-checkpointing True --batch-size 8 --max-length 2048",
+    "--device-memory 24GiB --rank 16 --no-exact-savers --batch-size 4 --max-length 2048",
+    "--device-memory 12GiB --quantization nf4 --batch-size 2 --max-length 2048",
+)
+
+
+def test_the_status_and_the_first_line_answer_the_run_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not that of fewer layers, rows or ranks, which would fit."""
+    wrong, words = [], set()
+    for model, options in itertools.product(MODELS, SETTINGS):
+        asked = ["memory", model, *options.split()]
+        status = cli.run(asked)
+        first = capsys.readouterr().out.splitlines()[0]
+        assert cli.run([*asked, "--json"]) == status
+        told = json.loads(capsys.readouterr().out)
+        whole = [each for each in told["choices"] if (each["layers"], each["rank"]) == (told["blocks"], told["rank"])]
+        near = {each["verdict"] for each in whole if each["spare_bytes"] >= 0}
+        word = "Fits" if "fits" in near else "Tight" if "tight" in near else "Does not fit"
+        streams = word == "Does not fit" and first.startswith("Fits with ")
+        if not (first.startswith(f"{word}: ") or streams) or (status == 0) != (word != "Does not fit" or streams):
+            wrong.append((model, options, first, status, near))
+        if streams:
+            assert "streamed from main memory" in told["verdict"]
+        assert told["fits"] == (status == 0)
+        words.add("streams" if streams else word)
+    assert not wrong
+    assert words >= {"Fits", "Does not fit", "streams"}

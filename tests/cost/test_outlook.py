@@ -19,7 +19,7 @@ from rankpilot.cost.forecast.card_use import SLACK
 from rankpilot.cost.forecast.configured_step import REDUCE_BUCKET_BYTES, Shards
 from rankpilot.cost.forecast.memory_of import memory_of
 from rankpilot.cost.forecast.outlook import Outlook
-from rankpilot.cost.forecast.what_else import brought_by_offloading, smallest_use, with_smaller_evaluation
+from rankpilot.cost.forecast.what_else import brought_by_offloading, least_use, with_smaller_evaluation
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.report.memory import configuration_text, verdict_text
 from rankpilot.report.moments import too_large_evaluation
@@ -53,7 +53,7 @@ def card_with(room: float) -> str:
 
 def test_a_wide_card_takes_all_layers_without_checkpointing() -> None:
     outlook = llama("24GiB")
-    best = outlook.best
+    best = outlook.as_asked
     assert best is not None
     assert (best.layers, best.checkpointed, best.use.verdict) == (LAYERS, (), "fits")
     assert best.use.spare_bytes > 0.9 * outlook.room.bytes
@@ -126,7 +126,7 @@ def test_a_narrow_card_checkpoints_some_layers() -> None:
     none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.checkpointable)
     middle = (none.use.total_bytes + every.use.total_bytes) / 2
     outlook = llama(f"{middle / 2**20:.0f}MiB")
-    best = outlook.best
+    best = outlook.as_asked
     assert best is not None
     assert best.layers == LAYERS
     assert 0 < len(best.checkpointed) < LAYERS
@@ -139,9 +139,9 @@ def test_a_narrow_card_checkpoints_some_layers() -> None:
 
 def test_a_margin_within_the_error_is_tight_and_the_status_is_that_of_what_fits() -> None:
     wide = llama("24GiB")
-    least = min(choice.use.total_bytes for choice in wide.choices if choice.kind == "depth")
+    least = wide.choice(LAYERS, 8, wide.checkpointable).use.total_bytes
     outlook = llama(f"{least / 2**20 + 2:.0f}MiB")
-    best = outlook.best
+    best = outlook.as_asked
     assert best is not None
     assert best.verdict == "tight"
     assert 0 <= best.use.spare_bytes < SLACK * outlook.card.memory_bytes
@@ -168,17 +168,17 @@ def test_a_recommended_budget_fits_the_card() -> None:
     none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.checkpointable)
     outlook = llama(f"{(none.use.total_bytes + every.use.total_bytes) / 2**21:.0f}MiB")
     budget = int(re.search(r"budget='(\d+)MiB step'", configuration_text(outlook))[1]) * 2**20
-    assert outlook.best.step_bytes <= budget <= outlook.best.step_bytes + outlook.best.use.spare_bytes
+    assert outlook.as_asked.step_bytes <= budget <= outlook.as_asked.step_bytes + outlook.as_asked.use.spare_bytes
 
 
 def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
     given: dict[str, Any] = {"card": "24GiB", "batch_size": 1}
     told = memory_of("llama-3.1-8b", max_length=12288, **given)
-    assert 0 < getattr(told.best, "layers", 0) < told.blocks
+    assert not (told.as_asked and told.as_asked.fits)
     ranks, (spare, seconds) = told.plan(told.blocks, 8), brought_by_offloading(told) or (0.0, 0.0)
     again = memory_of("llama-3.1-8b", max_length=12288, offload=True, **given)
     assert brought_by_offloading(again) is None
-    assert getattr(again.best, "layers", 0) == told.blocks
+    assert again.as_asked is not None
     every = again.choice(told.blocks, 8, again.checkpointable)
     assert every.use
     assert spare == every.use.spare_bytes > 0
@@ -188,9 +188,9 @@ def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
 
 def test_nothing_fits_a_card_that_the_model_fills() -> None:
     outlook = llama(card_with(1))
-    assert outlook.best is None
+    assert outlook.as_asked is None
     assert {choice.use.verdict for choice in outlook.choices} <= {"does not fit", "tight"}
-    assert smallest_use(outlook)[1] == min(choice.use.total_bytes for choice in outlook.choices)
+    assert least_use(outlook) == outlook.choice(LAYERS, 8, outlook.checkpointable).use.total_bytes
     assert outlook.grid[-1].checkpointed is None
 
 
@@ -222,7 +222,7 @@ def test_rows_are_no_longer_than_the_positions(config: t.PreTrainedConfig, lengt
     outlook = memory_of(config, "T4", max_length=64, dtype="fp32")
     assert outlook.card is find_device_spec("T4")
     assert not outlook.settings.bf16
-    assert outlook.best is not None
+    assert outlook.as_asked is not None
     assert {cell.shape.length for cell in outlook.grid} == {64}
 
 
@@ -245,7 +245,7 @@ def test_a_rank_is_no_higher_than_the_widest_module() -> None:
 def test_a_model_without_checkpointing_has_an_outlook_without_it() -> None:
     outlook = memory_of(t.AlbertConfig(**ENCODER, embedding_size=16), "24GiB", batch_size=2, max_length=32)
     assert outlook.checkpointable == ()
-    assert outlook.best is not None
+    assert outlook.as_asked is not None
     assert [choice.checkpointed for choice in outlook.choices] == [()] * len(outlook.choices)
     assert len({(choice.layers, choice.rank) for choice in outlook.choices}) == len(outlook.choices), "each is once"
     assert {cell.checkpointed for cell in outlook.grid} == {0}
@@ -313,11 +313,11 @@ def test_an_evaluation_that_does_not_fit_is_told_with_settings_that_do(seed: int
     plan = wide.plan(LAYERS, 8)
     while (found := evaluated(**asked)).evaluation(wide.memory.shape).bytes(wide.memory, plan) < spec.memory_bytes:
         asked["eval_batch_size"] *= 2
-    assert not (found.best and found.best.fits)
+    assert not (found.as_asked and found.as_asked.fits)
     other = with_smaller_evaluation(found)
-    assert other.best.fits
+    assert other.as_asked.fits
     loaded, told = other.given.loaded, too_large_evaluation(found)
     assert ("per_device_eval_batch_size" in told) == (loaded.eval_batch_size != asked["eval_batch_size"])
     fewer = any(each in told for each in ("prediction_loss_only", "eval_accumulation_steps"))
     assert fewer == (loaded.keep_logits != asked.get("keep_logits", 0))
-    assert evaluated(**asked | {"eval_batch_size": "none"}).best.fits
+    assert evaluated(**asked | {"eval_batch_size": "none"}).as_asked.fits

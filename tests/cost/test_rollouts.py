@@ -68,9 +68,9 @@ def beside(engine: Engine | None, rows: int = 16, length: int = 0) -> Outlook:
 def test_the_largest_share_is_the_one_that_still_fits(sleeps: bool) -> None:
     highest = largest_share(beside(Engine(0.3, sleeps)), Engine(0.3, sleeps))
     assert 0.3 < highest < 1
-    assert beside(Engine(highest - 0.01, sleeps)).best is not None
-    assert beside(Engine(highest - 0.01, sleeps)).best.fits
-    above = beside(Engine(min(highest + 0.02, 1.0), sleeps)).best
+    assert beside(Engine(highest - 0.01, sleeps)).as_asked is not None
+    assert beside(Engine(highest - 0.01, sleeps)).as_asked.fits
+    above = beside(Engine(min(highest + 0.02, 1.0), sleeps)).as_asked
     assert above is None or not above.fits
 
 
@@ -83,7 +83,7 @@ def test_a_sleeping_engine_leaves_room_for_longer_rows() -> None:
 def test_an_engine_without_room_for_its_weights_does_not_start() -> None:
     outlook = beside(Engine(0.005))
     assert outlook.engine_lacks > 0
-    assert outlook.best is None
+    assert outlook.as_asked is None
     assert "vLLM would not start" in verdict_text(outlook)
     assert beside(Engine(0.3)).engine_lacks < 0
     assert engine_figures(outlook)["lacks"] == outlook.engine_lacks
@@ -98,8 +98,8 @@ def test_needs_are_shared_by_the_cards_of_an_engine() -> None:
 
 def test_transformers_keeps_a_cache_for_all_rows() -> None:
     few, many = beside(None, 8), beside(None, 20_000)
-    assert few.best is not None
+    assert few.as_asked is not None
     for outlook, tokens in ((many, 20_000 * 512), (beside(None, 20_000, 2048), 20_000 * 2048)):
         moments = {moment.name: moment.device_bytes for moment in moments_of(outlook, outlook.choices[0])}
         assert moments["generation"] - moments["checkpoint"] == tokens * cache_bytes_of(outlook.given.model.config)
-    assert many.best is None
+    assert many.as_asked is None

@@ -479,23 +479,23 @@ def test_a_run_does_what_its_configuration_told() -> None:
     card = find_device_spec(f"{half / (1 - SLACK) / 2**20:.0f}MiB")
     told = Outlook(replace(free, leaner=lambda: lean), 4, auto, card=card)
     assert told.step is lean
-    assert told.best is not None
-    assert len(told.best.checkpointed) == 1
+    assert told.as_asked is not None
+    assert len(told.as_asked.checkpointed) == 1
     loader: Any = torch.utils.data.DataLoader(
         [{"input_ids": row, "labels": row} for row in torch.ones(4, 256).long()], 4
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     before, lines = attributes(model), list[str]()
-    budget = f"{told.best.step_bytes + 1024:.0f}B step"  # costs are whole bytes
+    budget = f"{told.as_asked.step_bytes + 1024:.0f}B step"  # costs are whole bytes
     pilot = rankpilot.RankPilot(RankFour(), budget, tell=lines.append)
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
     state = pilot.state_dict()
     assert state["savers"][-1] == ACTIVATIONS
-    assert state["checkpointed"] == list(told.best.checkpointed)
-    assert np.array_equal(pilot.applier.ranks, told.best.ranks)
+    assert state["checkpointed"] == list(told.as_asked.checkpointed)
+    assert np.array_equal(pilot.applier.ranks, told.as_asked.ranks)
     memory = pilot._piloted.guard.plan.now.memory
     assert memory is not None
-    assert memory.peak(pilot.applier.ranks) == told.best.step_bytes
+    assert memory.peak(pilot.applier.ranks) == told.as_asked.step_bytes
     assert any(each.endswith("losses. Selective checkpointing is on, at some cost in time.") for each in lines)
     pilot.finish()
     assert attributes(model) == before

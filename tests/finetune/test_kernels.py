@@ -110,4 +110,4 @@ def test_a_configuration_after_liger_says_why(config: LlamaConfig, monkeypatch: 
     exec("def forward(*_): raise ValueError('Pointer argument (at 0) cannot be accessed from Triton')", patched)
     monkeypatch.setattr(LlamaRMSNorm, "forward", patched["forward"])
     with pytest.raises(UnsupportedError, match=r"Liger has replaced parts of 'llama'.* in another process"):
-        assert rankpilot.memory_of(config, "24GiB", batch_size=2, max_length=16).best
+        assert rankpilot.memory_of(config, "24GiB", batch_size=2, max_length=16).as_asked

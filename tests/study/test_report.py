@@ -61,7 +61,8 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
 @pytest.fixture(autouse=True)
 def _no_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outlook of given numbers has no byte model."""
-    monkeypatch.setattr("rankpilot.report.memory.brought_by_offloading", lambda outlook: None)
+    for name in ("brought_by_offloading", "brought_by_streaming"):
+        monkeypatch.setattr(f"rankpilot.report.memory.{name}", lambda outlook: None)
     for name in ("too_large_evaluation", "highest_moment", "rollouts_text", "uncounted_moments"):
         monkeypatch.setattr(f"rankpilot.report.memory.{name}", lambda outlook: "")
     monkeypatch.setattr("rankpilot.report.memory.moments_of", lambda outlook, choice: ())
@@ -135,7 +136,8 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
         choices=choices,
         by_depth=lambda: choices,
-        best=choices[0] if card else None,
+        as_asked=choices[0] if card else None,
+        instead=None,
         main=choices[0],
         grid=(),
         measured=measured,
@@ -238,12 +240,12 @@ def test_activations_that_run_again_are_told() -> None:
 
 def test_experts_are_told_and_nf4_is_not_advised_for_them() -> None:
     here = outlook(card=True)
-    here.best = None
+    here.as_asked = None
     assert "Use --quantization nf4, a smaller model" in verdict_text(here)
     here.step.model = replace(here.step.model, fused=int(27e6), named=("k_proj", "q_proj"))
     assert "No batch of the grid fits. Use a smaller model" in verdict_text(here)
     assert any(note.startswith("90% of the weights are fused experts") for note in notes(here))
-    here.best = here.choices[0]
+    here.as_asked = here.choices[0]
     assert "target_modules=['k_proj', 'q_proj']," in configuration_text(here)
 
 
