@@ -207,15 +207,21 @@ def release_inputs(model: nn.Module) -> None:
     """Stop the model's inputs from requiring gradients, unless reentrant checkpointing needs them.
 
     transformers enables them under either variant. Every layer below the lowest adapter would then save tensors for a
-    backward pass that needlessly runs down to the embeddings.
+    backward pass that needlessly runs down to the embeddings. They stay where a hook of the user sees them.
     """
     functions = (vars(module).get(CHECKPOINT) for module in model.modules())
     if any(function is not None and is_reentrant(function) for function in functions):
         return
     for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if requires_grad_hook(hook):
-                del module._forward_hooks[key]
+        hooks = module._forward_hooks
+        others = [hook for hook in hooks.values() if not requires_grad_hook(hook)]
+        if all(str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in others):
+            for key in [key for key, hook in hooks.items() if requires_grad_hook(hook)]:
+                del hooks[key]
+
+
+_LIBRARIES = ("accelerate", "peft", "rankpilot", "torch", "transformers", "trl")
+"""Beginnings of the modules whose hooks need no gradients of a model's inputs."""
 
 
 def requires_grad_hook(hook: object) -> bool:

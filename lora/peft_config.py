@@ -487,9 +487,9 @@ def let_train(targets: Sequence[TargetModule], trains: bool = True) -> None:
 
 def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     """After a load: freeze rank-0 pairs, and write the ranks into the configuration."""
-    for target in targets:
+    for target in (target for target in targets if target.rank == 0):
         for parameter in target.parameters.values():
-            parameter.requires_grad_(target.rank > 0)
+            parameter.requires_grad_(False)
     sync_config(model, targets)
 
 

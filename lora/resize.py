@@ -10,13 +10,15 @@ For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 * the optimizer's moments follow the same linear maps (`lora/optimizer_state.py`).
 """
 
+import gc
 import hashlib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -107,11 +109,33 @@ def norms_of(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def write_in_place(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Replace a parameter's tensor and clear its gradient; object, hooks and optimizer group stay."""
+    """Replace a parameter's tensor and clear its gradient; object, hooks and optimizer group stay.
+
+    Only hooks on its gradient node may be lost; see `held_nodes`.
+    """
     parameter.grad = None
     torch.clear_autocast_cache()  # it may hold a cast of the old tensor
     with torch.no_grad():
         parameter.set_(value.contiguous())  # type: ignore[call-overload]
+
+
+def gradient_nodes(parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Return the node of autograd's graph (AccumulateGrad) that adds to the gradient of each trained parameter."""
+    plain = {name: each for name, each in parameters.items() if each.requires_grad and type(each) is nn.Parameter}
+    with torch.enable_grad():
+        return {name: each.view_as(each).grad_fn.next_functions[0][0] for name, each in plain.items()}  # type: ignore[union-attr]
+
+
+def held_nodes(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the names of trained parameters whose gradient node an object of Python holds.
+
+    Such a node has hooks, very likely: it would otherwise end with the graph. torch does not tell its hooks.
+    """
+    nodes = gradient_nodes({"": nn.Parameter(torch.zeros(())), **parameters})
+    kept = [name for name in nodes if sys.getrefcount(nodes[name]) > sys.getrefcount(nodes[""])]
+    holders = gc.get_referrers(*map(nodes.get, kept)) if kept else []  # none if only a graph keeps them
+    held = {id(each) for holder in holders if holder is not nodes for each in gc.get_referents(holder)}
+    return [name for name in kept if id(nodes[name]) in held]
 
 
 logger = logging.getLogger(__name__)
@@ -161,6 +185,8 @@ def set_ranks(
     broken = set(non_finite([target for target, rank in moving if rank > 0], optimizer))
     moving = [(target, rank) for target, rank in moving if target.name not in broken]
     before = {target.name: target.rank for target in targets}
+    if held := held_nodes({t.name: weight for t, _ in moving for weight in (t.weight_a, t.weight_b)}):
+        logger.warning("Hooks on gradient nodes of %s are lost with the old rank; use Tensor.register_hook.", held[0])
     for target in [target for target, rank in moving if rank == 0]:
         resize(target, 0)
         reset_state(optimizer, target.parameters.values())
@@ -244,14 +270,15 @@ def reset_extras(target: TargetModule) -> None:
 
 
 def update_peft_records(target: TargetModule, rank: int) -> None:
-    """Write rank, alpha and scaling into PEFT's layer, and freeze the pair at rank 0."""
+    """Write rank, alpha and scaling into PEFT's layer, and freeze the pair at rank 0; unfreeze it as it leaves that."""
     layer, name = target.layer, target.adapter
+    dropped = layer.r[name] == 0
     alpha, scaling = target.alpha_at(rank), target.scaling_at(rank)
     layer.r[name], layer.lora_alpha[name], layer.scaling[name] = rank, alpha, scaling
     if not target.embedding:
         layer.lora_A[name].out_features = rank * target.experts
         layer.lora_B[name].in_features = rank * target.experts
-    for parameter in target.parameters.values():
+    for parameter in target.parameters.values() if rank == 0 or dropped else ():
         parameter.requires_grad_(rank > 0)
     if rank == 0 and _KeepFrozen(target) not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(_KeepFrozen(target))

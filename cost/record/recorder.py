@@ -397,7 +397,8 @@ def _requires_grad_always(layer: nn.Module) -> bool:
 
 
 def _unpack(saved: _Packed) -> torch.Tensor:
-    assert saved.tensor is not None, "the pass was recorded without saved tensors"
+    if saved.tensor is None:  # a loss that calls torch.autograd.grad
+        raise UnsupportedError("The loss computes gradients itself, so the memory of a step cannot be recorded.")
     return saved.tensor
 
 

@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ...cost.savers.later_logits import tiled_causal_lm_loss
+from ...lora.resize import held_nodes
 from ...lora.targets import unwrap
 
 _LOSS = ("compute_loss", "_compute_loss", "compute_loss_context_manager", "_prepare_inputs", "compute_ref_log_probs")
@@ -143,7 +144,7 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
             return "rows affect each other in the experts' balance loss"
         if (most := _same_up_to(part)) < math.inf and longest() > most:
             return "rotary embeddings depend on the longest row of the batch"
-    return _foreign(model)
+    return foreign_code(model)
 
 
 def _functions(base: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -161,6 +162,12 @@ def _is_of(function: Callable[..., Any]) -> bool:
     return _package(_written_in(function)) in _OURS
 
 
+def is_of_library(module: str | None) -> bool:
+    """True if a module, by name, is of Python, or of a library that many programs share."""
+    package = _package(module or "builtins")
+    return package in _OURS or package in sys.stdlib_module_names or package in ("datasets", "numpy", "pyarrow")
+
+
 def cuts_left(model: nn.Module) -> bool:
     """True if a model's padding on the left can be cut without passing it the remaining positions."""
     config = getattr(unwrap(model).get_base_model(), "config", None)
@@ -174,35 +181,41 @@ def foreign_modes() -> list[type]:
     return [type(mode) for mode in modes if _package(type(mode).__module__) not in _OURS]
 
 
-def _foreign(model: nn.Module) -> str:
+def foreign_code(model: nn.Module) -> str:
     """Return why modules, parameters or hooks may mix rows, for people; empty if all are of known packages."""
-    kinds: dict[type, None] = {}
+    for reason, _ in foreign_objects(model):
+        return reason
+    held = held_nodes({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    return f"the gradient node of {held[0]} is held, as by a hook" if held else ""
+
+
+def foreign_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield modes, hooks and modules that may mix rows and are of no known package, and gradient hooks; first why."""
     for mode in foreign_modes():
-        return f"{mode.__module__}.{mode.__name__} overrides functions"
-    for hook in (
-        *_global_forward_hooks.values(),
-        *_global_forward_pre_hooks.values(),
-        *_global_backward_hooks.values(),
-    ):
+        yield f"{mode.__module__}.{mode.__name__} overrides functions", mode
+    every: Any = _global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks
+    for hook in (hook for hooks in every for hook in hooks.values()):
         if not _is_of(hook):
-            return f"{_written_in(hook)} has a global module hook"
+            yield f"{_written_in(hook)} has a global module hook", hook
     for name, module in model.named_modules():
-        kinds[type(module)] = None
-        own, kept = module.__dict__, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooks = [hook for name in kept if own[name] for hook in own[name].values()]
+        own, kind = vars(module), type(module)
+        hooks = [hook for kept in HOOKS for hook in own[kept].values()]
         for function in (*hooks, own["forward"]) if "forward" in own else hooks:
             if not _is_of(function):
-                return f"{_written_in(function)} hooks {name or 'the model'} or replaces its forward"
-    for kind in kinds:
-        if issubclass(kind, _NormBase) and "Batch" in kind.__name__:
-            return f"rows affect each other in {kind.__name__}"
+                yield f"{_written_in(function)} hooks {name or 'the model'} or replaces its forward", function
         used: Any = kind
-        if _package(kind.__module__) not in _OURS or not (_is_of(used.forward) and _is_of(used.__call__)):
-            return f"{kind.__module__}.{kind.__name__} is a custom module"
+        if issubclass(kind, _NormBase) and "Batch" in kind.__name__:
+            yield f"rows affect each other in {kind.__name__}", module
+        elif _package(kind.__module__) not in _OURS or not (_is_of(used.forward) and _is_of(used.__call__)):
+            yield f"{kind.__module__}.{kind.__name__} is a custom module", module
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
-            return f"{name} has a gradient hook"
-    return ""
+        if parameter.requires_grad:
+            every = parameter._backward_hooks or {}, parameter._post_accumulate_grad_hooks or {}
+            yield from ((f"{name} has a gradient hook", hook) for hooks in every for hook in hooks.values())
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold its hooks."""
 
 
 def _names(mappings: Iterable[Mapping[str, Any]]) -> set[str]:

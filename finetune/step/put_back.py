@@ -6,13 +6,14 @@ These are adapters, settings and attributes of objects; random states, modes, bu
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import CellType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ...lora.optimizer_state import OptimizerSnapshot, state_bytes_of
 from ...lora.resize import shrink_maps, update_peft_records, write_in_place
 from ...lora.spec import REFERENCE_RANK
 from ...lora.targets import TargetModule, other_trainable, unwrap
+from .known_losses import is_of_library
 
 
 def adapter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> int:
@@ -282,12 +284,22 @@ def adapters_put_back(
 
 def random_states() -> Callable[[], None]:
     """Return a function to restore the current states of all random number generators."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    python, numpy, of_torch = random.getstate(), np.random.get_state(), torch_random_states()  # noqa: NPY002
 
     def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+        of_torch()
+
+    return put_back
+
+
+def torch_random_states() -> Callable[[], None]:
+    """Return a function to restore the current states of torch's random number generators."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+    def put_back() -> None:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
@@ -296,26 +308,42 @@ def random_states() -> Callable[[], None]:
 
 
 @contextmanager
-def undisturbed(collate: Collate) -> Iterator[None]:
+def undisturbed(collate: Collate, dataset: Any, *others: Any) -> Iterator[None]:
     """Restore random states afterwards, so that the run draws the same numbers as without measurements.
 
-    This includes a collator's generators and attributes. A compiled model runs uncompiled inside: each tried plan would
-    take one of torch's few cached graphs.
+    This includes the generators and attributes of the user's objects. A compiled model runs uncompiled inside: each
+    tried plan would take one of torch's few cached graphs.
+
+    Args:
+        collate: the collator.
+        dataset: the data set.
+        others: further objects that a step runs, such as the loss, and the user's modules and hooks.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
-    owners = list(_owners(collate))
-    own = [value for owner in owners for value in _held(owner) if isinstance(value, GENERATORS)]
+    own = _generators(collate, dataset, *others)
     states = [copy.deepcopy(_state_of(generator)) for generator in own]
+    owners = [collate, getattr(collate, "__self__", None), *(each for each in others if isinstance(each, nn.Module))]
+    for owner in owners:  # transformers' collators create their generator with the first batch, also inside another
+        inside = [each for each in getattr(owner, "__dict__", {}).values() if callable(each)]
+        inside = [each for each in inside if not isinstance(each, type | nn.Module | FunctionType)]
+        owners += [each for each in inside if all(each is not own for own in owners)]
+    attributes = list[tuple[dict[str, Any], dict[str, Any]]]()
+    while isinstance(now := getattr(dataset, "__dict__", None), dict) and len(attributes) < MOST_WRAPPERS:
+        attributes.append((now, dict(now)))
+        dataset = now.get("dataset")
     try:
         with (
-            put_back(*owners),  # transformers' collators create their generator with the first batch
+            put_back(*owners),
             torch.random.fork_rng(devices=devices),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
             yield
     finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
         for generator, state in zip(own, states, strict=True):
             _set_state(generator, state)
         random.setstate(python)
@@ -325,29 +353,39 @@ def undisturbed(collate: Collate) -> Iterator[None]:
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Random generators possibly held by a user's objects."""
 
+MOST_WRAPPERS = 8
+"""Data sets inside another, as in torch's `Subset`."""
 
-def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
-    """Yield a collator and its callable attributes, such as the user's collator inside one wrapped by the Trainer."""
-    yield collate
-    if depth:
-        inside = (getattr(collate, "__self__", None), getattr(collate, "func", None))
-        for value in (*inside, *_in_closure(collate), *getattr(collate, "__dict__", {}).values()):
-            if callable(value) and not isinstance(value, type | nn.Module):
-                yield from _owners(value, depth - 1)
+MOST_OBJECTS = 20_000
+"""Objects looked at in a search for generators."""
 
 
-def _held(owner: Any) -> Iterator[Any]:
-    """Yield the attributes of a callable, and the variables of its closure and module used by its code."""
-    yield from getattr(owner, "__dict__", {}).values()
-    yield from _in_closure(owner)
-    called = owner if hasattr(owner, "__code__") else type(owner).__call__
-    if code := getattr(called, "__code__", None):
-        yield from (called.__globals__[name] for name in code.co_names if name in called.__globals__)
+def _generators(*roots: Any) -> list[Any]:
+    """Return the random generators that objects hold: in attributes, lists, closures and globals of their code.
 
-
-def _in_closure(function: Any) -> list[Any]:
-    cells = getattr(function, "__closure__", None) or ()
-    return [cell.cell_contents for cell in cells if cell != CellType()]  # which is empty
+    The search leaves out tensors, modules of the model other than the roots, long lists, and code of libraries.
+    """
+    queue, seen, found = deque(roots), dict[int, Any](), []
+    for module in (each for each in roots if isinstance(each, nn.Module)):
+        queue += [*vars(module).values(), type(module)]
+    while queue and len(seen) < MOST_OBJECTS:
+        one = queue.popleft()
+        if id(one) in seen or isinstance(one, nn.Module | torch.Tensor | np.ndarray | ModuleType):
+            continue
+        seen[id(one)] = one  # which keeps the number its own
+        if isinstance(one, GENERATORS):
+            found.append(one)
+        elif isinstance(one, FunctionType):
+            queue += [*(one.__closure__ or ()), *(one.__defaults__ or ()), *vars(one).values()]
+            codes = [] if is_of_library(one.__module__) else [one.__code__]
+            for code in codes:
+                codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+                queue += [one.__globals__[name] for name in code.co_names if name in one.__globals__]
+        elif isinstance(one, type):
+            queue += [] if is_of_library(one.__module__) else [*vars(one).values(), *one.__bases__]
+        elif not isinstance(one, list | tuple | dict | set | deque) or len(one) <= LONG:
+            queue += gc.get_referents(one)
+    return found
 
 
 def _state_of(generator: Any) -> Any:

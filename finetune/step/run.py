@@ -24,9 +24,10 @@ from ...cost.training_step import LossFunction, TrainingStep, checked_loss, mode
 from ...data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
 from ...lora.optimizer_state import check_optimizer
 from ...lora.peft_config import make_resizable
+from ...lora.resize import held_nodes
 from ...lora.targets import TargetModule, check_trains, check_unmerged, find_target_modules, unwrap
 from .batch_rows import Cuts
-from .known_losses import cuts_left, unknown_model
+from .known_losses import cuts_left, foreign_objects, unknown_model
 from .put_back import gradients_put_back, training_mode, undisturbed
 from .replicas import Replicas, check_one_device
 
@@ -266,7 +267,8 @@ class TrainingRun:
     @cached_property
     def step(self) -> TrainingStep:
         """The step that is measured."""
-        rows = shape_of(self._collate([first_example(self.dataset)] * self.rows)).rows
+        with self._undisturbed():
+            rows = shape_of(self._collate([first_example(self.dataset)] * self.rows)).rows
         each = rows // self.rows if rows % self.rows == 0 else 1
         replicas = self.replicas
         return TrainingStep(
@@ -320,7 +322,7 @@ class TrainingRun:
         def alone() -> T:
             outside = trained_outside(self.model, self.optimizer)
             with (
-                undisturbed(self.collate),
+                self._undisturbed(),
                 training_mode(self.model),
                 gradients_put_back(outside),
                 self.replicas.apart(),
@@ -335,6 +337,10 @@ class TrainingRun:
                 AGREE.reset(agree)
             return self.replicas.processes.on_first(lambda: found)
         return self.replicas.processes.on_first(alone)
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        own = (each for _, each in foreign_objects(self.model))
+        return undisturbed(self.collate, self.dataset, self.loss, *own)
 
     def read_first_rows(self, seed: int) -> FirstRows:
         """Return the mean loss of `FIRST_ROWS` rows in batches of two, NaN if none, and their `count_predictions`.
@@ -375,7 +381,8 @@ def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
 
     Raises:
         UnsupportedError: the adapters are on several devices, the optimizer is not supported, the model drops layers at
-            random, an adapter is merged into its layer, or several processes run without sharing gradients.
+            random, an adapter is merged into its layer, a gradient node has hooks, or several processes run without
+            sharing gradients.
         ConfigError: it has no steps, or some adapters are not in the optimizer.
     """
     run.replicas.check()
@@ -385,6 +392,11 @@ def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     if run.total_steps < 1:
         raise ConfigError(f"A run needs at least one step; got {run.total_steps}. Raise max_steps.")
     check_unmerged(targets)
+    if held := held_nodes(dict(run.model.named_parameters())):
+        raise UnsupportedError(
+            f"An object holds the gradient node of {held[0]}, as after `register_prehook`. Hooks on it would be lost "
+            "where ranks are tried: register them on the parameter (`Tensor.register_hook`), and drop the node."
+        )
     if not any(parameter.requires_grad for parameter in run.model.parameters()):
         check_trains(targets)
     _check_optimized(run, targets)

@@ -7,6 +7,7 @@ is tested before its step: a new class, a larger weight, more padding, fewer row
 from __future__ import annotations
 
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,9 +18,10 @@ import torch
 from torch.nn import functional
 
 from ...cost.batch_shape import Batch
+from ...lora.resize import gradient_nodes
 from .batch_rows import BatchRows
 from .exact_parts import TESTED_ROWS, difference_of
-from .known_losses import foreign_modes
+from .known_losses import HOOKS, foreign_modes
 from .plan_keeper import PlanKeeper
 from .run import TrainingRun
 
@@ -69,13 +71,14 @@ class Known:
             step: the number of optimizer steps done.
             batches: the batches of the next step.
         """
-        modules = list(self._run.model.modules())
-        kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        own = [vars(module) for module in self._run.model.modules()]
+        trains = {name: each for name, each in self._run.model.named_parameters() if each.requires_grad}
         seen = (
-            len(modules),
-            sum(len(own[name]) for m in modules if (own := m.__dict__) for name in kept),
-            sum("forward" in m.__dict__ or "_loss_function" in m.__dict__ for m in modules),
-            sum(bool(p._backward_hooks) for p in self._run.model.parameters() if p.requires_grad),
+            len(own),
+            hash(tuple(id(hook) for each in own for kept in HOOKS for hook in each[kept].values())),
+            hash(tuple(id(each.get(name)) for each in own for name in ("forward", "_loss_function"))),
+            sum(bool(each._backward_hooks or each._post_accumulate_grad_hooks) for each in trains.values()),
+            hash(tuple(map(sys.getrefcount, gradient_nodes(trains).values()))),
             id(functional.cross_entropy),
             len(foreign_modes()),
         )

@@ -33,15 +33,17 @@ def run_of(model: nn.Module, *, rows: int, total_steps: int, accumulation: int =
     ("rows", "total_steps", "accumulation", "steps"),
     [(16, 1000, 1, 40), (16, 286, 1, 40), (16, 100, 1, 14), (4, 100, 4, 14), (8, 150, 1, 10), (4, 20, 1, 8)],
 )
-def test_a_short_run_has_a_short_probe(rows: int, total_steps: int, accumulation: int, steps: int) -> None:
-    run = run_of(nn.Linear(1, 1), rows=rows, total_steps=total_steps, accumulation=accumulation)
+def test_a_short_run_has_a_short_probe(
+    rows: int, total_steps: int, accumulation: int, steps: int, llama_config: LlamaConfig
+) -> None:
+    run = run_of(adapted(llama_config), rows=rows, total_steps=total_steps, accumulation=accumulation)
     assert probe_steps(run, DecisionSchedule()) == steps
     share = 2 * steps / (rows * total_steps * accumulation)
     assert share <= PROBE_SHARE or steps == LEAST_PROBE_STEPS
 
 
-def test_a_probe_is_never_longer_than_its_schedule() -> None:
-    assert probe_steps(run_of(nn.Linear(1, 1), rows=16, total_steps=100), DecisionSchedule(probe_steps=3)) == 3
+def test_a_probe_is_never_longer_than_its_schedule(llama_config: LlamaConfig) -> None:
+    assert probe_steps(run_of(adapted(llama_config), rows=16, total_steps=100), DecisionSchedule(probe_steps=3)) == 3
 
 
 def test_the_run_takes_so_many_steps(llama_config: LlamaConfig) -> None:
