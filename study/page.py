@@ -68,8 +68,8 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
 
     Args:
         runs: one at least.
-        explanations: explanations of each run's decisions in any order, as `Explanation.to_json` gives them; None for a decision
-            or run without.
+        explanations: explanations of each run's decisions in any order, as `Explanation.to_json` gives them; None for a
+            decision or run without.
     """
     rows = sum(len(record.modules) for run in runs for record in run.decisions)
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
