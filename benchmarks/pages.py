@@ -106,7 +106,7 @@ def agent_table() -> str:
     """A trained agent, rules and constants by how far above the best hand rule they end."""
     rows = agent.stored_rows()
     lines = [
-        (name, *(f"{of[regime]:+.1f} %" if regime in of else "" for regime in agent.COLUMNS))
+        (name, *(f"{of[regime]:+.1f}".replace(" to ", ", ") if regime in of else "" for regime in agent.COLUMNS))
         for name, of in agent.table_rows(rows)
     ]
     counts = {each: len({row.task for row in rows if each in (row.regime, agent.ALL)}) for each in agent.COLUMNS}
