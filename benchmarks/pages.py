@@ -324,7 +324,7 @@ def streamed_base() -> str:
     for name, settings in kinds.items():
         asked = (StepConfig(batch_size=1, max_length=tokens, bf16=True, **settings) for tokens in TOKENS)
         steps = [AskedStep("llama-3.1-8b", step).configured()[0] for step in asked]
-        for card in ("RTX 3090", "RTX 4090", "RTX 5090", "A100 80GB", "H100"):
+        for card in ("RTX 3090", "RTX 4090", "A100 80GB", "H100"):
             times = [_streamed_share(step, device_table()[card]) for step in steps]
             rows.append((f"{card}, {name}", *(f"{time:.2f}" for time in times)))
     return table(("all layers streamed", *(f"{tokens:,} tokens" for tokens in TOKENS)), rows)
