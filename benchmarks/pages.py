@@ -256,7 +256,7 @@ def steps_in_parts() -> str:
 def parts_and_others() -> str:
     """Four batches of 16 rows under each method, over padded rectangles."""
     found = _figures("parts")
-    keys = [name.removesuffix(".rectangle.speed") for name in found if name.endswith(".16.rectangle.speed")]
+    keys = [name.removesuffix(".rectangle.speed") for name in found if name.endswith(".code.16.rectangle.speed")]
     ways = [re.fullmatch(rf"{re.escape(key)}\.(.+)\.speed", name) for key in keys for name in found]
     heads, rows = [], list[tuple[str, ...]]()
     for key in keys:
