@@ -191,7 +191,7 @@ def step_cost() -> str:
 
 
 def memory_accuracy() -> str:
-    """Predicted bytes, held against our own steps and against those that others measured."""
+    """Predicted bytes, held against our own steps; and verdicts on those that others measured."""
     ours, found = _figures("memory"), _figures("published")
     under, over = (100 * ours[f"accuracy.checkpointing.peak_error_{name}"] for name in ("under", "over"))
     exact = 100 * max(
@@ -199,27 +199,15 @@ def memory_accuracy() -> str:
     )
     plans = f"{ours['accuracy.plans']} random plans, four families"
     rows = [
-        (f"peak of a step, {plans}, no checkpointing", "CPU", f"{exact:.2f} %", f"{exact:.2f} %"),
-        ("the same with checkpointing, safety margin included", "CPU", f"{max(-under, 0):.2f} %", f"{over:.2f} %"),
+        (f"peak of a step, {plans}, no checkpointing", f"{exact:.2f} %", f"{exact:.2f} %"),
+        ("the same with checkpointing, safety margin included", f"{max(-under, 0):.2f} %", f"{over:.2f} %"),
     ]
-    groups = {key: [row for row in _list("published_rows") if row["group"] == key] for key in published_page.TITLES}
-    of_t4, quantised = groups["t4"], groups["t4_reserved nf4"]
-    for words, card, group in (
-        (f"live bytes, {len(of_t4)} published fine-tunes", "T4", of_t4),
-        ("the allocator's reserve, fp16", "T4", groups["t4_reserved none"]),
-        ("the allocator's reserve, nf4", "T4", quantised),
-        ("the longest QLoRA row, tokens", "8 to 80 GB", groups["contexts"]),
-    ):
-        errors = _percents(group)
-        low, high = max(-errors.min(), 0.0), max(errors.max(), 0.0)
-        rows.append((words, card, f"{low:.2f} %", f"{high:.2f} %"))
     every, clear = (100 * found[f"t4_verdicts.{name}_right_share"] for name in ("smaller", "clear"))
     told = (
         f"Verdicts on the T4's steps for cards of 2 to 13 GiB are right in {every:.1f} %, and in {clear:.1f} % where "
         "the published figures are 3 % or more from the card."
     )
-    columns = ("predicted", "on", "too low, at most", "too high, at most")
-    return f"{table(columns, rows, left=2)}\n\n{textwrap.fill(told, 140)}"
+    return f"{table(('predicted', 'too low, at most', 'too high, at most'), rows)}\n\n{textwrap.fill(told, 140)}"
 
 
 def time_accuracy() -> str:
