@@ -47,7 +47,6 @@ PRINTED = {
     "docs/your-script.md": r"highest peak [\d,]+ bytes, of a budget of [\d,]+",
     "docs/memory.md": r"\d+ layers, \d+ of them checkpointed\n[\d.]+ GiB on the card: it fits",
     "docs/train-anywhere.md": r"\{.*q_proj.*: \d+.*lora_rank_pattern:",
-    "docs/decision.md": r"\d+ plans; taken: .+\n.+ rank 8 on all modules",
     "docs/environment.md": r"[+-]\d+\.\d % below the loss of the run left alone.*\{.*up_proj.*: \d+",
     "docs/train-policy.md": r"^union$",
 }
