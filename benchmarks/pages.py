@@ -231,7 +231,7 @@ MODEL_NAMES = {"all-minilm-l6-v2": "MiniLM", "smollm2-135m-instruct": "SmolLM2-1
 def steps_in_parts() -> str:
     """Steps in parts over padded rectangles, by the text whose rows have their lengths."""
     found, rows = _figures("parts"), []
-    for key in (name.removesuffix(".time") for name in found if name.endswith(".time")):
+    for key in (name.removesuffix(".time") for name in found if name.endswith(".16.time")):
         model, text, count = key.split(".")
         values = (found[f"{key}.{name}"] for name in ("time", "time checkpointed", "peak"))
         lengths = f"{found[f'{key}.mean length']:.0f}, {found[f'{key}.longest']}"
@@ -261,32 +261,14 @@ def parts_and_others() -> str:
 
 def parts_hold() -> str:
     """What holds of any batch in parts."""
-    found, rows = _figures("parts"), list[tuple[str, str]]()
-    if "losses.steps" in found:
-        rows.append(
-            (
-                f"largest difference of losses, {found['losses.steps']} steps of MiniLM",
-                f"{found['losses.difference']:.0e}",
-            )
-        )
-    if "budgets.batches" in found:
-        rows += [
-            (
-                f"peaks above the budget, {found['budgets.batches']:,} random batches under 30 to 100 %",
-                f"{found['budgets.above']}",
-            ),
-            (
-                "measured versus predicted peak: median and range; lowest where a row alone has no mask",
-                f"{100 * found['budgets.median']:+.1f} % ({100 * found['budgets.least']:+.1f} to "
-                f"{100 * found['budgets.most']:+.1f} %)",
-            ),
-        ]
-    if "errors.runs" in found:
-        rows += [
-            (f"of {found['errors.runs']} runs, continued after an error in a part", f"{found['errors.met']}"),
-            ("largest difference of their adapters from an undisturbed run's", f"{found['errors.difference']:.0e}"),
-        ]
-    return table(("", "measured"), rows)
+    found = _figures("parts")
+    told = (
+        f"In {found['losses.steps']} steps of MiniLM losses differ by {found['losses.difference']:.0e} at most. Of "
+        f"{found['budgets.batches']:,} random batches under 30 to 100 % of their bytes {found['budgets.above']} peaked "
+        f"above the budget. {found['errors.met']} of {found['errors.runs']} runs continued after an error in a part; "
+        f"their adapters differ by {found['errors.difference']:.0e} at most from an undisturbed run's."
+    )
+    return textwrap.fill(told, 140)
 
 
 def _figures(name: str) -> dict[str, Any]:
