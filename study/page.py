@@ -394,8 +394,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 STYLES = ("uplot/uPlot.min.css", "page.css")
 SCRIPTS = (
-    "uplot/uPlot.iife.min.js", "unpack.js", "elements.js", "heatmap.js", "charts.js", "evidence.js", "decisions.js",
-    "page.js",
+    "uplot/uPlot.iife.min.js", "elements.js", "heatmap.js", "charts.js", "evidence.js", "decisions.js", "page.js",
 )  # fmt: skip
 """In execution order; each uses definitions of those before it."""
 

@@ -308,6 +308,14 @@ function setTheme(theme) {
   for (const repaint of repaints) repaint();
 }
 
+// The data of the page: JSON, gzipped, as base64.
+async function unpack(text) {
+  if (typeof DecompressionStream === "undefined") throw new Error("this browser is too old. Use Chrome 80, Firefox 113, Safari 16.4 or newer.");
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
 async function start() {
   try {
     const system = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
