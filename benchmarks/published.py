@@ -21,7 +21,7 @@ from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.cards import find_device_spec
 from rankpilot.cost.cost import moment_costs
-from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.forecast.card_use import CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.forecast.published import find_configuration
@@ -36,7 +36,7 @@ from .harness import Figures, with_progress
 from .published_contexts import contexts, longest
 from .published_pictures import picture_rows, predicted_mib
 from .published_rollouts import compare_rollouts
-from .published_trainers import compare_examples
+from .published_runs import compare_runs
 
 FOLDER = Path(__file__).with_name("published_peaks")
 MIB = 2**20
@@ -201,6 +201,10 @@ SMALLER_CARDS_MIB = range(2048, CARD_MIB, 1024)
 """Smaller cards, on which some of the steps do not fit."""
 
 
+CLEAR = 0.03
+"""The share of a card from which published figures leave no doubt."""
+
+
 @dataclass(frozen=True)
 class Reserved:
     """A predicted and a published step on a T4.
@@ -239,7 +243,7 @@ class Reserved:
         """Whether the published figures leave no doubt about a card of this size."""
         context = self.use.context_bytes / MIB
         taken = (self.row.reserved + context, self.row.measured + context)
-        return all(abs(size / card_mib - 1) >= SLACK for size in taken)
+        return all(abs(size / card_mib - 1) >= CLEAR for size in taken)
 
 
 def _outcome(use: CardUse) -> tuple[bool, bool]:
@@ -263,7 +267,7 @@ def right_verdicts(rows: Sequence[Reserved], *, clear: bool = False) -> tuple[in
     Args:
         rows: the steps.
         clear: only those of cards from which the published figures, with and without what is reserved, are a share of
-            `SLACK` or more away.
+            `CLEAR` or more away.
     """
     pairs = [(row, size) for row in rows for size in SMALLER_CARDS_MIB if not clear or row.is_clear(size)]
     return sum(row.verdict_is_right(size) for row, size in pairs), len(pairs)
@@ -476,7 +480,7 @@ def benchmark(options: Options, console: Console) -> Figures:
         }
         for group, runs in seen.items():
             figures |= _report(group, f"Rows with pictures, MiB ({group})", runs, console)
-        figures |= compare_examples(console) | compare_rollouts(console)
+        figures |= compare_runs(console) | compare_rollouts(console)
     if options.pack:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
         rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]
@@ -527,7 +531,7 @@ def _report_reserve(runs: list[Reserved], console: Console) -> Figures:
     (on_smaller, of), (clear, of_clear) = right_verdicts(runs), right_verdicts(runs, clear=True)
     console.print(
         f"verdicts for {CARD_MIB:,} MiB: {right} of {len(runs)} right; for smaller cards {on_smaller} of {of}, "
-        f"{clear} of the {of_clear} whose figures are {100 * SLACK:.0f} % or more from the card",
+        f"{clear} of the {of_clear} whose figures are {CLEAR:.0%} or more from the card",
         highlight=False,
     )
     shares = {"t4_verdicts.smaller_right_share": on_smaller / of, "t4_verdicts.clear_right_share": clear / of_clear}

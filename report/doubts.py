@@ -1,6 +1,6 @@
 """Assumptions of an answer about a card that few or no runs have verified, and the possible errors.
 
-Figures refer to the runs in benchmarks/published_peaks/axolotl.csv (`python -m benchmarks published`).
+Figures refer to the runs in benchmarks/published_peaks/runs.csv (`python -m benchmarks published`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     if loaded.offload:
         yield Doubt("activation offloading is modelled on TRL's; the one published run took 9 % more", "more")
     if model.keeps_state:
-        yield Doubt("Mamba-1 scans are counted as mamba-ssm's kernel, other states as in transformers' code", "either")
+        scans = model.kind.startswith(("Mamba", "FalconMamba", "Jamba", "Zamba"))
+        how = "scans are counted as mamba-ssm's kernel" if scans else "states are counted as in transformers' code"
+        yield Doubt(f"{how}; one published run of a hybrid took 132 % more than predicted", "more")
     if model.own_code:
         custom = "the configuration refers to custom code (trust_remote_code)"
         yield Doubt(f"{custom}; transformers' own code is counted", "either")

@@ -173,7 +173,7 @@ def _fit(outlook: Outlook) -> str:
         takes = f"{format_bytes(least_use(outlook), up=True)} of {format_bytes(card.memory_bytes)}"
         if streamed := brought_by_streaming(outlook):
             return f"{_streamed_text(streamed)} Without streaming, {smallest} takes {takes}."
-        if outlook.main.verdict == "tight":
+        if outlook.main.verdict == "may not fit":
             advice = "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
             return f"Does not fit: {smallest} fits only without fragmentation. {advice}"
         told = f"Does not fit: {smallest} takes {takes}."
@@ -183,10 +183,9 @@ def _fit(outlook: Outlook) -> str:
         return f"{told}{_largest_text(outlook)}"
     assert asked.use is not None, "choices of a card have a use of it"
     spare, needed = format_bytes(asked.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
-    if asked.verdict == "tight":
-        error = f"{outlook.slack:.0%}{'' if outlook.settings.quantization == 'none' else ' with a quantised model'}"
-        told = f"Tight: {choice_text(outlook, asked)} leaves {spare} free, less than the prediction error of {error}"
-        return f"{told} ({needed}). No plan for this batch leaves that much.{_largest_text(outlook)}"
+    if asked.verdict == "may not fit":
+        told = f"May not fit: {choice_text(outlook, asked)} leaves {spare} free, and runs of this kind took up to"
+        return f"{told} {needed} ({outlook.slack:.0%} of the card) more than predicted.{_largest_text(outlook)}"
     return f"Fits with {spare} to spare: {choice_text(outlook, asked)}{_time_text(outlook, asked)}."
 
 
@@ -261,6 +260,10 @@ def row_label(outlook: Outlook, choice: Choice) -> str:
     return f"{where}, as requested" if choice.kind == "asked" else where
 
 
+_SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
+"""Verdicts in tables."""
+
+
 def choice_table(outlook: Outlook) -> Table:
     """Tabulate all choices: bytes of a step, share of the card or of rank 8 on all modules; fit and time, if known."""
     first, card = outlook.choices[0], outlook.card is not None
@@ -281,7 +284,11 @@ def choice_table(outlook: Outlook) -> Table:
             f"{len(choice.checkpointed)} of {len(outlook.checkpointable)}",
             *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
             *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
-            *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
+            *(
+                [{"fits": "yes", "may not fit": "maybe", "does not fit": "no"}[choice.verdict]]
+                if choice.verdict
+                else []
+            ),
             *([f"{choice.time:.2f}"] if choice.time is not None else []),
         )
     return table
@@ -346,7 +353,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
         rest = f"CUDA's context and workspaces ({taken}), the step, and the allocator's reserve"
         free = f"less than {outlook.slack:.0%} of the card free, which is within the prediction error"
         told = f"Counted on the card: the frozen model ({frozen}), {rest}."
-        yield f"{told} Tight choices leave {free}, or fit only without that reserve."
+        yield f"{told} Choices that may not fit leave {free}, or fit only without that reserve."
         if (model := outlook.step.model).fused:
             routed = "The memory of a step does not depend on how tokens are routed."
             yield f"{model.fused / model.parameters:.0%} of the weights are fused experts. {routed}"

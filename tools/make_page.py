@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_text
 from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, card_rates, device_table, find_device_spec
-from rankpilot.cost.forecast.card_use import slack_of
+from rankpilot.cost.forecast.card_use import UNDER
 from rankpilot.cost.forecast.configured_step import gathered_units
 from rankpilot.cost.forecast.known_models import published_models
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
@@ -133,6 +133,7 @@ def packed_step(source: StoredStep, settings: StepConfig, words: int) -> bytes:
         "arrays": [], "steps": steps, "works": works, "states": states, "parameters": model.parameters,
         "positions": model.positions, "windows": model.windows,
         "isEager": model.is_eager, "byLength": model.keeps_state or file.text["level"] > 0,
+        "keepsState": model.keeps_state, "whole": model.frozen_bytes - model.outside,
         "products": model.products, "fused": model.fused, "words": words,
         "merged": DELTA_BYTES if settings.quantization == "none" else QUANTISED_DELTA_BYTES,
         "base": _base(BaseLayers.of(model.frozen, layers)),
@@ -327,7 +328,7 @@ def page(models: dict[str, dict[str, str]]) -> str:
     published = published_models()
     about = {name: {key: published[name][key] for key in ("parameters", "id")} for name in models}
     known = {"cards": cards, "about": about, "launch": LAUNCH_SECONDS}
-    known["slack"] = {each: slack_of(each) for each in QUANTIZATIONS}
+    known["slack"] = UNDER
     script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "seconds.js", "form.js"))
     parts = {
         "style": (SOURCE / "page.css").read_text(),

@@ -189,7 +189,7 @@ class Outlook:
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
         self.blocks: int = len({*self._blocks.tolist()})
-        self.slack: float = slack_of(settings.quantization)
+        self.slack: float = slack_of(step, self.shards, settings.quantization, card) if card else 0.0
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
         rollouts = step.loaded.rollouts
         if pictures := settings.batch_size * step.model.picture_bytes:
@@ -405,16 +405,16 @@ class Outlook:
     def as_asked(self) -> Choice | None:
         """The least checkpointing that fits with adapters on all layers at the requested rank and batch.
 
-        If none fits with slack, this is the tight choice with the most spare memory; None if the card is too small, or
-        without a card.
+        If none fits with slack, this is the one with the most spare memory that may not fit; None if the card is too
+        small, or without a card.
         """
         if self.card is None or self.engine_lacks > 0:
             return None
         asked = sorted(_of_depth(self, self.blocks), key=lambda choice: len(choice.checkpointed))
         if fitting := next((choice for choice in asked if choice.fits), None):
             return fitting
-        tight = [choice for choice in asked if choice.verdict != "does not fit"]
-        near = [choice for choice in tight if choice.use and choice.use.spare_bytes >= 0]
+        near = [choice for choice in asked if choice.verdict != "does not fit"]
+        near = [choice for choice in near if choice.use and choice.use.spare_bytes >= 0]
         return min(near, key=lambda choice: choice.step_bytes, default=None)
 
     @cached_property

@@ -9,11 +9,11 @@ import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.cards import card_rates, device_table
 from rankpilot.cost.forecast.memory_of import memory_of
-from rankpilot.report.doubts import doubts, doubts_text
+from rankpilot.report.doubts import doubts_text
 
 from benchmarks import published, published_page, published_pictures
 from benchmarks.published_contexts import contexts, longest
-from benchmarks.published_trainers import Example, examples
+from benchmarks.published_runs import RESULTS, runs
 
 from ..cases import first_cases
 from ..cost.pictures import FAMILIES
@@ -134,27 +134,34 @@ def test_the_packaged_constants_are_of_the_stored_fit():
     assert found["none.held"] == found["four bits.held"] == 10, "half of 40 rows"
 
 
-FAR = {
-    "hunyuan-v1-dense-qlora": 0.75,
-    "glm47-flash-qlora": 0.25,
-    "glm47-flash-qlora+experts": 0.2,
-    "lfm2-8b-a1b-lora": 0.2,
+EXPLAINED = {
+    "hunyuan-v1-dense-qlora",  # unknown
+    "qwen3.5-27b-qlora",  # unknown; the page of another model has the same figure
+    "llama-2-7b-qlora today",  # the figure is of 2023, with other settings
+    "jamba-qlora",  # of 2024, when its experts were linear layers
+    "gemma4-26b-a4b-bnb-lora",
+    "glm47-flash-lora-fsdp2",  # eight bits that are not sharded
 }
-"""Examples of axolotl that take more than a tenth more than predicted, and how much is missing at the most."""
+"""Runs that took more than the upper end of their prediction, or may have; runs.csv has the causes."""
 
 
-@pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(each, id=each.name, marks=() if each.name.startswith("ministral") else pytest.mark.long)
-        for each in examples()
-    ],
-)
-def test_examples_of_axolotl_are_within_a_tenth_or_the_answer_doubts_itself(example: Example) -> None:
+def test_no_verdict_on_a_run_of_known_outcome_promises_too_much() -> None:
+    known = [row for row in read_json(RESULTS) if row["outcome"]]
+    assert len(known) >= 26
+    assert [row["name"] for row in known if row["outcome"] == "fails" and row["verdict"] == "fits"] == []
+    assert sum(row["verdict"] == "may not fit" for row in known) <= len(known) / 5
+
+
+def test_published_runs_stay_below_the_upper_end_or_the_cause_is_told() -> None:
+    held = [row for row in read_json(RESULTS) if row["half"] == "held" and row["error"] is not None]
+    assert len(held) >= 19
+    assert {row["name"] for row in held if row["error"] < -row["slack"] - 0.005} <= EXPLAINED
+    assert all(row["note"] for row in held if row["error"] < -0.1)
+
+
+@pytest.mark.parametrize("name", ["swift qlora/bnb", "torchtune LoRA"])
+def test_stored_errors_are_those_of_today(name: str) -> None:
     pytest.importorskip("bitsandbytes")
-    missing = 1 - example.predicted_gib / example.published_gib
-    if example.name in FAR:
-        assert 0.1 < missing < FAR[example.name]
-        assert "more" in {each.direction for each in doubts(example.outlook)}
-    else:
-        assert abs(missing) < 0.1
+    (run,) = (run for run in runs() if run.name == name)
+    (row,) = (row for row in read_json(RESULTS) if row["name"] == name)
+    assert run.predicted_gib / run.published_gib - 1 == pytest.approx(row["error"], abs=1e-4)

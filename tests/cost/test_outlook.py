@@ -15,7 +15,7 @@ from rankpilot.common.errors import ConfigError, UnknownNameError
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.cards import card_rates, find_device_spec
 from rankpilot.cost.forecast.allocator import replay
-from rankpilot.cost.forecast.card_use import SLACK
+from rankpilot.cost.forecast.card_use import UNDER
 from rankpilot.cost.forecast.configured_step import REDUCE_BUCKET_BYTES, Shards
 from rankpilot.cost.forecast.memory_of import memory_of
 from rankpilot.cost.forecast.outlook import Outlook
@@ -137,22 +137,22 @@ def test_a_narrow_card_checkpoints_some_layers() -> None:
     assert asked.checkpointed == len(best.checkpointed), "the table of batches says the same"
 
 
-def test_a_margin_within_the_error_is_tight_and_the_status_is_that_of_what_fits() -> None:
+def test_less_room_than_the_error_may_not_fit_and_the_status_is_that_of_what_fits() -> None:
     wide = llama("24GiB")
     least = wide.choice(LAYERS, 8, wide.checkpointable).use.total_bytes
     outlook = llama(f"{least / 2**20 + 2:.0f}MiB")
     best = outlook.as_asked
     assert best is not None
-    assert best.verdict == "tight"
-    assert 0 <= best.use.spare_bytes < SLACK * outlook.card.memory_bytes
+    assert best.verdict == "may not fit"
+    assert 0 <= best.use.spare_bytes < UNDER["none"] * outlook.card.memory_bytes
     told = verdict_text(outlook)
-    assert told.startswith("Tight: ")
-    assert f"error of 3% ({format_bytes(SLACK * outlook.card.memory_bytes)})" in told
+    assert told.startswith("May not fit: ")
+    assert format_bytes(UNDER["none"] * outlook.card.memory_bytes) in told
     budget = re.search(r"budget='(\d+)MiB step'", configuration_text(outlook))
     assert budget is None or int(budget[1]) * 2**20 <= best.step_bytes + best.use.spare_bytes
 
 
-@pytest.mark.parametrize(("quantization", "verdict"), [("none", "fits"), ("nf4", "tight")])
+@pytest.mark.parametrize(("quantization", "verdict"), [("none", "fits"), ("nf4", "may not fit")])
 def test_a_quantised_model_has_to_leave_more_of_a_card(quantization: str, verdict: str) -> None:
     def ask(card: str) -> Outlook:
         settings = {"batch_size": 1, "max_length": 512, "gradient_checkpointing": True}
@@ -160,7 +160,7 @@ def test_a_quantised_model_has_to_leave_more_of_a_card(quantization: str, verdic
 
     use = ask("24GiB").choices[0].use
     assert use is not None
-    assert ask(f"{use.total_bytes / 0.95 / 2**20:.0f}MiB").choices[0].verdict == verdict
+    assert ask(f"{use.total_bytes / 0.9 / 2**20:.0f}MiB").choices[0].verdict == verdict
 
 
 def test_a_recommended_budget_fits_the_card() -> None:
@@ -189,7 +189,7 @@ def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
 def test_nothing_fits_a_card_that_the_model_fills() -> None:
     outlook = llama(card_with(1))
     assert outlook.as_asked is None
-    assert {choice.use.verdict for choice in outlook.choices} <= {"does not fit", "tight"}
+    assert {choice.use.verdict for choice in outlook.choices} <= {"does not fit", "may not fit"}
     assert least_use(outlook) == outlook.choice(LAYERS, 8, outlook.checkpointable).use.total_bytes
     assert outlook.grid[-1].checkpointed is None
 
@@ -302,7 +302,7 @@ def test_an_evaluation_that_does_not_fit_is_told_with_settings_that_do(seed: int
     asked |= {"loss": str(drawn.choice(["model", "liger"])), "eval_packed": bool(drawn.integers(2))}
     asked |= {"keep_logits": int(drawn.integers(1, 400))} if drawn.integers(2) else {}
     least = wide.choice(LAYERS, 8, wide.checkpointable).use.total_bytes
-    spec = find_device_spec(f"{1.1 * least / 2**20:.0f}MiB")
+    spec = find_device_spec(f"{1.2 * least / 2**20:.0f}MiB")
 
     def evaluated(**settings: Any) -> Outlook:
         step = replace(wide._free, loaded=replace(wide.given.loaded, **settings))

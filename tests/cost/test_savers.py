@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import Decision, Observation
 from rankpilot.cost.cards import find_device_spec
 from rankpilot.cost.cost import ByteCost
-from rankpilot.cost.forecast.card_use import SLACK
+from rankpilot.cost.forecast.card_use import UNDER
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.forecast.outlook import Outlook
@@ -476,7 +476,7 @@ def test_a_run_does_what_its_configuration_told() -> None:
     wide = Outlook(lean, 4, auto, card=find_device_spec("24GiB"))
     totals = [wide.choice(2, 4, layers).use for layers in ((), wide.checkpointable)]
     half = sum(use.total_bytes for use in totals if use) / 2
-    card = find_device_spec(f"{half / (1 - SLACK) / 2**20:.0f}MiB")
+    card = find_device_spec(f"{half / (1 - UNDER['none']) / 2**20:.0f}MiB")
     told = Outlook(replace(free, leaner=lambda: lean), 4, auto, card=card)
     assert told.step is lean
     assert told.as_asked is not None

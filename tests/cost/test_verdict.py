@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rankpilot.cost.cards import DeviceSpec, find_device_spec
 from rankpilot.cost.forecast.allocator import replay
-from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.forecast.card_use import UNDER, CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.moments import Evaluation
@@ -53,9 +53,9 @@ def test_verdicts_change_where_the_card_is_full(step):
     def on(memory_bytes: int) -> str:
         return replace(use, device=DeviceSpec("card", memory_bytes, use.context_bytes)).verdict
 
-    slack = int(use.total_bytes / (1 - SLACK)) + 2
+    slack = int(use.total_bytes / (1 - UNDER["none"])) + 2
     assert on(slack) == "fits"
-    assert on(slack - 4) == on(use.total_bytes) == on(use.total_bytes - 1) == on(needed) == "tight"
+    assert on(slack - 4) == on(use.total_bytes) == on(use.total_bytes - 1) == on(needed) == "may not fit"
     assert on(needed - 1) == "does not fit"
 
 

@@ -17,7 +17,7 @@ import transformers as t
 from rankpilot.cli.main import run
 from rankpilot.common.files import write_text
 from rankpilot.cost.cards import device_table
-from rankpilot.cost.forecast.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.forecast.card_use import UNDER, CardUse, card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs, Shards
 from rankpilot.cost.forecast.known_models import published_models, short_name
 from rankpilot.cost.forecast.memory_of import AskedStep, shipped, words_of
@@ -90,7 +90,7 @@ def drawn(sources: dict[str, StoredStep], count: int) -> list[dict[str, Any]]:
                 "checkpointed": generator.choice([0, 1, 2, 999]),
                 "accumulates": generator.random() < 0.5,
                 "expandable": generator.random() < 0.3,
-                "slack": SLACK,
+                "slack": UNDER["none"],
                 "evalRows": generator.choice([0, 0, 1, 8]),
                 "keepLogits": generator.choice([0, 0, 7, 300]),
             }
@@ -365,10 +365,10 @@ def test_a_streamed_base_is_shown_where_nothing_else_fits(
     large = "#model=llama-3.1-8b&bits=none&card=another+card"
     here = visit(f"{large}&memory=12")
     told = here.text("#streamed").replace("\xa0", " ")
-    assert "at least 20 of 32 layers in main memory (8.1 GiB): 11.3 GiB on the card, 1.47x" in told
-    whole, _ = told_by(here.text("#streamed code").replace(" --stream 20", ""), capsys)
+    assert "at least 21 of 32 layers in main memory (8.5 GiB): 10.9 GiB on the card, 1.47x" in told
+    whole, _ = told_by(here.text("#streamed code").replace(" --stream 21", ""), capsys)
     assert "streamed from main memory" in whole["verdict"]
-    assert "streamed base: 20 of 32 layers, 31 checkpointed" in here.text("#ways")
+    assert "streamed base: 21 of 32 layers, " in here.text("#ways")
     for other in ("&memory=12&gpus=2", "&memory=1", "&memory=24", "&memory=24&checkpointing=none"):
         assert visit(large + other).text("#streamed") == "", other
 

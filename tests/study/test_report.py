@@ -126,7 +126,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         plain_seconds=0.5,
         rank=8,
         dtype="bf16",
-        slack=0.03,
+        slack=0.08,
         blocks=layers,
         base=BaseLayers(layers, ()),
         streamed=0,

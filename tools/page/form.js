@@ -16,7 +16,7 @@ const PARTS = [
   ["inputs", "inputs of checkpointed layers"], ["temporary", "logits and other temporary tensors"],
   ["reserve", "kept by the allocator"], ["context", "CUDA context and workspaces"], ["spare", "free"],
 ];
-const MARKS = { fits: ["fits", "fits"], tight: ["tight", "tight"], "does not fit": ["does not fit", "over"] };
+const MARKS = { fits: ["fits", "fits"], "may not fit": ["may not fit", "tight"], "does not fit": ["does not fit", "over"] };
 const LONGEST = 131072;
 
 function element(tag, attributes = {}, ...children) {
@@ -27,7 +27,12 @@ function element(tag, attributes = {}, ...children) {
 }
 
 const mark = (verdict, small) => element("span", { class: `mark ${MARKS[verdict][1]}${small ? " small" : ""}` }, MARKS[verdict][0]);
-const slackOf = ({ bits }) => known.slack[bits]; // the share of a card within which predictions err
+// The share of a card to leave free; see `slack_of`.
+function slackOf(model, { bits, gpus, sharding, ...asked }) {
+  const whole = gpus > 1 && sharding === "fsdp2" && bits !== "none" ? model.whole * (1 - 1 / gpus) : 0;
+  const kinds = [bits, ...(gpus > 1 ? [sharding] : []), ...(model.keepsState ? ["states"] : [])];
+  return Math.min(Math.max(...kinds.map((kind) => known.slack[kind])) + whole / cardOf(asked).memory, 0.95);
+}
 const percent = (share) => `${Math.round(100 * share)} %`;
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(Math.abs(bytes) < 2 ** 30 ? 2 : 1)}\u00a0GiB`;
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
@@ -76,7 +81,7 @@ async function modelOf(asked) {
 const uses = new Map();
 function use(model, asked, savers, checkpointed) {
   const { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits } = asked;
-  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const settings = { rank, rows, length, optimizer, gpus, expandable, stream, evalRows, keepLogits, checkpointed, slack: slackOf(model, asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const card = cardOf(asked), key = JSON.stringify([idOf(asked), asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
@@ -96,7 +101,7 @@ async function planned(model, asked) {
   const at = (layers) => use(model, asked, savers, layers), none = at(0);
   if (!none || fits(none) || !none.of) return none;
   await pause();
-  const every = at(ALL), limit = (1 - slackOf(asked)) * cardOf(asked).memory;
+  const every = at(ALL), limit = (1 - slackOf(model, asked)) * cardOf(asked).memory;
   let layers = every.of;
   if (every.total <= limit && limit < none.total) layers = Math.max(1, Math.ceil(((none.total - limit) / (none.total - every.total)) * layers));
   for (; !fits(at(layers)) && layers < every.of; layers++) await pause();
@@ -138,7 +143,7 @@ async function streamedWays(model, asked, isLatest = () => true) {
   const fits = async (stream) => isLatest() && (await at(stream)).way.verdict === "fits";
   if (!(await fits(count))) return [];
   const every = await at(count), least = asked.checkpointing === "auto" ? use(model, every.asked, every.way.savers, ALL) : every.way;
-  let stream = Math.min(Math.max(count - Math.floor((least.spare - slackOf(asked) * cardOf(asked).memory) / layerBytes(model)), onDevice + 1), count);
+  let stream = Math.min(Math.max(count - Math.floor((least.spare - slackOf(model, asked) * cardOf(asked).memory) / layerBytes(model)), onDevice + 1), count);
   while (stream < count && isLatest() && !(await fits(stream))) stream++;
   while (stream > onDevice + 1 && (await fits(stream - 1))) stream--;
   const fewest = await at(stream), time = (each) => timeOf(model, each.asked, each.way);
@@ -196,7 +201,7 @@ function showAnswer(model, asked, way, counted) {
     element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules, in ${asked.trainer === "trl" ? "TRL's SFTTrainer" : "transformers' Trainer"}: ${planText(model, { ...asked, length: counted }, way)}.`),
     ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `This model was recorded at a few lengths only; ${asked.length} tokens are counted as ${counted}.`)]),
     ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as in transformers. For axolotl and Unsloth, use rankpilot memory --experts.`)] : []),
-    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, `Tight: less than ${percent(slackOf(asked))} of the card is left, which is within the prediction error, or it fits only with expandable_segments.`)] : []),
+    ...(way.verdict === "may not fit" ? [element("p", { class: "faint" }, `May not fit: runs of this kind took up to ${percent(slackOf(model, asked))} of the card more than predicted, and less is left.`)] : []),
     ...(way.verdict === "fits" || asked.checkpointing !== "auto" ? [] : [element("p", { class: "faint" }, "It may fit with adapters on the top layers only; the command line shows whether.")]),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
@@ -361,7 +366,7 @@ const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).s
 form.elements.model.append(...models.map((name) => element("option", {}, name)));
 form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, name === OTHER ? `${name}, by its memory` : `${name} (${gib(memory)})`)));
 form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
-document.getElementById("foot").append(element("p", {}, `The bytes equal those of rankpilot memory: a recorded step of the model is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and does not prepare 4-bit models; for transformers' Trainer they are prepared with prepare_model_for_kbit_training. Predictions are off by a few percent, so "fits" means at least ${percent(known.slack.none)} of the card is free, ${percent(known.slack.nf4)} in 4 bits.`));
+document.getElementById("foot").append(element("p", {}, `The bytes equal those of rankpilot memory: a recorded step of the model is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and does not prepare 4-bit models; for transformers' Trainer they are prepared with prepare_model_for_kbit_training. "Fits" leaves room for the largest error of published runs of the same kind: ${percent(known.slack.none)} of the card, ${percent(known.slack.nf4)} in 4 bits, more on several GPUs.`));
 let waiting = 0;
 form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");

@@ -449,7 +449,7 @@ function cardUse(model, recorded, card, settings) {
   const margin = Math.trunc((settings.checkpointed && step.segments.length ? CHECKPOINTING_MARGIN : 0) * (allocated - base));
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
   const reserve = reserved - Math.max(allocated, evaluation);
-  const verdict = spare >= settings.slack * card.memory ? "fits" : spare + reserve >= 0 ? "tight" : "does not fit";
+  const verdict = spare >= settings.slack * card.memory ? "fits" : spare + reserve >= 0 ? "may not fit" : "does not fit";
   return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, moments: [base, ...tensors], main: files.main, parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
