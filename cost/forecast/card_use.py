@@ -31,7 +31,7 @@ UNDER = {
     "ddp": 0.43,
     "zero2": 0.09,
     "zero3": 0.36,
-    "fsdp2": 0.26,
+    "fsdp2": 0.28,
     "pictures": 0.18,
     "generation": 0.22,
     "states": 0.57,
@@ -65,13 +65,13 @@ def slack_of(step: ConfiguredStep, shards: Shards, quantization: Quantization, c
         "generation": loaded.rollouts is not None and loaded.engine is None,
         "states": model.keeps_state,
     }
-    further = 0.0
+    share = max(UNDER[kind] for kind, applies in kinds.items() if applies)
     if many and shards.sharding == "fsdp2" and quantization != "none":
         # bitsandbytes stores quantised weights as bytes by default, which accelerate leaves whole on each GPU.
-        further = (model.frozen_bytes - model.outside) * (1 - 1 / shards.gpus)
+        share += (model.frozen_bytes - model.outside) * (1 - 1 / shards.gpus) / card.memory_bytes
     if loaded.loss in ("cut", "liger"):  # a kernel that does not know the model leaves its logits in memory
-        further = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
-    return min(max(UNDER[kind] for kind, applies in kinds.items() if applies) + further / card.memory_bytes, 0.95)
+        share = max(share, LOGIT_BYTES * shape.rows * shape.length * model.words / card.memory_bytes)
+    return min(share, 0.95)
 
 
 @dataclass(frozen=True)
