@@ -20,7 +20,7 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table, plural
 from ..cost.breakdown import KINDS
 from ..cost.cards import USUAL_CARD
-from ..cost.forecast.outlook import Choice, GridCell, Outlook
+from ..cost.forecast.outlook import Choice, GridCell, Outlook, checkpointed_bytes
 from ..cost.forecast.pictures_that_fit import largest_max_pixels
 from ..cost.forecast.what_else import brought_by_offloading, brought_by_streaming, least_use
 from ..cost.savers.prices import ACTIVATIONS, Saved
@@ -151,7 +151,7 @@ def verdict_text(outlook: Outlook) -> str:
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
     other = "--no-prepare-kbit takes less, as TRL's SFTTrainer does" if prepares else "--prepare-kbit takes more"
     prepared = "" if how == "none" else f" The {how} model is trained {_prepared(prepares)} ({other})."
-    plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
+    plain, again = outlook.reference_bytes, checkpointed_bytes(outlook)
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
@@ -507,7 +507,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "fits": fits(outlook),
         "peak_bytes": breakdown.total,
         "reference_bytes": outlook.reference_bytes,
-        "checkpointed_bytes": outlook.checkpointed_bytes,
+        "checkpointed_bytes": checkpointed_bytes(outlook),
         "exact_savers": [asdict(each) for each in outlook.step.saved],
         "limit_bytes": outlook.limit_bytes,
         "moment": breakdown.label,

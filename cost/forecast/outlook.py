@@ -282,12 +282,6 @@ class Outlook:
             else self.memory.with_checkpointed(()).peak(self._plain)
         )
 
-    @property
-    def checkpointed_bytes(self) -> float | None:
-        """The same with all layers checkpointed, and with exact savers if no other recording exists."""
-        again = self.step.saved[0].again_bytes if self.step.saved else None
-        return again or (self.memory.peak(self._plain) if self.memory.segments else None)
-
     @cached_property
     def checkpointable(self) -> tuple[str, ...]:
         """Names of the checkpointable layers; empty if the model class does not support checkpointing."""
@@ -450,6 +444,12 @@ class Outlook:
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
         least = self.step.model.picture_tokens
         return tuple(_cell(self, shape) for shape in shapes if shape.length >= least and self.memory.predicts(shape))
+
+
+def checkpointed_bytes(outlook: Outlook) -> float | None:
+    """Return the `reference_bytes` with all layers checkpointed; with exact savers if no other recording exists."""
+    again = outlook.step.saved[0].again_bytes if outlook.step.saved else None
+    return again or (outlook.memory.peak(outlook._plain) if outlook.memory.segments else None)
 
 
 def room_for_tensors(outlook: Outlook) -> float:

@@ -132,7 +132,6 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         streamed=0,
         checkpointable=tuple(f"layer.{number}" for number in range(layers)),
         reference_bytes=whole,
-        checkpointed_bytes=0.25 * whole,
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
         choices=choices,
         by_depth=lambda: choices,
