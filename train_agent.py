@@ -21,7 +21,7 @@ from rankpilot.agents.sb3_policy import GroupPolicy, clone, read_checkpoint, wri
 from rankpilot.agents.training import TOGETHER, Train
 from rankpilot.common import files
 from rankpilot.common.errors import RankPilotError
-from rankpilot.decide.groups import STEERING
+from rankpilot.decide.groups import GROUP_RULES, STEERING
 from rankpilot.env.evaluate import Row, beside, compare, evaluation_tasks
 from rankpilot.env.fine_tune import FineTuneConfig
 from rankpilot.env.sb3 import StackVecEnv
@@ -29,8 +29,6 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
-
-from .decide.groups import GROUP_RULES
 
 SOFT = 5.0
 """Scale of an arcsinh that limits outliers in the mean over validation tasks, in hundredths of the log loss."""
