@@ -213,7 +213,7 @@ def test_words() -> None:
     assert subject(outlook(card=True), config).startswith("model, 30M parameters on RTX 4090, 16 x 64 tokens")
     found = verdict_text(here)
     assert "67% of the peak" in found
-    assert "takes 90 MiB per step, and 22.5 MiB with all layers checkpointed" in found
+    assert "takes 90 MiB per step, and 4 MiB with all layers checkpointed" in found
     assert "smallest choice, all layers at rank 8 with checkpointing, takes 25%." in found
     told = list(notes(here))
     assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimizer state" in told[0]
