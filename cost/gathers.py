@@ -166,16 +166,18 @@ def _inserted(memory: MemoryModel, gathers: list[_Gather]) -> MemoryModel:
     }
     # By the kind of each field, so that none can be forgotten: values of storages, or a dictionary by serial number.
     all_fields = {each.name: getattr(recording, each.name) for each in fields(recording)}
-    of_storages = {name: merged(ours[name], each) for name, each in all_fields.items() if isinstance(each, np.ndarray)}
-    by_serial = {name: moved(each) for name, each in all_fields.items() if isinstance(each, dict)}
-    by_serial["needed"] |= {
+    changed: dict[str, Any] = {
+        name: merged(ours[name], each) for name, each in all_fields.items() if isinstance(each, np.ndarray)
+    }
+    changed |= {name: moved(each) for name, each in all_fields.items() if isinstance(each, dict)}
+    changed["needed"] |= {
         serial: each.needed for serial, each in zip(serials, gathers, strict=True) if each.needed is not None
     }
-    segments = tuple(map(segment, recording.segments))
+    changed |= {"segments": tuple(map(segment, recording.segments)), "gathers": tuple(serials)}
     grown = {name: merged(name == "multiple", getattr(growth, name)) for name in OF_STORAGES}
     return replace(
         memory,
-        recording=replace(recording, **of_storages, **by_serial, segments=segments, gathers=tuple(serials)),
+        recording=replace(recording, **changed),
         _base=merged(size, memory._base),
         _slope=merged(slope, memory._slope),
         _growth=replace(growth, **grown),

@@ -506,4 +506,5 @@ class PilotedRun:
         }
         for part in self.participants:
             whole |= part.state()
-        return as_saved(whole)
+        saved: dict[str, Any] = as_saved(whole)
+        return saved

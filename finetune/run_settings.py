@@ -43,7 +43,7 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
     }
 
 
-def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
+def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, Any]:
     """Return the ranks of adapters, their scaling at a common reference rank, by module name, and if any is trained."""
     scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
     return {"ranks": adapter_ranks(targets), "scalings": scalings, "trained": any(map(is_trained, targets))}

@@ -172,6 +172,7 @@ def _kinds(program: str, keys: _Keys, trainer: str | None) -> list[str]:
     Raises:
         ConfigError: they differ in memory, or none is LoRA of a priced kind; or `trainer` contradicts the file.
     """
+    lora: list[Any]
     if program == "TRL":
         name, given, lora = "use_peft", keys.flag("use_peft"), [True]
     elif program == "axolotl":

@@ -167,7 +167,8 @@ def loop(folder: Path, **options: Any) -> dict[str, Any]:
     from transformers import DataCollatorWithPadding
 
     model = bert().train()
-    loader = torch.utils.data.DataLoader(rows(), ROWS, collate_fn=DataCollatorWithPadding(tokenizer()))
+    data: Any = rows()
+    loader: Any = torch.utils.data.DataLoader(data, ROWS, collate_fn=DataCollatorWithPadding(tokenizer()))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     run = TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS, in_parts=True)
     pilot = RankPilot(**options)
