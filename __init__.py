@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .decide.settings import DecisionSchedule
     from .env import ENV_ID
     from .env.sb3 import StackVecEnv
-    from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
+    from .finetune.allocate import StaticPlan, allocate, static_plan
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint
     from .finetune.options import PilotOptions
@@ -56,7 +56,6 @@ _LAZY = {
     "export_padded": ".lora.adapter_file",
     "export_rank_pattern": ".lora.adapter_file",
     "fetch_asset": ".data.assets",
-    "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.policy_file",
@@ -90,7 +89,6 @@ __all__ = [
     "export_padded",
     "export_rank_pattern",
     "fetch_asset",
-    "frontier",
     "last_checkpoint",
     "load_packaged_dataset",
     "load_policy",

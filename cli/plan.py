@@ -18,18 +18,15 @@ from rich.markup import escape
 
 from ..common.errors import ConfigError
 from ..common.files import write_text
-from ..common.text import cost_text, make_table
 from ..finetune.options import FinetuneConfig
 from .options import parse, peek, read_config_file, with_file_settings
 from .progress import LIBRARIES, console
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..finetune.allocate import StaticPlan
 
 
-Form = Literal["plan", "peft", "axolotl", "llama-factory", "torchtune"]
+Form = Literal["plan", "peft", "axolotl"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,10 @@ class Plan(FinetuneConfig):
 
     Attributes:
         form: target program: plan, a file to edit and pass as --policy; peft, arguments of LoraConfig, also for FSDP2,
-            DeepSpeed and Unsloth; axolotl, lines for its config file; llama-factory and torchtune, limited to one rank
-            for all modules: the nearest equivalent. By default plan if the output is a .yaml file, else peft.
+            DeepSpeed and Unsloth; axolotl, lines for its config file. By default plan if the output is a .yaml file,
+            else peft.
         output: write the lines to this new file; by default they are printed.
         log: a new folder for the decision log, to be explained by `rankpilot study`.
-        frontier: also show the plans worth their cost: bytes, step time, and the expected loss relative to rank 8 on
-            all modules, with its interval. Step times are measured and used in the decision, so the plan may differ.
         config: a JSON or YAML file of settings. Options on the command line override it.
     """
 
@@ -56,7 +51,6 @@ class Plan(FinetuneConfig):
     form: Annotated[Form | None, tyro.conf.arg(name="for")] = None
     output: Path | None = None
     log: Path | None = None
-    frontier: bool = False
     config: Path | None = None
     # Training-only settings; a settings file may contain them.
     compare_uniform: tyro.conf.Suppress[bool] = False
@@ -89,12 +83,10 @@ def main(arguments: Sequence[str]) -> None:
     from ..finetune.experiment import plan_ahead
 
     with redirect_stdout(sys.stderr) if options.output is None else nullcontext():
-        plan = plan_ahead(options, lambda text: tell(escape(text)), options.log, frontier=options.frontier)
-    if plan.frontier is not None:
-        notes.print(_frontier(plan))
+        plan = plan_ahead(options, lambda text: tell(escape(text)), options.log)
     output = options.output
     form = options.form or ("plan" if output and output.suffix in FILE_SUFFIXES else "peft")
-    writers = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory, "torchtune": _torchtune}
+    writers = {"peft": _peft, "axolotl": _axolotl}
     text = plan.text(output.name if output else "plan.yaml") if form == "plan" else writers[form](plan)
     if output is None:
         console.out(text, end="", highlight=False)
@@ -105,21 +97,6 @@ def main(arguments: Sequence[str]) -> None:
     notes.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
     if plan.learning_rate is not None:
         notes.print(f"Learning rate for this plan: {plan.learning_rate:.3g}", markup=False, highlight=False)
-
-
-def _frontier(plan: StaticPlan) -> Table:
-    """Table of the plans worth their cost."""
-    assert plan.frontier is not None
-    rows = []
-    for each in plan.frontier:
-        name = f"{each.name}{', chosen' if each.taken else '' if each.fits else ', too large'}"
-        cost = cost_text(each.cost, plan.unit).removesuffix(" parameters")
-        step = "-" if each.seconds is None else f"{1e3 * each.seconds:.4g} ms"
-        losses = (f"{value - 1:+.1%}" for value in (each.loss, each.low, each.high))
-        rows.append((name, cost, step, *losses, each.verdict))
-    columns = ("plan", plan.unit, "step", "loss", "from", "to", "")
-    title = "Plans on the cost-loss frontier; losses relative to rank 8 on all modules"
-    return make_table(title, columns, rows, first_wraps=True)
 
 
 def _peft(plan: StaticPlan) -> str:
@@ -142,37 +119,3 @@ def _rate_line(plan: StaticPlan, name: str) -> str:
     """Format the learning rate as a setting of that name; YAML reads 2e-05 as text."""
     rate = plan.learning_rate
     return "" if rate is None else f"{name}: {np.format_float_positional(float(f'{rate:.3g}'))}\n"
-
-
-def _llama_factory(plan: StaticPlan) -> str:
-    comment, kinds, rank, alpha = _one_rank(plan, "LLaMA-Factory")
-    settings = f"finetuning_type: lora\nlora_target: {','.join(kinds)}\nlora_rank: {rank}\nlora_alpha: {alpha}\n"
-    return comment + settings + _rate_line(plan, "learning_rate")
-
-
-def _torchtune(plan: StaticPlan) -> str:
-    comment, kinds, rank, alpha = _one_rank(plan, "torchtune")
-    attention = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in kinds]
-    mlp = any(name in kinds for name in ("gate_proj", "up_proj", "down_proj"))
-    if not attention and not mlp:
-        raise ConfigError(f"torchtune cannot adapt any module of this model ({', '.join(kinds)}). Use --for peft.")
-    modules = json.dumps(attention).replace("o_proj", "output_proj")
-    settings = f"  lora_attn_modules: {modules}\n  apply_lora_to_mlp: {json.dumps(mlp)}\n"
-    rate = _rate_line(plan, "optimizer:\n  lr")
-    return f"{comment}model:\n{settings}  lora_rank: {rank}\n  lora_alpha: {alpha}\n{rate}"
-
-
-def _one_rank(plan: StaticPlan, program: str) -> tuple[str, list[str], int, int]:
-    """Return, for programs without per-module ranks: a comment, the adapted module kinds, the mean rank, an alpha."""
-    adapted = {name: rank for name, rank in plan.ranks.items() if rank}
-    kinds = sorted({name.rpartition(".")[2] for name in adapted})
-    rank = max(1, sum(adapted.values()) // sum(name.rpartition(".")[2] in kinds for name in plan.ranks))
-    scales = [plan.alphas[name] / each for name, each in adapted.items()]
-    one_alpha = len({plan.alphas[name] for name in adapted}) == 1
-    alpha = round(plan.config.lora_alpha if one_alpha else sum(scales) / len(scales) * rank)
-    comment = (
-        f"# {program} supports a single rank and no rank pattern, so this only approximates the plan:\n"
-        f"# its mean rank, on every module of the kinds it adapts ({len(adapted)} of {len(plan.ranks)} modules in\n"
-        "# the plan). For the plan itself, use --for peft or --for axolotl.\n"
-    )
-    return comment, kinds, rank, alpha

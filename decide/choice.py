@@ -2,14 +2,12 @@
 
 The decision, its log and every explanation read one `Choice`, so they cannot disagree. Log losses are relative to plain
 LoRA, rank 8 on every target module, at its own best learning rate: 0.01 means 1 % more.
-
-The frontier contains the plans worth their cost: no cheaper plan is expected to lose about as little.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,9 +26,6 @@ PLAIN_WITHIN = f"{PLAIN}, as far as bounds allow"
 
 COST_TIE = 0.01
 """Relative cost difference below which plans are tied under a cost goal."""
-
-LEAST_GAIN = 0.005
-"""Minimum expected gain of a frontier plan over all cheaper ones, in log loss."""
 
 MUCH = 0.01
 """Expected extra log loss above which the user gets a hint on how to reduce it."""
@@ -179,61 +174,3 @@ def read_choice(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int)
         names=tuple(names), plans=arrays["plans"].astype(np.int64), seconds=arrays.get("seconds"),
         goal=Goal(**scalars["goal"]), taken=taken, caveats=tuple(caveats), **kept,
     )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class FrontierPlan:
-    """A plan on the frontier.
-
-    Attributes:
-        name: description of the plan.
-        ranks: int64 (modules,).
-        cost: predicted cost, in the unit of the budget.
-        seconds: time per step in seconds; None if unknown.
-        loss: expected loss relative to plain LoRA: 1.02 means 2 % more.
-        low: lower end of the interval of `loss`.
-        high: upper end.
-        fits: True if it is within the budget; may be False only for plain LoRA.
-        taken: True if it is the chosen plan.
-    """
-
-    name: str
-    ranks: IntArray
-    cost: float
-    seconds: float | None
-    loss: float
-    low: float
-    high: float
-    fits: bool
-    taken: bool
-
-    @property
-    def verdict(self) -> str:
-        """Comparison with plain LoRA: "better", "worse", or "tie" if the interval includes it."""
-        return "worse" if self.low > 1 else "better" if self.high < 1 else "tie"
-
-
-def frontier(found: Choice) -> list[FrontierPlan]:
-    """Frontier of a choice, cheapest plan first; always includes plain LoRA and the chosen plan."""
-    shown = {*_undominated(found), 0, found.taken}
-    order = sorted(shown, key=lambda plan: (found.goal_costs[plan], found.expected[plan]))
-    return [_plan(found, plan) for plan in order]
-
-
-def _plan(found: Choice, plan: int) -> FrontierPlan:
-    expected, reach = float(found.expected[plan]), float(found.reach[plan])
-    return FrontierPlan(
-        name=found.names[plan], ranks=found.plans[plan], cost=float(found.costs[plan]),
-        seconds=None if found.seconds is None else float(found.seconds[plan]),
-        loss=math.exp(expected), low=math.exp(expected - reach), high=math.exp(expected + reach),
-        fits=bool(found.fits[plan]), taken=plan == found.taken,
-    )  # fmt: skip
-
-
-def _undominated(found: Choice) -> Iterator[int]:
-    """Yield plans within the limits and expected to beat all plans of equal or lower cost by `LEAST_GAIN`."""
-    best = np.inf
-    for plan in np.lexsort((found.expected, found.goal_costs)).tolist():
-        if found.fits[plan] and found.expected[plan] < best - LEAST_GAIN:
-            best = float(found.expected[plan])
-            yield plan

@@ -18,14 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..agents.policy_file import load_policy
 from ..common.errors import ConfigError, UnsupportedError, shown
 from ..common.files import write_text
 from ..cost.savers.checkpointed_layers import settings_put_back
 from ..cost.training_step import LossFunction
-from ..decide.choice import FrontierPlan
-from ..decide.choice import frontier as frontier_of
-from ..decide.chooser import DEFAULT, check_expects
+from ..decide.chooser import DEFAULT
 from ..decide.policy import Policy, decision_line
 from ..decide.rules import plan_text
 from ..lora.adapter_file import pattern_config
@@ -74,7 +71,6 @@ class StaticPlan:
         cost: predicted peak of a training step, or number of parameters.
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
-        frontier: the plans worth their cost, cheapest first; None unless requested.
         learning_rate: peak rate for the plan: the given rate, or the rule's by default, times the plan's factor
             (docs/learning-rate.md).
     """
@@ -85,7 +81,6 @@ class StaticPlan:
     cost: float
     limit: float
     unit: str
-    frontier: tuple[FrontierPlan, ...] | None = None
     learning_rate: float | None = None
 
     def by_name(self) -> LoraConfig:
@@ -145,41 +140,11 @@ def allocate(
     return plan.config
 
 
-def frontier(
-    model: Any,
-    data: DataLoader[Any] | None = None,
-    policy: str | Path | Policy = DEFAULT,
-    options: GivenOptions = None,
-    **changes: Any,
-) -> list[FrontierPlan]:
-    """Return the plans worth their cost, before training: bytes, the time of a step, and the expected loss.
-
-    They checkpoint no layers to make a plan fit, although a run may begin with such a plan.
-
-    Args:
-        model: see `allocate`, as for the other arguments.
-        data: batches of the fine-tune.
-        policy: a policy that predicts the loss of every plan, such as "default".
-        options: plans above the budget are excluded, except for plain LoRA, the reference.
-        changes: see `allocate`.
-
-    Returns:
-        The plans, cheapest first: by time under `goal="time"`, else by the unit of the budget.
-
-    Raises:
-        ConfigError: the policy predicts no losses of plans, such as a rule; plus all errors of `allocate`.
-    """
-    plan = static_plan(model, data, policy, options, frontier=True, **changes)
-    return list(plan.frontier or ())
-
-
 def static_plan(
     model: Any,
     data: DataLoader[Any] | None = None,
     policy: str | Path | Policy = DEFAULT,
     options: GivenOptions = None,
-    *,
-    frontier: bool = False,
     **changes: Any,
 ) -> StaticPlan:
     """Like `allocate`, but also return the ranks and the predicted memory.
@@ -189,22 +154,18 @@ def static_plan(
         data: batches of the fine-tune.
         policy: decides the ranks.
         options: all options, or the budget alone.
-        frontier: also fill `StaticPlan.frontier`. This measures the time of steps, and checkpoints no layers to make a
-            plan fit.
         changes: see `allocate`.
 
     Raises:
-        ConfigError: with `frontier`, the policy cannot compare plans of any cost; plus all errors of `allocate`.
+        BudgetError, ConfigError, UnsupportedError: see `allocate`.
     """
-    if frontier:
-        check_expects(load_policy(policy), "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
         if data is not None:
             raise ConfigError(
                 f"A Trainer has its own data, so `data` must be left out; got {shown(data)}. To choose a policy, "
                 "pass it by name: `rankpilot.allocate(trainer, policy=...)`."
             )
-        return _plan_of_trainer(model, policy, PilotOptions.of(options, changes), frontier)
+        return _plan_of_trainer(model, policy, PilotOptions.of(options, changes))
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
             f"allocate takes a Trainer or a loaded model (from `from_pretrained`); got {shown(model)}. To "
@@ -215,12 +176,10 @@ def static_plan(
     with switches_put_back(model):
         has_adapters = isinstance(wrappers_of(model)[-1], PeftModel)
         with nullcontext(model) if has_adapters else lent_adapters(model) as adapted:
-            return _plan_of_model(adapted, data, policy, options, frontier, **changes)
+            return _plan_of_model(adapted, data, policy, options, **changes)
 
 
-def _plan_of_trainer(
-    trainer: Trainer, policy: str | Path | Policy, options: PilotOptions, frontier: bool
-) -> StaticPlan:
+def _plan_of_trainer(trainer: Trainer, policy: str | Path | Policy, options: PilotOptions) -> StaticPlan:
     check_arguments(trainer.args)
     seed = trainer.args.seed if options.seed is None else options.seed
     pilot = RankPilot(
@@ -234,7 +193,7 @@ def _plan_of_trainer(
     with put_back(trainer), settings_put_back(trainer.model), put_back_adapters:
         ready_to_train(trainer, options.scaling)
         try:
-            return _first_plan(pilot, run_of_trainer(trainer), trainer.model, frontier)
+            return _first_plan(pilot, run_of_trainer(trainer), trainer.model)
         finally:
             if trainer.args.neftune_noise_alpha is not None:  # `train` removes it at its end
                 trainer.neftune_hook_handle.remove()
@@ -245,7 +204,6 @@ def _plan_of_model(
     data: DataLoader[Any],
     policy: str | Path | Policy,
     options: GivenOptions,
-    frontier: bool,
     *,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -271,23 +229,18 @@ def _plan_of_model(
         )
         if ruled and (learning_rate == "auto" or rule_knows(run)):
             pilot.options = replace(pilot.options, learning_rate="auto")
-        return _first_plan(pilot, run, model, frontier)
+        return _first_plan(pilot, run, model)
 
 
-def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) -> StaticPlan:
-    """Return the first plan of a run, with the frontier of its decision if requested."""
-    if frontier:  # plans of any cost are compared by time, which depends on checkpointed layers
-        pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
-        pilot.times_plans = True
+def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any) -> StaticPlan:
+    """Return the first plan of a run."""
     # No row is read twice here, no step could correct a rate, and the later training runs whole batches.
     pilot.options = replace(pilot.options, control=False, parts="off")
     pilot.begin(run)
     pilot.finish()
-    applier, decision = pilot.applier, pilot.decision
+    applier = pilot.applier
     assert applier is not None
-    assert decision is not None
     adapter, tied = applier.targets[0].adapter, tied_pairs(unwrap(model), applier.targets)
-    found = decision.choice if frontier else None
     return StaticPlan(
         config=config_for_others(unwrap(model), adapter),
         ranks=adapter_ranks(applier.targets) | {name: layer.r[adapter] for name, layer in tied.items()},
@@ -296,7 +249,6 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
         cost=pilot.predictions[-1][1],
         limit=pilot.limit,
         unit=applier.cost.unit,
-        frontier=tuple(frontier_of(found)) if found else None,
         learning_rate=pilot.rates[1] if pilot.rates else None,
     )
 

@@ -101,8 +101,6 @@ def plan_ahead(
     config: FinetuneConfig,
     on_phase: Callable[[str], None] | None = None,
     log: Path | None = None,
-    *,
-    frontier: bool = False,
 ) -> StaticPlan:
     """Return the initial plan of `finetune`, without training; raises the same errors.
 
@@ -110,7 +108,6 @@ def plan_ahead(
         config: the settings of the fine-tune.
         on_phase: called with a short description of each phase.
         log: the folder of a decision log of the plan; None for no log.
-        frontier: also compare plans of any cost; see `StaticPlan.frontier`.
     """
     tell = on_phase or (lambda text: None)
     config, workload = read_workload(config, tell)
@@ -118,7 +115,7 @@ def plan_ahead(
         trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
         tell(f"planning under {config.policy}")
         set_seed(config.seed)
-        return static_plan(trainer, None, config.policy, config.pilot_options(log=log), frontier=frontier)
+        return static_plan(trainer, None, config.policy, config.pilot_options(log=log))
 
 
 def _head(workload: Workload) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def test_public_names() -> None:
         "Budget", "Decision", "DecisionLog", "DecisionSchedule", "ENV_ID", "Observation", "PilotOptions", "RankPilot",
         "RankPilotCallback", "RankPilotError", "StackVecEnv", "StaticPlan",
         "TrainingRun", "allocate", "attach", "axolotl_yaml", "decision_from_scores", "export_merged", "export_padded",
-        "export_rank_pattern", "fetch_asset", "frontier", "last_checkpoint",
+        "export_rank_pattern", "fetch_asset", "last_checkpoint",
         "load_packaged_dataset", "load_policy", "memory_of", "module_feature", "rank_pattern_yaml", "static_plan",
         "stream_base",
     }  # fmt: skip

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
 from rankpilot.cli import plan as module
 from rankpilot.common.errors import ConfigError
-from rankpilot.decide.choice import FrontierPlan
 from rankpilot.decide.rules import read_plan
 from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
@@ -33,15 +30,11 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
     modules: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r"model\.layers\.0\.q_proj"}
     config = LoraConfig(r=8, lora_alpha=16, **head, **modules, rank_pattern=pattern)
 
-    def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None, *, frontier: bool) -> StaticPlan:
+    def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None) -> StaticPlan:
         asked.append(options)
-        plans = (
-            FrontierPlan("narrow at 8", np.array([8, 0, 8]), 500.0, 0.0125, 1.02, 0.99, 1.05, fits=True, taken=True),
-            FrontierPlan("all-linear", np.array([8, 8, 8]), 1200.0, None, 1.0, 1.0, 1.0, fits=False, taken=False),
-        )
         print("a line that the run tells")
-        alphas, found = dict.fromkeys(RANKS, 16.0), plans if frontier else None
-        return StaticPlan(config, RANKS, alphas, 900.0, 1000.0, "parameters", found, learning_rate=1 / 700)
+        alphas = dict.fromkeys(RANKS, 16.0)
+        return StaticPlan(config, RANKS, alphas, 900.0, 1000.0, "parameters", learning_rate=1 / 700)
 
     monkeypatch.setattr(experiment, "plan_ahead", plan_ahead)
     return asked
@@ -73,15 +66,6 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         module.main(["a/m", "d", "--log", str(tmp_path)])
 
 
-def test_the_frontier(capsys: pytest.CaptureFixture[str], plan: list[FinetuneConfig]) -> None:
-    module.main(["a/m", "d", "--frontier", "--goal", "time", "--tolerance", "0.02"])
-    (options,) = plan
-    assert (options.goal, options.tolerance) == ("time", 0.02)
-    shown = [line.split() for line in capsys.readouterr().err.replace("│", " ").splitlines()]
-    assert ["narrow", "at", "8,", "chosen", "500", "12.5", "ms", "+2.0%", "-1.0%", "+5.0%", "tie"] in shown
-    assert ["all-linear,", "too", "large", "1,200", "-", "+0.0%", "+0.0%", "+0.0%", "tie"] in shown
-
-
 def test_a_plan_to_edit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     module.main(["a/m", "d", "--output", str(path)])
@@ -105,31 +89,6 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     assert values["lora_alpha"] == 16
     assert "lora_alpha_pattern" not in values, "one alpha for all"
     assert values["learning_rate"] == 0.00143
-
-
-def test_one_rank_is_the_mean_of_the_kinds_that_are_adapted() -> None:
-    ranks = {f"layers.{layer}.{kind}": 32 * (kind != "up") for layer in range(4) for kind in ("q", "v", "up")}
-    config = SimpleNamespace(lora_alpha=16)
-    plan: Any = SimpleNamespace(ranks=ranks, alphas=dict.fromkeys(ranks, 16), config=config, learning_rate=None)
-    assert module._one_rank(plan, "x")[1:3] == (["q", "v"], 32)
-    with pytest.raises(ConfigError, match="torchtune cannot adapt any module of this model"):
-        module._torchtune(plan)
-
-
-def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
-    module.main(["a/m", "d", "--for", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
-    text = (tmp_path / "plan.yaml").read_text()
-    assert text.startswith("# LLaMA-Factory supports a single rank and no rank pattern")
-    settings = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4, "lora_alpha": 16}
-    assert yaml.safe_load(text) == settings | {"learning_rate": 0.00143}
-
-
-def test_torchtune_has_no_pattern(capsys: pytest.CaptureFixture[str]) -> None:
-    module.main(["a/m", "d", "--for", "torchtune"])
-    text = capsys.readouterr().out.partition("Predicted:")[0]
-    assert text.startswith("# torchtune supports a single rank")
-    model = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False, "lora_rank": 4, "lora_alpha": 16}
-    assert yaml.safe_load(text) == {"model": model, "optimizer": {"lr": 0.00143}}
 
 
 def test_settings_in_a_yaml_file(tmp_path: Path, plan: list[FinetuneConfig]) -> None:

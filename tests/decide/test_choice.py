@@ -1,16 +1,15 @@
-"""What is chosen from plans of known losses, spreads and costs: the decision, its promise and its frontier."""
+"""What is chosen from plans of known losses, spreads and costs: the decision and its promise."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankpilot.decide.choice import PLAIN, Choice, frontier, percent
+from rankpilot.decide.choice import PLAIN, Choice, percent
 from rankpilot.decide.plan.goal import CAUTION, GOALS, SURE, Goal
 from rankpilot.decide.plan.worth import FEATURES
 
@@ -111,46 +110,3 @@ def test_much_is_lost_for_lack_of_room() -> None:
 @pytest.mark.parametrize(("log_loss", "text"), [(0.0, "+0.0 %"), (-0.05, "-4.9 %"), (np.log(1.012), "+1.2 %")])
 def test_log_losses_as_people_read_them(log_loss: float, text: str) -> None:
     assert percent(log_loss) == text
-
-
-# The frontier ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_frontier_by_hand() -> None:
-    """Plan 2 is dearer than plan 3 and no better; plan 4 is the cheapest, and worse."""
-    found = choice([-0.02, 0.01, 0.01, 0.05], spread=[0.01, 0.01, 0.001, 0.01], costs=[5.0, 9.0, 4.0, 3.0, 1.0])
-    rows = frontier(found)
-    assert [row.name for row in rows] == ["plan 4", "plan 3", PLAIN, "plan 1"]
-    assert [row.verdict for row in rows] == ["worse", "worse", "tie", "better"]
-    assert [row.taken for row in rows] == [False, False, False, True]
-    best = rows[-1]
-    reach = SURE * 0.01
-    assert (best.loss, best.low, best.high) == pytest.approx(tuple(np.exp([-0.02, -0.02 - reach, -0.02 + reach])))
-    assert (rows[2].loss, rows[2].low, rows[2].high) == (1, 1, 1)
-    assert (best.cost, best.seconds, best.fits) == (9, None, True)
-    np.testing.assert_array_equal(best.ranks, found.plans[1])
-
-
-@given(choices())
-def test_the_frontier_is_what_no_other_plan_beats(found: Choice) -> None:
-    rows = frontier(found)
-    names = [row.name for row in rows]
-    assert len(set(names)) == len(names)
-    assert [row.name for row in rows if row.taken] == [found.names[found.taken]]
-    assert PLAIN in names
-    assert next(row for row in rows if row.name == PLAIN).fits == found.fits[0]
-    costs = [row.seconds if found.goal.kind == "time" else row.cost for row in rows]
-    assert costs == sorted(costs)  # type: ignore[type-var]
-    assert all(row.low <= row.loss <= row.high for row in rows)
-    others = [row for row in rows if row.name not in (PLAIN, found.names[found.taken])]
-    assert all(dear.loss < cheap.loss for cheap, dear in pairwise(others))
-    places = set(map(found.names.index, names))
-    for plan in np.flatnonzero(found.fits).tolist():
-        no_dearer = [other for other in np.flatnonzero(found.fits) if found.goal_costs[other] <= found.goal_costs[plan]]
-        beaten = [other for other in no_dearer if found.expected[other] <= found.expected[plan] and other != plan]
-        assert plan in places or beaten
-        if plan in places - {0, found.taken}:
-            assert all(
-                (found.expected[other], found.goal_costs[other]) == (found.expected[plan], found.goal_costs[plan])
-                for other in beaten
-            )

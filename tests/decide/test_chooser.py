@@ -300,9 +300,9 @@ def test_only_the_chooser_takes_a_goal_of_cost() -> None:
     assert chooser.with_goal(rule, Goal()) is rule
     with pytest.raises(ConfigError, match="signal-mean predicts no losses, so goal='time' requires policy='default'"):
         chooser.with_goal(rule, Goal("time"))
-    with pytest.raises(ConfigError, match=r"so a frontier requires policy='default'\. Otherwise, leave it out"):
-        chooser.check_expects(rule, "a frontier", "leave it out")
-    chooser.check_expects(chooser.PlanChooser(), "a frontier", "leave it out")
+    with pytest.raises(ConfigError, match=r"so goal='time' requires policy='default'\. Otherwise, leave it out"):
+        chooser.check_expects(rule, "goal='time'", "leave it out")
+    chooser.check_expects(chooser.PlanChooser(), "goal='time'", "leave it out")
     assert chooser.with_goal(chooser.PlanChooser(), Goal("bytes")) == chooser.PlanChooser(goal=Goal("bytes"))
 
 

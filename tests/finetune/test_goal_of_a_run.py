@@ -1,4 +1,4 @@
-"""Goals of cost in a real run: plans are timed, the cheapest good one is taken, and the frontier is shown."""
+"""Goals of cost in a real run: plans are timed, and the cheapest good one is taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rankpilot
-import torch
 from rankpilot.agents.policy_file import GroupNetwork, NetworkConfig, save_policy
 from rankpilot.common.errors import ConfigError
 from rankpilot.cost.cost import TimedCost
@@ -19,7 +18,6 @@ from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.plan.goal import Goal
 from rankpilot.decide.plan.worth import FEATURES, PlanWorth
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.finetune.allocate import static_plan
 from rankpilot.study.replay import redecide
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
@@ -147,25 +145,9 @@ def test_what_makes_room_is_told_where_it_helps(
     assert sum(unlike in line for line in caplog.messages) == 1, "the second run"
 
 
-def test_the_frontier_before_training(policy: PlanChooser, trainer: Trainer) -> None:
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    rows = rankpilot.frontier(trainer, budget="90%", policy=policy, schedule=SCHEDULE)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
-    assert [row.cost for row in rows] == sorted(row.cost for row in rows)
-    assert all(row.seconds is not None and row.seconds > 0 for row in rows)
-    assert [(row.name, row.fits, row.verdict) for row in rows][-1] == ("rank 8 on all modules", False, "tie")
-    assert sum(row.taken for row in rows) == 1
-    # No layer runs again for a plan of a frontier, whose time would depend on it.
-    plan = static_plan(trainer, budget="90%", policy=policy, schedule=SCHEDULE, gradient_checkpointing=False)
-    assert plan.frontier is None
-    assert [row.ranks.tolist() for row in rows if row.taken] == [[*plan.ranks.values()]]
-
-
 def test_policies_that_expect_nothing(trainer: Trainer, tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "mine", GroupNetwork(NetworkConfig(width=8)), ONCE, {})
     for policy in ("signal-mean", folder):
-        with pytest.raises(ConfigError, match=r"so a frontier requires policy='default'.* leave the frontier out"):
-            rankpilot.frontier(trainer, policy=policy, schedule=SCHEDULE)
         with pytest.raises(ConfigError, match=r"so goal='time' requires policy='default'.* use goal='quality'"):
             rankpilot.RankPilot(policy, goal="time")
 
@@ -175,6 +157,3 @@ def test_the_policy_that_ships_decides_once(trainer: Trainer) -> None:
     pilot = rankpilot.RankPilot(goal="time", tolerance=0.03)
     assert isinstance(pilot.policy, PlanChooser)
     assert (pilot.policy.goal, pilot.schedule.fractions) == (Goal("time", 0.03), (0.0,))
-    rows = rankpilot.frontier(trainer, budget="100%")
-    assert rows
-    assert all(row.fits for row in rows), "plain LoRA would be shown as too large"
