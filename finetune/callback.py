@@ -345,7 +345,7 @@ class Evaluations:
         """Use smaller batches from the first evaluation on, if those of the user are predicted to exceed the budget."""
         rows = self._trainer.args.per_device_eval_batch_size
         share = self._pilot.guard.expected_evaluation(rows)
-        if self._trainer.args.eval_strategy != "no" and rows > 1 and share > 1 and not self._pilot.guard.parts.on:
+        if self._trainer.args.eval_strategy != "no" and rows > 1 and share > 1:
             self._shrink(rows, share, "would take")
 
     def run(self, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -357,10 +357,7 @@ class Evaluations:
         with self._pilot.guard.evaluation():
             result = evaluate(*arguments, **options)
         share = self._pilot.guard.evaluation_share
-        if share > 1 and self._pilot.guard.evaluated.on:
-            self._measured = 0
-            logger.warning("An evaluation took %.0f %% of the budget; the next one uses smaller parts.", 100 * share)
-        elif share > 1 and rows > 1:
+        if share > 1 and rows > 1:
             self._shrink(rows, share, "took")
         return result
 

@@ -24,16 +24,12 @@ from ..common.files import writing
 from ..cost.batch_shape import Batch
 from .pilot import RankPilot
 from .rollouts import Answers, Rollouts, makes_rollouts, meeting_answers, refuse_answers, refuse_to_plan
-from .step.evaluated_parts import Result
-from .step.known_losses import EVALUATION, STEP, unknown_trainer
+from .step.known_losses import STEP, unknown_trainer
 from .step.put_back import ReplacedMethods, put_back, standing
 from .step.run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
 """First argument of `Trainer.train`."""
-
-COUNTED_BY_CALL = ("_metrics", "_stored_metrics")
-"""Attributes in which TRL's trainers record figures of each batch."""
 
 
 class StepListener(Protocol):
@@ -272,8 +268,6 @@ class _Followed:
         replace("log", self._log)
         if self._rollouts:
             replace("_prepare_inputs", self._prepare_inputs)
-        elif self._listener.pilot.guard.parts.on:
-            replace("prediction_step", self._prediction_step)
         replace("_save_checkpoint", self._save_checkpoint)
 
     def _get_batch_samples(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -362,16 +356,6 @@ class _Followed:
                     losses[-1] = losses[-1] * share
                 del part, copied  # before the next one exists
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-    def _prediction_step(
-        self, run: Callable[..., Result], model: Any, inputs: Any, *rest: Any, **options: Any
-    ) -> Result:
-        """Evaluate a batch in parts."""
-        by_call, guard = any(vars(self._trainer).get(name) for name in COUNTED_BY_CALL), self._listener.pilot.guard
-        whole = f"{type(self._trainer).__name__} reports averages over them" if by_call else ""
-        whole = "the model is sharded" if guard.plan.run.replicas.sharded else whole
-        unknown = self._step.foreign(EVALUATION)
-        return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole, unknown)
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks and the actual learning rate of steps."""

@@ -27,11 +27,11 @@ from ...cost.savers.later_logits import tiled_causal_lm_loss
 from ...lora.resize import held_nodes
 from ...lora.targets import unwrap
 
-_LOSS = ("compute_loss", "_compute_loss", "compute_loss_context_manager", "_prepare_inputs", "compute_ref_log_probs")
+_STEP = ("training_step", "get_batch_samples", "_prepare_context_parallel_inputs", "_prepare_inputs")
+_LOSS = ("compute_loss", "_compute_loss", "compute_loss_context_manager", "compute_ref_log_probs")
 _ANSWERS = ("_get_per_token_logps_and_entropies", "get_off_policy_mask", "get_gamma_weights")
-STEP = ("training_step", "get_batch_samples", "_prepare_context_parallel_inputs", *_LOSS, *_ANSWERS)
-EVALUATION = ("prediction_step", *_LOSS)
-"""Methods of a Trainer that compute the loss of a step, and of an evaluation."""
+STEP = (*_STEP, *_LOSS, *_ANSWERS)
+"""Methods of a Trainer that compute the loss of a step."""
 
 _TRAINERS = (
     "transformers.trainer",
@@ -96,7 +96,7 @@ def unknown_trainer(trainer: Trainer, methods: Iterable[str], replaced: Mapping[
 
     Args:
         trainer: the Trainer.
-        methods: `STEP` or `EVALUATION`.
+        methods: names of its methods that compute the loss.
         replaced: the Trainer's attributes replaced by rankpilot's functions, by name.
     """
     attributes = {**vars(trainer), **replaced}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -61,32 +60,6 @@ class PartPlans:
         whole = Part(tuple(range(rows.examples)), rows.shape.length, cost.levels[-1], rows.packed)
         room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
         return cost.of(whole) + rows.token_bytes * whole.tokens <= room
-
-    def of_evaluation(self, rows: BatchRows, token_bytes: float, share: float) -> tuple[Part, ...]:
-        """Return the parts of an evaluation batch.
-
-        Its forward pass is assumed to need no more than a step with all layers checkpointed.
-
-        Args:
-            rows: the rows of the batch.
-            token_bytes: output bytes per token.
-            share: factor on the bytes; infinite for single rows.
-        """
-        if math.isinf(share):
-            pieces = np.array_split(np.arange(rows.examples), max(rows.examples // self.least, 1))
-            return tuple(Part(tuple(piece.tolist()), int(rows.lengths[piece].max()), 0) for piece in pieces)
-        cost, given = self.bytes_now(rows.shape), rows.token_bytes + token_bytes
-        most, longest = cost.levels[-1], rows.lengths.max(keepdims=True)
-        seconds = self._seconds
-        assert seconds is not None, "made with the bytes"
-
-        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
-            return share * cost(examples, tokens, layers) + given * examples * tokens
-
-        whole = token_bytes * rows.examples * rows.shape.length  # the joined result lies next to the parts
-        room = self._keeper.room_for(self._keeper.applier.ranks) - whole
-        room = max(room, float(bytes_of(np.full(1, self.least), longest, most)[0]))
-        return plan_parts(rows.lengths, room, (most,), bytes_of, seconds, least=self.least)
 
     def of(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
         """Return the parts of a batch; exactly `count` of them if given."""

@@ -25,7 +25,6 @@ from ...cost.savers.checkpointed_layers import LayerCheckpointing, settings_put_
 from ...cost.savers.exact import is_compiled
 from ...data.batches import unknown_lengths
 from ...decide.applier import PlanApplier
-from .evaluated_parts import EvaluatedParts
 from .journal import Journal, PlanChange
 from .parts import StepParts
 from .plan_keeper import PlanKeeper, PlanState
@@ -174,7 +173,6 @@ class PeakGuard(Participant):
         costs: makes the plan fit after its costs rose.
         shortage: shrinks the plan while memory is short, and restores it.
         parts: runs steps in parts.
-        evaluated: runs evaluations in parts.
         evaluation_share: the peak of the latest evaluation as a share of the budget; 0 before the first.
         checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
     """
@@ -185,7 +183,6 @@ class PeakGuard(Participant):
         self.costs: RisenCosts = RisenCosts(self.plan)
         self.shortage: Shortage = Shortage(self.plan)
         self.parts: StepParts = StepParts(self.plan, tell, fewest=fewest)
-        self.evaluated: EvaluatedParts = EvaluatedParts(self.parts, tell)
         self.checks: list[tuple[int, float, int]] = []
         self.evaluation_share: float = 0.0
         self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)
@@ -385,8 +382,6 @@ class PeakGuard(Participant):
         peak = self.meter.end_other()
         if peak is not None:
             self.evaluation_share = peak / self.plan.applier.limit
-            if self.evaluation_share > 1:
-                self.evaluated.shrink(self.evaluation_share)
 
     # Gradients --------------------------------------------------------------------------------------------------------
 

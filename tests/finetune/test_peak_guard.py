@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -378,7 +377,7 @@ class Budgeted:
     def __init__(self, *shares: float) -> None:
         self.shares = list(shares)
         self.evaluation_share = 0.0
-        self.guard, self.evaluated = self, SimpleNamespace(on=False)
+        self.guard = self
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
