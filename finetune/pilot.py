@@ -86,6 +86,7 @@ class RankPilot:
         self.schedule: DecisionSchedule = options.schedule or policy_schedule(policy)
         self.budget: Budget = options.budget_read
         self.time: TimeBudget | None = options.time_read
+        self._times_plans = aim.kind == "time"
         decisions = DecisionLog(Path(options.log)) if options.log else None
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
         self._progress = progress
@@ -107,7 +108,7 @@ class RankPilot:
             ProcessError: the first of several processes failed, or their adapters differ.
         """
         with _taking_over(self, run) as piloted:
-            piloted.begin(self.seed, name=name, times_plans=self.options.aim.kind == "time", progress=self._progress)
+            piloted.begin(self.seed, name=name, times_plans=self._times_plans, progress=self._progress)
 
     def load_state_dict(self, run: TrainingRun, state: Mapping[str, Any], *, name: str = "") -> int:
         """Continue a run instead of `begin`. A changed budget or time applies at once.

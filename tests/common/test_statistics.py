@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rankpilot.common.statistics import Estimate, estimate
 
-from benchmarks.harness import medians, rank_correlation
+from benchmarks.harness import medians
 
 
 def alone(count: int) -> list[str]:
@@ -59,15 +59,3 @@ def test_medians_by_hand(size: int) -> None:
     drawn = [np.repeat(table, count, axis=0) for count in counts]
     np.testing.assert_allclose(medians(table, counts), [np.median(draw, axis=0) for draw in drawn])
     np.testing.assert_allclose(medians(table[:, 0], counts), [np.median(draw[:, 0]) for draw in drawn])
-
-
-def test_rank_correlation_by_hand() -> None:
-    up = np.array([1.0, 2.0, 3.0, 10.0])
-    assert rank_correlation(up, up**3) == pytest.approx(1)
-    assert rank_correlation(up, -up) == pytest.approx(-1)
-    assert rank_correlation(up, np.array([2.0, 1.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
-    # Ranks 0, 1.5, 1.5, 3 and 0, 2, 1, 3: deviations (-1.5, 0, 0, 1.5) and (-1.5, .5, -.5, 1.5).
-    tied = rank_correlation(np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0, 4.0]))
-    assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))
-    assert np.isnan(rank_correlation(up, np.ones(4)))
-    assert np.isnan(rank_correlation(up[:1], up[:1]))
