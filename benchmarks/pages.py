@@ -21,6 +21,7 @@ import numpy as np
 from rankpilot.common.errors import DataError, UnknownNameError
 from rankpilot.common.files import read_json, read_object, write_text
 from rankpilot.cost.cards import DeviceSpec, card_rates, device_table
+from rankpilot.cost.forecast.card_use import UNDER
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, base_of
 from rankpilot.cost.forecast.memory_of import AskedStep
 from rankpilot.cost.step_config import StepConfig
@@ -77,6 +78,34 @@ def t4_in_short() -> str:
         f"{kept.max():.1f} % too high."
     )
     return textwrap.fill(told, 140)
+
+
+MAY = "may not fit"
+
+RUN_KINDS = {
+    "none": "text on one GPU", "nf4": "nf4", "int8": "int8", "pictures": "pictures", "generation": "answers generated",
+    "states": "layers with a state", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "zero3": "ZeRO-3", "ddp": "DDP",
+}  # fmt: skip
+"""Kinds of runs with a margin of their own, as a page names them."""
+
+
+def room_left() -> str:
+    """How much of a card a run that fits leaves free, and the verdicts on runs of known outcome."""
+    rows = _list("published_runs")
+    known = [row for row in rows if row["outcome"]]
+    failed = [row for row in known if row["outcome"] == "fails"]
+    wrong, unsure = (sum(row["verdict"] == word for row in those) for word, those in (("fits", failed), (MAY, known)))
+    beyond = sum((row["beyond"] or 0) > 0 for row in rows)
+    table = "\n".join(
+        ["| run | left free |", "|---|---:|", *(f"| {RUN_KINDS[k]} | {v:.0%} |" for k, v in UNDER.items())]
+    )
+    told = (
+        f"Of {len(known)} published runs of known outcome, {len(failed)} ran out of memory. The verdict says that "
+        f"{wrong or 'none'} of these fit, and that {unsure} of all runs may not fit. Of "
+        f"{sum(bool(row['error']) for row in rows)} runs of known size, {beyond} took more than predicted with this "
+        "room (causes: benchmarks/published_peaks/runs.csv)."
+    )
+    return f"{table}\n\n{textwrap.fill(told, 140)}"
 
 
 def _percents(rows: Iterable[dict[str, Any]]) -> Any:
@@ -310,6 +339,7 @@ def _streamed_share(step: ConfiguredStep, card: DeviceSpec) -> float:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "room left": room_left,
     "T4 in short": t4_in_short,
     "parts of SmolLM2": parts,
     "rates": published_rates,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
-from rankpilot.cost.forecast.card_use import CardUse
+from rankpilot.cost.forecast.card_use import CardUse, slack_of
 from rankpilot.cost.forecast.memory_of import memory_of
 from rankpilot.cost.forecast.outlook import Outlook
 from rankpilot.cost.forecast.published import find_configuration
@@ -25,6 +25,9 @@ FILE = Path(__file__).with_name("published_peaks") / "runs.csv"
 RESULTS = Path(__file__).with_name("results") / "published_runs.json"
 
 GIB = 2**30
+
+ROUNDS = 60
+"""Enough for the smallest card to settle: each round leaves at most the share that is left free."""
 
 _NUMBERS = {"rank": int, "batch_size": int, "max_length": int, "accumulation": int, "lora_dropout": float, "gpus": int}
 _SWITCHES = ("packed", "reentrant", "offload", "expandable_segments", "prepare_kbit", "gradient_checkpointing")
@@ -106,6 +109,18 @@ class Run:
         counted = {"allocated": use.allocated_bytes, "reserved": use.reserved_bytes}
         return counted.get(self.meter, use.reserved_bytes + use.context_bytes) / GIB
 
+    @property
+    def upper_gib(self) -> float:
+        """What `meter` counts at most: the smallest card on which the verdict is "fits" decides."""
+        use, outlook = self.use, self.outlook
+        assert outlook.card is not None, "there is a card"
+        least = float(use.total_bytes)
+        for _ in range(ROUNDS):
+            card = replace(outlook.card, memory_bytes=int(least))
+            slack = slack_of(outlook.given, outlook.shards, outlook.settings.quantization, card)
+            least = use.total_bytes + slack * least
+        return self.predicted_gib + (least - use.total_bytes) / GIB
+
 
 def runs() -> list[Run]:
     """All runs; what all have in common is not in the file: bf16, and adapters in fp32."""
@@ -139,7 +154,8 @@ def compare_runs(console: Console) -> Figures:
         )
         table.add_row(run.name, *told, verdict, run.outcome, f"{half}{run.note}")
         own = {"name": run.name, "half": run.half, "note": run.note, "outcome": run.outcome, "verdict": verdict}
-        rows.append(own | {"error": error, "slack": run.outlook.slack})
+        beyond = run.published_gib / run.upper_gib - 1 if run.published_gib else None
+        rows.append(own | {"error": error, "beyond": beyond})
         if error is not None:
             figures[f"runs.{run.half}.{run.name}.error"] = error
     write_json(RESULTS, rows)

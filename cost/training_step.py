@@ -215,13 +215,13 @@ def release_inputs(model: nn.Module) -> None:
     for module in model.modules():
         hooks = module._forward_hooks
         others = [hook for hook in hooks.values() if not requires_grad_hook(hook)]
-        if all(str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in others):
+        if all(str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES for hook in others):
             for key in [key for key, hook in hooks.items() if requires_grad_hook(hook)]:
                 del hooks[key]
 
 
 _LIBRARIES = ("accelerate", "peft", "rankpilot", "torch", "transformers", "trl")
-"""Beginnings of the modules whose hooks need no gradients of a model's inputs."""
+"""Packages whose hooks need no gradients of a model's inputs."""
 
 
 def requires_grad_hook(hook: object) -> bool:

@@ -284,11 +284,7 @@ def choice_table(outlook: Outlook) -> Table:
             f"{len(choice.checkpointed)} of {len(outlook.checkpointable)}",
             *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
             *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
-            *(
-                [{"fits": "yes", "may not fit": "maybe", "does not fit": "no"}[choice.verdict]]
-                if choice.verdict
-                else []
-            ),
+            *([_SHORT[choice.verdict]] if choice.verdict else []),
             *([f"{choice.time:.2f}"] if choice.time is not None else []),
         )
     return table

@@ -200,7 +200,7 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
 RUNS |= {f"loop {budget}": partial(loop, budget=budget) for budget in ("400%", "60%")}
 RUNS |= {f"resumed {name}": partial(trained, KINDS[name], resumed=True, budget="60%") for name in ("sft", "classes")}
 RUNS |= {
-    "sft signal-mean 300 params": partial(trained, KINDS["sft"], policy="signal-mean", budget="1k params"),
+    "sft signal-mean 1k params": partial(trained, KINDS["sft"], policy="signal-mean", budget="1k params"),
     "sft auto rate": partial(trained, KINDS["sft"], budget="70%", learning_rate="auto"),
     "sft goal bytes": partial(trained, KINDS["sft"], budget="100%", goal="bytes"),
     "classes checkpointed": partial(trained, KINDS["classes"], budget="100%", gradient_checkpointing=True),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.cards import card_rates, device_table
+from rankpilot.cost.forecast.card_use import UNDER
 from rankpilot.cost.forecast.memory_of import memory_of
 from rankpilot.report.doubts import doubts_text
 
@@ -135,16 +136,17 @@ def test_the_packaged_constants_are_of_the_stored_fit():
 
 
 EXPLAINED = {
-    "hunyuan-v1-dense-qlora",  # unknown
-    "qwen3.5-27b-qlora",  # unknown; the page of another model has the same figure
     "llama-2-7b-qlora today",  # the figure is of 2023, with other settings
-    "jamba-qlora",  # of 2024, when its experts were linear layers
-    "olmo3-7b-qlora",  # unknown
     "glm47-flash-qlora-fsdp2",  # weights that accelerate does not shard, and logits
-    "glm47-flash-lora-fsdp2",  # likewise
     "swift #3848 GRPO",  # the generation of answers is not in the row
 }
-"""Runs that took more than the upper end of their prediction, or may have; runs.csv has the causes."""
+"""Runs that took more than their prediction with the room that is left free; runs.csv has the causes."""
+
+KINDS = {
+    "a100_in_use": "none", "a100_today": "none", "contexts": "nf4", "t4_reserved none": "none",
+    "t4_reserved nf4": "nf4", "a100_sharded_in_use": "fsdp2", "pictures": "pictures",
+}  # fmt: skip
+"""The kind of the stored rows of a group; pictures in use are shared by ZeRO-2 or on one GPU."""
 
 
 def test_no_verdict_on_a_run_of_known_outcome_promises_too_much() -> None:
@@ -154,11 +156,23 @@ def test_no_verdict_on_a_run_of_known_outcome_promises_too_much() -> None:
     assert sum(row["verdict"] == "may not fit" for row in known) <= 0.23 * len(known)
 
 
-def test_published_runs_stay_below_the_upper_end_or_the_cause_is_told() -> None:
-    held = [row for row in read_json(RESULTS) if row["half"] == "held" and row["error"] is not None]
-    assert len(held) >= 19
-    assert {row["name"] for row in held if row["error"] < -row["slack"] - 0.005} <= EXPLAINED
-    assert all(row["note"] for row in held if row["error"] < -0.1)
+def test_runs_stay_within_the_room_that_is_left_free_or_the_cause_is_told() -> None:
+    rows = [row for row in read_json(RESULTS) if row["error"] is not None]
+    assert len(rows) >= 19
+    assert {row["name"] for row in rows if row["beyond"] > 0} == EXPLAINED
+    assert all(row["note"] for row in rows if row["half"] == "held" and row["error"] < -0.1)
+
+
+def test_stored_rows_are_within_the_shares_left_free() -> None:
+    """A row of a T4 or an A100 is of one GPU, unless its name says how many."""
+    found, shared = set(), {True: "zero2", False: "pictures"}
+    for row in (row for row in STORED if row["measured"]):
+        kind = KINDS.get(row["group"])
+        if kind or row["group"] == "pictures_in_use":
+            kind = kind or shared["GPUs" in row["name"]]
+            found.add(kind)
+            assert 1 - row["predicted"] / row["measured"] <= UNDER[kind] + 0.002, row
+    assert found == {"none", "nf4", "fsdp2", "pictures", "zero2"}
 
 
 @pytest.mark.parametrize("name", ["swift qlora/bnb", "torchtune LoRA"])
