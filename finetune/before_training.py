@@ -39,7 +39,6 @@ from ..lora.resize import is_trained
 from ..lora.spec import on_ladder
 from ..lora.targets import TargetModule, unwrap
 from .options import PilotOptions
-from .step.batch_rows import BatchRows, Cuts
 from .step.exact_parts import exactness_of
 from .step.parts import StepParts
 from .step.plan_keeper import PlanKeeper
@@ -186,9 +185,6 @@ TIMES_OF_WHOLE_BATCHES = (
 )
 """Report line for a run in parts whose plans have times."""
 
-SAMPLED_BATCHES = 4
-"""Number of batches sampled to estimate padding."""
-
 
 def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decision: Decision) -> str:
     """Describe the faster plan that the policy would choose without gradient checkpointing.
@@ -268,27 +264,10 @@ def try_parts(
         parts.turn_off("DistributedDataParallel's static_graph requires all passes to be alike")
     elif reason := _reason_of_compiled(run, plans):
         parts.turn_off(reason)
-    elif (unknown := run.unknown()) and run.generates:
-        parts.turn_off(f"{unknown}, and batches generated in steps are not tested")
-    elif unknown and not parts.asked:
-        padding = run.measured(partial(_padding, run, run.cuts, seed))
-        brings = f"and {padding:.0%} of the tokens are padding"
-        parts.turn_off(f'{unknown}, so rows may affect each other. parts="on" tests for that, {brings}')
-    elif unknown and run.replicas.processes.count > 1:
-        parts.turn_off(f"{unknown}, and batches are not tested when several processes train")
+    elif unknown := run.unknown():
+        parts.turn_off(f"{unknown}, so rows may affect each other")
     else:
-        found = exactness_of(run, targets, seed, known=not unknown)
-        parts.decide(found, run.step.rows_per_example, seed=seed if unknown else None)
-
-
-def _padding(run: TrainingRun, cuts: Cuts, seed: int) -> float:
-    """Return the share of padding in a few batches of a run; 0 if unknown."""
-    try:
-        batches = run.small_batches(SAMPLED_BATCHES, run.rows, seed)
-        found = [BatchRows.of(batch, cuts, run.step.rows_per_example) for batch in batches]
-    except UnsupportedError:
-        return 0.0
-    return 1 - sum(int(rows.lengths.sum()) for rows in found) / max(sum(rows.tokens for rows in found), 1)
+        parts.decide(exactness_of(run, targets, seed), run.step.rows_per_example)
 
 
 def _reason_of_compiled(run: TrainingRun, plans: int) -> str:

@@ -38,9 +38,8 @@ class PlanOptions:
             checkpoints is left alone. Under goal time, or with a budget in parameters, "auto" means False.
         parts: "auto" splits a batch into parts, each padded to its own longest row, with only the checkpointed layers
             it needs: the same gradient in less time and fewer bytes. It applies where the loss is known to be a sum
-            over rows or tokens, such as the losses of transformers and TRL (docs/parts.md). "on" splits under any loss,
-            and tests real batches during the run. Plans are then priced with one row, or with two under an unknown
-            loss. "off" runs each batch whole, as does a budget in parameters.
+            over rows or tokens, such as the losses of transformers and TRL (docs/parts.md). Plans
+            are then priced with one row. "off" runs each batch whole, as does a budget in parameters.
         stream: frozen weights of layers in main memory, each on the device only while its layer runs: the same losses
             for a base that is too large for the device. Under a budget for everything on the device ("12GiB") that does
             not hold the LoRA with the whole base, "auto" streams as few layers as make room for it; a number streams
@@ -60,7 +59,7 @@ class PlanOptions:
     time: str | TimeBudget | None = None
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
-    parts: Literal["auto", "on", "off"] = "auto"
+    parts: Literal["auto", "off"] = "auto"
     stream: int | Literal["auto", "off"] = "auto"
     goal: GoalKind | None = None
     tolerance: float | None = None
@@ -73,8 +72,10 @@ class PlanOptions:
             raise ConfigError(
                 f'gradient_checkpointing must be "auto", True or False; got {shown(self.gradient_checkpointing)}.'
             )
-        if self.parts not in ("auto", "on", "off"):
-            raise ConfigError(f'parts must be "auto", "on" or "off"; got {shown(self.parts)}.')
+        if self.parts not in ("auto", "off"):
+            raise ConfigError(
+                f'parts must be "auto" or "off"; got {shown(self.parts)}. Only known losses run in parts.'
+            )
         if self.stream not in ("auto", "off") and not is_count(self.stream):
             raise ConfigError(f'stream is "auto", "off" or a number of layers, at least 1; got {shown(self.stream)}.')
         _ = self.time_read, self.aim

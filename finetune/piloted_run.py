@@ -101,7 +101,6 @@ class PilotedRun:
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
         self.guard = PeakGuard(options.measure_every, journal.note, fewest=options.goal == "bytes")
-        self.guard.parts.asked = options.parts == "on"
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
         self.rate: RunRate = RunRate(run, targets, policy, schedule, options)

@@ -7,8 +7,8 @@ twice (DPO), weigh classes or smooth labels. So this module runs the Trainer's `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -79,10 +79,22 @@ class TrainerStep:
         Raises:
             UnsupportedError: the step computes no loss of the batch.
         """
-        trainer, losses = self.trainer, []
-        with self._aside(lambda loss, **_: losses.append(loss)) as step:
+        trainer, losses = self.trainer, list[torch.Tensor]()
+        copied, whole = copy(batch) if isinstance(batch, Mapping) else batch, whole or batch  # a step may pop entries
+        with (
+            put_back(trainer),
+            self.methods.paused(),
+            standing(trainer.accelerator, "backward", lambda loss, **_: losses.append(loss)),
+            standing(trainer.model, "generate", partial(refuse_answers, trainer)),
+        ):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.log = lambda *_, **__: None  # such a log is no step of the run
+            if self.rollouts:
+                copied = self.rollouts.inputs(copied, whole)
+                trainer._prepare_inputs = lambda inputs: inputs
+            _, count = trainer.get_batch_samples(iter([whole]), 1, trainer.args.device)
             try:
-                step(batch, whole or batch)
+                trainer.training_step(trainer.model_wrapped, copied, count)
             except Exception:
                 if not losses:  # code after the backward pass may need gradients
                     raise
@@ -97,49 +109,6 @@ class TrainerStep:
             )
         loss: torch.Tensor = losses[0]
         return loss
-
-    @contextmanager
-    def aside(self) -> Iterator[Callable[[Batch, Batch, float], torch.Tensor]]:
-        """Yield a function that runs whole training steps outside the run; see `TrainingRun.aside`."""
-        backward, shares = self.trainer.accelerator.backward, [1.0]
-
-        def scaled(loss: torch.Tensor, **options: Any) -> None:
-            backward(shares[0] * loss, **options)
-
-        def stepped(part: Batch, whole: Batch, share: float) -> torch.Tensor:
-            shares[0] = share
-            return step(part, whole)
-
-        with self._aside(scaled) as step:
-            yield stepped
-
-    @contextmanager
-    def _aside(self, backward: Callable[..., None]) -> Iterator[Callable[[Batch, Batch], torch.Tensor]]:
-        """Yield the Trainer's step on a part of a batch; restore its changes to the Trainer afterwards.
-
-        Args:
-            backward: replaces the accelerator's.
-        """
-        trainer = self.trainer
-
-        def step(batch: Batch, whole: Batch) -> torch.Tensor:
-            copied = copy(batch) if isinstance(batch, Mapping) else batch  # a step may pop entries
-            if self.rollouts:
-                copied = self.rollouts.inputs(copied, whole)
-                trainer._prepare_inputs = lambda inputs: inputs
-            _, count = trainer.get_batch_samples(iter([whole]), 1, trainer.args.device)
-            loss: torch.Tensor = trainer.training_step(trainer.model_wrapped, copied, count)
-            return loss
-
-        with (
-            put_back(trainer),
-            self.methods.paused(),
-            standing(trainer.accelerator, "backward", backward),
-            standing(trainer.model, "generate", partial(refuse_answers, trainer)),
-        ):
-            trainer.current_gradient_accumulation_steps = 1
-            trainer.log = lambda *_, **__: None  # such a log is no step of the run
-            yield step
 
     def run(self, args: TrainingArguments, state: TrainerState, objects: Mapping[str, Any]) -> TrainingRun:
         """Return the run about to begin.
@@ -175,7 +144,6 @@ class TrainerStep:
             whole=self._whole,
             part_loss=self.loss,
             foreign=partial(self.foreign, STEP),
-            stepping=self.aside,
             wrapped=self.trainer.model_wrapped,
             scheduler=objects["lr_scheduler"],
         )
@@ -343,7 +311,7 @@ class _Followed:
         with answers.counted_once() if answers else nullcontext() as begin:
             for part, share in pilot.parts(answers.batch if answers else inputs):
                 copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
-                scaled, undo = partial(_scaled, backward, pilot.guard.parts.hear, share), ExitStack()
+                scaled, undo = partial(_scaled, backward, share), ExitStack()
                 if pilot.guard.parts.on:
                     undo.enter_context(standing(accelerator, "backward", scaled))
                 if answers and begin:
@@ -375,15 +343,8 @@ def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
     return int(state.max_steps / each) if each else 0
 
 
-def _scaled(
-    backward: Callable[..., None],
-    hear: Callable[[torch.Tensor], None],
-    share: float,
-    loss: torch.Tensor,
-    **options: Any,
-) -> None:
-    """Compute the gradients of a share of a loss, after passing the loss to `hear`."""
-    hear(loss)
+def _scaled(backward: Callable[..., None], share: float, loss: torch.Tensor, **options: Any) -> None:
+    """Compute the gradients of a share of a loss."""
     backward(loss if share == 1 else loss * share, **options)
 
 

@@ -227,7 +227,7 @@ class _Priced:
                 raise BudgetError('A budget of "auto" is a share of the free memory of a card: name one with --device.')
             budget = Budget("bytes", budget.value * outlook.room.bytes)
         limit = budget.resolve((plain.with_checkpointed(()) if chooses else plain).cost(), passed)
-        parts = options.parts == "on" or (options.parts == "auto" and sums)
+        parts = options.parts == "auto" and sums
         alone = BatchShape(1, plain.shape.length) if parts else None
         if alone and not (plain.predicts(alone) and priced.memory.predicts(alone)):
             alone = None

@@ -64,7 +64,6 @@ def plan_parts(
     *,
     packed: bool = False,
     count: int | None = None,
-    least: int = 1,
 ) -> tuple[Part, ...]:
     """Return the fastest parts of a step within a memory limit, longest rows first.
 
@@ -79,14 +78,13 @@ def plan_parts(
         packed: rows are texts, and each part packs its texts into one row. Only splits of texts in order of length are
             considered then.
         count: number of parts, from the fastest number up to the number of rows; default: the fastest number.
-        least: minimum rows of a part, if there are enough rows.
 
     Raises:
         BudgetError: the longest row does not fit alone with the most layers checkpointed; see `too_long`.
     """
     order = np.argsort(-lengths, kind="stable")
     longest = lengths[order]
-    starts, ends = np.triu_indices(len(order), min(least, len(order)) - 1)
+    starts, ends = np.triu_indices(len(order))
     sums = np.append(0, longest.cumsum())
     together = np.ones_like(starts), sums[ends + 1] - sums[starts]
     rows, tokens = together if packed else (ends + 1 - starts, longest[starts])
@@ -101,7 +99,7 @@ def plan_parts(
         waiting = waiting[~fits]
         if not len(waiting):
             break
-    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone, or the minimum rows of a part
+    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone
         raise too_long(int(order[0]), int(longest[0]), room, layers[-1], bytes_of)
     table, layers_of = np.full((2, len(order) + 1, len(order)), np.inf)
     table[ends + 1, starts], layers_of[ends + 1, starts] = seconds, chosen

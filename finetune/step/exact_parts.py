@@ -1,8 +1,8 @@
 """Tests of running a step in parts: the gradient of some rows, whole and in parts.
 
 Before training, the test finds the factors of the losses of parts: a loss may be a sum over rows, or a mean over rows
-or tokens. It proves nothing about rare cases, absent from a few rows. So the loss must be known to be such a sum
-(`known_losses.py`), or the user asks for parts, and real batches are tested during the run (`watched_parts.py`).
+or tokens. It proves nothing about rare cases, absent from a few rows: the loss must be known to be such a sum
+(`known_losses.py`).
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Relative difference of two gradients due to rounding, by the lowest precision of the step: two units in the last
 place. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
 
-SHAKEN, NUDGED = 0.1, 0.01
-"""Standard deviations of the noise added to adapters, before training and in tests of real batches: with much noise,
-many rows look alike to a model."""
+SHAKEN = 0.1
+"""Standard deviation of the noise added to adapters in the test."""
 
 FULL_ROUNDING, TF32_ROUNDING = 1e-5, 2**-9
 
 MOVED_ROUNDING = 5e-5
-"""The same under a known loss if the tested parts lost padding on the left, which moves positions: the angles of rotary
+"""The same if the tested parts lost padding on the left, which moves positions: the angles of rotary
 embeddings round differently (1.7e-5 for SmolLM2-135M under GRPO)."""
 
 
@@ -69,23 +68,17 @@ class Exactness:
     packed: bool = False
 
 
-class _EqualDropout:
-    """Makes dropout draw the same numbers for every shape inside, and records the precisions of all results.
-
-    The mask of a call depends on its index among the calls of a pass, and on the last axis: all rows and tokens share
-    it. Copies of the rows side by side have their own masks, since a loss may compare them (R-Drop, Liang et al., 2021,
-    arXiv 2106.14448). Under a known loss, dropout is skipped.
+class _WithoutDropout:
+    """Skips dropout inside, whose masks differ with the shapes, and records the precisions of all results.
 
     A model in full precision runs without autocast: a small part of a loss would be lost in the rounding.
 
     Args:
         model: the PEFT model.
-        known: True if the loss is known.
 
     Attributes:
-        drew: True if any dropout drew numbers.
+        drew: True if any dropout would have drawn numbers.
         dtypes: dtypes of the modules' outputs.
-        examples: examples of the current batch.
     """
 
     _DROPS = (
@@ -93,16 +86,16 @@ class _EqualDropout:
         *(f"dropout{axes}d" for axes in (1, 2, 3)),
     )
 
-    def __init__(self, model: nn.Module, *, known: bool) -> None:
-        self.drew, self.examples, self._known, self._calls = False, 1, known, 0
+    def __init__(self, model: nn.Module) -> None:
+        self.drew, self.dtypes = False, set[torch.dtype]()
         self._full = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
-        self.dtypes: set[torch.dtype] = set()
         self._undo = ExitStack()
 
-    def __enter__(self) -> _EqualDropout:
-        for name in self._DROPS:
-            self._replace(name, self._kept)
-        self._replace("scaled_dot_product_attention", self._attention)
+    def __enter__(self) -> _WithoutDropout:
+        for name, function in [*((name, self._kept) for name in self._DROPS), (_ATTENTION, self._attention)]:
+            before = getattr(functional, name)
+            setattr(functional, name, partial(function, before))
+            self._undo.callback(setattr, functional, name, before)
         self._undo.callback(register_module_forward_hook(self._note).remove)
         if self._full:
             enter = torch.autocast.__enter__
@@ -113,43 +106,22 @@ class _EqualDropout:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
-    def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        before = getattr(functional, name)
-        setattr(functional, name, partial(function, before))
-        self._undo.callback(setattr, functional, name, before)
-
-    def begin(self, examples: int) -> None:
-        """Begin a pass on a batch of this many examples, and reset the count of dropout calls."""
-        self.examples, self._calls = examples, 0
-
     def _kept(
         self, _: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        if not training or p <= 0:
-            return input
-        self.drew, self._calls = True, self._calls + 1
-        if self._known or not input.dim():
-            return input
-        copies = len(input) // self.examples if not len(input) % self.examples else 1
-        axis = 1 if input.dim() == 4 else input.dim() - 1  # the last axis of attention is tokens, whose number changes
-        shape = [copies, *(size if at == axis else 1 for at, size in enumerate(input.shape) if at)]
-        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(self._calls)).to(input.device)
-        mask = (drawn >= p).to(input.dtype) / (1 - p)
-        return input * mask.repeat_interleave(len(input) // copies, dim=0)
+        self.drew |= training and p > 0
+        return input
 
     def _attention(self, attend: Callable[..., torch.Tensor], *tensors: Any, **options: Any) -> torch.Tensor:
-        if not (share := options.get("dropout_p")):
-            return attend(*tensors, **options)
-        return self._kept(None, attend(*tensors, **{**options, "dropout_p": 0.0}), share)
+        self.drew |= bool(options.get("dropout_p"))
+        return attend(*tensors, **{**options, "dropout_p": 0.0})
 
     def _note(self, module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             self.dtypes.add(output.dtype)
 
-    @property
-    def rounding(self) -> float:
-        """Relative difference due to rounding; see `ROUNDING`."""
-        return max(map(rounding_of, self.dtypes), default=rounding_of(torch.float32))
+
+_ATTENTION = "scaled_dot_product_attention"
 
 
 def rounding_of(dtype: torch.dtype) -> float:
@@ -167,18 +139,16 @@ def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
         autocast._enabled = before
 
 
-def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *, known: bool) -> Exactness:
+def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -> Exactness:
     """Find the factors of the losses of parts, and check whether a few rows have the same gradient in parts.
 
-    Training is unaffected. Adapters hold random values during the test; under an unknown loss, then the same ones with
-    the sign of B flipped: while an adapter has no effect, a part of the loss may be zero that later is not, such as
-    KTO's divergence from the base model.
+    Training is unaffected. Adapters hold random values during the test: while an adapter has no effect, a part of the
+    loss may be zero that later is not.
 
     Args:
-        run: the run.
+        run: the run, whose loss is known to be a sum over rows or tokens.
         targets: the target modules of its model.
         seed: seed of the choice of rows, and of these values.
-        known: True if the loss is known to be a sum over rows or tokens.
     """
     cuts = run.cuts
 
@@ -186,10 +156,8 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *
         try:
             for batch in run.small_batches(TRIES, min(run.rows, count), seed):
                 rows = BatchRows.of(batch, cuts, run.step.rows_per_example)
-                if not known and rows.examples < TESTED_ROWS:
-                    return Exactness("", f"testing it needs {TESTED_ROWS} rows")
-                with _shaken(targets, seed) as turn:
-                    found = replace(_tested(run, rows, turn, known=known), packed=rows.packed)
+                with _shaken(targets, seed):
+                    found = replace(_tested(run, rows), packed=rows.packed)
                 if found.reason != NOT_FINITE:
                     break
             return found
@@ -208,117 +176,38 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *
     return run.measured(tested)
 
 
-def difference_of(
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    rows: BatchRows,
-    parts: Sequence[Sequence[int]],
-    *,
-    kind: str,
-    seed: int,
-) -> str:
-    """Return why a real batch in its real parts differs from the whole batch, for people; empty if it does not.
-
-    This runs the loop's own steps, including their work after the backward pass. Random values are added to the
-    adapters for the test: gradients of learned rows are mere rounding. Training is unaffected.
-
-    Args:
-        run: the run.
-        targets: the target modules of its model.
-        rows: the rows of the batch.
-        parts: the indices of their examples.
-        kind: how the loss combines its rows, one of `SHARES`.
-        seed: seed of these values.
-
-    Raises:
-        torch.OutOfMemoryError: the whole batch does not fit.
-    """
-    steps = list(zip(map(rows.part, parts), rows.shares(parts, kind), map(len, parts), strict=True))
-    try:
-        with _shaken(targets, seed, NUDGED), _EqualDropout(run.model, known=False) as found:
-            whole, loss = _stepped(run, found, rows.batch, [(rows.batch, 1.0, rows.examples)])
-            each, sums = _stepped(run, found, rows.batch, [step for step in steps if step[1]])
-    except torch.OutOfMemoryError:
-        raise
-    except (UnsupportedError, *CUT_FAILS) as error:
-        return f"the loss fails on part of a batch ({first_line(error)})"
-    if not (math.isfinite(loss) and bool(whole.isfinite().all())):
-        return ""
-    difference = _difference([1.0], [(each, sums)], whole, loss)
-    return "" if difference <= found.rounding else _MEET.format(difference)
-
-
-_MEET = "in parts, a step's gradient differs by {:.2g} of its size, because rows affect each other"
-
-
-def _stepped(
-    run: TrainingRun, dropout: _EqualDropout, whole: Batch, steps: Sequence[tuple[Batch, float, int]]
-) -> tuple[torch.Tensor, float]:
-    """Return the total gradient and loss of the loop's own steps on parts, given with their shares and examples."""
-    trains = [p for p in run.model.parameters() if p.requires_grad] + trained_outside(run.model, run.optimizer)
-    loss = 0.0
-    with run.aside() as backward:
-        for parameter in trains:
-            parameter.grad = None
-        for part, share, examples in steps:
-            dropout.begin(examples)
-            loss += share * float(backward(part, whole, share).detach())
-        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in trains]
-        found = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
-        for parameter in trains:
-            parameter.grad = None
-    return found, loss
-
-
-def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, known: bool) -> Exactness:
+def _tested(run: TrainingRun, rows: BatchRows) -> Exactness:
     order = np.argsort(-rows.lengths, kind="stable")
     parts = [sorted(part.tolist()) for part in np.array_split(order, 2) if len(part)]
-    rows = uneven(rows, parts, run.cuts, known=known)
-    differences = dict.fromkeys(SHARES, 0.0)
-    with _EqualDropout(run.model, known=known) as found:
-        for _ in range(1 if known else 2):
-            found.begin(rows.examples)
-            buffers = [(name, buffer, buffer.clone()) for name, buffer in run.model.named_buffers()]
-            whole, loss = _gradient(run, partial(run.loss, rows.batch))
-            now = dict(run.model.named_buffers())
-            for name, buffer, before in buffers:
-                if now.get(name) is not buffer or not torch.equal(buffer, before):
-                    return Exactness("", f"a forward pass modifies {name}")
-            if not (math.isfinite(loss) and bool(whole.isfinite().all())):
-                return Exactness("", NOT_FINITE)
-            each = []
-            for part in parts:
-                found.begin(len(part))
-                each.append(_gradient(run, partial(_part_loss, run, rows.part(part), rows.batch)))
-            for kind in SHARES:
-                own = _difference(rows.shares(parts, kind), each, whole, loss)
-                differences[kind] = float(np.maximum(differences[kind], own))
-            turn()
-    moved = known and any(rows.span(part).start for part in parts)
-    most = max(found.rounding, MOVED_ROUNDING) if moved else found.rounding
-    kind = min(SHARES, key=lambda kind: (not differences[kind] <= most, SHARES.index(kind)))
-    if differences[kind] <= most:
-        return Exactness(kind, draws=found.drew)
-    return Exactness("", _MEET.format(min(differences.values())))
+    rows = uneven(rows, parts, run.cuts)
+    with _WithoutDropout(run.model) as found:
+        whole, loss = _gradient(run, partial(run.loss, rows.batch))
+        if not (math.isfinite(loss) and bool(whole.isfinite().all())):
+            return Exactness("", NOT_FINITE)
+        each = [_gradient(run, partial(_part_loss, run, rows.part(part), rows.batch)) for part in parts]
+    differences = {kind: _difference(rows.shares(parts, kind), each, whole, loss) for kind in SHARES}
+    most = max(map(rounding_of, found.dtypes), default=rounding_of(torch.float32))
+    if any(rows.span(part).start for part in parts):
+        most = max(most, MOVED_ROUNDING)
+    for kind in SHARES:
+        if differences[kind] <= most:
+            return Exactness(kind, draws=found.drew)
+    least = min(differences.values())
+    return Exactness(
+        "", f"in parts, a step's gradient differs by {least:.2g} of its size, because rows affect each other"
+    )
 
 
 @contextmanager
-def _shaken(targets: Sequence[TargetModule], seed: int, by: float = SHAKEN) -> Iterator[Callable[[], None]]:
-    """Add random values to the adapters inside; yield a function that flips the sign of B."""
+def _shaken(targets: Sequence[TargetModule], seed: int) -> Iterator[None]:
+    """Add random values to the adapters inside."""
     generator = torch.Generator().manual_seed(seed)
     before = [(weight, weight.detach().clone()) for t in targets for weight in (t.weight_a, t.weight_b)]
     try:
         with torch.no_grad():
             for weight, _ in before:
-                noise = torch.randn(weight.shape, generator=generator).to(weight)
-                weight.add_(noise, alpha=by)
-
-        def turn() -> None:
-            with torch.no_grad():
-                for target in targets:
-                    target.weight_b.neg_()
-
-        yield turn
+                weight.add_(torch.randn(weight.shape, generator=generator).to(weight), alpha=SHAKEN)
+        yield
     finally:
         with torch.no_grad():
             for weight, value in before:
@@ -329,18 +218,18 @@ def _part_loss(run: TrainingRun, part: Batch, whole: Batch) -> torch.Tensor:
     return run.part_loss(part, whole) if run.part_loss else run.loss(part)
 
 
-def uneven(rows: BatchRows, parts: Sequence[Sequence[int]], cuts: Cuts, *, known: bool) -> BatchRows:
+def uneven(rows: BatchRows, parts: Sequence[Sequence[int]], cuts: Cuts) -> BatchRows:
     """Return the same rows with fewer counted labels in one, so that means over rows and over tokens differ.
 
     That row counts its first token, which causal language models do not predict. In a packed row they would predict it
-    from the previous text. Labels of rows change only under a `known` loss, one that ignores `IGNORED`.
+    from the previous text.
     """
     if rows.predicted is None or len(parts) < 2:
         return rows
     labels = rows.batch["labels"].clone()
     if labels.dim() == 1:
         counted = labels[labels != IGNORED]
-        if known and len(parts[0]) > 1 and len(counted):
+        if len(parts[0]) > 1 and len(counted):
             labels[labels == IGNORED] = counted[0]
             labels[parts[0][0]] = IGNORED
         return rows.with_labels(labels, cuts)

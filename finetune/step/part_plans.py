@@ -33,7 +33,6 @@ class PartPlans:
 
     Attributes:
         each: rows of an example.
-        least: minimum number of examples in a part.
         compiled: True if the model is compiled; all parts then use the plan's checkpointed layers.
         most: limit on the bytes of a part after an error; None without one.
         bytes: the bytes of parts, up to the shape of the latest batch; None before the first.
@@ -41,7 +40,7 @@ class PartPlans:
 
     def __init__(self, keeper: PlanKeeper, *, fewest: bool) -> None:
         self._keeper, self._fewest = keeper, fewest
-        self.each, self.least, self.compiled = 1, 1, False
+        self.each, self.compiled = 1, False
         self.most: float | None = None
         self.bytes: PlanBytes | None = None
         self._of_shapes: dict[BatchShape, PlanBytes] = {}
@@ -52,14 +51,6 @@ class PartPlans:
         """Discard the prices of parts, since ranks have changed."""
         self.bytes = None
         self._of_shapes.clear()
-
-    def fits(self, rows: BatchRows) -> bool:
-        """True if rows fit as a whole, with all layers checkpointed and a copy of the adapters."""
-        cost = self.bytes_now(rows.shape)
-        adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
-        whole = Part(tuple(range(rows.examples)), rows.shape.length, cost.levels[-1], rows.packed)
-        room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
-        return cost.of(whole) + rows.token_bytes * whole.tokens <= room
 
     def of(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
         """Return the parts of a batch; exactly `count` of them if given."""
@@ -83,7 +74,7 @@ class PartPlans:
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self.most is None else min(room, self.most)
         if self._keeper.applier.fits():  # the row alone fits, by the exact prediction
-            room = max(room, least_of(self.least, own, bytes_of))
+            room = max(room, least_of(1, own, bytes_of))
         plan = partial(
             plan_parts,
             lengths,
@@ -92,12 +83,11 @@ class PartPlans:
             seconds_of=seconds_of,
             packed=rows.packed,
             count=count,
-            least=self.least,
         )
         if not self._fewest:
             return plan(room)
         rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
-        given, whole = min(room, least_of(self.least, longest, bytes_of)), least_of(*rectangle, seconds_of)
+        given, whole = min(room, least_of(1, longest, bytes_of)), least_of(*rectangle, seconds_of)
         while True:
             parts = plan(given)
             shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)

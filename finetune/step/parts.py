@@ -9,24 +9,28 @@ Plans are then priced with a single row of the longest length, so any step can r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
+from torch.nn import functional
 
 from ...common.checks import counted, finite
 from ...cost.batch_shape import Batch, shape_of
 from ...cost.recording import BatchShape
 from ...cost.savers.exact import is_compiled
 from ...decide.plan.parts import Part, parts_sentence
+from ...lora.resize import gradient_nodes
 from .batch_rows import SHARES, BatchRows, Cuts, longest_text
 from .exact_parts import Exactness, rows_of
+from .known_losses import HOOKS, foreign_modes
 from .part_plans import MULTIPLE, PartPlans
 from .plan_keeper import GOOD_STEPS, PlanKeeper
 from .run import Participant, TrainingRun
-from .watched_parts import Known, Watch
+
+LOOK_EVERY = 100
+"""Steps between checks of the modules of a model with a known loss."""
 
 SMALLER = 0.8
 """Memory limit of parts after one ran out of memory, as a share of that part's prediction."""
@@ -109,7 +113,7 @@ class RanParts:
         if not self._pairs or cost is None:
             return False
         part, _ = self._pairs[-1]
-        if len(part.rows) <= self._plans.least and part.layers == cost.levels[-1]:
+        if len(part.rows) == 1 and part.layers == cost.levels[-1]:
             return False
         self._plans.most, self.since = SMALLER * cost.exact(part), self._step
         self._pairs = []
@@ -133,7 +137,6 @@ class StepParts(Participant):
             padded batch with all layers checkpointed.
 
     Attributes:
-        asked: True if the user asks for parts under any loss.
         tally: totals of the run so far.
         plans: chooses the parts.
         ran: the parts of the current step that ran so far.
@@ -143,9 +146,7 @@ class StepParts(Participant):
         self._keeper, self._tell, self.tally, self.plans = keeper, tell, Tally(), PartPlans(keeper, fewest=fewest)
         self.ran, self._step = RanParts(self.plans), 0
         self._kind, self._packed, self._told_whole = "", False, False
-        self._watch: Known | Watch | None = None
-        self._seed: int | None = None
-        self.asked = False
+        self._seen: tuple[int, ...] | None = None
 
     @property
     def on(self) -> bool:
@@ -157,24 +158,18 @@ class StepParts(Participant):
         """What may be cut from batches."""
         return self._keeper.run.cuts
 
-    def decide(self, found: Exactness, each: int, *, seed: int | None = None) -> None:
+    def decide(self, found: Exactness, each: int) -> None:
         """Apply the result of a test.
 
         Args:
             found: the result.
             each: rows of an example.
-            seed: seed of further tests, under an unknown loss.
         """
-        self._kind, self._packed = found.kind, found.packed
-        self._take(each, seed)
+        self._kind, self._packed, self.plans.each = found.kind, found.packed, each
         if not found.kind and found.reason:
             self._tell(f"Steps run whole, not in parts: {found.reason}.")
         if found.kind and found.draws:
             self._tell("Steps run in parts: the same gradients, except that dropout masks differ with the shapes.")
-
-    def _take(self, each: int, seed: int | None) -> None:
-        """Set the rows of an example; under an unknown loss rows may interact, so no part is a single row."""
-        self._seed, self.plans.each, self.plans.least = seed, each, 1 if seed is None else 2
 
     def begin_to_keep(self, run: TrainingRun) -> None:
         """Keep the gradients of one part alongside the next; from now on the run's step is measured this way."""
@@ -193,15 +188,21 @@ class StepParts(Participant):
         if own["kind"] and own["kind"] not in SHARES:
             raise ValueError(f"parts of kind {own['kind']!r}")
         self._kind, self._packed = str(own["kind"]), bool(own["packed"])
-        self._take(counted(own["each"], 1), None if own["seed"] is None else counted(own["seed"]))
+        self.plans.each = counted(own["each"], 1)
         self.plans.most = None if own["most"] is None else finite(own["most"])
         self.ran.since, self.ran.wait = counted(own["since"]), counted(own["wait"], 1)
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
         """Return the state for `begin`, as JSON values."""
-        own = {name: getattr(self, f"_{name}") for name in ("kind", "packed", "seed")}
-        own |= {"since": self.ran.since, "wait": self.ran.wait, "each": self.plans.each, "most": self.plans.most}
+        own = {
+            "kind": self._kind,
+            "packed": self._packed,
+            "since": self.ran.since,
+            "wait": self.ran.wait,
+            "each": self.plans.each,
+        }
+        own["most"] = self.plans.most
         return {"parts": {**own, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
@@ -217,28 +218,33 @@ class StepParts(Participant):
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Begin a step, after a test if due."""
+        """Begin a step."""
         self._step = step
         self.ran.begin(step)
-        if self.on and (reason := self._watching().reason(step, batches)):
-            self.turn_off(f"from step {step + 1} on. {reason[:1].upper()}{reason[1:]}")
+        self._check_known()
 
-    def _watching(self) -> Known | Watch:
-        """Return the watch for batches that may no longer run in parts."""
-        if self._watch is None:
-            keeper, seed = self._keeper, self._seed
+    def _check_known(self) -> None:
+        """Run steps whole from now on if the known loss has become another one, as through a callback.
 
-            def plan(rows: BatchRows) -> list[Sequence[int]]:
-                return [part.rows for part in self.plans.of(rows, None)]
-
-            watch = partial(Watch, keeper, self._rows_of, plan, self.plans.fits, self._kind)
-            self._watch = Known(keeper.run) if seed is None else watch(seed)
-        return self._watch
-
-    def hear(self, loss: torch.Tensor) -> None:
-        """Take the loss of a part, before its backward pass; the first part of a step represents the step."""
-        if self._watch:
-            self._watch.hear(self._step, loss)
+        Modules are looked at every `LOOK_EVERY` steps; a new hook, a replaced function or a mode is noticed at once.
+        """
+        if not self.on:
+            return
+        run = self._keeper.run
+        own = [vars(module) for module in run.model.modules()]
+        trains = {name: each for name, each in run.model.named_parameters() if each.requires_grad}
+        seen = (
+            len(own),
+            hash(tuple(id(hook) for each in own for kept in HOOKS for hook in each[kept].values())),
+            hash(tuple(id(each.get(name)) for each in own for name in ("forward", "_loss_function"))),
+            sum(bool(each._backward_hooks or each._post_accumulate_grad_hooks) for each in trains.values()),
+            hash(tuple(map(sys.getrefcount, gradient_nodes(trains).values()))),
+            id(functional.cross_entropy),
+            len(foreign_modes()),
+        )
+        looks, self._seen = seen != self._seen or self._step % LOOK_EVERY == 0, seen
+        if reason := run.unknown() if looks else run.foreign():
+            self.turn_off(f"from step {self._step + 1} on. {reason[:1].upper()}{reason[1:]}")
 
     def _rows_of(self, batch: Batch) -> BatchRows | None:
         return rows_of(batch, self.cuts, self.plans.each, packed=self._packed)
@@ -249,7 +255,7 @@ class StepParts(Participant):
         if not self.on:
             return shape
         longest = (self._packed and longest_text(batch)) or shape.length
-        return BatchShape(min(self.plans.least * self.plans.each, shape.rows), longest)
+        return BatchShape(min(self.plans.each, shape.rows), longest)
 
     def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Yield the parts of a batch, each with the factor of its loss.
@@ -263,8 +269,7 @@ class StepParts(Participant):
         Raises:
             BudgetError: a row does not fit alone.
         """
-        if self.on and self._seed is None and (reason := self._watching().reason(self._step, ())):
-            self.turn_off(f"from step {self._step + 1} on. {reason[:1].upper()}{reason[1:]}")  # due to a callback
+        self._check_known()  # a callback may have changed it since the step began
         rows = self._rows_of(batch) if self.on else None
         pairs = self._agreed(rows) if self.on else []
         if rows is None or not pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,9 +43,6 @@ LOOKED_AT = 16
 
 FIRST_ROWS = 16
 """Rows read before a run; see `TrainingRun.read_first_rows`."""
-
-StepOfPart = Callable[[Batch, Batch, float], torch.Tensor]
-"""Runs a step, forward and backward, given a part of a batch, the batch, and the part's share; returns its loss."""
 
 FirstRows = tuple[float, list[tuple[int, int]]]
 """A loss before training, and `count_predictions` of each batch."""
@@ -121,8 +118,6 @@ class TrainingRun:
         part_loss: loss of a part of a batch, as it counts in that of the whole batch, the second argument; None for
             `loss` of the part.
         foreign: returns why the loss is not one of transformers or TRL, for people; empty if it is.
-        stepping: yields a function that runs the loop's own step on a part; see `aside`. Defaults to the loss and its
-            gradient.
         wrapped: the model as called by the loop, including wrappers such as DistributedDataParallel; defaults to
             `model`, which may itself be wrapped.
         scheduler: sets the rates of the optimizer; None if unknown, as in a loop.
@@ -148,7 +143,6 @@ class TrainingRun:
     whole: str = ""
     part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
     foreign: Callable[[], str] = str
-    stepping: Callable[[], AbstractContextManager[StepOfPart]] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
     scheduler: Any = None
     replicas: Replicas = field(init=False)
@@ -230,21 +224,6 @@ class TrainingRun:
             return Cuts.seen_in(batches, left=cuts_left(self.model))
 
         return self.measured(seen)
-
-    @contextmanager
-    def aside(self) -> Iterator[StepOfPart]:
-        """Yield a function that runs the loop's own steps on parts of a batch, outside the run."""
-        if self.stepping:
-            with self.stepping() as step:
-                yield step
-            return
-
-        def stepped(part: Batch, whole: Batch, share: float) -> torch.Tensor:
-            loss = self.loss(part)
-            (share * loss).backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        yield stepped
 
     @property
     def device(self) -> torch.device:

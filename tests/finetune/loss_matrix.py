@@ -1,18 +1,13 @@
-"""The matrix of losses: each is trained plainly and with rankpilot, which runs it in parts or says that it does not.
-
-`python -m tests.finetune.loss_matrix [MODE] [WORD]` prints the cells whose name has a word, with how far off each is.
-"""
+"""The matrix of losses: each is trained plainly and with rankpilot, which runs it in parts or says that it does not."""
 
 from __future__ import annotations
 
 import logging
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +16,6 @@ from unittest.mock import patch
 import numpy as np
 import rankpilot
 import torch
-from datasets import disable_progress_bars
 from rankpilot.decide.rules import AsConfigured
 from torch import nn
 from transformers import (
@@ -31,7 +25,6 @@ from transformers import (
     LlamaForSequenceClassification,
     PrinterCallback,
 )
-from transformers import logging as transformers_logging
 
 from . import losses as of
 from . import trainer_kinds as kinds
@@ -56,7 +49,6 @@ class Case:
         both: whether there is a rare variant beside the common one.
         sums: whether it is known to be a sum over rows or tokens, so that it must run in parts by default.
         draws: whether dropout draws other numbers in parts.
-        seeds: how many are tried.
     """
 
     name: str
@@ -64,12 +56,11 @@ class Case:
     both: bool = True
     sums: bool = False
     draws: bool = False
-    seeds: int = 2
 
 
 def case(name: str, build: Callable[..., Any], *arguments: Any, **options: Any) -> Case:
     """A case whose Trainer is built of arguments that stand before the `Ask`, and options that are not the case's."""
-    own = {each: options.pop(each) for each in ("both", "sums", "draws", "seeds") if each in options}
+    own = {each: options.pop(each) for each in ("both", "sums", "draws") if each in options}
     return Case(name, lambda ask, undo: build(*arguments, ask, **options), **own)
 
 
@@ -80,7 +71,7 @@ def of_model(make: Callable[[], Any], collate: Any, ask: of.Ask, **options: Any)
 KNOWN: tuple[Case, ...] = tuple(
     case(name, of_model, make, collate, sums=True, both=both, **options)
     for name, make, collate, both, options in (
-        ("causal", of.llama, of.of_tokens, False, {"seeds": 3}),
+        ("causal", of.llama, of.of_tokens, False, {}),
         ("causal-some-labels", of.llama, of.labelled, True, {}),
         ("causal-accumulated", of.llama, of.labelled, True, {"gradient_accumulation_steps": 2, "max_steps": 4}),
         ("causal-subclass", of.llama, of.of_tokens, False, {"kind": of.Harmless}),
@@ -110,30 +101,30 @@ SOMETIMES: tuple[Case, ...] = (
             ("regression", partial(of.bert, num_labels=1), of.numbers, {}),
             ("multi-label", partial(of.bert, problem_type="multi_label_classification"), of.several, {"both": False}),
             ("answers", partial(of.bert, BertForQuestionAnswering, num_labels=2), of.answers, {}),
-            ("classes-some-labels", of.bert, partial(of.collated, labels=of.some_class), {"seeds": 3}),
+            ("classes-some-labels", of.bert, partial(of.collated, labels=of.some_class), {}),
             ("classes-evaluated", of.bert, of.by_class, HELD),
             ("smoothed-classes", of.bert, of.by_class, {"label_smoothing_factor": 0.2}),
             ("smoothed-causal", of.llama, of.labelled, {"label_smoothing_factor": 0.2}),
-            ("experts", of.mixtral, of.of_tokens, {"both": False, "seeds": 3, "targets": ["q_proj", "v_proj"]}),
+            ("experts", of.mixtral, of.of_tokens, {"both": False, "targets": ["q_proj", "v_proj"]}),
             ("dynamic-rope", of.dynamic, of.of_tokens, {"by_length": True}),
             ("longrope", of.phi3, of.of_tokens, {"by_length": True}),
-            ("left-padded-gpt2", of.gpt2, partial(of.of_tokens, left=True), {"by_length": True, "seeds": 3}),
+            ("left-padded-gpt2", of.gpt2, partial(of.of_tokens, left=True), {"by_length": True}),
             ("no-mask", of.bert, of.unmasked, {"by_length": True}),
             ("batch-norm", lambda: of.bert(head=of.normed()), of.by_class, {"both": False}),
-            ("running-buffer", lambda: of.bert(head=of.Centered()), of.by_class, {"both": False, "seeds": 3}),
+            ("running-buffer", lambda: of.bert(head=of.Centered()), of.by_class, {"both": False}),
             *(
-                (f"step-{name}", of.bert, of.by_class, {"both": False, "kind": of.after_backward(change), "seeds": 3})
+                (f"step-{name}", of.bert, of.by_class, {"both": False, "kind": of.after_backward(change)})
                 for name, change in of.CHANGES.items()
             ),
             ("prediction-step", of.bert, of.by_class, {"kind": of.Predicts, **HELD}),
-            ("weights-in-function", of.bert, of.by_class, {"compute_loss_func": of.weighted, "seeds": 3}),
+            ("weights-in-function", of.bert, of.by_class, {"compute_loss_func": of.weighted}),
             ("neftune", of.llama, of.of_tokens, {"both": False, "neftune_noise_alpha": 5.0}),
         )
     ),
-    case("gradient-hooks", of.clamped, both=False, seeds=3),
+    case("gradient-hooks", of.clamped, both=False),
     case("hook-forward", of.hooked, backward=False, both=False),
     case("hook-backward", of.hooked, backward=True, both=False),
-    case("features-read-by-model", of.framed_in, of.featured, seeds=3),
+    case("features-read-by-model", of.framed_in, of.featured),
     case("sft", of.trl_of, kinds.sft, both=False, sums=True),
     case("sft-completions", of.trl_of, lambda *a, **b: kinds.sft(*a, kinds.completions(), **b), both=False, sums=True),
     case("sft-assistant", of.trl_of, partial(kinds.sft, assistant_only_loss=True), both=False, sums=True),
@@ -143,34 +134,9 @@ SOMETIMES: tuple[Case, ...] = (
 """Losses of libraries, and what is added to them. They may run in parts by default, as far as that is exact."""
 
 WHOLE: tuple[Case, ...] = (
-    *(case(name, of.own_loss, loss, seeds=3) for name, loss in of.OWN.items()),
-    *(case(name, of.own_loss, loss, both=False) for name, loss in of.SUMS.items()),
-    *(case(f"meet-{name}", of.meets, name, both=name != "above-four") for name in of.MEET),
-    case(
-        "mean-over-padding",
-        of.own_loss,
-        of.over_padding,
-        model=partial(of.bert, BertForTokenClassification),
-        by_length=True,
-    ),
-    case("class-weights-evaluated", of.own_loss, of.class_weights, **HELD),
-    case("class-weights-accumulated", of.own_loss, of.class_weights, gradient_accumulation_steps=2, max_steps=4),
-    case("features-read-by-loss", of.framed_in, partial(of.own_loss, of.with_features), seeds=3),
+    case("class-weights", of.own_loss, of.class_weights),
     *(
-        case(
-            f"r-drop-{passes}",
-            of.own_loss,
-            partial(of.r_drop, passes=passes),
-            model=of.wet,
-            both=False,
-            draws=True,
-            seeds=3,
-        )
-        for passes in (1, 2)
-    ),
-    Case("dpo-squared", lambda ask, undo: of.own_dpo(ask), both=False),
-    *(
-        Case(f"weights-in-{where}", partial(of.replaced, where=where), seeds=2)
+        Case(f"weights-in-{where}", partial(of.replaced, where=where))
         for where in (
             "loss_function",
             "mapping",
@@ -183,33 +149,23 @@ WHOLE: tuple[Case, ...] = (
         )
     ),
 )
-"""Losses of users: by default they run as a whole, and so are those of plain steps."""
+"""Losses of users, which run as a whole: those of plain steps."""
 
 CASES = (*KNOWN, *SOMETIMES, *WHOLE)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the matrix: a case, its variant and seed, and what `parts` is."""
+    """One place of the matrix: a case and its variant."""
 
     case: Case
     rare: bool
-    seed: int
-    mode: str
 
     def __str__(self) -> str:
-        return f"{self.case.name}-{'rare' if self.rare else 'common'}-{self.seed}-{self.mode}"
+        return f"{self.case.name}-{'rare' if self.rare else 'common'}"
 
 
-def cells(cases: Sequence[Case] = CASES, modes: Sequence[str] = ("auto", "on")) -> list[Cell]:
-    """All cells of some cases, those of one plain run beside each other."""
-    return [
-        Cell(case, rare, seed, mode)
-        for case in cases
-        for rare in ((True, False) if case.both else (False,))
-        for seed in range(case.seeds if rare or not case.both else min(case.seeds, 2))
-        for mode in modes
-    ]
+CELLS = [Cell(case, rare) for case in CASES for rare in ((True, False) if case.both else (False,))]
 
 
 # How a cell is run ----------------------------------------------------------------------------------------------------
@@ -252,14 +208,13 @@ def heard() -> Iterator[list[str]]:
         logger.setLevel(before)
 
 
-def train(cell: Cell, mode: str) -> Ran:
-    """Train a cell's model, plainly if there is no mode."""
+def train(cell: Cell, *, plain: bool) -> Ran:
+    """Train a cell's model, plainly or with rankpilot."""
     with TemporaryDirectory() as folder, ExitStack() as undo, heard() as lines:
-        torch.manual_seed(cell.seed)
-        made = cell.case.build(of.Ask(Path(folder), cell.seed, cell.rare), undo)
-        if mode:
-            more = {"parts": mode, "keep_rate": True, "control": False}
-            rankpilot.attach(made, AsConfigured(), budget="8 GiB", **more)
+        torch.manual_seed(0)
+        made = cell.case.build(of.Ask(Path(folder), 0, cell.rare), undo)
+        if not plain:
+            rankpilot.attach(made, AsConfigured(), budget="8 GiB", keep_rate=True, control=False)
         undo.enter_context(patch("rankpilot.cost.streaming.PROCESSOR_LAUNCH", 2e-7))  # some more parts
         made.remove_callback(PrinterCallback)
         start = trained(made.model)
@@ -273,11 +228,6 @@ def train(cell: Cell, mode: str) -> Ran:
 def trained(model: nn.Module) -> torch.Tensor:
     """All that trains, as one vector."""
     return torch.cat([p.detach().flatten().double() for _, p in sorted(model.named_parameters()) if p.requires_grad])
-
-
-@cache
-def plain(case: Case, rare: bool, seed: int) -> Ran:
-    return train(Cell(case, rare, seed, ""), "")
 
 
 _WHOLE = re.compile(r"\b(runs?|ran|goes?|went|going)\b[^.]*\bwhole\b|loss has changed", re.I)
@@ -311,9 +261,9 @@ def apart(ones: Sequence[float], others: Sequence[float]) -> float:
 
 def outcome(cell: Cell) -> Outcome:
     """Train a cell both ways, and compare."""
-    one = plain(cell.case, cell.rare, cell.seed)
+    one = train(cell, plain=True)
     try:
-        run = train(cell, cell.mode)
+        run = train(cell, plain=False)
     except Exception as error:  # any is an outcome of the cell
         return Outcome("error", float("nan"), lines=(f"{type(error).__name__}: {error}",))
     told = [line for line in run.told if _WHOLE.search(line)]
@@ -327,19 +277,3 @@ def outcome(cell: Cell) -> Outcome:
     off = max(off, evaluated) if off == off else float("inf")
     kind = "equal" if off < EQUAL else "told" if lines else "silent"
     return Outcome(kind, off, run.parts, tuple(told))
-
-
-def main(mode: str = "auto", word: str = "") -> None:
-    """Print a line for each cell."""
-    warnings.simplefilter("ignore")
-    disable_progress_bars()
-    transformers_logging.set_verbosity_error()
-    for cell in cells(modes=(mode,)):
-        if word in str(cell):
-            found = outcome(cell)
-            line = f"{cell!s:44} {found.kind:7} {found.off:9.1e} {found.parts:5.1f}  {' | '.join(found.lines)[:150]}"
-            print(line, flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

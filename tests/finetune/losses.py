@@ -181,147 +181,12 @@ def each_row(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
     return functional.cross_entropy(logits, batch["labels"], reduction="none")
 
 
-def contrast(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each row with its partner among all."""
-    near = functional.normalize(one, dim=-1) @ functional.normalize(other, dim=-1).T
-    return functional.cross_entropy(5 * near, torch.arange(len(near)))
-
-
-def triplet(z: torch.Tensor, each: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Batch-hard: the farthest of the own group and the nearest of another one."""
-    z = functional.normalize(z, dim=-1)
-    far, same = (z[:, None] - z[None]).square().sum(-1), group[:, None] == group[None]
-    positive = far.masked_fill(~same, 0).amax(1)
-    return (1 + positive - far.masked_fill(same, 4.0).amin(1)).relu().mean()
-
-
-def halves(z: torch.Tensor, each: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    half = len(z) // 2
-    return (z[:half] - z[half : 2 * half]).square().mean()
-
-
-def sorted_margins(z: torch.Tensor, each: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    return (0.5 - each.sort().values.diff()).relu().sum() / len(each)
-
-
-MEET: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "negatives": lambda z, each, group: contrast(z, z.detach() + 0.1),
-    "triplet": triplet,
-    "entropy-of-mean": lambda z, each, group: -(p := z.softmax(-1).mean(0)) @ p.log(),
-    "std": lambda z, each, group: z.std(0).mean(),
-    "max": lambda z, each, group: (each / each.detach().max()).mean(),
-    "sorted-margins": sorted_margins,
-    "halves": halves,
-    "order": lambda z, each, group: (each / torch.arange(1, len(each) + 1)).sum(),
-    "batch-size": lambda z, each, group: each.sum() / len(each) ** 0.5,
-    "hard-rows": lambda z, each, group: (w := (1 - (-each.detach()).exp()) ** 8) @ each / w.sum(),
-    "log-of-sum": lambda z, each, group: each.logsumexp(0),
-    "above-four": lambda z, each, group: z.mean(0).square().sum() if len(z) > 4 else 0 * each.sum(),
-    "median": lambda z, each, group: each[each > each.detach().median()].sum() / len(each),
-}
-"""What the marked rows of a batch have in common: of scores, losses and groups."""
-
-
-def meeting(name: str, ask: Ask, trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    """A mean over rows, and what marked rows have in common: all, or few where that is rare."""
-    logits = scores(model, batch)
-    each = each_row(logits, batch)
-    marked = batch["special"] if ask.rare else torch.ones_like(batch["special"])
-    if ask.rare and marked.sum() < 2:
-        return each.mean()
-    return each.mean() + 2 * MEET[name](logits[marked], each[marked], batch["group"][marked])
-
-
 def class_weights(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
     return weighted(scores(model, batch), batch["labels"])
 
 
 def weighted(logits: Any, labels: torch.Tensor, **_: Any) -> torch.Tensor:
     return functional.cross_entropy(getattr(logits, "logits", logits), labels, torch.tensor([1.0, 1.0, 1.0, 12.0]))
-
-
-def sample_weights(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    each, weight = each_row(scores(model, batch), batch), batch["weight"].float()
-    return (weight * each).sum() / weight.sum()
-
-
-def over_positives(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    return each_row(scores(model, batch), batch).sum() / (batch["labels"] == CLASSES - 1).sum().clamp(min=1)
-
-
-def r_drop(trainer: Any, model: Any, batch: Tensors, *, passes: int) -> torch.Tensor:
-    """Cross-entropy and the divergence of two draws of dropout; of one pass over the rows twice, or of two."""
-    inputs = {name: torch.cat([batch[name]] * (3 - passes)) for name in ("input_ids", "attention_mask")}
-    one, other = [scores(model, inputs) for _ in range(2)] if passes == 2 else scores(model, inputs).chunk(2)
-    p, q = one.log_softmax(-1), other.log_softmax(-1)
-    apart = functional.kl_div(p, q, log_target=True, reduction="sum") + functional.kl_div(
-        q, p, log_target=True, reduction="sum"
-    )
-    return (each_row(one, batch) + each_row(other, batch)).mean() + 40.0 * apart / 2
-
-
-def over_padding(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    """A mean over all positions."""
-    return functional.cross_entropy(scores(model, batch).mean(1), batch["labels"])
-
-
-def by_length(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    return each_row(scores(model, batch), batch).mean() * batch["input_ids"].shape[1] / 40
-
-
-def by_calls(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    """A weight that falls with each call."""
-    trainer.calls = getattr(trainer, "calls", 0) + 1
-    return each_row(scores(model, batch), batch).mean() / trainer.calls
-
-
-def by_step(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    """Class weights that begin at the fourth step."""
-    each = each_row(scores(model, batch), batch)
-    return each.mean() if trainer.state.global_step < 4 else class_weights(trainer, model, batch)
-
-
-def over_baseline(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    """Losses over their running mean, a number of Python."""
-    each = each_row(scores(model, batch), batch)
-    trainer.mean = 0.7 * getattr(trainer, "mean", 1.0) + 0.3 * float(each.mean())
-    return (each - trainer.mean).square().mean()
-
-
-def z_loss(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    logits = scores(model, batch)
-    return (each_row(logits, batch) + 0.1 * logits.logsumexp(-1).square()).mean()
-
-
-def focal(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    each = each_row(scores(model, batch), batch)
-    return ((1 - (-each).exp()) ** 2 * each).mean()
-
-
-def distilled(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    with torch.no_grad(), model.disable_adapter():
-        taught = (scores(model, batch) * 2).softmax(-1)
-    logits = scores(model, batch)
-    apart = functional.kl_div(logits.log_softmax(-1), taught, reduction="batchmean")
-    return apart + each_row(logits, batch).mean()
-
-
-def with_features(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
-    """Features of 16 frames, of which each has its own weight."""
-    seen = (batch["features"] * torch.linspace(1, 3, batch["features"].shape[1])[None, :, None]).sum(1)[:, :CLASSES]
-    return each_row(scores(model, batch) * (1 + seen.tanh()), batch).mean()
-
-
-OWN: dict[str, Loss] = {
-    "class-weights": class_weights,
-    "sample-weights": sample_weights,
-    "over-positives": over_positives,
-    "padded-length": by_length,
-    "calls": by_calls,
-    "class-weights-later": by_step,
-    "running-baseline": over_baseline,
-}
-SUMS: dict[str, Loss] = {"z-loss": z_loss, "focal": focal, "distillation": distilled}
 
 
 # Trainers that are something else than their loss ---------------------------------------------------------------------
@@ -457,17 +322,6 @@ def replaced(ask: Ask, undo: ExitStack, where: str) -> Any:
     return found
 
 
-def own_dpo(ask: Ask) -> Any:
-    from trl import DPOTrainer
-
-    class Scaled(DPOTrainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-            return super().compute_loss(model, inputs, *rest, **options).square()
-
-    with patch("trl.DPOTrainer", Scaled):
-        return trl_of(kinds.dpo, ask)
-
-
 def trl_of(make: Any, ask: Ask, **options: Any) -> Any:
     """A Trainer of TRL, on texts some of which are long."""
     kinds.word_tokenizer()
@@ -523,10 +377,6 @@ def dynamic() -> Any:
     return llama(max_position_embeddings=32, rope_parameters=rope)
 
 
-def wet() -> Any:
-    return bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-
-
 def some_class(row: Tensors) -> int:
     """A class that no loss counts where a row is special."""
     return -100 if row["special"] else row["input_ids"][0] % CLASSES
@@ -565,7 +415,3 @@ def framed_in(build: Callable[..., Any], ask: Ask, **options: Any) -> Any:
 
 def featured(ask: Ask, collate: Any, **options: Any) -> Any:
     return trainer(ask, bert(Featured), collate, **options)
-
-
-def meets(name: str, ask: Ask) -> Any:
-    return own_loss(partial(meeting, name, ask), ask)
