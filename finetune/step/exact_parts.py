@@ -92,7 +92,8 @@ class _WithoutDropout:
         self._undo = ExitStack()
 
     def __enter__(self) -> _WithoutDropout:
-        for name, function in [*((name, self._kept) for name in self._DROPS), (_ATTENTION, self._attention)]:
+        functions: dict[str, Callable[..., torch.Tensor]] = dict.fromkeys(self._DROPS, self._kept)
+        for name, function in {**functions, _ATTENTION: self._attention}.items():
             before = getattr(functional, name)
             setattr(functional, name, partial(function, before))
             self._undo.callback(setattr, functional, name, before)
