@@ -7,13 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from .changing_runs import (
-    CHANGES,
-    SAVERS,
-    Outcome,
-    plain,
-    train,
-)
+from .changing_runs import CHANGES, SAVERS, Outcome, plain, train
 
 FAMILIES = {
     "tiled loss": ("llama", "gpt2"),
@@ -46,13 +40,18 @@ def assert_same(one: torch.Tensor, other: torch.Tensor, tolerance: float, what: 
         assert torch.equal(one, other), what
 
 
-CELLS = [(saver, family) for saver, families in FAMILIES.items() for family in families]
+TOUCHING_STATE = ("a layer trains", "a second adapter", "weights are written")
+"""What changes in runs that are gone on with from a checkpoint."""
+CASES = [
+    pytest.param(saver, families[place % len(families)], change, id=f"{saver}-{change}")
+    for saver, families in FAMILIES.items()
+    for place, change in enumerate(CHANGES)
+]
 
 
-@pytest.mark.parametrize("resumed", [False, True], ids=["fresh", "resumed"])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(("saver", "family"), CELLS)
-def test_a_run_equals_the_plain_one(saver: str, family: str, change: str, resumed: bool) -> None:
+@pytest.mark.parametrize(("saver", "family", "change"), CASES)
+def test_a_run_equals_the_plain_one(saver: str, family: str, change: str) -> None:
+    resumed = change in TOUCHING_STATE
     dtype = torch.bfloat16 if saver == "input copies" else torch.float32
     expected = plain_run(family, dtype, change)
     found = train(family, dtype, CHANGES[change], SAVERS[saver], resumed=resumed)
