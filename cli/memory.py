@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,13 @@ import tyro
 from rich.markup import escape
 
 from ..common.errors import ConfigError
-from ..cost.step_config import Quantization, StepConfig
+from ..cost.step_config import Quantization, StepConfig, check_seed
 from ..report.config import OF_CARD, MemoryConfig
 from .options import parse, peek
 from .progress import console, working
 
 if TYPE_CHECKING:
     from ..cost.forecast.outlook import Outlook
-    from ..report.run_plan import RunPlan
     from ..report.trainer_file import TrainerFile
 
 SPILLS = (
@@ -30,6 +28,12 @@ SPILLS = (
     "slower. Stay within what fits, or turn this off (CUDA - Sysmem Fallback Policy)."
 )
 """Hint if the card is in a Windows machine."""
+
+WITHOUT_CARD = (
+    "Name the card: --device 'RTX 4090' or --device-memory 24GiB. What a run takes on this machine, on its own data, "
+    "is told by `rankpilot finetune MODEL DATA --dry`, or for your own script by `rankpilot run --dry -- python "
+    "train.py`."
+)
 
 FEW_COLLECTIONS = 100_000
 """Garbage-collection threshold in objects; an answer creates many objects, but no reference cycles."""
@@ -42,48 +46,46 @@ DOES_NOT_FIT = 3
 class Memory(MemoryConfig):
     """Show the memory use of a LoRA training step, and the savings of each choice.
 
-    A few small steps of the model are enough to predict the peak of a step, by kind of bytes and by layer; the frozen
-    model itself is shown separately. Most of the peak is held for the backward pass. It depends on the rows, the tokens
-    and the depth of the lowest adapter, and hardly on the rank. The command therefore compares other ranks, fewer
-    layers, smaller batches and gradient checkpointing, without running them (--details). It trains nothing, and writes
-    memory.json and memory.png only to a folder given by --output.
+    The model's configuration is enough: no weights are downloaded, and nothing is trained. The answer is for the run as
+    requested: its rank, rows and length, with adapters on all layers. Exact savers, checkpointing and streaming, which
+    `attach` adds at the same losses, count as requested; fewer layers, rows or ranks come second (--details). The exit
+    status is 3 if the run as requested does not fit.
 
-    With --device or --device-memory the model's configuration is enough: no weights are downloaded. The answer is for
-    the run as requested: its rank, rows and length, with adapters on all layers. Exact savers, checkpointing and
-    streaming, which `attach` adds at the same losses, count as requested; fewer layers, rows or ranks come second. The
-    exit status is 3 if the run as requested does not fit.
+    What a run takes on this machine, with its own data, is told by `rankpilot finetune MODEL DATA --dry`, or for any
+    script by `rankpilot run --dry -- COMMAND`.
 
     Attributes:
         lengths: DATASET:COLUMN with texts to tokenize, or a file with the number of tokens of each row, whole numbers:
             also show the cost of steps on such rows in parts, compared with padded ones (docs/parts.md), and the
             longest row that fits. Rows longer than --max-length are truncated.
+        seed: seed of the order in which steps draw the rows of --lengths.
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and the memory breakdown.
         json: print all figures as JSON, and nothing else.
-        config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified, or with a key `rankpilot` for the
-            options of `rankpilot.attach`, whose plan is then told too. Options on the command line, and MODEL, override
-            it.
+        config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified. Options on the command line, and MODEL,
+            override it.
         trainer: with --config, the kind of training, for a file that fits several: sft, dpo, kto, reward, grpo or rloo.
-            Else settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true.
-        python: print the LoraConfig and the training arguments of the best choice; for a card.
+        python: print the LoraConfig and the training arguments of the best choice.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
     lengths: str | None = None
+    seed: int = 0
     output: Path | None = None
     details: bool = False
     json: bool = False
     config: str | None = None
+    trainer: str | None = None
     python: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.json and self.python:
             raise ConfigError("--json and --python cannot be combined; pass one of them.")
-        if self.card and self.trainer and not self.config:
-            raise ConfigError("--trainer requires --config, or MODEL and DATA without a card.")
+        if self.trainer and not self.config:
+            raise ConfigError("--trainer requires --config.")
+        check_seed(self.seed)
         if self.lengths is not None and self.image:
             raise ConfigError("--lengths are those of rows of texts: drop --image or --lengths.")
 
@@ -91,13 +93,13 @@ class Memory(MemoryConfig):
 def main(arguments: Sequence[str]) -> int:
     """Show the memory use, and write the picture; return the exit status."""
     gc.set_threshold(FEW_COLLECTIONS)
+    asks = {"-h", "--help"} & {*arguments}
+    if not asks and not any(peek(arguments, each) is not None for each in ("--device", "--device-memory")):
+        raise ConfigError(WITHOUT_CARD)
     path = peek(arguments, "--config")
     file = None if path is None else _trainer_file(path, arguments)
-    default = _defaults(file, arguments)
+    default = _defaults(file)
     options = parse(Memory, arguments, default, "rankpilot memory")
-    if (options.python or file) and not options.card:
-        which = "--config" if file else "--python"
-        raise ConfigError(f"{which} requires --device or --device-memory.")
     from ..data.assets import check_model
 
     check_model(options.model, options.card)
@@ -112,17 +114,16 @@ def main(arguments: Sequence[str]) -> int:
         from ..report import lengths as of_lengths
 
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
-    with working(f"pricing the training step of {options.model}") if options.card else nullcontext():
-        outlook = _asking(options, options.card, file)() if options.card else _here(options)
+    with working(f"pricing the training step of {options.model}"):
+        outlook = _asking(options, options.card, file)()
         found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
-        run = _run(outlook, file)
         told = not (options.json or (options.python and (outlook.as_asked or outlook.instead)))
         opening = report.headline(outlook) + report.subject(outlook, options, file.training if file else "")
-        verdict = (_verdict(outlook, run), doubts_text(outlook)) if told else ()
+        verdict = (report.verdict_text(outlook), doubts_text(outlook)) if told else ()
     if told:  # the requested answer first, then parts that take seconds more
         console.print(f"[bold]{escape(opening)}[/]", highlight=False)
         console.print("\n".join(filter(None, verdict)), markup=False, highlight=False)
-        if options.details or options.budget:
+        if options.details:
             console.print(*report.tables(outlook), sep="\n")
         if len(outlook.step.saved) > 1:
             console.print(report.saver_table(outlook.step.saved))
@@ -135,7 +136,6 @@ def main(arguments: Sequence[str]) -> int:
         figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
         told_of = ("program", "kind", "unread", "unpriced")
         figures |= {name: getattr(file, name) for name in told_of} if file else {}
-        figures |= {"run": run.figures()} if run else {}
         console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:
@@ -144,10 +144,10 @@ def main(arguments: Sequence[str]) -> int:
             console.print(SPILLS, markup=False)
         for note in _notes(options, file, outlook):
             console.print(note, markup=False, highlight=False)
-    written = report.write_memory_report(outlook, options, options.output, found, run) if options.output else ""
+    written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
-    return 0 if (run.fits if run else not options.card or report.fits(outlook)) else DOES_NOT_FIT
+    return 0 if report.fits(outlook) else DOES_NOT_FIT
 
 
 def _notes(options: Memory, file: TrainerFile | None, outlook: Outlook) -> Iterator[str]:
@@ -157,24 +157,8 @@ def _notes(options: Memory, file: TrainerFile | None, outlook: Outlook) -> Itera
     yield from file.remarks(str(options.config)) if file else ()
     yield from report.notes(outlook) if options.details else ()
     yield from report.remarks(outlook)
-    if options.details and options.card and outlook.step.model.pixels:
+    if options.details and outlook.step.model.pixels:
         yield report.max_pixels_text(outlook, _asking(options, options.card, file))
-
-
-def _verdict(outlook: Outlook, run: RunPlan | None) -> str:
-    """Return the result, after that of a run under rankpilot if there is one."""
-    from ..report.memory import verdict_text
-
-    return f"{run.text()}\nWithout rankpilot: {verdict_text(outlook)}" if run else verdict_text(outlook)
-
-
-def _run(outlook: Outlook, file: TrainerFile | None) -> RunPlan | None:
-    """Return the first plan of a run with the options in a file; None without them."""
-    if not (file and file.run):
-        return None
-    from ..report.run_plan import plan_of_run
-
-    return plan_of_run(outlook, file.run, sums=file.sums)
 
 
 def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
@@ -196,21 +180,12 @@ def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
     return file
 
 
-def _here(options: Memory) -> Outlook:
-    """Outlook of the model on this machine."""
-    from ..report.here import memory_here
-
-    return memory_here(options, lambda text: None if options.json else console.print(f"[dim]{escape(text)} ...[/]"))
-
-
-def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
+def _defaults(file: TrainerFile | None) -> Memory:
     """Defaults of the command line: a file's settings, else the usual defaults."""
     if file is None:
         return Memory(model=tyro.MISSING)
     settings = {"model": tyro.MISSING}
     settings |= {name: value for name, value in file.settings.items() if name not in _FURTHER}
-    if not any(peek(arguments, each) for each in ("--device", "--device-memory")):
-        raise ConfigError("--config requires --device or --device-memory.")
     default = object.__new__(Memory)  # not checked before command-line options are applied
     for each in fields(Memory):
         object.__setattr__(default, each.name, settings.get(each.name, each.default))

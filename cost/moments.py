@@ -145,18 +145,6 @@ class Peaks:
     evaluation: float
     between: float
 
-    @classmethod
-    def of(cls, memory: MemoryModel, ranks: IntArray, step_bytes: float, evaluation: Evaluation | None) -> Peaks:
-        """Return the peaks by the byte model under a plan, int64 (modules,), where no allocator is replayed.
-
-        Raises:
-            UnsupportedError: see `MemoryModel.sizes`.
-        """
-        evaluated = evaluation.bytes(memory, ranks) if evaluation else 0.0
-        return cls(
-            min(first_step_bytes(memory, ranks), step_bytes), step_bytes, evaluated, between_steps(memory, ranks)
-        )
-
 
 @dataclass(frozen=True)
 class Files:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.checks import is_count
-from ..common.errors import ConfigError, RankPilotError, UnknownNameError, shown
+from ..common.errors import ConfigError, UnknownNameError, shown
 from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
@@ -227,65 +227,6 @@ class PilotOptions(PlanOptions):
             return replace(options, **changes)
         alone: dict[str, Any] = {} if options is None else {"budget": options}
         return cls(**alone | dict(changes))
-
-
-KEY = "rankpilot"
-"""Key of rankpilot's own options in the YAML file of another program."""
-
-
-@dataclass(frozen=True)
-class OptionsInFile:
-    """The options of a run in another program's file, under `KEY`.
-
-    Attributes:
-        policy: the policy; None to keep the LoRA as configured.
-        options: all others.
-    """
-
-    policy: str | None
-    options: PilotOptions
-
-    @property
-    def keeps_ranks(self) -> bool:
-        """True if the LoRA stays as configured, if it fits."""
-        return self.policy is None and not self.options.asks_for_ranks
-
-    @classmethod
-    def of(cls, given: object, path: str) -> OptionsInFile:
-        """Read the value of the key: a mapping of options by name, or a budget alone.
-
-        Args:
-            given: the value. YAML reads "on" and "off" as switches, and a pair as a list.
-            path: the file, for errors.
-
-        Raises:
-            ConfigError: an option is unknown or invalid.
-        """
-        values = dict(given) if isinstance(given, Mapping) else {"budget": given}
-        for name, words in _SWITCHES_IN_YAML.items():
-            if isinstance(value := values.get(name), bool):
-                values[name] = words[value]
-        if isinstance(bounds := values.get("bounds"), Mapping):
-            values["bounds"] = {name: tuple(each) if isinstance(each, list) else each for name, each in bounds.items()}
-        policy = values.pop("policy", None)
-        try:
-            if isinstance(rates := values.get("learning_rate"), list):
-                values["learning_rate"] = list(map(float, rates))  # YAML reads 1e-4 as text
-            if policy is not None and not (isinstance(policy, str) and policy):
-                raise ConfigError(f"policy must be a name or a path; got {shown(policy)}.")
-            if not all(isinstance(name, str) for name in values):
-                raise ConfigError(f"the names of options must be strings; got {shown(values)}.")
-            if not isinstance(values.get("budget", ""), str | int | float) or isinstance(values.get("budget"), bool):
-                raise ConfigError(f"budget must be a text or a number; got {shown(values['budget'])}.")
-            if values.get("schedule") is not None:
-                raise ConfigError("schedule is an object of Python, so no file can contain it.")
-            return cls(policy, PilotOptions.of(None, values))
-        except (RankPilotError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: {KEY}: {error}") from error
-
-
-_SWITCHES_IN_YAML = {"parts": ("off", "on"), "stream": ("off", True)}
-"""Options with words that YAML reads as switches, and these words."""
 
 
 MOST_LANES = 7

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from ..common.errors import ConfigError, shown
-from ..cost.budget import Budget
 from ..cost.forecast.configured_step import Sharding
-from ..cost.step_config import ExpertBits, StepConfig, check_dropout, check_seed
-from ..data.task import Task
-
-MOST_LABELS = 1_000_000
-"""Maximum number of classes."""
+from ..cost.step_config import ExpertBits, StepConfig, check_dropout
 
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
@@ -23,31 +18,14 @@ OF_CARD = (
 )  # fmt: skip
 """Settings of the card rather than the step, as arguments of `memory_of`."""
 
-_OF_DATA = ("labels", "text_column", "label_column", "seed")
-"""Settings ignored for a card, which assumes full rows and the model's own head."""
-
 
 @dataclass(frozen=True)
 class MemoryConfig(StepConfig):
-    """The training step of `rankpilot memory`: a model with an adapter, on a batch.
+    """The training step of `rankpilot memory`: a model with an adapter, on a batch, on a card.
 
     Attributes:
         model: a packaged model (listed by rankpilot assets), a Hugging Face id or a local folder.
-        data: a packaged data set, a Hugging Face id, a local file or folder; its longest rows form the batch. Without
-            data, the batch holds random token ids, and all rows have the full length.
         rank: rank of the adapter on every target module.
-        task: classification, regression, token-classification, seq2seq or causal-lm; by default inferred from the
-            columns of the data, or else from the model's architecture.
-        labels: number of classes or tags, for a classification without data.
-        budget: also show the plans of the rules within this budget, and the choices that fit: "24GiB" for the whole
-            device, "6GiB step", "80%" of plain LoRA (rank 8 on all modules), "300k params" or "auto" (90 % of the free
-            memory on the device).
-        measure: also run real steps, and show measured bytes next to predicted ones.
-        text_column: name of the column with the text, or with the tokens.
-        label_column: name of the column with the class, the number, the tags or the target text.
-        seed: seed of random token ids and fresh adapters.
-        trainer: further settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true
-            assistant_only_loss=true label_smoothing_factor=0.1.
         device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Downloads
             nothing but a configuration unknown to rankpilot. MODEL is then a short name ("qwen3-8b"), a Hugging Face
             id, a folder or a config.json.
@@ -82,20 +60,10 @@ class MemoryConfig(StepConfig):
 
     Raises:
         ConfigError: a value is out of range, or options contradict each other.
-        BudgetError: the budget cannot be read.
     """
 
     model: str
-    data: str | None = None
     rank: int = 8
-    task: Task | None = None
-    labels: int = 2
-    budget: str | None = None
-    measure: bool = False
-    text_column: str = "text"
-    label_column: str = "label"
-    seed: int = 0
-    trainer: tuple[str, ...] = ()
     device: str | None = None
     device_memory: str | None = None
     gpus: int = 1
@@ -118,37 +86,19 @@ class MemoryConfig(StepConfig):
     os: Literal["linux", "windows"] = "linux"
 
     @property
-    def card(self) -> str | None:
-        """The card in question; None to examine the model on its own device."""
-        return self.device or self.device_memory
+    def card(self) -> str:
+        """The card in question."""
+        return self.device or self.device_memory or ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget is not None:
-            Budget.parse(self.budget)
-        check_dropout(self.lora_dropout)
-        if self.experts != "transformers" and self.quantization == "none":
-            raise ConfigError(f"experts={self.experts!r} requires a quantised model: add --quantization.")
-        if self.rank < 1 or not 2 <= self.labels <= MOST_LABELS:
-            given = f"got {shown(self.rank)} and {shown(self.labels)}"
-            raise ConfigError(f"rank must be at least 1 and labels between 2 and {MOST_LABELS:,}; {given}.")
-        check_seed(self.seed)
-        self._check_card()
-
-    def _changed(self, *names: str) -> list[str]:
-        """Return those of some settings that differ from their defaults."""
-        defaults = {each.name: each.default for each in fields(self)}
-        return [name for name in names if getattr(self, name) != defaults[name]]
-
-    def _check_card(self) -> None:
         if "" in (self.device, self.device_memory):
             raise ConfigError("device must be a card ('RTX 4090') and device_memory a size ('24GiB'); got ''.")
         if self.device and self.device_memory:
             both = f"device ({shown(self.device)}) or device_memory ({shown(self.device_memory)})"
             raise ConfigError(f"Pass either {both}, not both.")
-        if not self.card:
-            if given := self._changed(*OF_CARD, "os"):
-                raise ConfigError(f"{given[0]} requires --device or --device-memory.")
-        elif wrong := self._changed("data", "task", "budget", "measure", *_OF_DATA):
-            card = "--device or --device-memory, which assume full rows of --max-length tokens"
-            raise ConfigError(f"{', '.join(wrong)} cannot be combined with {card}.")
+        check_dropout(self.lora_dropout)
+        if self.experts != "transformers" and self.quantization == "none":
+            raise ConfigError(f"experts={self.experts!r} requires a quantised model: add --quantization.")
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1; got {shown(self.rank)}.")

@@ -36,8 +36,8 @@ class Doubt:
 
 
 def doubts(outlook: Outlook) -> list[Doubt]:
-    """Return the assumptions of an answer; none for a loaded model, whose own steps are recorded."""
-    return list(_doubts(outlook)) if outlook.card else []
+    """Return the assumptions of an answer."""
+    return list(_doubts(outlook))
 
 
 def doubts_text(outlook: Outlook) -> str:

@@ -145,7 +145,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
     """Predict steps on rows with these lengths, drawn in a seeded order.
 
     Args:
-        outlook: outlook of the step, on a card, with a budget of bytes, or without a limit.
+        outlook: outlook of the step.
         lengths: tokens of each row of the data set, int64 (rows,), at least one.
         seed: seed of the order.
 
@@ -160,7 +160,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
         )
     order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
     batches = order[: len(order) // rows * rows][: MOST_STEPS * rows].reshape(-1, rows)
-    limit = room_for_tensors(outlook) if outlook.card else outlook.limit_bytes or np.inf
+    limit = room_for_tensors(outlook)
     bytes_of = PlanBytes(memory, ranks, whole, chooses=bool(memory.segments), each=1)
     seconds = _seconds(outlook, len(bytes_of.layers))
     return _drawn(batches, limit, bytes_of, seconds, len(fewest_checkpointed(memory, ranks, limit, whole)))
@@ -168,14 +168,6 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
 
 def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
     operators, model = int(outlook.memory.recording.created.max()), outlook.step.model
-    if not outlook.card:
-        import torch  # the step ran here
-
-        from ..cost.record.measured_time import rates_of
-
-        device = torch.device(outlook.facts["device"])
-        rates, overlaps = rates_of(device, getattr(torch, model.precision)), device.type == "cuda"
-        return PartSeconds.of_sizes(model.products, operators, layers, rates, overlaps=overlaps)
     published = outlook.card.rates or device_table()[USUAL_CARD].rates
     assert published is not None, "cards of the table have rates"
     rates = card_rates(published, outlook.dtype)
@@ -236,7 +228,7 @@ def lengths_text(found: StepsOfLengths) -> str:
     padding = f"Splitting into parts avoids {found.padding_saved:.0%} of the padding."
     some = f"Rows of up to {found.fits:,} tokens fit on their own"
     fits = "Every row fits on its own" if found.fits == found.longest else some
-    told = f"{padding} {fits}." if found.limit < np.inf else padding
+    told = f"{padding} {fits}."
     if found.filling_tokens <= 1:
         return told
     launches = f"Below {found.filling_tokens:,} tokens kernel launches dominate (data-sheet rates)"
@@ -253,16 +245,15 @@ def lengths_picture(found: StepsOfLengths) -> Figure:
     unit, size = byte_unit(float(found.rectangle_bytes.max()))
     axes.plot(found.rectangle_bytes[order] / size, color=drawing.COLORS[1], label="padded rectangle")
     axes.plot(found.parts_bytes[order] / size, ".", color=drawing.COLORS[0], label="in parts", markersize=3)
-    if found.limit < np.inf:
-        axes.axhline(found.limit / size, color=drawing.BUDGET_RED, label="available")
+    axes.axhline(found.limit / size, color=drawing.BUDGET_RED, label="available")
     axes.set(xlabel="steps, sorted by longest row", ylabel=f"peak, {unit}", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return figure
 
 
 def lengths_figures(found: StepsOfLengths) -> dict[str, Any]:
-    """Return all figures as JSON values; an infinite limit is null."""
-    values = asdict(found) | {"limit": None if np.isinf(found.limit) else found.limit}
+    """Return all figures as JSON values."""
+    values = asdict(found)
     values["rectangle_bytes"] = found.rectangle_bytes.tolist()
     values["parts_bytes"] = [None if np.isnan(peak) else peak for peak in found.parts_bytes.tolist()]
     return dict(json.loads(json.dumps(values)))

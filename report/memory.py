@@ -28,38 +28,30 @@ from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .config import MemoryConfig
 from .doubts import doubts, of_loading
 from .moments import highest_moment, moments_of, moments_table, too_large_evaluation, uncounted_moments
-from .picture import HELD_FOR_BACKWARD, KINDS_SHOWN, memory_picture
+from .picture import KINDS_SHOWN, memory_picture
 from .rollouts import engine_figures, rollouts_text
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
-    from .run_plan import RunPlan
-
-HELD_BACK = 0.05, 8 * 2**20
-"""Resident memory beyond the peak deserves a note above this share of it and these bytes."""
 
 
 def fits(outlook: Outlook) -> bool:
-    """Return True if the run as requested fits its card or budget, if need be with a streamed base."""
-    if outlook.card is None:
-        return outlook.choices[0].verdict != "does not fit"
+    """Return True if the run as requested fits its card, if need be with a streamed base."""
     if too_large_evaluation(outlook):
         return False
     return bool(outlook.as_asked or brought_by_streaming(outlook))
 
 
 def headline(outlook: Outlook) -> str:
-    """Return a line with the verdict on the run as requested, its bytes and settings; empty without a card."""
+    """Return a line with the verdict on the run as requested, its bytes and settings."""
     card, asked, streamed = outlook.card, outlook.as_asked, brought_by_streaming(outlook)
-    if card is None:
-        return ""
     if asked and not too_large_evaluation(outlook):
         word = str(asked.verdict).capitalize()
     elif streamed:
         asked, word = streamed.as_asked, f"Fits with {plural(streamed.streamed, 'layer')} streamed"
     else:
         asked, word = None, "Does not fit"
-    total = asked.use.total_bytes if asked and asked.use else least_use(outlook)
+    total = asked.use.total_bytes if asked else least_use(outlook)
     shape, how = outlook.memory.shape, outlook.settings.quantization
     unit, size = byte_unit(card.memory_bytes)
     run = [f"{shape.rows} x {shape.length:,} tokens", f"rank {outlook.rank}", *([how] if how != "none" else [])]
@@ -71,20 +63,19 @@ def subject(outlook: Outlook, config: MemoryConfig, kind: str = "") -> str:
     """Return the subject in one line; `kind` is the kind of training in a trainer's file."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
     billions = step.model.parameters / 1e9
-    where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
+    where, shards = outlook.card.name, outlook.shards
     if shards.gpus > 1:
         where = f"{shards.gpus} x {where} under {shards.sharding}, all figures per GPU"
-    named = any(setting.startswith("optim=") for setting in config.trainer)
     parts = [
-        f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
+        Path(config.model).name,
         *([kind] if kind else []),
         f"{f'{billions:.3g}B' if billions >= 1 else f'{1e3 * billions:.3g}M'} parameters on {where}",
         f"{shape.rows} x {shape.length} tokens",
         f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers{_absent_text(outlook)}",
-        *([] if named else [settings.optimizer]),
+        settings.optimizer,
         *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
         *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
-        *(["loaded in fp32"] if outlook.card and outlook.dtype == "fp32" else []),
+        *(["loaded in fp32"] if outlook.dtype == "fp32" else []),
         *(["gradients accumulated"] if settings.accumulation > 1 else []),
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
@@ -93,7 +84,6 @@ def subject(outlook: Outlook, config: MemoryConfig, kind: str = "") -> str:
         *([f"{plural(outlook.streamed, 'layer')} streamed"] if outlook.streamed else []),
         *([_LOSSES[step.loaded.loss]] if step.loaded.loss in _LOSSES else []),
         *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
-        *([] if outlook.card else config.trainer),
     ]
     return ", ".join(parts)
 
@@ -147,7 +137,7 @@ def _offload_text(outlook: Outlook) -> str:
 
 
 def verdict_text(outlook: Outlook) -> str:
-    """Return the result in a few sentences: on a card whether it fits, else the bytes by kind."""
+    """Return the result in a few sentences."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
     other = "--no-prepare-kbit takes less, as TRL's SFTTrainer does" if prepares else "--prepare-kbit takes more"
     prepared = "" if how == "none" else f" The {how} model is trained {_prepared(prepares)} ({other})."
@@ -155,8 +145,7 @@ def verdict_text(outlook: Outlook) -> str:
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison, plain LoRA at rank"
     told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} per step{both}."
-    found = _finding(outlook) if outlook.card is None else _fit(outlook)
-    found = too_large_evaluation(outlook) or found + highest_moment(outlook)
+    found = too_large_evaluation(outlook) or _fit(outlook) + highest_moment(outlook)
     if engine := rollouts_text(outlook):
         if outlook.engine_lacks > 0:
             return f"Does not fit: vLLM would not start. {engine}{told}{prepared}"
@@ -167,7 +156,6 @@ def verdict_text(outlook: Outlook) -> str:
 def _fit(outlook: Outlook) -> str:
     """Describe whether the run as requested fits the card, and what fits instead."""
     asked, instead, card = outlook.as_asked, outlook.instead, outlook.card
-    assert card is not None, "there is no card"
     if asked is None:
         smallest = choice_text(outlook, outlook.main)
         takes = f"{format_bytes(least_use(outlook), up=True)} of {format_bytes(card.memory_bytes)}"
@@ -177,11 +165,10 @@ def _fit(outlook: Outlook) -> str:
             advice = "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or use a smaller batch."
             return f"Does not fit: {smallest} fits only without fragmentation. {advice}"
         told = f"Does not fit: {smallest} takes {takes}."
-        if instead and instead.use:
+        if instead:
             spare = format_bytes(instead.use.spare_bytes)
             told += f" What fits: {choice_text(outlook, instead)}, with {spare} to spare."
         return f"{told}{_largest_text(outlook)}"
-    assert asked.use is not None, "choices of a card have a use of it"
     spare, needed = format_bytes(asked.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if asked.verdict == "may not fit":
         told = f"May not fit: {choice_text(outlook, asked)} leaves {spare} free, and runs of this kind took up to"
@@ -192,22 +179,10 @@ def _fit(outlook: Outlook) -> str:
 def _streamed_text(outlook: Outlook) -> str:
     """Describe the request with a streamed base, which fits."""
     choice, layers = outlook.fitting(outlook.blocks, outlook.rank), plural(outlook.streamed, "layer")
-    assert choice.use is not None, "there is a card"
     there = f"(stream={outlook.streamed}; {format_bytes(outlook.streamed * outlook.base.layer_bytes)} there)"
     time = "" if choice.time is None else f", at {choice.time:.2f}x plain LoRA's step time"
     with_layers = f"with the frozen weights of {layers} streamed from main memory {there}"
     return f"Fits {with_layers}: {choice_text(outlook, choice)}, {format_bytes(choice.use.spare_bytes)} to spare{time}."
-
-
-def _finding(outlook: Outlook) -> str:
-    asked, *others = outlook.choices
-    breakdown, reference = outlook.breakdown(asked), outlook.reference_bytes
-    saved = sum(breakdown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
-    least = min(others, key=lambda choice: choice.step_bytes)
-    thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
-    told = f"{saved / breakdown.total:.0%} of the peak is kept for the backward pass. Compared with rank 8 as requested"
-    smallest = f"the smallest choice, {choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%}"
-    return f"{told}, rank 1 takes {thin.step_bytes / reference:.0%} of the memory; {smallest}."
 
 
 def _largest_text(outlook: Outlook) -> str:
@@ -235,8 +210,6 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
 
 def choice_text(outlook: Outlook, choice: Choice) -> str:
     """Describe a choice in words."""
-    if choice.label:
-        return choice.label
     where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
     how = _checkpointed_text(outlook, len(choice.checkpointed), _activations(outlook))
     return f"{where} at rank {choice.rank} with {how}"
@@ -255,9 +228,8 @@ def _checkpointed_text(outlook: Outlook, count: int, activations: bool) -> str:
 
 
 def row_label(outlook: Outlook, choice: Choice) -> str:
-    """Return the layers with adapters under a choice, or its label."""
-    where = choice.label or ("all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers")
-    return f"{where}, as requested" if choice.kind == "asked" else where
+    """Return the layers with adapters under a choice."""
+    return "all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers"
 
 
 _SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
@@ -265,26 +237,22 @@ _SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
 
 
 def choice_table(outlook: Outlook) -> Table:
-    """Tabulate all choices: bytes of a step, share of the card or of rank 8 on all modules; fit and time, if known."""
-    first, card = outlook.choices[0], outlook.card is not None
-    unit, size = byte_unit(outlook.limit_bytes or outlook.reference_bytes)
-    columns = ["adapters", "rank", "checkpointed", "step", *(["on card", "spare"] if card else ["of rank 8"])]
-    columns += [*(["fits"] if first.verdict else []), *(["time"] if first.time is not None else [])]
-    budget = f"; budget {outlook.limit_bytes / size:.2f}" if outlook.limit_bytes and not card else ""
-    table = make_table(f"Memory of each choice, in {unit}{budget}", columns)
-    previous = first
+    """Tabulate all choices: bytes of a step, those on the card, fit, and time, if known."""
+    previous = outlook.choices[0]
+    unit, size = byte_unit(outlook.card.memory_bytes)
+    columns = ["adapters", "rank", "checkpointed", "step", "on card", "spare", "fits"]
+    table = make_table(f"Memory of each choice, in {unit}", columns + ["time"] * (previous.time is not None))
     for choice in outlook.choices:
         if choice.kind != previous.kind or (choice.kind == "depth" and choice.layers != previous.layers):
             table.add_section()
-        previous, use = choice, choice.use
-        taken = [use.total_bytes / size, use.spare_bytes / size] if use else []
+        previous = choice
+        figures = [size_of / size for size_of in (choice.step_bytes, choice.use.total_bytes, choice.use.spare_bytes)]
         table.add_row(
             row_label(outlook, choice),
-            "mixed" if choice.kind == "rule" and len(set(choice.ranks[choice.ranks > 0])) > 1 else str(choice.rank),
+            str(choice.rank),
             f"{len(choice.checkpointed)} of {len(outlook.checkpointable)}",
-            *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
-            *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
-            *([_SHORT[choice.verdict]] if choice.verdict else []),
+            *(f"{count:.2f}".replace("-", "−") for count in figures),
+            _SHORT[choice.verdict],
             *([f"{choice.time:.2f}"] if choice.time is not None else []),
         )
     return table
@@ -341,24 +309,20 @@ def notes(outlook: Outlook) -> Iterator[str]:
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
     yield f"The peak with {choice_text(outlook, outlook.main)} is {peak}: {'; '.join(parts)}."
     frozen = format_bytes(outlook.step.model.frozen_bytes)
-    if outlook.card is None:
-        counts = "it counts toward a total budget, but not toward a 'step' budget"
-        yield f"The frozen model ({frozen}) comes on top: {counts}."
-    else:
-        taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
-        rest = f"CUDA's context and workspaces ({taken}), the step, and the allocator's reserve"
-        free = f"less than {outlook.slack:.0%} of the card free, which is within the prediction error"
-        told = f"Counted on the card: the frozen model ({frozen}), {rest}."
-        yield f"{told} Choices that may not fit leave {free}, or fit only without that reserve."
-        if (model := outlook.step.model).fused:
-            routed = "The memory of a step does not depend on how tokens are routed."
-            yield f"{model.fused / model.parameters:.0%} of the weights are fused experts. {routed}"
-        seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
-        if outlook.card.rates:
-            seconds = f", about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
-            seconds += "if the card is as efficient as an A100 or an L40S in published runs."
-        plain = "plain LoRA (rank 8 on all modules, no checkpointing)"
-        yield f"Time: relative to {plain}, estimated from operation counts{seconds}"
+    taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
+    rest = f"CUDA's context and workspaces ({taken}), the step, and the allocator's reserve"
+    free = f"less than {outlook.slack:.0%} of the card free, which is within the prediction error"
+    told = f"Counted on the card: the frozen model ({frozen}), {rest}."
+    yield f"{told} Choices that may not fit leave {free}, or fit only without that reserve."
+    if (model := outlook.step.model).fused:
+        routed = "The memory of a step does not depend on how tokens are routed."
+        yield f"{model.fused / model.parameters:.0%} of the weights are fused experts. {routed}"
+    seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
+    if outlook.card.rates:
+        seconds = f", about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
+        seconds += "if the card is as efficient as an A100 or an L40S in published runs."
+    plain = "plain LoRA (rank 8 on all modules, no checkpointing)"
+    yield f"Time: relative to {plain}, estimated from operation counts{seconds}"
     if _activations(outlook):
         uses = "all choices use selective checkpointing, as a run would (gradient_checkpointing='auto')"
         slower = "the same losses, a few percent slower"
@@ -366,14 +330,11 @@ def notes(outlook: Outlook) -> Iterator[str]:
 
 
 def remarks(outlook: Outlook) -> Iterator[str]:
-    """Yield the measurements of a real step, and omissions from the report."""
-    if outlook.card and not outlook.checkpointable:
+    """Yield other ways to load the model, and what is not counted as asked."""
+    if not outlook.checkpointable:
         yield f"{outlook.step.model.kind} does not support gradient checkpointing."
-    if outlook.card:
-        yield from of_loading(outlook)
+    yield from of_loading(outlook)
     yield from uncounted_moments(outlook)
-    yield from _measured(outlook)
-    yield from outlook.notes
 
 
 def max_pixels_text(outlook: Outlook, ask: Callable[..., Outlook]) -> str:
@@ -389,27 +350,6 @@ def _moment_text(label: str) -> str:
     phase, colon, place = label.partition(": ")
     place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
     return f"{phase}: {place or 'loss'}" if colon else phase
-
-
-def _measured(outlook: Outlook) -> Iterator[str]:
-    """Compare a real step with the prediction; yields nothing without one."""
-    if (measured := outlook.measured) is None:
-        return
-    predicted = outlook.choices[0].step_bytes
-    tensors = "in live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
-    parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
-    if measured.resident_bytes is not None:
-        rise = f"{format_bytes(measured.resident_bytes)}, {measured.resident_bytes / predicted:.1%} of predicted"
-        parts.append(f"resident memory rose by {rise}")
-    if measured.process_bytes is not None:
-        parts.append(f"the process peaked at {format_bytes(measured.process_bytes)}")
-    if measured.reserved_bytes is not None:
-        parts.append(f"the allocator reserved {format_bytes(measured.reserved_bytes)}, including the model")
-    yield f"Measured step: {'; '.join(parts)}."
-    share, count = HELD_BACK
-    if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
-        blocks = "With MALLOC_MMAP_THRESHOLD_=65536 in the environment, it returns large blocks immediately."
-        yield f"The process used more than its tensors because the C library keeps freed memory. {blocks}"
 
 
 def configuration_text(outlook: Outlook) -> str:
@@ -453,7 +393,7 @@ def configuration_text(outlook: Outlook) -> str:
     if activations or 0 < len(best.checkpointed) < len(outlook.checkpointable):
         again = [ACTIVATIONS] if activations else []
         again += [f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []
-        room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
+        room = best.step_bytes + best.use.spare_bytes
         budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
         lines.append(f"# With {' and '.join(again)}, which attach(trainer) enables under budget='{budget}MiB step'")
     return "\n".join(lines)
@@ -481,14 +421,12 @@ removing one increments it.
 def figures(outlook: Outlook) -> dict[str, Any]:
     """Return all figures as JSON values."""
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
-    of_card: dict[str, Any] = {"card": card.name, **asdict(outlook.shards)} if card else {}
-    if card:
-        of_card |= {name: getattr(card, name) for name in ("memory_bytes", "context_bytes", "workspace_bytes")}
     rows = zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
     return {
         "schema": SCHEMA,
-        **outlook.facts,
-        **of_card,
+        "card": card.name,
+        **asdict(outlook.shards),
+        **{name: getattr(card, name) for name in ("memory_bytes", "context_bytes", "workspace_bytes")},
         "libraries": dict(outlook.step.libraries),
         "parameters": outlook.step.model.parameters,
         "frozen_bytes": outlook.step.model.frozen_bytes,
@@ -505,7 +443,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "reference_bytes": outlook.reference_bytes,
         "checkpointed_bytes": checkpointed_bytes(outlook),
         "exact_savers": [asdict(each) for each in outlook.step.saved],
-        "limit_bytes": outlook.limit_bytes,
+        "limit_bytes": card.memory_bytes,
         "moment": breakdown.label,
         "margin_bytes": breakdown.margin,
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
@@ -514,9 +452,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "engine": engine_figures(outlook),
         "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
         "grid": [cell.pop("shape") | cell for cell in map(asdict, outlook.grid)],
-        "measured": asdict(outlook.measured) if outlook.measured else None,
         "doubts": [asdict(each) for each in doubts(outlook)],
-        "notes": outlook.notes,
     }
 
 
@@ -530,8 +466,8 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
         "checkpointed": len(choice.checkpointed),
         "step_bytes": choice.step_bytes,
         "share": choice.step_bytes / outlook.reference_bytes,
-        "total_bytes": choice.use and choice.use.total_bytes,
-        "spare_bytes": choice.use and choice.use.spare_bytes,
+        "total_bytes": choice.use.total_bytes,
+        "spare_bytes": choice.use.spare_bytes,
         "verdict": choice.verdict,
         "time": choice.time,
         "ranks": {target.name: rank for target, rank in zip(outlook.step.targets, choice.ranks.tolist(), strict=True)},
@@ -543,13 +479,12 @@ def write_memory_report(
     config: MemoryConfig,
     folder: Path,
     lengths: StepsOfLengths | None = None,
-    run: RunPlan | None = None,
 ) -> str:
     """Write memory.json and, with matplotlib, memory.png and the picture of lengths; returns a line about them.
 
     Existing files are replaced.
     """
-    told = figures(outlook) | ({"run": run.figures()} if run else {})
+    told = figures(outlook)
     if lengths:
         from .lengths import lengths_figures, lengths_picture
 
@@ -570,5 +505,5 @@ def picture_labels(outlook: Outlook) -> list[str]:
     labels = []
     for choice in outlook.choices:
         checkpointed = f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed else ""
-        labels.append(row_label(outlook, choice) + ("" if choice.label else f", rank {choice.rank}{checkpointed}"))
+        labels.append(f"{row_label(outlook, choice)}, rank {choice.rank}{checkpointed}")
     return labels

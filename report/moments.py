@@ -9,7 +9,7 @@ from rich.table import Table
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.forecast.outlook import Choice, Outlook
 from ..cost.forecast.what_else import with_smaller_evaluation
-from ..cost.moments import Evaluation, Files, Moment, Peaks, moments_of_run
+from ..cost.moments import Evaluation, Files, Moment, moments_of_run
 from ..cost.rollouts import cache_bytes_of
 
 _SHOWN = {
@@ -27,8 +27,7 @@ _SHOWN = {
 
 def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
     """Return the peaks of a run under a choice, in the order in which they come."""
-    shards, card, room, use, given = outlook.shards, outlook.card, outlook.room, choice.use, outlook.given
-    ranks, evaluation = choice.ranks, outlook.evaluation(choice.shape)
+    shards, given, ranks = outlook.shards, outlook.given, choice.ranks
     files = Files.of(
         given.memory,
         ranks,
@@ -41,11 +40,11 @@ def moments_of(outlook: Outlook, choice: Choice) -> tuple[Moment, ...]:
         outlook.step.targets,
         ranks,
         outlook.step.model.frozen_bytes,
-        use.peaks if use else Peaks.of(choice.memory, ranks, choice.step_bytes, evaluation),
-        files if card else None,
+        choice.use.peaks,
+        files,
         quantised=outlook.settings.quantization != "none",
-        awake_bytes=room.card.context_bytes - card.context_bytes if card and room else 0.0,
-        generation_bytes=outlook.generation_bytes(choice.shape) if card else 0.0,
+        awake_bytes=outlook.room.card.context_bytes - outlook.card.context_bytes,
+        generation_bytes=outlook.generation_bytes(choice.shape),
     )
 
 
@@ -54,8 +53,7 @@ def moments_table(outlook: Outlook, choice: Choice) -> Table:
     moments = moments_of(outlook, choice)
     highest = max(moments, key=lambda moment: (moment.device_bytes, moment.name == "step"))
     unit, size = byte_unit(highest.device_bytes)
-    where = "card" if outlook.card else "device"
-    table = make_table(f"Peak of tensors at each moment of the run, in {unit}", ("moment", f"on the {where}", "main"))
+    table = make_table(f"Peak of tensors at each moment of the run, in {unit}", ("moment", "on the card", "main"))
     for moment in moments:
         name = _SHOWN[moment.name]
         name += f", {_evaluation_text(outlook.evaluation(choice.shape))}" if moment.name == "evaluation" else ""

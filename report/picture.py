@@ -58,7 +58,7 @@ ALIKE = 0.005
 def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
     """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes of each choice.
 
-    The line is the budget; on a card, it is the memory left by the frozen model and the context.
+    The line is the memory left by the frozen model and the context.
 
     Args:
         outlook: outlook of a step.
@@ -83,8 +83,8 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     room = _draw_choices(bottom, outlook, breakdowns, labels)
     visible = (kind for kind in KINDS_SHOWN if any(each.of_kind(kind) > VISIBLE * each.total for each in breakdowns))
     keys: list[Any] = [Patch(color=KINDS_SHOWN[kind].color, label=KINDS_SHOWN[kind].label) for kind in visible]
-    keys += [Patch(color=RESERVED, label="allocator's reserve")] if outlook.card else []
-    keys += [Line2D([], [], color=drawing.BUDGET_RED, label=room)] if room else []
+    keys += [Patch(color=RESERVED, label="allocator's reserve")]
+    keys += [Line2D([], [], color=drawing.BUDGET_RED, label=room)]
     style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
     top.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
     return figure
@@ -116,21 +116,20 @@ def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, i
 
 
 def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> str:
-    """Draw bars of the choices, with figures in columns and a line; returns the line's name, if any."""
-    choices, limit, card = outlook.choices, outlook.limit_bytes, outlook.card
-    held = choices[0].use.base_bytes + choices[0].use.context_bytes if choices[0].use else 0
-    wholes = np.array([choice.use.total_bytes - held if choice.use else choice.step_bytes for choice in choices])
-    largest = max(float(wholes.max()), limit - held if limit else 0)
+    """Draw bars of the choices, with figures in columns and a line; returns the line's name."""
+    choices, limit = outlook.choices, outlook.card.memory_bytes
+    held = choices[0].use.base_bytes + choices[0].use.context_bytes
+    wholes = np.array([choice.use.total_bytes - held for choice in choices])
+    largest = max(float(wholes.max()), limit - held)
     unit, size = byte_unit(largest)
     rows = np.arange(len(choices))[::-1]
     kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KINDS_SHOWN}
     ends = _stack(axes, rows, kinds)
-    if card:
-        axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
-    beside = f" on top of {format_bytes(held)} for the frozen model and context" if card else ""
+    axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
+    beside = f" on top of {format_bytes(held)} for the frozen model and context"
     _clean_bars(axes, len(rows), f"Memory of each choice{beside}", pad=18)
     columns = [("of rank 8", [f"{choice.step_bytes / outlook.reference_bytes:.0%}" for choice in choices])]
-    columns += [("on card" if card else "step", [format_bytes(whole + held) for whole in wholes.tolist()])]
+    columns += [("on card", [format_bytes(whole + held) for whole in wholes.tolist()])]
     columns += [("time", [f"{choice.time:.2f}" for choice in choices if choice.time is not None])]
     style: dict[str, Any] = {"fontsize": 8.5, "ha": "right", "va": "center", "transform": axes.get_yaxis_transform()}
     for (head, cells), place in zip(columns, (1.13, 1.32, 1.43), strict=True):
@@ -138,10 +137,8 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
             axes.text(place, row, cell, color=drawing.FAINT if cell == head else drawing.INK, **style)
     axes.set_yticks(rows, labels)
     axes.set(xlim=(0, 1.03 * largest / size), xlabel=f"peak, {unit}")
-    if limit is None:
-        return ""
     axes.axvline((limit - held) / size, color=drawing.BUDGET_RED, linewidth=1.6)
-    return f"{card.name} leaves {format_bytes(limit - held)}" if card else f"budget, {format_bytes(limit)}"
+    return f"{outlook.card.name} leaves {format_bytes(limit - held)}"
 
 
 def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:

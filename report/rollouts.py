@@ -13,7 +13,7 @@ from ..cost.forecast.what_else import largest_share, longest_rows
 def rollouts_text(outlook: Outlook) -> str:
     """Tell what a vLLM engine beside the training takes, and which settings fit; empty without one."""
     engine, card, needs = outlook.given.loaded.engine, outlook.card, outlook.engine_needs
-    if engine is None or card is None or needs is None:
+    if engine is None or needs is None:
         return ""
     share, length = format_bytes(engine.share * card.memory_bytes), engine.length or outlook.memory.shape.length
     asleep = "asleep during training" if engine.sleeps else "beside the training"

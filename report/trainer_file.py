@@ -20,7 +20,6 @@ import yaml
 from ..common.errors import MOST_NAME, ConfigError, UnknownNameError, shown
 from ..common.files import parse_yaml, read_text
 from ..cost.rollouts import Engine, Rollouts
-from ..finetune.options import KEY, OptionsInFile
 
 MOST_BYTES = 2**20
 """Maximum size of a file in bytes; reading it takes some seconds."""
@@ -36,7 +35,6 @@ class TrainerFile:
         settings: settings of `MemoryConfig`, by name.
         unread: keys unknown to the program, whose effect is not counted.
         unpriced: keys with an uncounted effect on memory, some with a reason.
-        run: options of the run under rankpilot; None without them.
     """
 
     program: str
@@ -44,18 +42,11 @@ class TrainerFile:
     settings: dict[str, Any]
     unread: tuple[str, ...]
     unpriced: tuple[str, ...] = ()
-    run: OptionsInFile | None = None
 
     @property
     def training(self) -> str:
         """The program and its kind of training."""
         return f"{self.program}'s {self.kind}"
-
-    @property
-    def sums(self) -> bool:
-        """True if the program's loss is known to be a sum over rows or tokens, as that of TRL's SFTTrainer."""
-        unsuited = set(self.unpriced) & set(_NO_SUM) or "rollouts" in self.settings
-        return self.program == "TRL" and not unsuited
 
     def remarks(self, path: str) -> Iterator[str]:
         """Yield a line for each kind of uncounted key."""
@@ -71,8 +62,7 @@ class TrainerFile:
             yield f"Settings in {path} unknown to {program}, not counted: {', '.join(told)}."
 
 
-_NO_SUM = ("neftune_noise_alpha", "router_aux_loss_coef", "auto_find_batch_size", "torch_compile")
-"""Settings of TRL under which batches run whole."""
+_RUN = "Remove it, and train with rankpilot run -- COMMAND; rankpilot run --dry -- COMMAND tells the plan."
 
 KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("trainer_keys.json").read_text("utf-8"))
 """Known keys of each program.
@@ -118,7 +108,7 @@ def read_trainer_file(path: str | Path, trainer: str | None = None) -> TrainerFi
     Raises:
         UnknownNameError: there is no such trainer.
         ConfigError: it is missing, not YAML, of another program, or of a training other than LoRA on one language
-            model; it fits several kinds of training, and `trainer` names none; or an option of rankpilot is invalid.
+            model; it fits several kinds of training, and `trainer` names none.
     """
     if trainer not in (None, *TRAINERS):
         raise UnknownNameError.of("trainer", trainer, TRAINERS)
@@ -133,11 +123,10 @@ def read_trainer_file(path: str | Path, trainer: str | None = None) -> TrainerFi
     if program not in KEYS:
         see = f", or see what a run takes by rankpilot run --dry -- swift sft --config {path}" * (program == "ms-swift")
         raise ConfigError(f"{path} is a config of {program}, which is not read. Pass its settings as options{see}.")
-    run = OptionsInFile.of({} if values[KEY] is None else values[KEY], str(path)) if KEY in values else None
-    keys, table = _Keys({key: value for key, value in values.items() if key != KEY}, str(path)), KEYS[program]
+    if "rankpilot" in values:
+        raise ConfigError(f"{path} has the key rankpilot, which is no longer read. {_RUN}")
+    keys, table = _Keys(values, str(path)), KEYS[program]
     kinds = _kinds(program, keys, trainer)
-    if run and "GRPO" in kinds:
-        raise ConfigError(f"{path} sets options of rankpilot under GRPO. Remove {KEY}.")
     if program == "TRL":
         settings = _trl(keys, of_sft="SFT" in kinds)
     else:
@@ -155,7 +144,7 @@ def read_trainer_file(path: str | Path, trainer: str | None = None) -> TrainerFi
         known = known - set(names) if foreign else known | set(names) - set(table["renamed"])
     settings = {name: value for name, value in settings.items() if value is not None}
     unread = tuple(key for key in keys.values if key not in known)
-    return TrainerFile(program, " or ".join(kinds), settings, unread, tuple(keys.notes), run)
+    return TrainerFile(program, " or ".join(kinds), settings, unread, tuple(keys.notes))
 
 
 def _parsed(path: Path) -> Any:

@@ -1,15 +1,14 @@
-"""The cost of a training step and its alternatives, and the choices within a card or a budget.
+"""The cost of a training step and its alternatives, and the choices that fit a card.
 
 All choices derive from one recording with every layer checkpointed. It yields the peak for any ranks, depth, set of
 checkpointed layers and batch. If plain LoRA does not fit the card, the recording uses selective checkpointing too, as a
-run does (`cost/savers/exact.py`). A model known from its configuration is recorded on the meta device
-(`cost/forecast/memory_of.py`), a loaded one on its own device (`report/here.py`). `cost/forecast/card_use.py` decides
-if a plan fits a card.
+run does (`cost/savers/exact.py`). The model is recorded from its configuration, on the meta device
+(`cost/forecast/memory_of.py`). `cost/forecast/card_use.py` decides if a plan fits a card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Literal
@@ -19,9 +18,7 @@ import numpy as np
 from ...common.arrays import IntArray
 from ...lora.spec import REFERENCE_RANK, highest_ranks
 from ..breakdown import Breakdown, break_down
-from ..budget import Limit
 from ..cards import USUAL_CARD, DeviceSpec, card_rates, device_table
-from ..cost import ParameterCost, plan_cost
 from ..model import MemoryModel, fewest_checkpointed, holding_layers
 from ..moments import Evaluation, between_steps
 from ..recording import BatchShape
@@ -43,7 +40,7 @@ RESERVE = 0.025
 RANKS = (1, 8, 16, 64)
 """Uniform ranks to show in addition to the requested one."""
 
-ChoiceKind = Literal["asked", "depth", "rank", "batch", "rule"]
+ChoiceKind = Literal["depth", "rank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +48,14 @@ class Choice:
     """One way to train.
 
     Attributes:
-        kind: what differs from the request: nothing ("asked"), the layers with adapters or checkpointing ("depth"), the
-            rank of all modules, the batch, or the whole plan, set by a rule.
-        rank: rank of every adapted module, capped at its maximum; under a rule, the highest rank.
+        kind: what differs from the request: the layers with adapters or checkpointing ("depth"), or the rank.
+        rank: rank of every adapted module, capped at its maximum.
         layers: number of layers with adapters, counted from the top.
         checkpointed: names of the checkpointed layers.
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, excluding the frozen model.
         time: step time relative to plain LoRA (rank 8 on all modules, no checkpointing); None if work was not counted.
         shape: shape of the batch.
-        label: display name, for choices that numbers do not describe.
         memory: the byte model of its step.
     """
 
@@ -72,23 +67,20 @@ class Choice:
     step_bytes: float
     time: float | None
     shape: BatchShape
-    label: str = ""
-    memory: MemoryModel = field(repr=False, kw_only=True)
-    _use: Callable[[], CardUse | None] = field(repr=False, kw_only=True)
-    _within: bool | None = field(repr=False, kw_only=True)
-    _has_slack: bool = field(repr=False, kw_only=True)
+    memory: MemoryModel = field(repr=False)
+    _use: Callable[[], CardUse] = field(repr=False)
+    _is_hopeless: bool = field(repr=False)
+    _has_slack: bool = field(repr=False)
 
     @property
-    def use(self) -> CardUse | None:
-        """The card's memory use, computed on first access; None without a card."""
+    def use(self) -> CardUse:
+        """The card's memory use, computed on first access."""
         return self._use()
 
     @property
-    def verdict(self) -> Verdict | None:
-        """The verdict on the choice; None without a limit."""
-        if self._within is not None:
-            return "fits" if self._within else "does not fit"
-        return use.verdict if (use := self.use) else None
+    def verdict(self) -> Verdict:
+        """The verdict on the choice."""
+        return "does not fit" if self._is_hopeless else self.use.verdict
 
     @property
     def fits(self) -> bool:
@@ -114,23 +106,6 @@ class GridCell:
     bytes: float
 
 
-@dataclass(frozen=True)
-class MeasuredStep:
-    """A measured step, excluding the frozen model unless noted. None marks figures that the system does not report.
-
-    Attributes:
-        peak_bytes: bytes of live tensors (CPU), or bytes handed out by the allocator (CUDA).
-        resident_bytes: increase of the process's resident memory over that without training state (CPU).
-        process_bytes: the process's peak resident memory, including the model and all libraries (CPU).
-        reserved_bytes: bytes reserved by the allocator, including the model (CUDA).
-    """
-
-    peak_bytes: int
-    resident_bytes: int | None = None
-    process_bytes: int | None = None
-    reserved_bytes: int | None = None
-
-
 class Outlook:
     """The cost of a training step and the choices that fit.
 
@@ -139,13 +114,8 @@ class Outlook:
             not support gradient checkpointing.
         rank: rank of all modules, capped at each module's maximum.
         settings: rows, tokens and other settings of the step.
-        card: the card in question; None for a model examined on its own device.
-        dtype: precision of the frozen model on a card, such as "bf16".
-        asked: the byte model of the step exactly as requested; None on a card, where choices set the checkpointed
-            layers.
-        limit: upper bound of a step or an adapter; None without a budget.
-        measured: a real step, if one was run.
-        facts: further facts about a loaded model, by name: task and device.
+        card: the card in question.
+        dtype: precision of the frozen model, such as "bf16".
         shards: number of cards that train together and their sharding.
 
     Attributes:
@@ -153,10 +123,8 @@ class Outlook:
         base: the frozen weights of the model's layers.
         streamed: number of layers whose frozen weights stream from main memory.
         blocks: number of layers with target modules.
-        room: the room on the card; None without a card.
+        room: the room on the card.
         slack: share of the card left free by a choice that fits.
-        limit_bytes: bytes of the card, or of the step's budget; None without either.
-        notes: what could not be shown, and why.
     """
 
     def __init__(
@@ -165,49 +133,38 @@ class Outlook:
         rank: int,
         settings: StepConfig,
         *,
-        card: DeviceSpec | None = None,
+        card: DeviceSpec,
         dtype: str = "fp32",
-        asked: MemoryModel | None = None,
-        limit: Limit | None = None,
-        measured: MeasuredStep | None = None,
-        facts: Mapping[str, str] | None = None,
         shards: Shards | None = None,
     ) -> None:
-        self.limit_bytes: float | None = limit.value if limit and limit.unit == "bytes" else None
-        if card:
-            self.limit_bytes = card.memory_bytes
         self.rank, self.settings, self.card, self.dtype, self.given = rank, settings, card, dtype, step
         self.shards: Shards = shards or Shards()
         self.base: BaseLayers = base_of(step)
         self.streamed: int = streamed_layers(self.base, step.loaded.stream, self.shards)
         self._free = self.shards.of(without_streamed(step, self.base, self.streamed))
-        self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
-        self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._by_depth: dict[int, tuple[Choice, ...]] = {}
         self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
         self.blocks: int = len({*self._blocks.tolist()})
-        self.slack: float = slack_of(step, self.shards, settings.quantization, card) if card else 0.0
+        self.slack: float = slack_of(step, self.shards, settings.quantization, card)
         frozen, expandable = self._free.model.frozen, step.loaded.expandable_segments
         rollouts = step.loaded.rollouts
         if pictures := settings.batch_size * step.model.picture_bytes:
             frozen = *frozen, pictures
-        self.room: CardRoom | None = None
-        if card:
-            awake = int(rollouts.awake_bytes(card.memory_bytes, self._free.model.frozen_bytes)) if rollouts else 0
-            beside = replace(card, context_bytes=card.context_bytes + awake)
-            self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self.generation_bytes)
-        # The layers checkpointed by every choice on a card, by request; None if each choice decides.
-        asked_for = settings.gradient_checkpointing if card else "auto"
+        awake = int(rollouts.awake_bytes(card.memory_bytes, self._free.model.frozen_bytes)) if rollouts else 0
+        beside = replace(card, context_bytes=card.context_bytes + awake)
+        self.room = CardRoom(beside, frozen, expandable, self.slack, self.evaluation, self.generation_bytes)
+        # The layers checkpointed by every choice, by request; None if each choice decides.
+        asked_for = settings.gradient_checkpointing
         layers = self._free.memory.recording.layers if asked_for else ()
         self._set = None if asked_for == "auto" else layers
 
     def generation_bytes(self, shape: BatchShape) -> float:
         """Return the bytes of generation beside the model and any awake engine."""
         rollouts = self.given.loaded.rollouts
-        if rollouts is None or self.card is None:
+        if rollouts is None:
             return 0.0
         cache, frozen = cache_bytes_of(self.given.model.config), self._free.model.frozen_bytes
         return rollouts.generation_bytes(self.card.memory_bytes, frozen, shape.length, cache)
@@ -225,7 +182,7 @@ class Outlook:
     def engine_lacks(self) -> float:
         """Bytes by which a vLLM engine's share of the card is too small to start; 0 or less if it starts."""
         engine, needs = self.given.loaded.engine, self.engine_needs
-        return needs.total - engine.share * self.card.memory_bytes if engine and needs and self.card else 0.0
+        return needs.total - engine.share * self.card.memory_bytes if engine and needs else 0.0
 
     def evaluation(self, shape: BatchShape) -> Evaluation | None:
         """Return the evaluation of a run with training batches of a shape; None for none."""
@@ -234,9 +191,9 @@ class Outlook:
 
     @cached_property
     def step(self) -> ConfiguredStep:
-        """The step of a run: on a card, with activation checkpointing if plain LoRA does not fit without it."""
+        """The step of a run, with activation checkpointing if plain LoRA does not fit without it."""
         plain, room = self._free.memory.with_checkpointed(()), self.room
-        if room is None or room.fits(plain, self._plain) or self._lean is None:
+        if room.fits(plain, self._plain) or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
         fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= room.bytes  # see `ExactSavers.within`
@@ -254,7 +211,7 @@ class Outlook:
 
         By the published rates of the card, or of a usual one.
         """
-        if self.card is None or self.step.work is None or self._free.work is None:
+        if self.step.work is None or self._free.work is None:
             return None
         published = self.card.rates or device_table()[USUAL_CARD].rates
         assert published is not None, "cards of the table have rates"
@@ -271,16 +228,10 @@ class Outlook:
 
     @cached_property
     def reference_bytes(self) -> float:
-        """Peak bytes of the request at rank 8 on all modules, without exact savers; on a card, no checkpointing."""
+        """Peak bytes of the request at rank 8 on all modules, without exact savers and checkpointing."""
         if self.step.saved:
-            first = self.step.saved[0]
-            again = first.again_bytes if self._asked and self._asked.segments else None
-            return first.step_bytes if again is None else again
-        return (
-            plan_cost(self._asked.cost(), self._plain)
-            if self._asked
-            else self.memory.with_checkpointed(()).peak(self._plain)
-        )
+            return self.step.saved[0].step_bytes
+        return self.memory.with_checkpointed(()).peak(self._plain)
 
     @cached_property
     def checkpointable(self) -> tuple[str, ...]:
@@ -295,64 +246,28 @@ class Outlook:
     def choice(self, layers: int, rank: int, checkpointed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
         """Price one choice on the requested batch."""
         if (key := (layers, rank, checkpointed)) not in self._found:
-            self._found[key] = self._priced(
-                kind, layers, rank, checkpointed, self.memory.with_checkpointed(checkpointed)
+            memory, ranks, room = self.memory.with_checkpointed(checkpointed), self.plan(layers, rank), self.room
+            step_bytes = memory.peak(ranks)
+            needed = max(step_bytes, self._beside_steps(memory, ranks))
+            self._found[key] = Choice(
+                kind,
+                rank,
+                layers,
+                checkpointed,
+                ranks,
+                step_bytes,
+                self._times[0].seconds(ranks, checkpointed) / self.plain_seconds if self._times else None,
+                memory.shape,
+                memory,
+                cache(lambda: room.use(memory, ranks, memory.shape)),
+                room.is_hopeless(needed),
+                not room.is_hopeless(needed, self.slack),
             )
         return replace(self._found[key], kind=kind)
 
-    def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
-        """Add a choice with another batch, or with a rule's plan.
-
-        Args:
-            kind: what differs from the request.
-            label: display name.
-            memory: the byte model of its step.
-            shape: shape of its batch, which `memory` must support.
-            ranks: its plan, int64 (modules,).
-        """
-        layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
-        self._others.append(self._priced(kind, layers, rank, memory.recording.layers, memory, ranks, shape, label))
-
-    def _priced(
-        self,
-        kind: ChoiceKind,
-        layers: int,
-        rank: int,
-        checkpointed: tuple[str, ...],
-        memory: MemoryModel,
-        ranks: IntArray | None = None,
-        shape: BatchShape | None = None,
-        label: str = "",
-    ) -> Choice:
-        ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
-        step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        time = self._times[0].seconds(ranks, checkpointed) / self.plain_seconds if self._times else None
-        within, room = None, self.room
-        if self._limit:
-            cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
-            within = cost <= self._limit.value
-        needed = max(step_bytes, self._beside_steps(memory, ranks, shape)) if room else step_bytes
-        if room and room.is_hopeless(needed):
-            within = False
-        return Choice(
-            kind,
-            rank,
-            layers,
-            checkpointed,
-            ranks,
-            step_bytes,
-            time,
-            shape,
-            label,
-            memory=memory,
-            _use=cache(lambda: room.use(memory, ranks, shape) if room else None),
-            _within=within,
-            _has_slack=not room or not room.is_hopeless(needed, self.slack),
-        )
-
-    def _beside_steps(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape) -> float:
+    def _beside_steps(self, memory: MemoryModel, ranks: IntArray) -> float:
         """Return the peak of evaluation and generation without the frozen model."""
-        found, generates = self.evaluation(shape), self.generation_bytes(shape)
+        found, generates = self.evaluation(memory.shape), self.generation_bytes(memory.shape)
         generates += between_steps(memory, ranks) if generates else 0.0
         return max(found.bytes(memory, ranks) if found else 0.0, generates)
 
@@ -370,7 +285,6 @@ class Outlook:
         """Return the choice with the fewest checkpointed layers that fit, with the allocator's reserve if possible."""
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
-        assert self.room is not None, "there is no card"
         ranks, room = self.plan(layers, rank), self.room
         holding = holding_layers(self.memory, ranks)
 
@@ -381,8 +295,8 @@ class Outlook:
             return len(fewest_checkpointed(self.memory, ranks, room.beside(reserve)))
 
         count = guess(RESERVE)
-        if checkpointing(count)._has_slack and (use := checkpointing(count).use):
-            count = guess(use.reserve_share)
+        if checkpointing(count)._has_slack:
+            count = guess(checkpointing(count).use.reserve_share)
         while not checkpointing(count).fits and count < len(holding):
             count += 1
         while count and checkpointing(count - 1).fits:
@@ -391,30 +305,31 @@ class Outlook:
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """All choices: the request, fewer layers, different checkpointing, other ranks, and added ones."""
-        own = (choice for layers in _depths(self) for choice in _of_depth(self, layers))
-        return (*own, *_rank_choices(self), *self._others)
+        """All choices: the request, fewer layers, different checkpointing, and other ranks."""
+        own = [choice for layers in _depths(self) for choice in _of_depth(self, layers)]
+        ranks = [rank for rank in RANKS if rank != self.rank and rank <= self._highest.max()]
+        return (*own, *(self.fitting(self.blocks, rank, "rank") for rank in ranks))
 
     @cached_property
     def as_asked(self) -> Choice | None:
         """The least checkpointing that fits with adapters on all layers at the requested rank and batch.
 
         If none fits with slack, this is the one with the most spare memory that may not fit; None if the card is too
-        small, or without a card.
+        small.
         """
-        if self.card is None or self.engine_lacks > 0:
+        if self.engine_lacks > 0:
             return None
         asked = sorted(_of_depth(self, self.blocks), key=lambda choice: len(choice.checkpointed))
         if fitting := next((choice for choice in asked if choice.fits), None):
             return fitting
         near = [choice for choice in asked if choice.verdict != "does not fit"]
-        near = [choice for choice in near if choice.use and choice.use.spare_bytes >= 0]
+        near = [choice for choice in near if choice.use.spare_bytes >= 0]
         return min(near, key=lambda choice: choice.step_bytes, default=None)
 
     @cached_property
     def instead(self) -> Choice | None:
         """The choice that fits with the most adapted layers, where the request does not fit; None without one."""
-        if self.card is None or self.as_asked or self.engine_lacks > 0:
+        if self.as_asked or self.engine_lacks > 0:
             return None
         return next((choice for choice in self.by_depth() if choice.fits), None)
 
@@ -428,16 +343,12 @@ class Outlook:
 
     @property
     def main(self) -> Choice:
-        """The choice to report: the request, on a card with the least checkpointing that fits, or with the most."""
-        if self.card is None:
-            return self.choices[0]
+        """The choice to report: the request with the least checkpointing that fits, or with the most."""
         return self.as_asked or max(_of_depth(self, self.blocks), key=lambda choice: len(choice.checkpointed))
 
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
-        """Cells for all predictable batches, with adapters on all layers at the requested rank; empty off a card."""
-        if self.card is None:
-            return ()
+        """Cells for all predictable batches, with adapters on all layers at the requested rank."""
         limit = self.step.model.positions or max(LENGTHS)
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
@@ -454,15 +365,12 @@ def checkpointed_bytes(outlook: Outlook) -> float | None:
 
 def room_for_tensors(outlook: Outlook) -> float:
     """Return the tensor bytes available to any batch, assuming the reserve share of the requested one."""
-    assert outlook.room is not None, "there is no card"
     return outlook.room.beside(_reserve_share(outlook))
 
 
 def _reserve_share(outlook: Outlook) -> float:
     """Return the allocator's reserve as a share of all tensors, for the request with all layers checkpointed."""
-    use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
-    assert use is not None, "there is no card"
-    return use.reserve_share
+    return outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use.reserve_share
 
 
 def _depths(outlook: Outlook) -> list[int]:
@@ -478,41 +386,21 @@ def _of_depth(outlook: Outlook, layers: int) -> tuple[Choice, ...]:
 
 
 def _depth_choices(outlook: Outlook, layers: int) -> Iterator[Choice]:
-    as_asked: tuple[str, ...] | None = None
-    if outlook._asked:
-        as_asked = outlook.checkpointable if outlook._asked.segments else ()
-        if layers == outlook.blocks:
-            yield outlook._priced("asked", layers, outlook.rank, as_asked, outlook._asked)
     if outlook._set is not None:
         yield outlook.fitting(layers, outlook.rank)
         return
-    none = outlook.choice(layers, outlook.rank, ())
-    holding = holding_layers(outlook.memory, none.ranks)
-    if as_asked != () or layers < outlook.blocks:
-        yield none
-    if not holding or (as_asked and layers == outlook.blocks):
+    yield (none := outlook.choice(layers, outlook.rank, ()))
+    if not (holding := holding_layers(outlook.memory, none.ranks)):
         return
     every = outlook.choice(layers, outlook.rank, holding)
-    if outlook.card and not none.fits:
+    if not none.fits:
         fitting = outlook.fitting(layers, outlook.rank)
         if fitting.checkpointed != every.checkpointed:
             yield fitting
     yield every
 
 
-def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
-    for rank in RANKS:
-        if rank == outlook.rank or rank > outlook._highest.max():
-            continue
-        if outlook._asked:
-            checkpointed = outlook.checkpointable if outlook._asked.segments else ()
-            yield outlook._priced("rank", outlook.blocks, rank, checkpointed, outlook._asked)
-        else:
-            yield outlook.fitting(outlook.blocks, rank, "rank")
-
-
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
-    assert outlook.room is not None, "there is no card"
     ranks, room = outlook.plan(outlook.blocks, outlook.rank), room_for_tensors(outlook)
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free

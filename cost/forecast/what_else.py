@@ -29,7 +29,7 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     seconds are an upper bound at the bus rate of the card.
     """
     room = outlook.room
-    if not room or outlook.step.loaded.offload or not outlook.checkpointable:
+    if outlook.step.loaded.offload or not outlook.checkpointable:
         return None
     ranks, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.memory.offloaded()
     if (outlook.as_asked and outlook.as_asked.fits) or room.is_hopeless(least := lighter.peak(ranks), room.slack):
@@ -48,7 +48,7 @@ def brought_by_streaming(outlook: Outlook) -> Outlook | None:
     None if streaming is needless or does not help.
     """
     count = outlook.base.count
-    if not outlook.card or outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
+    if outlook.streamed or not outlook.base.layer_bytes or outlook.shards.gpus > 1:
         return None
     if outlook.as_asked:
         return None
@@ -57,7 +57,6 @@ def brought_by_streaming(outlook: Outlook) -> Outlook | None:
     if not found.fits:
         return None
     use = every.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
-    assert use is not None, "there is a card"
     spare = (use.spare_bytes - outlook.slack * outlook.card.memory_bytes) / (1 + use.reserve_share)
     fewer = with_streamed(outlook, max(count - int(spare / outlook.base.layer_bytes), ON_DEVICE + 1))
     other = fewer.fitting(outlook.blocks, outlook.rank)
@@ -82,7 +81,7 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
     First fewer logits are kept, then none, then batches are halved.
     """
     asked, loaded = outlook.evaluation(outlook.memory.shape), outlook.given.loaded
-    if outlook.room is None or asked is None or (outlook.as_asked and outlook.as_asked.fits):
+    if asked is None or (outlook.as_asked and outlook.as_asked.fits):
         return None
     bare = _with(outlook, eval_batch_size="none")
     step = bare.as_asked
@@ -93,7 +92,6 @@ def with_smaller_evaluation(outlook: Outlook) -> Outlook | None:
     smaller = [(rows, batches * rows) for batches in _halves(asked.kept)]
     for size, kept in (*smaller, *((size, 0) for size in (rows, *_halves(rows)))):
         other = _with(outlook, eval_batch_size=size, keep_logits=kept)
-        assert other.room is not None, "there is a card"
         if other.room.use(step.memory, step.ranks, step.shape).verdict == "fits":
             return other
     return None
@@ -103,8 +101,6 @@ def largest_share(outlook: Outlook, engine: Engine) -> float:
     """Return the largest share of the card for a vLLM engine beside the request's smallest step."""
     alone = _with(outlook, rollouts=None)
     choice = alone.choice(alone.blocks, alone.rank, alone.checkpointable)
-    assert alone.room, "there is a card"
-    assert choice.use, "there is a card"
     taken = choice.use.total_bytes
     if engine.sleeps:
         taken = int(alone.room.taken + between_steps(choice.memory, choice.ranks))
@@ -115,7 +111,6 @@ def largest_share(outlook: Outlook, engine: Engine) -> float:
 def longest_rows(outlook: Outlook, engine: Engine, needs: EngineNeeds) -> int:
     """Return the most tokens of a row for which step and engine have room, in multiples of 64."""
     choice = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable)
-    assert outlook.card, "there is a card"
     room, most = room_for_tensors(outlook), outlook.step.model.positions or MOST_ROW
     if each := cache_bytes_of(outlook.given.model.config) / engine.cards:
         most = min(most, int((engine.share * outlook.card.memory_bytes - needs.weights - needs.prefill) / each))

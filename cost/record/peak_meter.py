@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -240,30 +236,3 @@ class PeakMeter:
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-_OWN_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-
-
-def restart_resident_peak() -> int | None:
-    """Free unused memory, reset the peak, and return resident bytes; None if the peak cannot be reset."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
-
-
-def resident_peak() -> int:
-    """Return the peak resident bytes since `restart_resident_peak`."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", _OWN_STATUS.read_text())
-    assert match, f"{_OWN_STATUS} has no {field}"
-    return 1024 * int(match[1])

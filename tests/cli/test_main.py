@@ -52,9 +52,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str], offline: Path) -> None:
     assert "Unknown model 'bert-tinny'" in failure("finetune bert-tinny sst2", capsys)
-    assert "needs none" in failure("memory qwen3-8b", capsys)
+    assert "needs none" in failure("finetune qwen3-8b sst2", capsys)
     assert "Model folder " in failure("finetune ./nowhere sst2", capsys)
-    line = failure("memory all-minilm-l6-v3", capsys)
+    line = failure("finetune all-minilm-l6-v3 sst2", capsys)
     assert "Unknown model 'all-minilm-l6-v3'. Did you mean: 'all-minilm-l6-v2'" in line
     assert not list(offline.iterdir()), "a mistake leaves no folder behind"
 
@@ -135,7 +135,7 @@ def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: 
 TAUGHT = {
     "policy evaluate": ("bootstrap over tasks", "below 0 is better"),
     "export": ("--output", "--rank", "{padded,merged,rank-pattern}", "vLLM", "axolotl"),
-    "memory": ("hardly on the rank", "step options"),
+    "memory": ("no weights are downloaded", "step options"),
     "finetune": ("plan options", "limit that no training step", "--per-device-train-batch-size INT, --batch-size INT"),
 }
 """What the help of commands says, among other things."""
@@ -163,7 +163,7 @@ def test_help_and_mistakes_load_no_learning_library() -> None:
         "policy evaluate",
         "export",
     ]
-    mistakes += ["finetune m d --budget lots", "memory m --optimizer adam"]
+    mistakes += ["finetune m d --budget lots", "memory m --device T4 --optimizer adam"]
     code = f"""
 import contextlib, io, sys, rankpilot.__main__
 from rankpilot.cli.main import run

@@ -93,7 +93,7 @@ def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path:
     arguments = ["memory", str(tmp_path), "--device", "T4", "--batch-size", "2", "--max-length", "32", "--json"]
     assert cli.run(arguments) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert set(figures) == described - {"model", "task", "device"}
+    assert set(figures) == described
     assert figures["schema"] == 1
     assert {"torch", "transformers"} <= set(figures["libraries"])
     for name in ("choices", "grid", "exact_savers", "moments"):
@@ -116,13 +116,13 @@ def test_checkpointing_that_is_set_is_that_of_every_choice(
 
 def test_names_of_models_and_cards_are_refused_before_torch_is_loaded() -> None:
     of_card = ["memory lama-3 --device T4", "memory qwen3-8b --device T44"]
-    given = [*of_card, "memory lama-3", "finetune lama-3 x", "plan lama-3 x"]
+    given = [*of_card, "finetune lama-3 x", "plan lama-3 x"]
     run = f"print([run(each.split()) for each in {given}], 'torch' in sys.modules)"
     code = f"import sys\nfrom rankpilot.cli.main import run\n{run}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[1, 1, 1, 1, 1] False"
-    assert done.stderr.count("error: Unknown model 'lama-3'. ") == 4
+    assert done.stdout.splitlines()[-1] == "[1, 1, 1, 1] False"
+    assert done.stderr.count("error: Unknown model 'lama-3'. ") == 3
 
 
 def test_several_gpus_are_named_in_the_first_line(
@@ -215,18 +215,14 @@ def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytes
     line = failure(f"memory {tmp_path / 'gpt2'} --device T4 --max-length 100", capsys)
     assert "max_length is 100, but the model has only 64 positions. Lower --max-length." in line
     WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "whisper")
-    for options in ("--device T4", ""):
-        line = failure(f"memory {tmp_path / 'whisper'} {options}", capsys)
-        assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) does not read tokens but input_features" in line
+    line = failure(f"memory {tmp_path / 'whisper'} --device T4", capsys)
+    assert f"{str(tmp_path / 'whisper')!r} (WhisperConfig) does not read tokens but input_features" in line
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ("--device T4 --device-memory 16GiB", "Pass either device ('T4') or device_memory ('16GiB')"),
-        ("--dtype bf16", "requires --device or --device-memory"),
-        ("--gpus 2", "gpus requires --device"),
-        ("--device T4 --measure", "measure cannot be combined with --device"),
         ("--device T4 --rank 0", "rank must be at least 1"),
         ("--device T4 --json --python", "--json and --python cannot be combined"),
     ],
@@ -244,7 +240,6 @@ def test_contradictions_are_refused_as_options(options: str, words: str, capsys:
         ("{model} --device-memory 400MiB", "cannot hold even the CUDA context"),
         ("{model} --device-memory=-24GiB", "Cannot read the device memory '-24GiB'"),
         ("{model} --device-memory 24GiB --batch-size 0", "--batch-size must be at least 1; got 0"),
-        ("{model} --python", "--python requires --device or --device-memory"),
         ("{model} --device T4 --gpus 0", "gpus must be a whole number from 1"),
         ("qwen9-8b --device T4", "qwen3-8b"),
     ],
@@ -265,28 +260,20 @@ def test_a_folder_that_is_broken_is_one_line(
     for name, value in wrong.items():
         shutil.copytree("whole", name)
         Path(name, "config.json").write_text(json.dumps({**config, name: value}))
-    Path("pickled").mkdir()
-    shutil.copy("whole/config.json", "pickled")
-    Path("pickled/pytorch_model.bin").write_bytes(b"no tensors")
     Path("pipe").mkdir()
     os.mkfifo("pipe/config.json")
     Path("deep.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
     Path("trl.yaml").write_text("base_model: whole\nadapter: lora\nlora_modules_to_save: [1, 2]\n")
     told = {
-        "pad_token_id": "pad_token_id is not below vocab_size",
         "pad_token_id --device T4": "pad_token_id is not below vocab_size",
-        "architectures": "has architectures=[5]. It must be a list of names",
         "architectures --device T4": "has architectures=[5]. It must be a list of names",
         "vocab_size --device T4": "It must be a whole number from 1 to",
-        "intermediate_size": "The weights of 'intermediate_size' do not have the shapes",
-        "pickled": "The weights of 'pickled' are corrupt, or contain more than tensors",
         "pipe --device T4": "The configuration of 'pipe' is not usable",
         "whole --device T4 --lengths deep.jsonl:text": "line 2 is not JSON: It is nested too deeply",
         "--config trl.yaml --device T4": "lora_modules_to_save",
     }
     for command, words in told.items():
         assert words in failure(f"memory {command}", capsys), command
-    assert "got 8 and a whole" in usage_error(f"memory whole --labels {10**400}", capsys)
 
 
 MODELS = ("llama-3.1-8b", "qwen3-8b", "mistral-7b-v0.3", "smollm2-135m", "gpt-oss-20b")

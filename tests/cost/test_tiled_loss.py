@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.batch_shape import reshaped
+from rankpilot.cost.record.peak_meter import PeakMeter
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers import tiled_loss
 from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
@@ -23,14 +24,15 @@ from rankpilot.cost.savers.later_logits import tiled_causal_lm_loss, use_tiled_l
 from rankpilot.cost.savers.prices import TILES as TILED
 from rankpilot.cost.tile_size import LEAST_TOKENS, TILES
 from rankpilot.finetune.before_training import run_memory
-from rankpilot.report.config import MemoryConfig
-from rankpilot.report.here import StepSetup, measure_step, set_up
+from rankpilot.finetune.trainer_step import run_of_trainer
+from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..cases import first_cases
-from ..data.small_models import save
+from ..finetune.trainer_kinds import word_tokenizer
 from .measured import Run, adamw_run
+from .test_moments import Rehearsal
 
 
 def loss_and_gradient(loss: Any, rows: int, length: int, kind: torch.dtype, items: Any, held: bool) -> Any:
@@ -164,23 +166,46 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Si
     return SimpleNamespace(module=module, size=size, kept=(function.forward, function.backward))
 
 
-def step_of(model: str, rows: int, length: int) -> StepSetup:
-    return set_up(MemoryConfig(model, batch_size=rows, max_length=length, optimizer="sgd"), lambda text: None)
+class Step:
+    """A step of TRL's SFTTrainer on random rows."""
+
+    def __init__(self, rows: int, length: int, folder: Path) -> None:
+        trl, tokens = pytest.importorskip("trl"), torch.randint(20, 2048, (rows, length)).tolist()
+        arguments = trl.SFTConfig(
+            str(folder), per_device_train_batch_size=rows, max_length=length, optim="sgd", max_steps=1, use_cpu=True,
+            bf16=False, report_to=[], gradient_checkpointing=False,
+        )  # fmt: skip
+        data = Dataset.from_dict({"input_ids": tokens})
+        lora = LoraConfig(r=8, target_modules="all-linear")
+        trainer = trl.SFTTrainer(
+            large_base(), arguments, train_dataset=data, peft_config=lora, processing_class=word_tokenizer()
+        )
+        self.model, self.run = trainer.model.train(), run_of_trainer(trainer)
+        self.targets, self.batch = find_target_modules(self.model), self.run.largest_batch()
+
+    def peak(self, batch: Any) -> int:
+        """The bytes of the second step on a batch, when the optimizer has its state."""
+        meter = PeakMeter()
+        for number in range(2):
+            if number:
+                meter.begin(self.model, self.run.optimizer)
+            self.run.loss(batch).backward()
+            self.run.optimizer.step()
+            self.run.optimizer.zero_grad(set_to_none=True)
+        peak = meter.end(1)
+        assert peak
+        return peak
 
 
 @pytest.mark.parametrize(("fused", "savers"), [(64, ()), (4096, ()), (4096, (TILED,))], indirect=["fused"])
 @pytest.mark.parametrize(("rows", "length"), first_cases(2, [(9, 17), (3, 64), (2, 64), (4, 17)]))
 def test_the_peak_of_a_step(tmp_path: Path, fused: SimpleNamespace, savers: Any, rows: int, length: int) -> None:
-    folder = save("llama", tmp_path / "llama")
-    large_base().save_pretrained(folder)
-    setup = step_of(folder, rows, length)
-    switched = ExactSavers(setup.model, savers)
-    memory = setup.measure_memory(lambda text: None)
-    ranks, batch = np.array([target.rank for target in setup.targets]), setup.batch
+    step = Step(rows, length, tmp_path)
+    switched = ExactSavers(step.model, savers)
+    memory, ranks = run_memory(step.run, step.targets, step.batch), np.array([target.rank for target in step.targets])
     for shape in (memory.shape, BatchShape(rows // 2, length), BatchShape(rows, length // 2)):
-        setup = replace(setup, batch=reshaped(batch, shape))
         predicted = memory.at_peak(ranks, shape).total
-        assert 0.97 * predicted <= measure_step(setup).peak_bytes <= predicted, shape
+        assert 0.97 * predicted <= step.peak(reshaped(step.batch, shape)) <= predicted, shape
     switched.put_back()
     function = fused.module.ChunkedLogProbFunction
     assert (function.forward, function.backward) == fused.kept
@@ -230,8 +255,7 @@ def test_our_tiles_give_the_same_bits_as_those_of_trl(monkeypatch: pytest.Monkey
 
 
 def test_other_losses_have_no_tiles(tmp_path: Path, fused: SimpleNamespace) -> None:
-    setup = set_up(MemoryConfig(save("bert", tmp_path / "bert"), batch_size=8, max_length=16), lambda text: None)
-    assert run_memory(setup.run, setup.targets, reshaped(setup.batch, BatchShape(4, 16))).sizes(BatchShape(8, 16))
+    assert Rehearsal("bert", tmp_path, bf16=False, metrics=False).memory.sizes(BatchShape(8, 16))
 
 
 def test_trl_may_be_imported_after_a_model_got_tiles(fused: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,6 @@ def commands() -> Iterator[tuple[str, bool]]:
 
 
 OTHERS = {
-    "rankpilot memory llama-3.1-8b": True,
     "rankpilot memory Foo/Bar-7B --device 'RTX 4090'": True,
     "rankpilot memory llama-3.1-8b --device T4": True,
     "rankpilot memory llama-3.1-8b --device 'RTX 4090' --quantization nf4 --no-prepare-kbit": False,
