@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..finetune.options import FinetuneConfig
 from .options import parse, peek, read_config_file, with_file_settings
-from .progress import LIBRARIES, console
+from .progress import LIBRARIES, console, tell
 from .study import write_study
 
 
@@ -26,6 +26,7 @@ class Finetune(FinetuneConfig):
         config: a JSON or YAML file of settings, such as the config.json of an earlier run. Options on the command line
             override it.
         resume: continue an interrupted run in the same folder; a finished run is unchanged.
+        dry: tell the limit, the plan and what a step takes, without training; nothing is written.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -33,6 +34,7 @@ class Finetune(FinetuneConfig):
     output: Path = Path("runs/finetune")
     config: Path | None = None
     resume: bool = False
+    dry: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,10 +54,13 @@ def finetune_command(options: Finetune) -> None:
 
     if is_first_process():
         console.rule(LIBRARIES, align="left")
-    from ..finetune.experiment import finetune
+    from ..finetune.experiment import dry_run, finetune
 
-    finetune(
-        options, options.output, resume=options.resume, on_phase=lambda text: console.rule(escape(text), align="left")
-    )
+    def on_phase(text: str) -> None:
+        console.rule(escape(text), align="left")
+
+    if options.dry:
+        return dry_run(options, on_phase, tell)
+    finetune(options, options.output, resume=options.resume, on_phase=on_phase)
     if is_first_process():
         write_study((options.output,))

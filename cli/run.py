@@ -25,7 +25,7 @@ with `rankpilot.attach` on its Trainer. Nothing in the program is edited.
   rankpilot run --budget 80% -- axolotl train config.yaml
   rankpilot run --budget 80% -- llamafactory-cli train config.yaml
   rankpilot run --budget 80% -- swift sft --model ...
-  rankpilot run --dry -- python train.py        what would be attached, without training
+  rankpilot run --dry -- python train.py        the plan and what it takes, without training
 
 It never changes the program's data, LoRA, rate, loss, optimizer, output, exit status or signals: what makes a step
 smaller loses nothing, and ranks shrink only if nothing else fits. What trains no LoRA trains as it
@@ -48,7 +48,7 @@ class Run(PilotOptions):
         bounds: ranks of single modules, or their minimum and maximum rank: q_proj=8 down_proj=0:4.
         schedule: when to decide, as shares of the run from 0 on: 0 0.25 0.5. By default as the policy was trained.
         log: folder of the decision log. Defaults to `decisions` in the Trainer's output folder.
-        dry: end the command before it trains, and say what would be attached.
+        dry: end the command before its first step; tell the limit, the plan and what a step takes.
     """
 
     policy: str | None = None

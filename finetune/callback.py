@@ -104,6 +104,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         trainer: as above.
         pilot: decides the ranks.
+        keeps_log: False if this run has no decision log.
 
     Raises:
         ConfigError: there is no Trainer; plus all errors of `attach`.
@@ -126,6 +127,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             policy, self._options = left_alone(trainer, policy, self._options)
         tell, progress = partial(tell_beside_bar, trainer), partial(bar_of_trainer, trainer)
         self.pilot: RankPilot = RankPilot(policy, self._options, tell=tell, progress=progress)
+        self.keeps_log = True
         self._step = TrainerStep(trainer)
         self._resumed: Path | None = None
         self._batches: list[Batch] = []
@@ -181,8 +183,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
         pilot.seed = args.seed if self._options.seed is None else self._options.seed
-        if self._options.log is None:
-            pilot.journal.log = self._default_log()
+        if self._options.log is None or not self.keeps_log:
+            pilot.journal.log = self._default_log() if self.keeps_log else None
         run, name = step.run(args, state, objects), Path(args.output_dir).name
         if state.global_step > 0:
             folder = self._resumed or Path(args.output_dir) / f"checkpoint-{state.global_step}"

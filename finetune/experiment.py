@@ -29,6 +29,7 @@ from ..lora.targets import find_target_modules
 from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback, attach
 from .checkpoint import last_checkpoint
+from .dry_run import begin_only
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, rank_bounds_of
 from .step.replicas import check_arguments
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
@@ -116,6 +117,22 @@ def plan_ahead(
         tell(f"planning under {config.policy}")
         set_seed(config.seed)
         return static_plan(trainer, None, config.policy, config.pilot_options(log=log))
+
+
+def dry_run(config: FinetuneConfig, on_phase: Callable[[str], None], tell: Callable[[str], None]) -> None:
+    """Tell how `finetune` would begin, in at most ten lines, without training; raises the same errors.
+
+    Args:
+        config: the settings of the fine-tune.
+        on_phase: called with a short description of each phase.
+        tell: called with each line.
+    """
+    config, workload = read_workload(config, on_phase)
+    with TemporaryDirectory() as folder, suppress(SystemExit):
+        trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
+        begin_only(attach(trainer, config.policy, config.pilot_options()), tell)
+        set_seed(config.seed)
+        trainer.train()
 
 
 def _head(workload: Workload) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from ..common.errors import BudgetError, RankPilotError, UnsupportedError
 from ..common.processes import Processes
 from ..cost.budget import Budget
 from ..finetune.callback import RankPilotCallback, attach
+from ..finetune.dry_run import begin_only
 from ..finetune.step.put_back import random_states
 from ..finetune.step.replicas import Replicas, rebuild_reducer
 from ..lora.targets import find_target_modules, unwrap
 from .flags import attach_options
-from .hook import tell
-from .order import Order
+from .order import Order, tell
 
 PATIENCE = timedelta(minutes=2)
 """Time for all processes to report whether they failed. Beyond it one of them waits for another elsewhere."""
@@ -84,6 +84,8 @@ class Attempt:
             del attributes["train"]
             if before is not None:
                 attributes["train"] = before
+        if self._order.dry:
+            begin_only(self._callback, tell)
         replaced = {"on_train_begin": partial(self._guarded, self._callback.on_train_begin)}
         replaced |= {name: partial(self._watched, getattr(self._callback, name)) for name in LATER_EVENTS}
         self._callback.__dict__.update(replaced)
@@ -135,6 +137,9 @@ class Attempt:
             raise SystemExit(1)
         self._let_go(as_found)
         self._order.mark("failed", trainer=type(self._trainer).__name__, reason=reason)
+        if self._order.dry:
+            tell(f"{type(self._trainer).__name__} would train as it is, without rankpilot: {reason}")
+            raise SystemExit(0)
         on = "trains as it is" if as_found else f"goes on from step {self._trainer.state.global_step}"
         tell(f"{type(self._trainer).__name__} {on}, without rankpilot: {reason}")
 

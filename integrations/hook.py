@@ -6,13 +6,12 @@ is left as it is if it trains no LoRA, if its script attaches, or if attaching f
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from .order import Order
+from .order import Order, tell
 
 PREPARED = "_rankpilot_train"
 """Attribute of a Trainer: its `train` as arranged by attach, or None if the Trainer is left unchanged."""
@@ -59,7 +58,7 @@ def prepared(trainer: Any, run: Callable[..., Any], order: Order) -> Callable[..
         What to call for `run`; None if the Trainer is left as it is.
 
     Raises:
-        SystemExit: nothing is to be trained (`--dry`), or a budget in bytes cannot be kept.
+        SystemExit: nothing is attached, nor to be trained (`--dry`), or a budget in bytes cannot be kept.
     """
     kind = type(trainer).__name__
     attached = None
@@ -79,7 +78,7 @@ def prepared(trainer: Any, run: Callable[..., Any], order: Order) -> Callable[..
             order.mark("attached", trainer=kind)
             would = "would attach" if order.dry else "attached"
             tell(f"{would} to {kind}: {attempt.subject}; {in_words(order.options)}.")
-    if order.dry:
+    if order.dry and not attached:
         raise SystemExit(0)
     return attached
 
@@ -94,13 +93,6 @@ def why_not(trainer: Any) -> str:
         return "its model has no PEFT adapter"
     kinds = sorted({str(getattr(each.peft_type, "value", each.peft_type)) for each in model.peft_config.values()})
     return "" if kinds == ["LORA"] else f"its adapter is {', '.join(kinds)}, not LoRA"
-
-
-def tell(text: str) -> None:
-    """Write a line to standard error, in the first process of a run only."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"rankpilot run: {' '.join(text.split())}\n")
-        sys.stderr.flush()
 
 
 def _attaches_itself(trainer: Any) -> bool:

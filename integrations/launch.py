@@ -12,8 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .hook import tell
-from .order import VARIABLE, Order
+from .order import VARIABLE, Order, tell
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit statuses for a command that cannot be started, as in a shell."""

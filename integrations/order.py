@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,3 +50,10 @@ class Order:
     def events(self) -> set[str]:
         """Return the events recorded by all processes so far."""
         return {path.name.partition("-")[0] for path in Path(self.marks).glob("*.json")}
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, in the first process of a run only."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"rankpilot run: {' '.join(text.split())}\n")
+        sys.stderr.flush()

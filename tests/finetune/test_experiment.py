@@ -30,7 +30,7 @@ from rankpilot.data.workload import load_workload
 from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
-from rankpilot.finetune.experiment import finetune
+from rankpilot.finetune.experiment import dry_run, finetune
 from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.finetune.step.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
@@ -158,6 +158,21 @@ def test_a_run_writes_what_it_promises(comparison: Comparison) -> None:
     assert read_json(folder / "config.json")["steps"] == 12
     assert [type(trainer.optimizer.optimizer) for trainer in comparison.trainers] == [torch.optim.AdamW] * 3
     assert [trainer.state.global_step for trainer in comparison.trainers] == [12] * 3
+
+
+def test_a_dry_run_tells_the_plan_of_the_run(make_config: Callable[..., FinetuneConfig], compared: Path) -> None:
+    lines = list[str]()
+    before = {path: path.stat().st_mtime_ns for path in compared.parent.rglob("*")}
+    dry_run(make_config(**BOTH), lambda _: None, lines.append)
+    assert {path: path.stat().st_mtime_ns for path in compared.parent.rglob("*")} == before
+    (first, *_) = DecisionLog(compared / "decisions").read()
+    told = re.search(r"(\d+) of (\d+) modules adapted, ([\d.]+) of ([\d.]+) KiB", lines[0])
+    ranks = list(first.plan().values())
+    assert told
+    assert told.groups()[:2] == (str(np.count_nonzero(ranks)), str(len(ranks)))
+    assert float(told[3]) == pytest.approx(first.predicted_cost / 2**10, abs=0.06)
+    assert float(told[4]) == pytest.approx(first.problem.limit / 2**10, abs=0.6)
+    assert len(lines) <= 10
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def under_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
     """Patches the Trainer as in a program under `rankpilot run` with these options, until the test ends."""
 
     def start(*, dry: bool = False, **options: Any) -> Order:
-        (tmp_path / "marks").mkdir()
+        (tmp_path / "marks").mkdir(exist_ok=True)
         order = Order(str(tmp_path / "marks"), options, dry)
         monkeypatch.setenv(VARIABLE, order.text())
         for name in ("__init__", "train"):
@@ -269,16 +269,40 @@ def test_bytes_that_cannot_be_kept_end_the_process(
 def test_dry_ends_before_training(
     under_run: Start, llama_config: LlamaConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run = made(tmp_path / "run", adapted(llama_config))
+    attach(run, budget="60%")
+    run.train()
+    trained = capsys.readouterr().out
     under_run(dry=True, budget="60%")
     for model in (adapted(llama_config), new_base(llama_config)):
-        trainer = made(tmp_path, model)
+        trainer = made(tmp_path / "dry", model)
         with pytest.raises(SystemExit) as end:
             trainer.train()
         assert end.value.code == 0
         assert trainer.state.global_step == 0
-    lora, full = lines(capsys)
+        assert not any((tmp_path / "dry").rglob("*.json*"))
+    lora, plan, *remarks, full = lines(capsys)
     assert "would attach to Trainer: LlamaForCausalLM, 7 modules with LoRA; --budget 60%." in lora
+    assert len(remarks) < 8
     assert "Trainer trains as it is: its model has no PEFT adapter." in full
+    assert plan.removeprefix("rankpilot run: ") in trained
+
+
+@pytest.mark.parametrize(("budget", "status"), [("40KiB", 1), ("1 params", 0)])
+def test_dry_tells_what_fails(
+    under_run: Start,
+    llama_config: LlamaConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    budget: str,
+    status: int,
+) -> None:
+    under_run(dry=True, budget=budget)
+    trainer = made(tmp_path, adapted(llama_config))
+    with pytest.raises(SystemExit) as end:
+        trainer.train()
+    assert (end.value.code, trainer.state.global_step) == (status, 0)
+    assert lines(capsys)
 
 
 class Broken(Trainer):  # type: ignore[misc]
