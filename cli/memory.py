@@ -14,7 +14,7 @@ import tyro
 from rich.markup import escape
 
 from ..common.errors import ConfigError
-from ..cost.step_config import Quantization, StepConfig, check_seed
+from ..cost.step_config import Quantization, StepConfig
 from ..report.config import OF_CARD, MemoryConfig
 from .options import parse, peek
 from .progress import console, working
@@ -42,36 +42,45 @@ DOES_NOT_FIT = 3
 """Exit status if the run as requested does not fit the card."""
 
 
+GROUPS = {
+    "common": (
+        "The card, the adapter, the batch and the answer.",
+        "device device_memory rank batch_size max_length quantization optimizer gradient_checkpointing target_modules "
+        "config trainer details json python output lengths",
+    ),
+    "further": (
+        "Several cards, and how the step is computed.",
+        "gpus sharding dtype bf16 attention loss lora_dropout target_parameters experts accumulation stream offload "
+        "reentrant packed exact_savers prepare_kbit eval_batch_size keep_logits expandable_segments image images "
+        "max_pixels os",
+    ),
+}
+"""Option groups in --help."""
+
+
 @dataclass(frozen=True)
 class Memory(MemoryConfig):
     """Show the memory use of a LoRA training step, and the savings of each choice.
 
-    The model's configuration is enough: no weights are downloaded, and nothing is trained. The answer is for the run as
-    requested: its rank, rows and length, with adapters on all layers. Exact savers, checkpointing and streaming, which
-    `attach` adds at the same losses, count as requested; fewer layers, rows or ranks come second (--details). The exit
-    status is 3 if the run as requested does not fit.
+    The model's configuration is enough: nothing else is downloaded, and nothing is trained. The answer is for the run
+    as requested, with adapters on all layers; what `attach` adds at the same losses (exact savers, checkpointing,
+    streaming) is part of it. Fewer layers, rows or ranks come second (--details). Exit status 3: it does not fit.
 
-    What a run takes on this machine, with its own data, is told by `rankpilot finetune MODEL DATA --dry`, or for any
-    script by `rankpilot run --dry -- COMMAND`.
+    On this machine, with your data: `rankpilot finetune MODEL DATA --dry`, `rankpilot run --dry -- COMMAND`.
 
     Attributes:
-        lengths: DATASET:COLUMN with texts to tokenize, or a file with the number of tokens of each row, whole numbers:
-            also show the cost of steps on such rows in parts, compared with padded ones (docs/parts.md), and the
-            longest row that fits. Rows longer than --max-length are truncated.
-        seed: seed of the order in which steps draw the rows of --lengths.
-        output: folder for the picture and all figures; without one, nothing is written.
-        details: print every choice, the batches that fit, and the memory breakdown.
-        json: print all figures as JSON, and nothing else.
-        config: a YAML file of axolotl, TRL or LLaMA-Factory, unmodified. Options on the command line, and MODEL,
-            override it.
-        trainer: with --config, the kind of training, for a file that fits several: sft, dpo, kto, reward, grpo or rloo.
-        python: print the LoraConfig and the training arguments of the best choice.
+        lengths: DATASET:COLUMN or file of lengths: steps in parts.
+        output: folder for the picture and all figures.
+        details: every choice, the batches, the breakdown.
+        json: all figures as JSON.
+        config: yaml of axolotl, TRL or LLaMA-Factory.
+        trainer: its kind of training: sft, dpo, kto, reward, grpo.
+        python: print the LoraConfig and arguments.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
     lengths: str | None = None
-    seed: int = 0
     output: Path | None = None
     details: bool = False
     json: bool = False
@@ -85,7 +94,6 @@ class Memory(MemoryConfig):
             raise ConfigError("--json and --python cannot be combined; pass one of them.")
         if self.trainer and not self.config:
             raise ConfigError("--trainer requires --config.")
-        check_seed(self.seed)
         if self.lengths is not None and self.image:
             raise ConfigError("--lengths are those of rows of texts: drop --image or --lengths.")
 
@@ -99,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     path = peek(arguments, "--config")
     file = None if path is None else _trainer_file(path, arguments)
     default = _defaults(file)
-    options = parse(Memory, arguments, default, "rankpilot memory")
+    options = parse(Memory, arguments, default, "rankpilot memory", GROUPS)
     from ..data.assets import check_model
 
     check_model(options.model, options.card)
@@ -116,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
     with working(f"pricing the training step of {options.model}"):
         outlook = _asking(options, options.card, file)()
-        found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
+        found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows)
         told = not (options.json or (options.python and (outlook.as_asked or outlook.instead)))
         opening = report.headline(outlook) + report.subject(outlook, options, file.training if file else "")
         verdict = (report.verdict_text(outlook), doubts_text(outlook)) if told else ()

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from types import UnionType
@@ -55,7 +55,13 @@ GROUPS = {
 """Option groups in --help, with a description and their settings; all other settings come first."""
 
 
-def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, prog: str) -> Settings:
+def parse(
+    kind: type[Settings],
+    arguments: Sequence[str],
+    default: Settings,
+    prog: str,
+    grouped: Mapping[str, tuple[str, str]] = GROUPS,
+) -> Settings:
     """Parse settings from the command line.
 
     tyro shows a group for each nested dataclass, so the settings are parsed as nested dataclasses.
@@ -65,6 +71,7 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
         arguments: the command line.
         default: default settings; `tyro.MISSING` for required ones.
         prog: name of the command in --help.
+        grouped: option groups in --help, each with a description and its settings in order.
 
     Raises:
         ConfigError: a size is 0, or a setting is invalid.
@@ -76,17 +83,24 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
     groups: dict[str, Any] = {}
 
     def option(name: str) -> tuple[str, Any, Any]:
-        hint = _quick(hints[name])
+        hint, told = _quick(hints[name]), dict[str, Any]()
         if other := TRAINER_NAMES.get(name):
-            hint = Annotated[hint, tyro.conf.arg(aliases=[f"--{other.replace('_', '-')}"])]
+            told["aliases"] = [f"--{other.replace('_', '-')}"]
+        if hints[name] in (str | None, Path | None):
+            told["metavar"] = "PATH" if hints[name] == Path | None else "STR"
+        if not getattr(default, name):  # its documentation says what none, no or 0 means, if it needs to
+            told["help_behavior_hint"] = ""
+        if told:
+            hint = Annotated[hint, tyro.conf.arg(**told)]
         return name, hint, getattr(default, name)
 
     def flat(parsed: Any) -> Settings:
         return kind(**{name: getattr(getattr(parsed, groups.get(name, ""), parsed), name) for name in names})
 
     made = [*map(option, names)]
-    for title, (about, members) in GROUPS.items():
-        inside = [each for each in made if each[0] in members.split()]
+    for title, (about, members) in grouped.items():
+        order = members.split()
+        inside = sorted((each for each in made if each[0] in order), key=lambda each: order.index(each[0]))
         if inside:
             group = make_dataclass(title, inside, frozen=True, namespace={"__doc__": f"{about}\n\n{_attributes(kind)}"})
             groups |= dict.fromkeys((name for name, *_ in inside), f"{title}_options")

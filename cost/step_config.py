@@ -43,25 +43,17 @@ class StepConfig:
     """One training step of a LoRA fine-tune.
 
     Attributes:
-        batch_size: rows per micro-batch; 0 means 2 for language modelling (causal-lm), and 16 elsewhere.
-        accumulation: micro-batches per optimizer step; 0 means 1, and 8 for language modelling with the default batch.
-        max_length: tokens per row; longer texts are truncated, or split for language modelling. 0 means 1024 (or the
-            model's positions) for language modelling, and 64 elsewhere.
-        target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
-            `peft.LoraConfig`.
-        target_parameters: fused experts that get an adapter: "all-experts", or names separated by commas, as in
-            `peft.LoraConfig` (mlp.experts.gate_up_proj); empty for none.
-        optimizer: sets the optimizer state per trained weight: adamw two numbers, sgd none, adafactor at most one,
-            adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit the same in pages that CUDA may move
-            to the CPU; they count as on the device, since a change of rank moves them there. adamw4bit is torchao's,
-            one byte.
-        quantization: storage of the frozen weights: none, as saved; nf4, four bits each; int8, eight bits. Both need
-            the extra rankpilot[quant].
-        prepare_kbit: keep unquantised weights in fp32, as PEFT's prepare_model_for_kbit_training does, except fused
-            experts. TRL's SFTTrainer trains without it and uses less memory.
-        bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
-        gradient_checkpointing: checkpoint all layers (True), none (False), or as few as the plan needs ("auto").
-        exact_savers: lower the memory of a step with identical losses and gradients, in no more time (docs/savers.md).
+        batch_size: rows per micro-batch. (default: 2; labels: 16)
+        accumulation: micro-batches per optimizer step.
+        max_length: most tokens per row. (default: 1024; labels: 64)
+        target_modules: modules with an adapter: "all-linear", or names with commas.
+        target_parameters: fused experts with an adapter: "all-experts", or names.
+        optimizer: sets the bytes of state per trained weight.
+        quantization: storage of the frozen weights.
+        prepare_kbit: keep unquantised weights in fp32, as PEFT does and TRL doesn't.
+        bf16: compute under bf16 autocast, as the Trainer's bf16=True.
+        gradient_checkpointing: of all layers, none, or as few as the plan needs.
+        exact_savers: use less memory at equal losses, gradients and time.
 
     Raises:
         ConfigError: a value is out of range.

@@ -24,39 +24,28 @@ class MemoryConfig(StepConfig):
     """The training step of `rankpilot memory`: a model with an adapter, on a batch, on a card.
 
     Attributes:
-        model: a packaged model (listed by rankpilot assets), a Hugging Face id or a local folder.
-        rank: rank of the adapter on every target module.
-        device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Downloads
-            nothing but a configuration unknown to rankpilot. MODEL is then a short name ("qwen3-8b"), a Hugging Face
-            id, a folder or a config.json.
-        device_memory: the same for a card given by its memory: "24GiB".
-        gpus: number of such cards that train together, each with its own batch; all figures are per GPU.
-        sharding: state shared by the GPUs: ddp, nothing; zero2, the optimizer state; fsdp2 and zero3, the frozen model
-            and all trained parameters.
-        dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 if the card supports it.
-            With bf16, steps run under bf16 autocast.
-        lora_dropout: dropout rate on an adapter's inputs; its masks and products use memory.
-        experts: storage of fused experts in a quantised model: as in transformers, in 16 bits; as in axolotl's
-            quantize_moe_experts; or as in Unsloth.
-        attention: attention implementation on the card: eager, sdpa, flash (2 or 3), flex, or math, which sdpa uses on
-            most AMD cards.
-        loss: model, with all logits; chunked, as in TRL's SFTTrainer; cut, as in cut cross-entropy; liger, as Liger's
-            kernel does, which computes all logits in evaluation.
+        model: a name such as qwen3-8b, a Hugging Face id or a folder.
+        rank: rank of every adapter.
+        device: the card: "RTX 4090", "a100 80gb", "T4" ...
+        device_memory: or a card with this memory: "24GiB".
+        gpus: such cards, each with its own batch.
+        sharding: what they share: nothing, optimizer state, or all.
+        dtype: of the frozen model. (default: the card's)
+        lora_dropout: dropout rate on an adapter's inputs.
+        experts: storage of quantised models' fused experts.
+        attention: its implementation. (default: as on this card)
+        loss: all logits, in chunks (TRL), cut, or Liger's.
         reentrant: gradient checkpointing with use_reentrant=True.
-        packed: a row holds several texts, and may exceed the model's positions.
-        offload: offload saved activations to main memory (activation_offloading of TRL and axolotl).
-        stream: number of layers whose frozen weights stream from main memory, or all (axolotl's layer_offloading).
-        image: width and height in pixels of the pictures in each row, "1024x768"; for models that read pictures. Their
-            tokens are part of --max-length.
-        images: number of such pictures in each row.
-        max_pixels: the image processor's setting of this name (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); 0 for its published
-            value.
-        expandable_segments: enable this setting of torch's allocator, which then reserves little more than tensors use.
-        eval_batch_size: rows of an evaluation batch (per_device_eval_batch_size); 0 for those of a training batch, none
-            for a run without evaluation.
-        keep_logits: rows of an evaluation whose logits stay on the card for compute_metrics: all of them, or those of
-            eval_accumulation_steps batches.
-        os: operating system of the machine with the card; on Windows memory spills into main memory without an error.
+        packed: rows of several texts, of any length.
+        offload: saved activations in main memory.
+        stream: frozen layers that stream from main memory.
+        image: pictures in each row: 1024x768.
+        images: such pictures in each row.
+        max_pixels: max_pixels of the processor. (default: published)
+        expandable_segments: enable this setting of torch's allocator.
+        eval_batch_size: rows of an evaluation. (default: as in training)
+        keep_logits: rows whose logits an evaluation keeps there.
+        os: on Windows, memory spills without an error.
 
     Raises:
         ConfigError: a value is out of range, or options contradict each other.

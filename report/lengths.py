@@ -141,13 +141,12 @@ def _tokenizer(model: str) -> Any:
         raise AssetError(f"{needs}: {first_line(error)} {advice}") from error
 
 
-def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> StepsOfLengths:
-    """Predict steps on rows with these lengths, drawn in a seeded order.
+def steps_of_lengths(outlook: Outlook, lengths: IntArray) -> StepsOfLengths:
+    """Predict steps on rows with these lengths, drawn in a fixed random order.
 
     Args:
         outlook: outlook of the step.
         lengths: tokens of each row of the data set, int64 (rows,), at least one.
-        seed: seed of the order.
 
     Raises:
         UnsupportedError: the model's operations depend on its data, so other shapes are unknown.
@@ -158,7 +157,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
         raise UnsupportedError(
             "The operations of this model depend on its data, so steps in parts cannot be predicted."
         )
-    order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
+    order = np.random.default_rng(0).permutation(np.resize(lengths, max(len(lengths), rows)))
     batches = order[: len(order) // rows * rows][: MOST_STEPS * rows].reshape(-1, rows)
     limit = room_for_tensors(outlook)
     bytes_of = PlanBytes(memory, ranks, whole, chooses=bool(memory.segments), each=1)

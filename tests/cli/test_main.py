@@ -135,7 +135,7 @@ def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: 
 TAUGHT = {
     "policy evaluate": ("bootstrap over tasks", "below 0 is better"),
     "export": ("--output", "--rank", "{padded,merged,rank-pattern}", "vLLM", "axolotl"),
-    "memory": ("no weights are downloaded", "step options"),
+    "memory": ("nothing else is downloaded", "common options", "further options"),
     "finetune": ("plan options", "limit that no training step", "--per-device-train-batch-size INT, --batch-size INT"),
 }
 """What the help of commands says, among other things."""

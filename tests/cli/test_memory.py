@@ -52,7 +52,6 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
     [
         ("--trainer packing=true", "--trainer requires --config"),
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
-        ("--seed -1", "seed must be a whole number from 0 to 2**32 - 1; got -1"),
         ("--batch-size -1 --max-length -4", "at least 2, or 0 for the default; got -1, 0 and -4"),
         ("--no-prepare-kbit", "prepare_kbit requires a quantised model: set quantization"),
     ],
