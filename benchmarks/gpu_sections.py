@@ -35,8 +35,8 @@ from rankpilot.cost.forecast.card_use import card_use
 from rankpilot.cost.forecast.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.forecast.from_config import from_config
 from rankpilot.cost.forecast.known_models import published_models
-from rankpilot.cost.record.measured_time import TimedPlan, count_work
 from rankpilot.cost.record.model_states import frozen_bytes
+from rankpilot.cost.record.work import count_work
 from rankpilot.cost.savers.exact import SAVERS, ExactSavers
 from rankpilot.cost.savers.prices import ACTIVATIONS, CACHE
 from rankpilot.cost.savers.streamed_base import StreamedBase, streamable_layers
@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, T
 from .elastic import ON_CUDA, OTHER, ROOM, TAKEN, other_process
 from .models import Learner, Size, random_loader
 from .published import total_mib
-from .step_time import TimedModel
+from .step_time import TimedModel, TimedPlan
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama-3.2-1b", "qwen2.5-0.5b")
@@ -201,7 +201,7 @@ def peaks(machine: Machine) -> list[Row]:
 
 
 def step_times(machine: Machine) -> list[Row]:
-    """Six plans as shares of plain LoRA: by the card's published rates, by a few timed steps, and measured."""
+    """Six plans as shares of plain LoRA: by the card's published rates, by those measured, and measured."""
     size = machine.size(8, 512)
     case = TimedModel("llama", size, machine.base(MODELS[1]), 0, checkpoint=True)
     plain: TimedPlan = (np.full(len(case.targets), 8), ())
@@ -213,11 +213,11 @@ def step_times(machine: Machine) -> list[Row]:
     if rates:
         work = count_work(case.learner.model, case.targets, case.step.loss, case.batch)
         counted = work.time(card_rates(rates, "bf16"))
-    rows = [row("plain LoRA, by timed steps", case.time.seconds(*plain), measured[0], "s")]
+    rows = [row("plain LoRA, by measured rates", case.time.seconds(*plain), measured[0], "s")]
     for number, (name, plan) in enumerate(plans.items()):
         share = measured[number] / measured[0]
         if number:
-            rows.append(row(f"{name}, by timed steps", case.time.seconds(*plan) / case.time.seconds(*plain), share))
+            rows.append(row(f"{name}, by measured rates", case.time.seconds(*plan) / case.time.seconds(*plain), share))
         if counted:
             told = counted.seconds(*plan), counted.seconds(*plain)
             rows.append(

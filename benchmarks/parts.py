@@ -26,7 +26,7 @@ from rankpilot.common.text import make_table
 from rankpilot.cost.batch_shape import padded as with_padding
 from rankpilot.cost.record.calibration import calibrate
 from rankpilot.cost.record.live_storages import LivePeak
-from rankpilot.cost.record.measured_time import part_seconds_of
+from rankpilot.cost.record.work import part_seconds_of
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.savers.exact import SAVERS, ExactSavers

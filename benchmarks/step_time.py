@@ -1,4 +1,4 @@
-"""The time of a step that is predicted from a few timed steps, beside the time that it takes."""
+"""The time of a step that is predicted from its counted work, beside the time that it takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import LoraConfig
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.errors import ConfigError
 from rankpilot.common.text import make_table
-from rankpilot.cost.record.measured_time import TimedPlan, measure_step_time, usual_seconds
+from rankpilot.cost.record.work import count_work, measured_rates
 from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
 from rankpilot.cost.step_time import StepTime
 from rankpilot.cost.training_step import TrainingStep, model_loss
@@ -32,6 +32,9 @@ from .harness import (
 )
 from .models import LORA, Family, Learner, Size, random_loader, random_model
 
+TimedPlan = tuple[IntArray, tuple[str, ...]]
+"""Ranks (modules,), and the names of the checkpointed layers."""
+
 LLAMA, MINILM = "llama-30x256", "all-minilm-l6-v2"
 
 
@@ -39,9 +42,9 @@ LLAMA, MINILM = "llama-30x256", "all-minilm-l6-v2"
 class Options:
     """Predict the time of a training step under random plans, and measure it.
 
-    Plans differ in ranks, in depth, in the modules that have an adapter, and in the layers that run again. The times of
-    a handful of other plans predict them. Models: a random Llama of 30 layers x 256, and MiniLM (packaged). CPU time of
-    one thread on a CPU. Takes about a quarter of an hour.
+    Plans differ in ranks, in depth, in the modules that have an adapter, and in the layers that run again. Counted work
+    and measured rates predict them, as for goal="time". Models: a random Llama of 30 layers x 256, and MiniLM
+    (packaged). CPU time of one thread on a CPU. Takes about a quarter of an hour.
 
     Attributes:
         plans: of each model, at least 3.
@@ -66,10 +69,10 @@ class TimedModel:
         self.batch = {name: values.to(base.device) for name, values in batch.items()}
         self.targets = self.learner.targets
         self.checkpointing = LayerCheckpointing(self.learner.model) if checkpoint else None
-        take = self.checkpointing.take if self.checkpointing else None
         self.layers = self.checkpointing.layers if self.checkpointing else ()
         self.step = TrainingStep(self.learner.model, model_loss(self.learner.model), self.learner.optimizer)
-        self.time: StepTime = measure_step_time(self.step, self.targets, self.batch, take)
+        rates = measured_rates(base.device, base.dtype)
+        self.time: StepTime = count_work(self.learner.model, self.targets, self.step.loss, self.batch).time(rates)
         self.most = highest_ranks(self.targets)
 
     def seconds(self, plans: Sequence[TimedPlan], rounds: int) -> dict[str, FloatArray]:
@@ -94,6 +97,15 @@ class TimedModel:
         self.learner.set_ranks(ranks)
         if self.checkpointing:
             self.checkpointing.take(layers)
+
+
+def usual_seconds(seconds: FloatArray) -> FloatArray:
+    """Return the typical time of each plan, (plans,), corrected for the pace of each round; seconds: (rounds, plans).
+
+    A slow round slows all plans alike. Its pace is the median of their times relative to each plan's own median.
+    """
+    pace = np.median(seconds / np.median(seconds, axis=0), axis=1, keepdims=True)
+    return np.asarray(np.median(seconds / pace, axis=0), dtype=np.float64)
 
 
 def random_plans(
@@ -139,7 +151,7 @@ def accuracy(predicted: FloatArray, measured: FloatArray) -> Figures:
 def predicted_and_measured(case: TimedModel, plans: int, rounds: int) -> Figures:
     """How well random plans of one model are predicted, in seconds and as shares of a step of plain LoRA.
 
-    Shares do not depend on the machine's pace, which changes between the timed steps that predict and those that judge.
+    Shares do not depend on the machine's pace.
     """
     blocks = np.array([target.block for target in case.targets])
     drawn = random_plans(blocks, case.most, case.layers, plans, np.random.default_rng(0))

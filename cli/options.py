@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast,
 
 import tyro
 
+from ..common.checks import REMOVED
 from ..common.errors import ConfigError, shown
 from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
 
@@ -38,7 +39,7 @@ TRAINER_NAMES = {
 GROUPS = {
     "plan": (
         "What decides the ranks, and its limits.",
-        "policy budget time goal tolerance bounds exact_savers gradient_checkpointing keep_rate",
+        "policy budget goal tolerance bounds exact_savers gradient_checkpointing keep_rate",
     ),
     "step": (
         "The batch, the adapter and how a step is computed.",
@@ -80,6 +81,9 @@ def parse(
         if peek(arguments, size) == "0":
             raise ConfigError(f"{size} must be at least 1; got 0. Leave it out for the default.")
     hints, names = get_type_hints(kind, include_extras=True), [each.name for each in fields(kind)]
+    for name, instead in REMOVED.items():
+        if name not in names and any(word.partition("=")[0] == f"--{name}" for word in arguments):
+            raise ConfigError(f"There is no --{name}. {instead}")
     groups: dict[str, Any] = {}
 
     def option(name: str) -> tuple[str, Any, Any]:

@@ -53,7 +53,6 @@ class Run(PilotOptions):
 
     policy: str | None = None
     budget: str = str(PilotOptions.budget)
-    time: str | None = None
     bounds: tuple[str, ...] = ()  # type: ignore[assignment]
     schedule: tuple[float, ...] = ()  # type: ignore[assignment]
     log: Path | None = None

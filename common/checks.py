@@ -1,12 +1,21 @@
 """Type and range checks for single numbers.
 
-The first three functions check a caller's arguments. `finite` and `counted` read a number from a possibly damaged file,
-and raise ValueError or TypeError.
+`REMOVED` and the first three functions check a caller's arguments. `finite` and `counted` read a number from a possibly
+damaged file, and raise ValueError or TypeError.
 """
 
 import math
 from numbers import Real
 from typing import Any
+
+REMOVED = {
+    "time": 'It went; goal="time" takes the fastest plan of those with nearly the loss of plain LoRA.',
+    "offload": "It went; gradient_checkpointing and stream save more.",
+    "recompute": "It is gradient_checkpointing now.",
+    "checkpointing": "It is gradient_checkpointing now.",
+    "measure": "It went; `rankpilot finetune MODEL DATA --dry` tells the plan on your machine.",
+}
+"""What to do in place of options that went, by name."""
 
 
 def is_count(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Parse budgets of bytes and seconds, and resolve them to limits.
+"""Parse budgets, and resolve them to limits.
 
 Settings parse budgets, so this module imports torch only where needed.
 """
@@ -19,7 +19,6 @@ from ..common.errors import BudgetError, ConfigError, first_line, shown
 from ..common.text import cost_text, format_bytes, given_bytes
 from ..lora.spec import REFERENCE_RANK
 from .cost import Cost, CostUnit, plan_cost
-from .step_time import StepTime
 
 if TYPE_CHECKING:
     import torch
@@ -304,59 +303,3 @@ def beyond_device(budget: Budget, device: torch.device) -> str:
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     """Return the cost of rank 8 on every module, capped at `max_ranks`, int64 (modules,)."""
     return plan_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
-
-
-_TIME_FORMS = "'75%' (of a step with the adapter as configured, without checkpointing), '0.8s' or '800ms' per step"
-
-_SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
-
-
-@dataclass(frozen=True)
-class TimeBudget:
-    """A limit on step time as given by the user; `resolve` turns it into seconds.
-
-    Attributes:
-        kind: "share" of the step time with the adapter as configured and no checkpointing; "seconds".
-        value: above 0.
-    """
-
-    kind: Literal["share", "seconds"]
-    value: float
-
-    @classmethod
-    def parse(cls, given: TimeBudget | str) -> TimeBudget:
-        """Parse a limit: "75%", "0.8s", "800ms", "1.5min".
-
-        Raises:
-            BudgetError: it is unreadable, has no unit, or is not above zero and finite.
-        """
-        if isinstance(given, TimeBudget):
-            return given
-        match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%|ms|s|min)?", budget_text(given))
-        number = float(match.group(1)) if match else math.nan
-        unit = match.group(2) if match else None
-        value = number / 100 if unit == "%" else number * _SECONDS[unit or "s"]
-        if not (math.isfinite(value) and value > 0):
-            raise BudgetError(f"Cannot read the time {shown(given)}. Allowed: {_TIME_FORMS}; all must be above zero.")
-        if unit is None:
-            share = f" or '{100 * number:g}%'" if number <= MOST_SHARE else ""
-            raise BudgetError(f"The time {given!r} has no unit. Write '{number:g}s'{share}. Allowed: {_TIME_FORMS}.")
-        return cls("share" if unit == "%" else "seconds", value)
-
-    @classmethod
-    def unlimited(cls) -> TimeBudget:
-        """Return a limit beyond any plan, for runs that time steps only to compare plans."""
-        return cls("share", 64.0)
-
-    def __str__(self) -> str:
-        """Return the limit as text for `parse`."""
-        return f"{100 * self.value:g}%" if self.kind == "share" else f"{self.value:g}s"
-
-    def resolve(self, time: StepTime, reference: IntArray) -> float:
-        """Return the seconds allowed for a step.
-
-        Args:
-            time: step time under any plan.
-            reference: the ranks whose time, without checkpointing, a share refers to, int64 (modules,).
-        """
-        return self.value * time.seconds(reference, ()) if self.kind == "share" else self.value

@@ -6,7 +6,6 @@ compares thousands of sets that differ by one module each and share most of thei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -84,42 +83,7 @@ class ByteCost:
         return np.ascontiguousarray(self.needs.T)
 
 
-TIME = "the time of a step"
-"""Display name of the last moment of a `TimedCost`."""
-
-
-@dataclass(frozen=True, eq=False)
-class TimedCost:
-    """A cost with step time as an extra, last moment; created by `SecondsRow.added_to`.
-
-    Time is scaled to share one limit with the other moments, so planners enforce both limits as one.
-
-    Attributes:
-        unit: unit of the other moments.
-        moments: display name of each moment, `TIME` last.
-        constant: see `ByteCost`, as for the arrays below.
-        per_rank: cost per rank, (moments, modules).
-        group_bytes: cost of each group, (moments, groups).
-        needs: modules that need each group, bool (groups, modules).
-        unit_per_second: units that correspond to one second.
-    """
-
-    unit: CostUnit
-    moments: tuple[str, ...]
-    constant: FloatArray
-    per_rank: FloatArray
-    group_bytes: FloatArray
-    needs: BoolArray
-    unit_per_second: float
-
-    @cached_property
-    def module_groups(self) -> BoolArray:
-        """`needs`, transposed and contiguous, bool (modules, groups)."""
-        return np.ascontiguousarray(self.needs.T)
-
-
-UntimedCost = ParameterCost | ByteCost
-Cost = UntimedCost | TimedCost
+Cost = ParameterCost | ByteCost
 """The cost of any plan: its maximum over a few moments of a training step.
 
 At each moment, a plan costs a constant, an amount per rank, and an amount per *group*, paid once if the plan adapts any
@@ -142,17 +106,6 @@ def plan_cost(cost: Cost, ranks: IntArray) -> float:
     return float(moment_costs(cost, ranks).max())
 
 
-def unit_costs(cost: Cost, plans: IntArray) -> FloatArray:
-    """Return `moment_costs` without the step time."""
-    costs = moment_costs(cost, plans)
-    return costs[..., :-1] if isinstance(cost, TimedCost) else costs
-
-
-def unit_cost(cost: Cost, ranks: IntArray) -> float:
-    """Return the cost of a plan in its unit, ignoring step time; `ranks` has shape (modules,)."""
-    return float(unit_costs(cost, ranks).max())
-
-
 def cost_state(cost: Cost) -> dict[str, Any]:
     """Return everything `cost_from_state` needs, as arrays and JSON values."""
     state: dict[str, Any] = {"unit": cost.unit}
@@ -167,10 +120,7 @@ def cost_from_state(state: Mapping[str, Any]) -> Cost:
     if state["unit"] == "parameters" and "moments" not in state:
         return ParameterCost(np.asarray(state["per_rank"]))
     arrays = {name: np.asarray(state[name]) for name in ("constant", "per_rank", "group_bytes", "needs")}
-    moments = tuple(state["moments"])
-    if "unit_per_second" in state:
-        return TimedCost(state["unit"], moments, **arrays, unit_per_second=float(state["unit_per_second"]))
-    return ByteCost(moments, **arrays)
+    return ByteCost(tuple(state["moments"]), **arrays)
 
 
 def check_cost(cost: Cost, modules: int) -> None:
@@ -194,8 +144,6 @@ def check_cost(cost: Cost, modules: int) -> None:
             raise ValueError(f"{name} of the cost contains NaN or infinity")
     if cost.unit not in get_args(CostUnit) or moments == 0 or not all(isinstance(name, str) for name in cost.moments):
         raise ValueError(f"the cost has {moments} moments, in {cost.unit!r}")
-    if isinstance(cost, TimedCost) and not (moments > 1 and 0 < cost.unit_per_second < math.inf):
-        raise ValueError(f"the time cost has {moments} moments, {cost.unit_per_second} per second")
 
 
 class FixedCost:

@@ -10,36 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..common.checks import finite
 from ..common.errors import ConfigError
-from .cost import TIME, ModuleSet, TimedCost, UntimedCost
+from .cost import ModuleSet
 from .recording import BatchShape
 from .tile_size import LEAST_TOKENS, TILES
 
-PARTS = ("constant", "backward", "adapters", "ranks", "again")
-"""Parts of a step: the constant, the backward pass of the frozen model, adapters at any rank, growth with rank, and
-recomputation.
-"""
-
-
-def exact_unit(limit: float) -> float:
-    """Return a power of 2, at most 2**-32 of a limit > 0. Times are multiples of it, so sums of costs are exact."""
-    return 2.0 ** (math.floor(math.log2(limit)) - 32)
-
 
 @dataclass(frozen=True, eq=False)
-class SecondsRow:
-    """The seconds of plans as one moment of their cost; see `ByteCost`.
+class PlanSeconds:
+    """The seconds of a step under any plan whose checkpointed layers are given.
 
     Attributes:
         constant: seconds under any plan.
         per_rank: seconds per rank of each module, (modules,).
-        groups: seconds of each group, (groups,).
+        groups: seconds of each group, paid once if any of certain modules is adapted, (groups,).
         needs: modules that need each group, bool (groups, modules).
     """
 
@@ -48,35 +39,30 @@ class SecondsRow:
     groups: FloatArray
     needs: BoolArray
 
-    def seconds(self, ranks: IntArray) -> float:
-        """Return the seconds of a plan, int64 (modules,)."""
-        paid = self.needs[:, ranks > 0].any(axis=1)
-        return float(self.constant + self.groups @ paid + self.per_rank @ ranks)
+    def __call__(self, plans: IntArray) -> FloatArray:
+        """Return the seconds of plans: ranks (..., modules) -> seconds (...)."""
+        paid = (plans > 0).astype(np.float64) @ self.needs.T > 0
+        seconds: FloatArray = self.constant + paid @ self.groups + plans @ self.per_rank
+        return seconds
 
-    def added_to(self, cost: UntimedCost, limit: float, seconds: float) -> TimedCost:
-        """Add this time to a cost as one more moment.
+    def state(self) -> dict[str, Any]:
+        """Return everything `from_state` needs, as arrays and JSON values."""
+        return dict(vars(self))
 
-        Args:
-            cost: cost of a plan, without time.
-            limit: limit of that cost, > 0.
-            seconds: limit of the time, > 0.
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], modules: int) -> PlanSeconds:
+        """Rebuild the seconds described by `state`; arrays may have become tensors in between.
+
+        Raises:
+            LookupError, TypeError, ValueError: they are not those of this many modules.
         """
-        exact = exact_unit(limit)
-        scale = limit / seconds / exact
-        mine = {name: np.ceil(np.asarray(getattr(self, name)) * scale) * exact for name in ("per_rank", "groups")}
-        moments = cost.moments
-        before, after = cost.group_bytes.shape[1], len(self.groups)
-        group_bytes = np.zeros((len(moments) + 1, before + after))
-        group_bytes[:-1, :before], group_bytes[-1, before:] = cost.group_bytes, mine["groups"]
-        return TimedCost(
-            cost.unit,
-            (*moments, TIME),
-            np.append(cost.constant, np.ceil(self.constant * scale) * exact),
-            np.concatenate([cost.per_rank, mine["per_rank"][None]]),
-            group_bytes,
-            np.concatenate([cost.needs, self.needs]),
-            limit / seconds,
-        )
+        arrays = {name: np.asarray(state[name]) for name in ("per_rank", "groups", "needs")}
+        groups = len(arrays["groups"])
+        for name, shape in {"per_rank": (modules,), "groups": (groups,), "needs": (groups, modules)}.items():
+            values = arrays[name]
+            if values.shape != shape or not np.isfinite(values).all():
+                raise ValueError(f"{name} of the step time has shape {values.shape}, not {shape}, or is not finite")
+        return cls(finite(np.asarray(state["constant"]).item()), **arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,56 +97,28 @@ class StepTime:
     again: FloatArray
     again_per_rank: FloatArray
 
-    def row(self, layers: Collection[str] | None = None) -> SecondsRow:
+    def of_plans(self, layers: Collection[str] | None = None) -> PlanSeconds:
         """Return the seconds of plans with these layers checkpointed, by default those of the configured step."""
         runs = self._runs(layers)
         modules = np.eye(len(self.per_rank), dtype=np.bool_)
         needs = np.concatenate([self.needs, modules, self.layer_needs[runs]])
-        return SecondsRow(self.constant, *self._amounts(runs), needs)
+        return PlanSeconds(self.constant, *self._amounts(runs), needs)
 
     def seconds(self, ranks: IntArray, layers: Collection[str] | None = None) -> float:
-        """Return the seconds of a plan, int64 (modules,): those of `row`, without its per-module groups."""
+        """Return the seconds of a plan, int64 (modules,): those of `of_plans`, without its per-module groups."""
         runs, adapted = self._runs(layers), ranks > 0
         per_rank, groups = self._amounts(runs)
         below, again = (needs[:, adapted].any(axis=1) for needs in (self.needs, self.layer_needs[runs]))
         return float(self.constant + groups @ np.concatenate([below, adapted, again]) + per_rank @ ranks)
 
-    def parts(self, ranks: IntArray, layers: Collection[str] | None = None) -> FloatArray:
-        """Return the seconds of each of `PARTS` under a plan, (5,); see `row`."""
-        adapted = ranks > 0
-        backward = float(self.groups @ self.needs[:, adapted].any(axis=1))
-        adapters, growing = float(self.adapters @ adapted), float(self.per_rank @ ranks)
-        again = self.seconds(ranks, layers) - self.constant - backward - adapters - growing
-        return np.array([self.constant, backward, adapters, growing, max(again, 0.0)])
-
-    def scaled(self, factors: FloatArray) -> StepTime:
-        """Multiply each of `PARTS` by a factor of at least 0, (5,)."""
-        constant, backward, adapters, growing, again = factors.tolist()
-        return replace(
-            self,
-            constant=self.constant * constant,
-            groups=self.groups * backward,
-            adapters=self.adapters * adapters,
-            per_rank=self.per_rank * growing,
-            layer_seconds=self.layer_seconds * again,
-            again=self.again * again,
-            again_per_rank=self.again_per_rank * again,
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Return everything `from_state` needs, as arrays and JSON values."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> StepTime:
-        """Rebuild the step time described by `state`; arrays may have become tensors in between."""
-        values: dict[str, Any] = {field.name: np.asarray(state[field.name]) for field in fields(cls)}
-        values |= {name: tuple(state[name]) for name in ("layers", "running_again")}
-        return cls(**values | {"constant": float(state["constant"])})
+    def times(self, factor: float) -> StepTime:
+        """Return the seconds of a step with this many times the work."""
+        names = ("per_rank", "adapters", "groups", "layer_seconds", "again", "again_per_rank")
+        scaled = {name: factor * getattr(self, name) for name in names}
+        return replace(self, constant=factor * self.constant, **scaled)
 
     def _amounts(self, runs: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Return seconds per rank of each module, (modules,), and per group of `row`, with these checkpointed."""
+        """Return seconds per rank of each module, (modules,), and per group of `of_plans`, with these checkpointed."""
         inside = np.append(runs, False)[self.layer_of]  # the last entry is for modules outside layers, with index -1
         adapters = self.adapters + np.where(inside, self.again, 0.0)
         return (
@@ -173,70 +131,13 @@ class StepTime:
         return np.array([name in layers for name in self.layers], dtype=np.bool_)
 
 
-def fitted(
-    nominal: StepTime,
-    plans: list[tuple[IntArray, tuple[str, ...]]],
-    seconds: FloatArray,
-    *,
-    least_growth: float = 0.0,
-) -> StepTime:
-    """Fit a step time to measured totals, keeping the proportions of a nominal one within each part.
-
-    Minimises squared relative errors with one factor of at least 0 per part. A part absent from all plans keeps the
-    factor of the whole; recomputation present in all plans shares the factor of the first runs.
-
-    Args:
-        nominal: sets the proportions within each part.
-        plans: ranks (modules,), and names of the checkpointed layers.
-        seconds: measured time of each plan, > 0, (plans,).
-        least_growth: lower bound on the factor of growth with rank, at least 0. This part is small in most steps; noise
-            could hide it and make high ranks look free.
-
-    Raises:
-        ConfigError: there is no plan, or a time is not above 0.
-    """
-    if not len(seconds) or not (seconds > 0).all():
-        raise ConfigError(f"Step times must be above 0 seconds; got {seconds.tolist()}.")
-    parts = np.stack([nominal.parts(ranks, layers) for ranks, layers in plans])
-    again = {layers for _, layers in plans}
-    tied = len(again) == 1 and again != {()}
-    if tied:  # every plan checkpoints the same layers, so their recomputation shares the factor of the first run
-        parts[:, 0] += parts[:, -1]
-        parts[:, -1] = 0.0
-    scale = float(np.median(seconds / parts.sum(axis=1)))
-    factors = np.full(len(PARTS), scale)
-    told = np.flatnonzero(parts.any(axis=0)).tolist()
-    factors[told] = _least_squares(parts[:, told] / seconds[:, None], np.ones(len(seconds)))
-    growth = PARTS.index("ranks")
-    rest = 1 - least_growth * parts[:, growth] / seconds
-    if growth in told and factors[growth] < least_growth and (rest > 0).all():
-        told.remove(growth)
-        factors[growth] = least_growth
-        factors[told] = _least_squares(parts[:, told] / seconds[:, None], rest)
-    if tied:
-        factors[-1] = factors[0]
-    return nominal.scaled(factors)
-
-
-def _least_squares(parts: FloatArray, sums: FloatArray) -> FloatArray:
-    """Return the non-negative factors of parts, (parts,), for these sums; (plans, parts) and (plans,)."""
-    factors, told = np.zeros(parts.shape[1]), list(range(parts.shape[1]))
-    while told:  # a negative factor means noise exceeds the part, so drop it
-        found = np.linalg.lstsq(parts[:, told], sums, rcond=None)[0]
-        if (found >= 0).all():
-            factors[told] = found
-            break
-        told.pop(int(found.argmin()))
-    return factors
-
-
 PARAMETER_BYTES = 44
 """Bytes that clipping and AdamW move per fp32 parameter: the gradient is read three times and written once, the weight
 and both moments are read and written once each, and gradients are allocated and freed.
 """
 
 OPERATOR_SECONDS = 5e-6
-"""Overhead of an operator for timed plans: sets proportions, which measured times then correct."""
+"""Overhead of an operator on the device of a run."""
 
 LAUNCH_SECONDS = 22e-6
 """Host time to launch a GPU operator (20 steps on an A100: `python -m benchmarks published-time`)."""

@@ -22,12 +22,13 @@ from ..common.checks import counted, finite
 from ..common.errors import BudgetError, NonFiniteError
 from ..common.text import part_of
 from ..cost.budget import reference_cost
-from ..cost.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
+from ..cost.cost import ByteCost, Cost, check_cost, cost_from_state, cost_state, plan_cost
+from ..cost.step_time import PlanSeconds
 from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
 from ..lora.spec import plain_ranks
 from ..lora.targets import TargetModule
 from .observation import ModuleShapes, Moves, Observation, RunState, observe
-from .plan.plan import STAY_ROOM, Plan, TimeLimit, check_budget
+from .plan.plan import STAY_ROOM, Plan, check_budget
 from .plan.problem import AllocationProblem
 from .policy import Decision, decided_plan, decision_from_plan
 from .rate_control import RunRecord
@@ -114,7 +115,7 @@ class PlanApplier(Generic[AdaptersT]):
         low: minimum rank of each module, int64 (modules,); 0 by default.
         high: maximum rank of each module, int64 (modules,); unlimited by default.
         seed: seeds fresh rows on growth.
-        time: limit on the time per step; None for no limit.
+        time: seconds of a step under any plan; None if the goal is not to save time.
         reference: ranks of the adapter as configured, int64 (modules,), to which shares of a budget refer; those of
             plain LoRA by default.
         keeps: True if these ranks are allowed even off the ladder, because the plan is to keep them.
@@ -132,7 +133,7 @@ class PlanApplier(Generic[AdaptersT]):
     def __init__(
         self,
         adapters: AdaptersT,
-        cost: UntimedCost,
+        cost: Cost,
         limit: float,
         schedule: DecisionSchedule,
         total_steps: int,
@@ -142,7 +143,7 @@ class PlanApplier(Generic[AdaptersT]):
         low: IntArray | None = None,
         high: IntArray | None = None,
         seed: int = 0,
-        time: TimeLimit | None = None,
+        time: PlanSeconds | None = None,
         reference: IntArray | None = None,
         keeps: bool = False,
         reads: bool = True,
@@ -171,7 +172,7 @@ class PlanApplier(Generic[AdaptersT]):
         self._reference_cost = reference_cost(cost, problem.max_ranks)
         check_budget(problem, list(self.names))
 
-    def price(self, cost: UntimedCost, limit: float) -> None:
+    def price(self, cost: Cost, limit: float) -> None:
         """Set the cost of plans and the hard budget; observations keep the first plan's cost as their reference."""
         self.cost, self.limit = cost, limit
 
@@ -184,15 +185,15 @@ class PlanApplier(Generic[AdaptersT]):
         """The plans allowed at the next decision, or until then."""
         buffers = self.clock.measures if now else self.clock.will_measure
         cost = self.cost if buffers else self._without_buffers(self.cost)
-        priced = self.time.added_to(cost, self.limit) if self.time else cost
         reach = self.clock.schedule.reach(self.clock.taken)
-        return AllocationProblem.of(
-            self.targets, priced, self.limit, max_step=reach, low=self.low, high=self.high, ranks=self.ranks,
+        problem = AllocationProblem.of(
+            self.targets, cost, self.limit, max_step=reach, low=self.low, high=self.high, ranks=self.ranks,
             configured=self._configured,
         )  # fmt: skip
+        return replace(problem, time=self.time)
 
-    def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
-        """Cost of plans until the next decision, without time.
+    def cost_now(self, cost: Cost | None = None) -> Cost:
+        """Cost of plans until the next decision.
 
         Args:
             cost: cost of plans, signal buffers included; default: their cost in this run.
@@ -201,11 +202,10 @@ class PlanApplier(Generic[AdaptersT]):
         return cost if self.clock.measures else self._without_buffers(cost)
 
     def fits(self, ranks: IntArray | None = None) -> bool:
-        """True if a plan is within the limits until the next decision; default: the current ranks."""
-        ranks = self.ranks if ranks is None else ranks
-        return self.problem(now=True).fits(ranks) and (self.time is None or self.time.fits(ranks))
+        """True if a plan is within the limit until the next decision; default: the current ranks."""
+        return self.problem(now=True).fits(self.ranks if ranks is None else ranks)
 
-    def _without_buffers(self, cost: UntimedCost) -> UntimedCost:
+    def _without_buffers(self, cost: Cost) -> Cost:
         if not isinstance(cost, ByteCost):
             return cost
         return replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
@@ -282,21 +282,18 @@ class PlanApplier(Generic[AdaptersT]):
             problem: the allowed plans; default: those of the next decision.
         """
         problem = replace(problem or self.problem(), pinned=self._pin_broken(optimizer))
-        if self.time:
-            problem = self.time.choose(problem, lambda other: decided_plan(other, decision).ranks)
         return decided_plan(problem, decision)
 
     def can_stay(self) -> bool:
-        """True if the current ranks fit the limits at the next decision."""
-        cost = unit_cost(self.problem().cost, self.ranks)
+        """True if the current ranks fit the limit at the next decision."""
         # Margins are rounded up, and a share of "100%" must fit.
-        return cost <= STAY_ROOM * self.limit and (self.time is None or self.time.fits(self.ranks))
+        return plan_cost(self.problem().cost, self.ranks) <= STAY_ROOM * self.limit
 
     def stay(self) -> Plan:
         """Take the current ranks as the next decision, including ranks off the ladder; see `can_stay`."""
         self.clock.taken += 1
         self._limit_before = self.limit
-        return Plan(self.ranks, self.ranks, unit_cost(self.problem().cost, self.ranks))
+        return Plan(self.ranks, self.ranks, plan_cost(self.problem().cost, self.ranks))
 
     def set_plan(
         self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None, *, decides: bool = True
@@ -312,12 +309,10 @@ class PlanApplier(Generic[AdaptersT]):
         Raises:
             BudgetError: they exceed the limit.
         """
-        problem = self.problem(now=not decides)
-        if unit_cost(problem.cost, ranks) > self.limit:
-            cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
-            raise BudgetError(f"This plan does not fit the budget: it needs {cost}. Lower some ranks.")
-        if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
-            raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
+        cost = plan_cost(self.problem(now=not decides).cost, ranks)
+        if cost > self.limit:
+            needs = part_of(cost, self.limit, self.cost.unit)
+            raise BudgetError(f"This plan does not fit the budget: it needs {needs}. Lower some ranks.")
         self._set(ranks, step, optimizer)
         self.clock.taken += decides
 
@@ -387,8 +382,6 @@ class PlanApplier(Generic[AdaptersT]):
         """
         cost = cost_from_state(state["cost"])
         check_cost(cost, len(adapters.targets))
-        if isinstance(cost, TimedCost):
-            raise TypeError("time is beside the cost")
         seen = (state["first_loss"], state["probe_fall"], state["predicted"])
         probed = ProbeResult(adapters.meter.values, *map(finite, seen))
         reference = np.array([counted(rank) for rank in state["reference"]], dtype=np.int64)
@@ -398,7 +391,7 @@ class PlanApplier(Generic[AdaptersT]):
             adapters, cost, finite(state["limit"]), schedule, counted(state["total_steps"], 1), probed,
             rows=counted(state["rows"], 1), low=low, high=high, seed=counted(state["seed"]), reads=reads,
             reference=reference, keeps=keeps,
-            time=TimeLimit.from_state(state["time"]) if state["time"] else None,
+            time=PlanSeconds.from_state(state["time"], len(adapters.targets)) if state["time"] else None,
         )  # fmt: skip
         applier._reference_cost = finite(state["reference_cost"])
         applier.interval_losses = [finite(loss) for loss in state["interval_losses"]]

@@ -45,7 +45,7 @@ class Choice:
         spread: standard deviation of the log loss relative to plain LoRA's, (P,); 0 for plain LoRA.
         costs: in the unit of the budget, (P,).
         seconds: time per step in seconds, (P,); None if unknown.
-        fits: mask of plans within budget, time and bounds, bool (P,). True for all plans except possibly plain LoRA.
+        fits: mask of plans within budget and bounds, bool (P,). True for all plans except possibly plain LoRA.
         goal: goal of the choice.
         taken: index of the chosen plan.
         caveats: differences between the run and the runs behind the expectations, as text.
@@ -122,8 +122,8 @@ class Choice:
         fits, tolerance = "" if self.fits[0] else ", which does not fit", percent(self.goal.tolerance)
         if self.misses_goal:
             return (
-                f"The goal cannot be met: {PLAIN} does not fit the budget, time or bounds, and no plan that fits is "
-                f"very likely to stay within {tolerance} of its loss. A larger budget, time or tolerance helps."
+                f"The goal cannot be met: {PLAIN} does not fit the budget or bounds, and no plan that fits is "
+                f"very likely to stay within {tolerance} of its loss. A larger budget or tolerance helps."
             )
         if self.taken == 0 and self.goal.saves:
             return f"No cheaper plan is very likely to stay within {tolerance} of the loss of {PLAIN}."

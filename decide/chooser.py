@@ -17,7 +17,7 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..common.errors import ConfigError
-from ..cost.cost import ParameterCost, TimedCost, moment_costs
+from ..cost.cost import ParameterCost, moment_costs
 from ..lora.spec import REFERENCE_RANK
 from .choice import PLAIN, PLAIN_WITHIN, Choice
 from .observation import RUN_FEATURES, Observation, learns_labels, module_feature
@@ -165,21 +165,19 @@ class PlanChooser:
             ConfigError: see `decide`.
         """
         problem, worth = observation.problem, self.worth or packaged_worth()
-        cost = problem.cost
-        if self.goal.kind == "time" and not isinstance(cost, TimedCost):
+        if self.goal.kind == "time" and problem.time is None:
             raise ConfigError("goal='time' requires a known step time, which is not available here.")
-        if self.goal.kind == "bytes" and cost.unit != "bytes":
-            raise ConfigError(f"goal='bytes' requires a budget in bytes; this one counts {cost.unit}.")
+        if self.goal.kind == "bytes" and problem.cost.unit != "bytes":
+            raise ConfigError(f"goal='bytes' requires a budget in bytes; this one counts {problem.cost.unit}.")
         names, plans, fits, costs = _that_fit(observation)
-        timed = isinstance(cost, TimedCost)
         features = modules_of(observation).features(plans)
         beyond = dict(_beyond(observation))
         caveats = (*_caveats(observation), *beyond)
         strangeness = STRANGE_SPREAD * (1 + OF_AN_OCTAVE * sum(beyond.values())) if caveats else 1.0
         found = Choice(
             names=names, plans=plans, parts=worth.parts(features), spread=worth.spread(features) * strangeness,
-            costs=costs[:, : -1 if timed else None].max(axis=1), fits=fits, goal=self.goal, caveats=caveats,
-            seconds=costs[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
+            costs=costs, fits=fits, goal=self.goal, caveats=caveats,
+            seconds=problem.time(plans) if problem.time else None,
         )  # fmt: skip
         return replace(found, taken=found.best)
 
@@ -213,13 +211,13 @@ def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, Bool
     """Return distinct candidates that fit, after plain LoRA.
 
     Returns:
-        Names, ranks (plans, modules), mask of plans that fit, and costs at each moment (plans, moments).
+        Names, ranks (plans, modules), mask of plans that fit, and costs, (plans,).
     """
     problem = observation.problem
     names, listed = zip(*candidates(observation), strict=True)
     plans = np.stack(listed)
-    costs = moment_costs(problem.cost, plans)
-    can = (costs.max(axis=1) <= problem.limit) & plans.any(axis=1)
+    costs = moment_costs(problem.cost, plans).max(axis=1)
+    can = (costs <= problem.limit) & plans.any(axis=1)
     can[0] &= np.array_equal(_within(problem, plans[0]), plans[0])
     shown = can.copy()
     shown[0] = True

@@ -32,6 +32,7 @@ from ..common.errors import ConfigError, DataError, RunFolderError, first_line, 
 from ..common.files import MOST_LINES_BYTES, append_json_line, atomic_path, read_arrays, read_text, write_text
 from ..cost.cost import check_cost, cost_from_state, cost_state
 from ..cost.savers.prices import Saved
+from ..cost.step_time import PlanSeconds
 from ..lora.spec import RankLadder
 from .choice import Choice, read_choice
 from .observation import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX, Observation
@@ -80,7 +81,7 @@ _OF_RUN = (
 _WANTED = ("rank_floor", "depth_bias", "change")
 """Attributes of a decision stored in its line under the same name."""
 
-_CHOICE = "choice."
+_CHOICE, _TIME = "choice.", "time."
 """Prefix of the arrays of a choice."""
 
 _PLANS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after")
@@ -491,6 +492,8 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
         "high": problem.high,
     }
     arrays |= {f"cost.{name}": value for name, value in cost_state(problem.cost).items()}
+    if problem.time:
+        arrays |= {f"{_TIME}{name}": np.asarray(value) for name, value in problem.time.state().items()}
     computed = {} if found is None else {each.name: getattr(found, each.name) for each in fields(found)}
     arrays |= {f"{_CHOICE}{name}": value for name, value in computed.items()}
     arrays |= {name: np.asarray(arrays[name], dtype=np.int64) for name in _RANKS}
@@ -530,10 +533,12 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
             raise ValueError(f"{name} has shape {arrays[name].shape} and type {arrays[name].dtype}")
     cost = cost_from_state({**line["cost"], **_part(arrays, "cost.")})
     check_cost(cost, size)
+    seconds = _part(arrays, _TIME)
     problem = AllocationProblem(
         ranks=arrays["rank_before"], max_ranks=arrays["max_ranks"], blocks=arrays["blocks"], cost=cost,
         limit=float(line["limit"]), ladder=RankLadder(tuple(line["ladder"])), max_step=line["max_step"],
         low=arrays.get("low"), high=arrays.get("high"), hysteresis=float(line["hysteresis"]),
+        time=PlanSeconds.from_state(seconds, size) if seconds else None,
     )  # fmt: skip
     choice = read_choice(line["choice"], _part(arrays, _CHOICE), size)
     decision = Decision(

@@ -21,7 +21,6 @@ from ..common.errors import UnknownNameError
 from ..cost.cost import FixedCost, plan_cost
 from ..lora.adapters import SIGNALS
 from ..lora.spec import ModuleSpec
-from .plan.plan import under_limit
 from .plan.problem import AllocationProblem
 from .rate_control import FEATURES as STEP_FEATURES
 
@@ -235,7 +234,7 @@ def observe(
 
 
 def with_limit(observation: Observation, limit: float) -> Observation:
-    """Return the observation under another limit, with all else equal, including the time limit.
+    """Return the observation under another limit, with all else equal.
 
     A `budget` clipped at 3 is scaled as if it were 3: the observation lacks its true value.
 
@@ -243,7 +242,7 @@ def with_limit(observation: Observation, limit: float) -> Observation:
         observation: observation at a decision.
         limit: in the unit of its problem, > 0.
     """
-    problem = under_limit(observation.problem, limit)
+    problem = replace(observation.problem, limit=limit)
     modules, run = observation.modules.astype(np.float64), observation.run.astype(np.float64)
     modules[:, _OF_LIMIT] = np.stack(_shares_of_limit(problem), axis=1)
     run[_BUDGET] *= limit / observation.problem.limit

@@ -31,7 +31,7 @@ from ..common.arrays import IntArray
 from ..common.errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
 from ..common.text import cost_text, format_bytes
-from ..cost.cost import plan_cost, unit_cost
+from ..cost.cost import plan_cost
 from ..lora.spec import DEFAULT_RANKS
 from .observation import Observation, mean_feature
 from .plan.plan import Plan, uniform_ranks
@@ -166,7 +166,7 @@ class PlanFile:
 
         Raises:
             UnknownNameError, ConfigError: at the first decision, the file holds no plan for these modules.
-            BudgetError: at the first decision, its plan exceeds the budget or the time limit.
+            BudgetError: at the first decision, its plan exceeds the budget.
         """
         try:
             return self._exactly(observation)
@@ -179,19 +179,13 @@ class PlanFile:
     def _exactly(self, observation: Observation) -> Decision:
         decision, _ = given_ranks(observation, read_plan(self.path), str(self.path))
         problem = observation.problem
-        cost, unit = unit_cost(problem.cost, decision.ranks), problem.cost.unit
+        cost, unit = plan_cost(problem.cost, decision.ranks), problem.cost.unit
         if cost > problem.limit:
             excess = cost - problem.limit
             over = format_bytes(excess, up=True) if unit == "bytes" else cost_text(excess, unit)
             raise BudgetError(
                 f"The plan in {self.path} is predicted to take {cost_text(cost, unit)}, {over} above the budget of "
                 f"{cost_text(problem.limit, unit)}. Lower some ranks, or raise the budget."
-            )
-        if not problem.fits(decision.ranks):
-            times = plan_cost(problem.cost, decision.ranks) / problem.limit
-            raise BudgetError(
-                f"A step under the plan in {self.path} takes {times:.3g} times the allowed time. Lower some "
-                "ranks, or raise the time."
             )
         if not np.array_equal(decided_plan(problem, decision).ranks, decision.ranks):
             raise ConfigError(

@@ -1,12 +1,11 @@
-"""Measurements before the first step of a run: the cost of plans of ranks, in bytes and in seconds."""
+"""Measurements before the first step of a run: the cost of plans of ranks in bytes, and their seconds."""
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,23 +14,19 @@ import psutil
 import torch
 
 from ..common.arrays import IntArray
-from ..common.errors import BudgetError, UnsupportedError
+from ..common.errors import BudgetError
 from ..cost.batch_shape import Batch, reshaped, shape_of
-from ..cost.budget import AUTO_SHARE, Budget, Limit, TimeBudget, beyond_device, free_bytes
+from ..cost.budget import AUTO_SHARE, Budget, Limit, beyond_device, free_bytes
 from ..cost.cost import ByteCost, plan_cost
-from ..cost.model import MemoryModel, fewest_checkpointed
-from ..cost.record.calibration import PlanCosts, measure_memory, plan_costs
-from ..cost.record.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
+from ..cost.model import MemoryModel
+from ..cost.record.calibration import CUT_FAILS, PlanCosts, measure_memory, plan_costs
+from ..cost.record.work import count_work, measured_rates
 from ..cost.recording import BatchShape
-from ..cost.savers.checkpointed_layers import LayerCheckpointing
 from ..cost.savers.exact import ExactSavers, graphs_per_plan, takes_any_shape
-from ..cost.step_time import PARTS, StepTime
+from ..cost.step_time import StepTime
 from ..decide.applier import PlanApplier
-from ..decide.choice import percent
-from ..decide.observation import Observation
-from ..decide.plan.plan import FewestLayers, TimeLimit, check_budget
+from ..decide.plan.plan import check_budget
 from ..decide.plan.problem import AllocationProblem
-from ..decide.policy import Decision
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.peft_config import ranks_as_passed
@@ -41,193 +36,38 @@ from ..lora.targets import TargetModule, unwrap
 from .options import PilotOptions
 from .step.exact_parts import exactness_of
 from .step.parts import StepParts
-from .step.plan_keeper import PlanKeeper
 from .step.run import FIRST_ROWS, FirstRows, TrainingRun
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])
 """Loss and shapes of the first rows, for a run without training data yet."""
 
-LEAST_LENGTH = 16
-"""Minimum number of tokens in a row of timed steps: below, overhead would dominate the time."""
 
-Ask = Callable[[Observation], Decision]
-"""Asks the run's policy for a decision."""
+def step_time(run: TrainingRun, targets: Sequence[TargetModule]) -> StepTime:
+    """Return the seconds of a training step under any plan, by its counted work and the measured rates of its device.
 
-
-@dataclass(frozen=True, eq=False)
-class StepTimer:
-    """Times steps of a run about to begin, to predict the time of any plan.
-
-    Timed steps also stay within the limit of bytes. If a step with the largest batch would not, fewer or shorter rows
-    are timed, and the time is scaled by the number of tokens. A step here is an optimizer step, with all batches it
-    accumulates.
-
-    Attributes:
-        run: the run.
-        targets: the target modules of its model.
-        reference: the ranks that a share of time refers to, int64 (modules,).
-        memory: the byte model, if the budget counts bytes; of a step with all layers checkpointed if `checkpointing` is
-            given.
-        limit: the limit of bytes, if `memory` is given.
-        checkpointing: chooses the checkpointed layers. Every method checkpoints all layers, and leaves them so.
-    """
-
-    run: TrainingRun
-    targets: Sequence[TargetModule]
-    reference: IntArray
-    memory: MemoryModel | None
-    limit: float
-    checkpointing: LayerCheckpointing | None
-
-    def time_limit(self, budget: TimeBudget) -> TimeLimit:
-        """Measure the time of steps, and create the user's limit of time.
-
-        Raises:
-            DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
-        """
-        fewest = (
-            partial(fewest_checkpointed, self.memory, limit=self.limit) if self.checkpointing and self.memory else None
-        )
-        time = self.run.measured(self._step_time)
-        return self._limit(budget, time, fewest)
-
-    def limit_of_resumed_run(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
-        """Return the limit of time of a resumed run with a new one from the user.
-
-        Args:
-            before: the run's earlier limit, whose measurement is reused; None to measure now.
-            budget: the new limit; None for none.
-        """
-        if budget is None:
-            return None
-        return self._limit(budget, before.time, before.layers) if before else self.time_limit(budget)
-
-    def agree_with_steps(self, applier: PlanApplier[PeftAdapters], ask: Ask) -> None:
-        """Correct the limit of time until its prediction agrees with timed steps of the first plan.
-
-        See `TimeLimit.agreed`.
-
-        Args:
-            applier: an applier with a limit of time, before its first decision; it gets the corrected one.
-            ask: the policy.
-        """
-        given = applier.time
-        assert given is not None, "time is limited"
-        plain = self.reference
-
-        def plan(limit: TimeLimit) -> IntArray:
-            applier.time = limit
-            problem = applier.problem()
-            limit.check(problem)
-            return applier.propose(ask(applier.observe(0))).ranks
-
-        def measured(ranks: IntArray) -> float:
-            planned = ranks, given.layers(ranks) if given.layers else ()
-
-            def share() -> float:
-                batch, _ = self._timed_batch()
-                return measured_share(self.run.step, self.targets, batch, planned, (plain, ()), self._take)
-
-            return self.run.measured(share)
-
-        applier.time = given.agreed(plan, measured, given.time.seconds(plain, () if self._take else None))
-        if self.checkpointing:
-            self.checkpointing.take(self.checkpointing.layers)
-
-    @property
-    def _take(self) -> Callable[..., None] | None:
-        return self.checkpointing.take if self.checkpointing else None
-
-    def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None) -> TimeLimit:
-        # Including the layers checkpointed in the user's step.
-        beside = time.seconds(self.reference) if budget == TimeBudget.unlimited() else None
-        return TimeLimit(time, budget.resolve(time, self.reference), layers, beside)
-
-    def _step_time(self) -> StepTime:
-        """Measure the time of a step with the run's largest batch, for any plan."""
-        batch, share = self._timed_batch()
-        time = measure_step_time(self.run.step, self.targets, batch, self._take)
-        return time.scaled(np.full(len(PARTS), self.run.accumulation / share))
-
-    def _timed_batch(self) -> tuple[Batch, float]:
-        """Return the batch for timed steps, and its tokens as a share of those of the run's largest batch."""
-        batch, each = self.run.largest_batch(), self.run.step.rows_per_example
-        whole = shape = shape_of(batch)
-        if self.memory:
-            plans = timed_plans(self.targets, self.checkpointing.layers if self.checkpointing else ())
-            shape = _largest_that_fits(self.memory, plans, self.limit, each)
-        timed = batch if shape == whole else reshaped(batch, shape, each)
-        return timed, shape.rows * shape.length / (whole.rows * whole.length)
-
-
-def _largest_that_fits(
-    memory: MemoryModel, plans: Sequence[TimedPlan], limit: float, rows_per_example: int
-) -> BatchShape:
-    """Return the largest batch shape for which all plans stay within the limit of bytes, or else the smallest tried."""
-    rows, length = memory.shape.rows, memory.shape.length
-    shapes = [BatchShape(few, length) for few in range(rows, 0, -rows_per_example)]
-    while length // 2 >= LEAST_LENGTH:
-        length //= 2
-        shapes.append(BatchShape(rows_per_example, length))
-
-    def fits(index: int) -> bool:
-        steps = ((memory.with_checkpointed(layers) if memory.segments else memory, ranks) for ranks, layers in plans)
-        return all(step.peak(ranks, shapes[index]) <= limit for step, ranks in steps)
-
-    try:
-        return shapes[min(bisect_left(range(len(shapes)), True, key=fits), len(shapes) - 1)]
-    except UnsupportedError:  # only the measured shape is known
-        return memory.shape
-
-
-TIMES_OF_WHOLE_BATCHES = (
-    "Step times are for the largest batch run whole; steps in parts are faster, but time limits do not rely on that."
-)
-"""Report line for a run in parts whose plans have times."""
-
-
-def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decision: Decision) -> str:
-    """Describe the faster plan that the policy would choose without gradient checkpointing.
-
-    The line is empty if the first plan checkpoints no layer, or if the policy predicts no losses. The costs of plans
-    are restored.
+    A few rows are counted, since a fully adapted step of all may exceed the budget; a step takes as many times their
+    seconds as it has tokens. See `python -m benchmarks step-time`.
 
     Args:
-        keeper: has set the costs for this decision.
-        applier: changes the ranks of the run.
-        ask: the policy.
-        decision: the first decision, before it is applied.
+        run: the run.
+        targets: the target modules of its model.
+
+    Raises:
+        DataError: see `TrainingRun.largest_batch`.
     """
-    expected, found = _expected(decision), decision.choice
-    if not keeper.layers_of(applier.propose(decision).ranks):
-        return ""
-    if found and found.goal.kind == "bytes":
-        return "gradient_checkpointing=False takes less time, but more memory."
-    if expected is None:
-        return ""
-    keeper.price_for_decision(checkpointing=False)
-    try:
-        check_budget(applier.problem(), list(applier.names))
-        other = ask(applier.observe(0))
-        ranks = applier.propose(other).ranks
-    except BudgetError:
-        return "Without gradient checkpointing, no plan fits this budget."
-    finally:
-        keeper.price_for_decision()
-    loss = _expected(other)
-    if loss is None:
-        return ""
-    return (
-        f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
-        f"{ranks.mean():.1f}, with an expected loss difference of {percent(loss - expected)} from this "
-        "plan" + (", too small to be certain." if loss < expected else ".")
-    )
+    batch, each = run.largest_batch(), run.step.rows_per_example
+    whole = shape_of(batch)
+    few = BatchShape(min(2 * each, whole.rows), -(-whole.length // 2))
 
+    def counted() -> StepTime:
+        rates = measured_rates(run.device, targets[0].weight_a.dtype)
+        try:
+            work = count_work(run.step.model, targets, run.step.loss, reshaped(batch, few, each))
+        except CUT_FAILS:  # rows with limits of their own
+            return count_work(run.step.model, targets, run.step.loss, batch).time(rates)
+        return work.time(rates).times(whole.rows * whole.length / (few.rows * few.length))
 
-def _expected(decision: Decision) -> float | None:
-    """Return the expected log loss versus plain LoRA; None for decisions of a rule, and under a goal of cost."""
-    found = decision.choice
-    return None if found is None or found.goal.saves else float(found.expected[found.taken])
+    return run.measured(counted).times(run.accumulation)
 
 
 MUCH_LOST = 1.01
@@ -382,7 +222,6 @@ def clear_adapter_state(run: TrainingRun, targets: Sequence[TargetModule], *, ke
 
 LOOKING = "Trying the training step on a few rows ..."
 RECORDING = "Recording small training steps to price plans ..."
-TIMING = "Timing training steps ..."
 """Report lines before slow operations."""
 
 ROLLOUTS = "It applies to training steps; rollouts between them are not counted."
@@ -488,29 +327,17 @@ def ranks_to_compare(
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:
-    """True if any plan fits the budget and the limit of time, within the applier's bounds."""
-    problem = applier.problem()
+    """True if any plan fits the budget, within the applier's bounds."""
     try:
-        check_budget(problem, list(applier.names))
-        if applier.time:
-            applier.time.check(problem)
+        check_budget(applier.problem(), list(applier.names))
     except BudgetError:
         return False
     return True
 
 
 def check_possible(
-    targets: Sequence[TargetModule],
-    costs: PlanCosts,
-    timed: TimeLimit | None,
-    low: IntArray,
-    high: IntArray,
-    share: float | None,
+    targets: Sequence[TargetModule], costs: PlanCosts, low: IntArray, high: IntArray, share: float | None
 ) -> None:
-    """Raise `BudgetError` if no plan within the bounds fits the budget and the limit of time."""
-    limit = costs.limit.value
-    cost = timed.added_to(costs.cost, limit) if timed else costs.cost
-    problem = AllocationProblem.of(targets, cost, limit, low=low, high=high)
+    """Raise `BudgetError` if no plan within the bounds fits the budget."""
+    problem = AllocationProblem.of(targets, costs.cost, costs.limit.value, low=low, high=high)
     check_budget(problem, [target.name for target in targets], share)
-    if timed:
-        timed.check(problem)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.checks import is_count
+from ..common.checks import REMOVED, is_count
 from ..common.errors import ConfigError, UnknownNameError, shown
-from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
+from ..cost.budget import Budget, GivenBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
 from ..decide.plan.goal import Goal, GoalKind, goal_of
@@ -29,8 +29,6 @@ class PlanOptions:
             included; "6GiB step" for a step on top of the frozen model; "80%" of the memory of a step with the adapter
             as it is passed; "auto" for nine tenths of the free device memory; or "300k params", which counts only the
             adapter's parameters.
-        time: limit on the time of a step, in addition to the budget: "75%" of the time with the adapter as it is
-            passed, without gradient checkpointing, or "0.8s". Measured before training.
         exact_savers: let adapters share copies of their inputs, and tile the loss of a language model: the same losses
             and gradients in fewer bytes, at no cost in time.
         gradient_checkpointing: "auto" checkpoints as few layers as the plan needs, and all of them under goal bytes:
@@ -51,12 +49,11 @@ class PlanOptions:
             fewer adapted modules trains at a higher one (docs/learning-rate.md).
 
     Raises:
-        BudgetError: the budget or the time cannot be parsed.
+        BudgetError: the budget cannot be parsed.
         ConfigError: a value is out of range, or two options conflict.
     """
 
     budget: str | float | Budget = "100%"
-    time: str | TimeBudget | None = None
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
     parts: Literal["auto", "off"] = "auto"
@@ -78,17 +75,12 @@ class PlanOptions:
             )
         if self.stream not in ("auto", "off") and not is_count(self.stream):
             raise ConfigError(f'stream is "auto", "off" or a number of layers, at least 1; got {shown(self.stream)}.')
-        _ = self.time_read, self.aim
+        _ = self.aim
 
     @property
     def budget_read(self) -> Budget:
         """The parsed budget."""
         return Budget.parse(self.budget)
-
-    @property
-    def time_read(self) -> TimeBudget | None:
-        """The parsed limit on the time of a step; None without a limit."""
-        return None if self.time is None else TimeBudget.parse(self.time)
 
     @property
     def aim(self) -> Goal:
@@ -132,7 +124,7 @@ class PilotOptions(PlanOptions):
             learning_rate="auto", off for a rate of your own. Has no effect on labels.
 
     Example:
-        >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
+        >>> options = PilotOptions(budget="80%", goal="time", bounds={"q_proj": 8})
     """
 
     budget: GivenBudget = "100%"  # type: ignore[assignment]
@@ -154,7 +146,7 @@ class PilotOptions(PlanOptions):
     @property
     def asks_for_ranks(self) -> bool:
         """True if an option only makes sense where ranks are chosen: they are, even without a policy."""
-        chosen = (self.goal, self.tolerance, self.time, self.bounds, self.schedule)
+        chosen = (self.goal, self.tolerance, self.bounds, self.schedule)
         return self.fresh or any(option is not None for option in chosen)
 
     def __post_init__(self) -> None:
@@ -222,7 +214,7 @@ class PilotOptions(PlanOptions):
         names = [each.name for each in fields(cls)]
         for name in changes:
             if name not in names:
-                raise UnknownNameError.of("option", name, names)
+                raise UnknownNameError.of("option", name, names, REMOVED.get(name, ""))
         if isinstance(options, cls):
             return replace(options, **changes)
         alone: dict[str, Any] = {} if options is None else {"budget": options}
@@ -299,7 +291,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
 
     Raises:
         ConfigError: a value is out of range.
-        BudgetError: the budget or the time cannot be parsed.
+        BudgetError: the budget cannot be parsed.
     """
 
     model: str
@@ -327,8 +319,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
     report_to: tuple[str, ...] = ()
     trainer: tuple[str, ...] = ()
     control: bool = False
-    budget: str = field(default="100%", kw_only=True)  # text, as is `time`
-    time: str | None = field(default=None, kw_only=True)
+    budget: str = field(default="100%", kw_only=True)  # text
 
     @property
     def kept(self) -> Scaling:

@@ -14,7 +14,7 @@ import torch
 from ..agents.policy_file import load_policy, policy_schedule
 from ..common.errors import ConfigError
 from ..cost.batch_shape import Batch
-from ..cost.budget import Budget, GivenBudget, TimeBudget
+from ..cost.budget import Budget, GivenBudget
 from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT, with_goal
 from ..decide.log import DecisionLog
@@ -46,7 +46,7 @@ class RankPilot:
 
     Args:
         policy: None keeps the ranks of the LoraConfig as long as a step with them can be made to fit, unless an
-            option asks for other ranks (`goal`, `tolerance`, `time`, `bounds`, `schedule`, `fresh`). "default" chooses
+            option asks for other ranks (`goal`, `tolerance`, `bounds`, `schedule`, `fresh`). "default" chooses
             the best plan; "agent" is trained, and shipped with rankpilot; or the folder of a trained policy, a rule's
             name ("signal-mean", "top-down"), a plan edited by hand ("plan.yaml"), or a policy object.
         options: all options, or the budget alone.
@@ -57,7 +57,6 @@ class RankPilot:
     Attributes:
         options: as above, with the changes.
         budget: maximum cost of a plan.
-        time: limit on the time of a step; None without a limit.
         policy: decides the ranks.
         schedule: when it does.
         seed: seed of the next run: of the rows of the probe, and of fresh adapters.
@@ -85,8 +84,6 @@ class RankPilot:
         self.policy: Policy = with_goal(load_policy(policy), aim)
         self.schedule: DecisionSchedule = options.schedule or policy_schedule(policy)
         self.budget: Budget = options.budget_read
-        self.time: TimeBudget | None = options.time_read
-        self._times_plans = aim.kind == "time"
         decisions = DecisionLog(Path(options.log)) if options.log else None
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
         self._progress = progress
@@ -108,10 +105,10 @@ class RankPilot:
             ProcessError: the first of several processes failed, or their adapters differ.
         """
         with _taking_over(self, run) as piloted:
-            piloted.begin(self.seed, name=name, times_plans=self._times_plans, progress=self._progress)
+            piloted.begin(self.seed, name=name, progress=self._progress)
 
     def load_state_dict(self, run: TrainingRun, state: Mapping[str, Any], *, name: str = "") -> int:
-        """Continue a run instead of `begin`. A changed budget or time applies at once.
+        """Continue a run instead of `begin`. A changed budget applies at once.
 
         Args:
             run: the run, whose model and optimizer have loaded what was saved with the state.
@@ -354,9 +351,7 @@ class RankPilot:
         if keeper.checkpointing:
             figures["checkpointed_layers"] = float(len(keeper.checkpointed))
         if applier.time:
-            figures["plan_seconds"] = applier.time.of(ranks)
-            if applier.time.beside is None:
-                figures["budget_seconds"] = applier.time.seconds
+            figures["plan_seconds"] = float(applier.time(ranks))
         figures |= piloted.guard.parts.figures()
         rate = piloted.rate.of_plan
         if rate and rate.last is not None and rate.changes:  # otherwise the trainer logs its own

@@ -18,7 +18,6 @@ from ..common.devices import without_autocast
 from ..common.errors import ConfigError, UnsupportedError
 from ..common.text import plural
 from ..cost.batch_shape import Batch
-from ..cost.budget import TimeBudget
 from ..cost.record.calibration import PlanCosts
 from ..decide.applier import PlanApplier
 from ..decide.groups import what_stays
@@ -42,7 +41,7 @@ from .plan_rate import initial_loss
 from .probing import Progress, first_signals
 from .run_rate import RunRate
 from .run_savers import RunSavers
-from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
+from .run_settings import adapter_settings, check_same, predictions_of, readable_state, run_settings
 from .step.journal import Journal, PlanChange
 from .step.peak_guard import PeakGuard
 from .step.put_back import AdapterSnapshot, adapters_put_back
@@ -132,17 +131,16 @@ class PilotedRun:
 
     # The begin and the end --------------------------------------------------------------------------------------------
 
-    def begin(self, seed: int, *, name: str, times_plans: bool, progress: Progress[Any] | None) -> None:
+    def begin(self, seed: int, *, name: str, progress: Progress[Any] | None) -> None:
         """Measure, probe, and apply the first plan.
 
         Args:
             seed: seed of the probe, and of fresh rows.
             name: the run's name in the decision log.
-            times_plans: True to measure the time of steps even without a limit of time.
             progress: shows the progress of the probe.
         """
         run, targets, options, journal = self.run, self._targets, self.options, self.journal
-        stay, time, budget = self._stays, options.time_read, self.elastic.budget
+        stay, budget = self._stays, self.elastic.budget
         passed = ranks_as_passed(run.model, targets)
         if budget.kind == "parameters":
             before_training.warn_of_other_adapters(run, targets)
@@ -159,8 +157,7 @@ class PilotedRun:
             self.rate.begin(initial_loss(run, first_rows) if first_rows and looks else None)
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
             before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
-            timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._savers.checkpointing
-            costs = self._prepare(seed, None if probes else first_rows, timed, progress)
+            costs = self._prepare(seed, None if probes else first_rows, progress)
             journal.note(self._savers.streaming.told())
             journal.note(before_training.budget_text(run, budget, costs.limit))
             journal.note_saved(costs.saved)
@@ -172,13 +169,7 @@ class PilotedRun:
                 name = type(unwrap_optimizer(run.optimizer)).__name__
                 journal.note(f"The optimizer {name} has unknown state, which is reset wherever a rank changes.")
             self.elastic.first_limit(costs.limit)
-            self.guard.attach(run, self.applier, costs.memory, journal, self._record, checkpointing)
-            if time:
-                reference, limit = self.applier.reference, self.applier.limit
-                timer = before_training.StepTimer(run, targets, reference, costs.memory, limit, checkpointing)
-                timer.agree_with_steps(self.applier, self._ask)
-            if self.applier.time and self.guard.parts.on:
-                journal.note(before_training.TIMES_OF_WHOLE_BATCHES)
+            self.guard.attach(run, self.applier, costs.memory, journal, self._record, self._savers.checkpointing)
             self.decide()
             if stay:
                 told = outcome_text(passed, self.applier.ranks)
@@ -203,7 +194,6 @@ class PilotedRun:
         self,
         seed: int,
         first_rows: FirstRows | None,
-        time: TimeBudget | None,
         progress: Progress[Any] | None,
     ) -> PlanCosts:
         """Measure the cost of plans and create the applier, after a probe if the policy reads signals.
@@ -235,10 +225,7 @@ class PilotedRun:
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("this model's operations depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
-        self.journal.note(before_training.TIMING if time else "")
-        timer = before_training.StepTimer(run, targets, reference, costs.memory, limit, checkpointing)
-        timed = timer.time_limit(time) if time else None
-        before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
+        before_training.check_possible(targets, costs, low, high, budget.share)  # now, and not after the probe
         low = floor_of_experts(targets, costs.cost, limit, low, high)
         result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
         self.applier = PlanApplier(
@@ -252,7 +239,7 @@ class PilotedRun:
             low=low,
             high=high,
             seed=seed,
-            time=timed,
+            time=before_training.step_time(run, targets).of_plans() if options.goal == "time" else None,
             reference=reference,
             keeps=self._stays,
             reads=first_rows is None,
@@ -309,14 +296,11 @@ class PilotedRun:
         applier, limit = self.applier, self.applier.limit
         if before.get("budget") != settings["budget"]:
             limit = self.elastic.limit(applier)
-        if before.get("time") != settings["time"]:
-            timer = before_training.StepTimer(run, targets, applier.reference, memory, limit, checkpointing)
-            applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._record, checkpointing)
         run.replicas.changed(targets, step)
         self._begin_rate(state, self.applier.seed)
-        if changed := changes(settings, before):
-            journal.note(f"step {step}: {changed}")
+        if settings["budget"] != before.get("budget"):
+            journal.note(f"step {step}: the budget is now {settings['budget']}, previously {before.get('budget')}")
             self.guard.plan.new_limit(limit, step)
         self._ranks_changed()
 
@@ -432,9 +416,6 @@ class PilotedRun:
             self.journal.note(what_stays(observation) if self.rate.steers and not applier.clock.taken else "")
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
-            faster = ""
-            if keeper.checkpointing and not (stays or applier.clock.taken):
-                faster = before_training.faster_plan(keeper, applier, self._ask, decision)
             if control:  # an undo restores adapters of the previous ranks
                 control.steer(decision.change, step)
             plan = applier.stay() if stays else applier.apply(decision, step, self.run.optimizer)
@@ -447,9 +428,6 @@ class PilotedRun:
                 f"step {step}: {plural(others, 'module')} could not get exactly the decided rank within the "
                 "budget, the bounds and the largest rank change; the nearest plan is used."
             )
-        if faster and (again := keeper.checkpointed):
-            count = plural(len(again), "layer")
-            self.journal.note(f"Gradient checkpointing of {count} costs time but does not change the loss. {faster}")
 
     def _ask(self, observation: Observation) -> Decision:
         return self.run.replicas.processes.on_first(lambda: asked(self._policy, observation))
@@ -469,9 +447,14 @@ class PilotedRun:
         """Announce new ranks, and record their reason; corrections of the guard leave the mean loss as it is."""
         self._ranks_changed()
         loss = self._losses.mean() if loss is None else loss
-        history, time, checkpointing = self.guard.meter.history, self.applier.time, self.guard.plan.checkpointing
+        history, checkpointing = self.guard.meter.history, self.guard.plan.checkpointing
         alone = "priced for the longest row alone" if self.guard.parts.on else ""
-        remarks = str(checkpointing or ""), alone, time.text(self.applier.ranks) if time else ""
+        seconds = self.applier.time
+        shorter = ""
+        if seconds := self.applier.time:
+            share = seconds(self.applier.ranks) / seconds(self.applier.reference)
+            shorter = f"a step takes about {share:.0%} of the time of the LoRA as configured"
+        remarks = str(checkpointing or ""), alone, shorter
         self.journal.record(
             self.applier,
             change,

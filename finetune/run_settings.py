@@ -16,17 +16,13 @@ from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .options import PilotOptions
 
-MAY_CHANGE = ("budget", "time")
-"""Settings that may change in a resumed run; the new limits then apply."""
-
 
 def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
     """Return the settings to compare on resume, as JSON values, with the last budget read."""
-    time, bounds = options.time_read, options.bounds or {}
+    bounds = options.bounds or {}
     goal = getattr(policy, "goal", None)  # only of learned policies, like the sha256
     return {
         "budget": str(budget),
-        "time": None if time is None else str(time),
         "policy": policy.name,
         "policy_sha256": getattr(policy, "sha256", None),
         "goal": str(goal) if goal and goal.saves else None,
@@ -53,7 +49,7 @@ _LOAD = "In your own loop, load what was saved of the model and of the optimizer
 
 
 def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
-    """Reject resuming a run with settings or adapters of another run; budget and time may differ.
+    """Reject resuming a run with settings or adapters of another run; the budget may differ.
 
     Args:
         now: the current settings.
@@ -73,12 +69,12 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
     before, adapters = state["settings"], adapter_settings(targets)
     ranks, scalings = adapters["ranks"], adapters["scalings"]
     there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
-    differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+    differing = [key for key in now if key != "budget" and now[key] != before.get(key)]
     if differing:
         each = "; ".join(f"{key}: {shown(before.get(key))} then, {now[key]!r} now" for key in differing)
         raise RunFolderError(
             f"The resumed run had other settings ({each}). Resume with those, or start a new run; only the "
-            "budget and the time may change."
+            "budget may change."
         )
     other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
     if other:
@@ -115,11 +111,3 @@ def readable_state() -> Iterator[None]:
             f"The state of the resumed run is corrupt, or belongs to another model: {first_line(error)}. Use "
             "an earlier checkpoint."
         ) from error
-
-
-def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Describe the changed limits, for people; empty if there are none."""
-    differing = [key for key in MAY_CHANGE if now[key] != before.get(key)]
-    return "; ".join(
-        f"the {key} is now {now[key] or 'none'}, previously {before.get(key) or 'none'}" for key in differing
-    )

@@ -18,8 +18,8 @@ from ..cost.budget import Budget, free_bytes
 from ..cost.cards import find_device_spec
 from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.record.calibration import PlanCosts
-from ..cost.record.measured_time import part_seconds_of
 from ..cost.record.model_states import frozen_bytes
+from ..cost.record.work import part_seconds_of
 from ..cost.savers import streamed_base
 from ..cost.savers.streamed_base import (
     StreamedBase,

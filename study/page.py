@@ -18,10 +18,9 @@ import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import finite_points
-from ..common.errors import BudgetError, DataError, install
+from ..common.errors import DataError, install
 from ..common.files import read_object, read_shapes, write_text
 from ..common.text import format_bytes, module_kinds, short_names
-from ..cost.budget import TimeBudget
 from ..data.task import KINDS
 from ..decide.log import DecisionRecord
 from ..decide.observation import MODULE_FEATURES
@@ -169,14 +168,6 @@ def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _time_limit(settings: Mapping[str, str]) -> float | None:
-    """Return the step time limit in seconds; None without one, or if it is a share."""
-    with suppress(KeyError, BudgetError):
-        limit = TimeBudget.parse(settings["time"])
-        return limit.value if limit.kind == "seconds" else None
-    return None
-
-
 def _curves(run: RunData) -> dict[str, Any]:
     """Return losses, costs and times by step."""
     losses, seconds = {}, {}
@@ -194,7 +185,6 @@ def _curves(run: RunData) -> dict[str, Any]:
         "budgets": curve(run.limits),
         "predicted": curve(run.predicted(), np.max),
         "step_seconds": seconds,
-        "time_limit_s": _time_limit(_settings(run)),
     }
 
 

@@ -250,7 +250,7 @@ def _of_budget(logged: DecisionRecord) -> list[str]:
     reasons[problem.is_pinned & (allowed != asked)] = "they are pinned"
     off_ladder = (allowed == clipped) & (ladder.array[rungs] == clipped) & (asked != clipped)
     reasons[off_ladder] = "the ladder does not have that rank, so the next lower one is used"
-    reasons[clipped != allowed] = "it was set by hand, or changed by a time limit"
+    reasons[clipped != allowed] = "it was set by hand"
     counts = Counter(filter(None, reasons.tolist()))
     found = [f"{plural(count, 'module')} did not get the requested rank: {why}." for why, count in counts.items()]
     lowered, raised = int((got < clipped).sum()), int((got > clipped).sum())

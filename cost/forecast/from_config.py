@@ -35,10 +35,10 @@ from ..record.calibration import keeps_state, measure_memory, step_states
 from ..record.device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
 from ..record.kernels_on_meta import cut_loss, fuse_activations, fused_scans, use_chunked_loss, use_flash_attention
 from ..record.known_contents import known_contents
-from ..record.measured_time import product_sizes
 from ..record.model_states import frozen_bytes, frozen_sizes
 from ..record.quantised import adapters_on_quantised_experts, quantise, quiet
 from ..record.repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
+from ..record.work import product_sizes
 from ..recording import BatchShape
 from ..savers.exact import ExactSavers
 from ..savers.prices import free_savers

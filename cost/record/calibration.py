@@ -24,7 +24,7 @@ from ...lora.targets import TargetModule
 from ..batch_shape import Batch, follows_rows, reshaped, shape_of
 from ..budget import Budget, Limit
 from ..cards import MOST_WORKSPACE_BYTES
-from ..cost import ByteCost, ParameterCost, UntimedCost
+from ..cost import ByteCost, Cost, ParameterCost
 from ..growth import Growth
 from ..model import RANK, MemoryModel, ModelStates, checkpointed_cost
 from ..recording import BatchShape, Recording
@@ -278,7 +278,7 @@ class PlanCosts:
         alone: the shape of one example, used to price plans for steps that run in parts; else None.
     """
 
-    cost: UntimedCost
+    cost: Cost
     limit: Limit
     memory: MemoryModel | None
     saved: tuple[Saved, ...] = ()
@@ -372,13 +372,13 @@ def limited_cost(
     memory: MemoryModel | None,
     reference: IntArray,
     kept: IntArray | None = None,
-) -> tuple[UntimedCost, Limit]:
+) -> tuple[Cost, Limit]:
     """Return the cost a budget limits, and its limit.
 
     A "total" budget must already be reduced by `beside_model`. `memory` is the byte model without signal buffers; None
     only under a budget of parameters. See `Budget.resolve` for `reference` and `kept`.
     """
-    cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
+    cost: Cost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     # "auto" reads the free memory here, once libraries have allocated their own.
     return cost, budget.resolve(cost, reference, targets[0].weight_a.device, kept)
 

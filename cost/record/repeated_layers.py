@@ -28,7 +28,7 @@ from ..recording import NEVER, Recording, Segment
 from ..step_time import StepWork
 from ..training_step import CHECKPOINT, TrainingStep
 from .calibration import CUT_FAILS, measure_memory, step_states
-from .measured_time import count_work
+from .work import count_work
 
 _PEFT = "base_model.model."
 """Prefix of the base model's module names in a PEFT model; names of target modules lack it."""

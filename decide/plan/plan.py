@@ -12,24 +12,22 @@ Both change one rung at a time in order of log(rank) - score, so equal scores gi
 
 Some plans read no signal: one rank, or nearly one, on the top layers, such as `uniform_ranks`. Without gradient
 checkpointing, adapting the top layers at a useful rank was better than any other plan with the same bytes
-(docs/design.md). `TimeLimit` keeps the step time within its limit, including recomputation in checkpointed layers.
+(docs/design.md).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ...common.arrays import FloatArray, IntArray
 from ...common.errors import BudgetError
 from ...common.text import format_bytes, given_bytes
-from ...cost.cost import Cost, FixedCost, ParameterCost, TimedCost, UntimedCost, moment_costs, plan_cost
-from ...cost.step_time import PARTS, StepTime, exact_unit
+from ...cost.cost import Cost, FixedCost, ParameterCost, moment_costs, plan_cost
 from ...lora.spec import REFERENCE_RANK, ModuleSpec
 from .problem import AllocationProblem, PlanBuilder
 
@@ -115,13 +113,6 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
     costs, adapter = moment_costs(cost, ranks), cost.per_rank @ ranks
     peak = int(np.argmax(costs))
     held = cost.constant[peak]
-    if isinstance(cost, TimedCost) and peak == len(costs) - 1:
-        least, most, fixed = (value / cost.unit_per_second for value in (needed, problem.limit, held))
-        reason = (
-            f" Every plan takes {fixed:.3g} s of it, mostly for the forward pass. A smaller per-device batch "
-            "or shorter sequences lower it."
-        )
-        return f"{_rounded_up(least)} s", f"time of {most:.3g} s per step", reason
     as_share = "" if share is None else f", or {math.ceil(100 * share * needed / problem.limit)}% as a share"
     if cost.unit == "parameters":
         return f"{needed:.0f} parameters{as_share}", f"budget of {problem.limit:.0f}", ""
@@ -135,12 +126,6 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
     reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}.{advice if share is None else ''}"
     needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
     return needs, f"budget of {given_bytes(problem.limit)} per step", reason
-
-
-def _rounded_up(seconds: float) -> str:
-    """Format seconds > 0 with three digits, rounded up, to give a feasible limit."""
-    last = 10.0 ** (math.floor(math.log10(seconds)) - 2)
-    return f"{math.ceil(seconds / last) * last:.4g}"
 
 
 def uniform_ranks(problem: AllocationProblem) -> IntArray:
@@ -272,175 +257,6 @@ DEPTH_BIAS = 4.0
 def base_placement(problem: AllocationProblem) -> tuple[float, float]:
     """Rank floor and depth bias of a plan from scores; 1 and 0 under a budget of parameters: depth is free."""
     return (1.0, 0.0) if isinstance(problem.cost, ParameterCost) else (RANK_FLOOR, DEPTH_BIAS)
-
-
-CLOSE = 1.01
-"""Ratio of a rejected time to an accepted one below which the search for a plan ends."""
-
-GROWTH = 1.05
-"""Minimum growth factor of the search while no time is accepted."""
-
-CHECKS = 4
-"""Maximum timings of a plan before its predicted time is accepted."""
-
-SETTLED = 0.02
-"""Relative error of a predicted time that needs no correction."""
-
-FewestLayers = Callable[[IntArray], tuple[str, ...]]
-"""Returns the layers to checkpoint under a plan to stay within its memory limit."""
-
-
-@dataclass(eq=False)
-class TimeLimit:
-    """Limit on the step time.
-
-    Attributes:
-        time: step time under any plan.
-        seconds: maximum step time, > 0.
-        layers: chooses the checkpointed layers of each plan; None for those in place when the step was measured.
-        beside: step time of plain LoRA in seconds, for comparison in messages if the user set no limit; no plan reaches
-            `seconds` then. None if the user set one.
-    """
-
-    time: StepTime
-    seconds: float
-    layers: FewestLayers | None = None
-    beside: float | None = None
-
-    def added_to(self, cost: UntimedCost, limit: float) -> TimedCost:
-        """Add the step time to a cost as one more moment; without recomputation if `layers` chooses the layers."""
-        return self.time.row(() if self.layers else None).added_to(cost, limit, self.seconds)
-
-    def of(self, ranks: IntArray) -> float:
-        """Step time in seconds under a plan, int64 (modules,), recomputation included."""
-        return self.time.seconds(ranks, self.layers(ranks) if self.layers else None)
-
-    def fits(self, ranks: IntArray) -> bool:
-        """True if the step time under a plan, recomputation included, is within the limit."""
-        return self.of(ranks) <= self.seconds
-
-    def choose(self, problem: AllocationProblem, plan: Callable[[AllocationProblem], IntArray]) -> AllocationProblem:
-        """Return a problem whose plan is within the limit, recomputation included.
-
-        The problem's own time excludes recomputation if `layers` chooses the layers. If recomputation takes the plan
-        above the limit, the price of time is raised in the problem until its plan is small enough, then lowered again
-        as far as possible.
-
-        Args:
-            problem: with time among its costs.
-            plan: makes the plan of a problem, ranks int64 (modules,).
-
-        Returns:
-            The problem, with a higher price of time if needed.
-
-        Raises:
-            BudgetError: no plan satisfies both limits.
-        """
-        if self.layers is None:
-            return problem
-        over = self.of(plan(problem)) / self.seconds
-        if over <= 1:
-            return problem
-        refused, ended, best, factor = 1.0, np.inf, None, max(over, CLOSE)
-        while ended > CLOSE * refused:
-            changed = with_dearer_time(problem, factor)
-            if not changed.fits(least_ranks(changed)):
-                ended = factor
-            elif (over := self.of(plan(changed)) / self.seconds) > 1:
-                refused = factor
-            else:
-                ended, best = factor, changed
-            factor = (refused * ended) ** 0.5 if np.isfinite(ended) else refused * max(over, GROWTH)
-        if best is None:
-            raise self._impossible(self.of(least_ranks(problem)))
-        return best
-
-    def agreed(
-        self, plan: Callable[[TimeLimit], IntArray], measured: Callable[[IntArray], float], reference: float
-    ) -> TimeLimit:
-        """Return the limit with times calibrated on the plans it leads to.
-
-        A plan made for a limit favors underestimated costs over overestimated ones. It is therefore timed, all times
-        are scaled to match, and the plan is made again, until prediction and measurement agree. If they never do, since
-        plans change by whole layers, the closest limit is kept.
-
-        Args:
-            plan: makes the plan under a limit, int64 (modules,); BudgetError if there is none.
-            measured: measures the step time under a plan, as a share of the reference.
-            reference: step time of the reference by this limit's `time`, in seconds.
-
-        Returns:
-            A feasible limit with the same number of seconds.
-        """
-        limit, best, least = self, self, math.inf
-        for _ in range(CHECKS):
-            try:
-                ranks = plan(limit)
-            except BudgetError:
-                break
-            error = measured(ranks) * reference / limit.of(ranks)
-            if abs(math.log(error)) < least:
-                best, least = limit, abs(math.log(error))
-            if least <= SETTLED:
-                break
-            limit = replace(limit, time=limit.time.scaled(np.full(len(PARTS), error)))
-        return best
-
-    def check(self, problem: AllocationProblem) -> None:
-        """Raise BudgetError if the cheapest plan exceeds the time limit, recomputation included."""
-        seconds = self.of(least_ranks(problem))
-        if seconds > self.seconds:
-            raise self._impossible(seconds)
-
-    def text(self, ranks: IntArray) -> str:
-        """Format the time of a plan next to its limit, or next to plain LoRA's if there is none."""
-        seconds = self.of(ranks)
-        if self.beside is None:
-            return f"a step takes {seconds:.3g} s of {self.seconds:.3g} s"
-        return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of the time with rank 8 on all modules"
-
-    def state(self) -> dict[str, Any]:
-        """State for `from_state`, as arrays and JSON values."""
-        return {"seconds": self.seconds, "beside": self.beside, "time": self.time.state()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> TimeLimit:
-        """Restore the limit from `state`; a chooser for `layers` must be set again."""
-        beside = None if state["beside"] is None else float(state["beside"])
-        return cls(StepTime.from_state(state["time"]), float(state["seconds"]), beside=beside)
-
-    def _impossible(self, least: float) -> BudgetError:
-        return BudgetError(
-            f"The time of {self.seconds:.3g} s per step is too short for any plan within the budget. The "
-            f"fastest takes {least:.3g} s, with the gradient checkpointing its memory requires. Raise the "
-            "time, or raise the budget so that less checkpointing is needed."
-        )
-
-
-def with_dearer_time(problem: AllocationProblem, factor: float) -> AllocationProblem:
-    """Return the same problem with the cost of time multiplied by a factor.
-
-    Args:
-        problem: with the step time among its costs.
-        factor: above 0.
-    """
-    cost, exact = problem.cost, exact_unit(problem.limit)
-    assert isinstance(cost, TimedCost)
-    changed = {name: getattr(cost, name).copy() for name in ("constant", "per_rank", "group_bytes")}
-    for array in changed.values():
-        array[-1] = np.ceil(array[-1] * factor / exact) * exact
-    return replace(problem, cost=replace(cost, **changed, unit_per_second=cost.unit_per_second * factor))
-
-
-def under_limit(problem: AllocationProblem, limit: float) -> AllocationProblem:
-    """Return the same problem under another limit of bytes or parameters; the time limit is unchanged.
-
-    Args:
-        problem: with or without the step time among its costs.
-        limit: in the unit of its cost, > 0.
-    """
-    changed = replace(problem, limit=limit)
-    return with_dearer_time(changed, limit / problem.limit) if isinstance(problem.cost, TimedCost) else changed
 
 
 def outcome_text(passed: IntArray, ranks: IntArray) -> str:

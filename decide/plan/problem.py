@@ -18,6 +18,7 @@ import numpy as np
 from ...common.arrays import BoolArray, FloatArray, IntArray
 from ...common.errors import ConfigError, UnknownNameError, shown
 from ...cost.cost import Cost, FixedCost, plan_cost
+from ...cost.step_time import PlanSeconds
 from ...lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder, highest_ranks
 
 MOST_RANK = 2**31 - 1
@@ -111,6 +112,7 @@ class AllocationProblem:
             module unable to reach it gets its maximum. Lower bounds override the budget and `max_step`.
         high: maximum rank of each module, int64 (modules,); None for `max_ranks`. Upper bounds override `max_step`.
         hysteresis: minimum lead of a module's score over another's, in log rank, to take rank from it; at least 0.
+        time: seconds of a step under any plan, which no plan has to keep; None if the goal is not to save time.
 
     Raises:
         ConfigError: `low` or `high` has another shape or holds a negative rank, or leaves a module no rung.
@@ -127,6 +129,7 @@ class AllocationProblem:
     low: IntArray | None = None
     high: IntArray | None = None
     hysteresis: float = 0.0
+    time: PlanSeconds | None = None
 
     @classmethod
     def of(

@@ -18,7 +18,7 @@ from ...common.arrays import IntArray
 from ...common.errors import BudgetError
 from ...common.files import append_json_line, read_json_lines, write_json_lines
 from ...common.text import part_of
-from ...cost.cost import TimedCost, plan_cost
+from ...cost.cost import plan_cost
 from ...cost.savers.checkpointed_layers import could_checkpoint
 from ...cost.savers.prices import ACTIVATIONS, Saved, plain_text
 from ...decide.applier import PlanApplier
@@ -202,10 +202,8 @@ class Journal:
 
     def _note_expected(self, found: Choice, problem: AllocationProblem, model: nn.Module) -> None:
         """Report the expected loss of the first plan, and remedies if it is high."""
-        helps = "A larger budget or time limit would help."
-        if not isinstance(problem.cost, TimedCost):
-            more = problem.cost.unit == "bytes" and could_checkpoint(model)
-            helps = f"A larger budget would help{RECOMPUTE if more else ''}."
+        more = problem.cost.unit == "bytes" and could_checkpoint(model)
+        helps = f"A larger budget would help{RECOMPUTE if more else ''}."
         if problem.fits(np.full_like(problem.ranks, REFERENCE_RANK)):
             helps = "The budget has room for it, but the bounds do not."
         if expected := found.promise():

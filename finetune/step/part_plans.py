@@ -9,7 +9,7 @@ import numpy as np
 
 from ...common.arrays import FloatArray, IntArray
 from ...cost.model import MemoryModel
-from ...cost.record.measured_time import part_seconds_of
+from ...cost.record.work import part_seconds_of
 from ...cost.recording import BatchShape
 from ...cost.streaming import PartSeconds
 from ...decide.plan.parts import Part, PlanBytes, ShapeCost, longest_that_fits, plan_parts

@@ -14,7 +14,7 @@ import torch
 from ...common.arrays import IntArray
 from ...common.checks import counted, finite
 from ...common.errors import BudgetError, UnsupportedError
-from ...cost.cost import ByteCost, UntimedCost
+from ...cost.cost import ByteCost, Cost
 from ...cost.model import MemoryModel, checkpointed_cost, fewest_checkpointed
 from ...cost.record.peak_meter import PeakMeter
 from ...cost.recording import BatchShape
@@ -92,7 +92,7 @@ class PlanState:
     wait: int
     shape: BatchShape
     limit: float = math.inf
-    cost: UntimedCost | None = None
+    cost: Cost | None = None
     recorded: MemoryModel | None = None
     layers: tuple[str, ...] | None = None
     underestimate: float = 0.0
@@ -154,7 +154,7 @@ class PlanState:
 
 
 class PlanKeeper:
-    """Keeps the plan of one run within its limit of bytes or parameters, and of time.
+    """Keeps the plan of one run within its limit of bytes or parameters.
 
     If the plan does not fit, more layers are checkpointed first, where allowed, and only then do ranks shrink. The
     result always has at least one adapter: if no such plan fits, the run stops with `BudgetError`.
@@ -208,8 +208,6 @@ class PlanKeeper:
             # A resumed run has a shape: a larger batch is handled before its step.
             shape = self.now.shape if self.now.shape.rows else shape or memory.shape
             self.update(shape=shape, recorded=memory, layers=checkpointing and checkpointing.layers)
-            if checkpointing and applier.time:
-                applier.time.layers = self.layers_of
 
     def put(self, state: PlanState) -> None:
         """Replace the state, and have the applier and the checkpointed layers follow."""
@@ -230,19 +228,13 @@ class PlanKeeper:
 
     # Decisions --------------------------------------------------------------------------------------------------------
 
-    def price_for_decision(self, *, checkpointing: bool = True) -> None:
+    def price_for_decision(self) -> None:
         """Set the costs for a decision: each plan with just the checkpointed layers it needs to fit.
 
         Without selectable layers, costs are unchanged. See `checkpointed_cost`.
-
-        Args:
-            checkpointing: True if the decision may rely on gradient checkpointing.
         """
         applier, targets, now = self.applier, self.applier.targets, self.now
         if self.checkpointing is None or now.recorded is None:
-            return
-        if not checkpointing:
-            self.update(cost=now.cost_of(now.shape, now.recorded.with_checkpointed(())))
             return
         unpaid = signal_buffer_bytes(targets) * (not applier.clock.will_measure)
         cost = checkpointed_cost(
@@ -284,12 +276,12 @@ class PlanKeeper:
         Raises:
             BudgetError: no plan fits.
         """
-        applier, reason = self.applier, "The budget or the time limit has changed."
+        applier, reason = self.applier, "The budget has changed."
         self.step = step
         self.update(limit=limit, reduction=self.now.reduction if limit == applier.limit else None)
         if not self.fits_with_checkpointing(reason) and not applier.fits():
             self.check_possible(reason)
-            self.correct("shrunk: another budget or time", applier.ranks)
+            self.correct("shrunk: another budget", applier.ranks)
 
     # Making a plan fit ------------------------------------------------------------------------------------------------
 

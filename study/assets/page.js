@@ -228,12 +228,10 @@ function saversTable(run, index) {
 
 function timeChart() {
   const series = runsShown().flatMap(([run, index]) => {
-    const measured = Object.entries(run.step_seconds).map(([name, curve]) => {
+    return Object.entries(run.step_seconds).map(([name, curve]) => {
       const style = styleOf(index, name);
       return { name: style.label, color: style.color, dash: style.dash, curve, kind: "line" };
     });
-    const limit = known(run.time_limit_s) ? { x: [0, run.steps], y: [run.time_limit_s, run.time_limit_s] } : null;
-    return limit ? [...measured, { name: "limit", color: () => cssColor("--limit"), dash: 3, curve: limit, kind: "stairs" }] : measured;
   });
   if (!series.length) return null;
   const [, high] = usualRange(series.flatMap(({ curve }) => curve.y));

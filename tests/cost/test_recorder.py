@@ -10,8 +10,8 @@ import torch
 from rankpilot.common.errors import UnsupportedError
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.record.live_storages import LiveStorages
-from rankpilot.cost.record.measured_time import count_work
 from rankpilot.cost.record.recorder import GradientHolders, Recorder, flow_from
+from rankpilot.cost.record.work import count_work
 from rankpilot.cost.recording import NEVER
 from rankpilot.cost.training_step import release_inputs
 from torch import nn

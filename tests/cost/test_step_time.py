@@ -1,4 +1,4 @@
-"""Seconds of plans, computed by hand and fitted to given timings."""
+"""Seconds of plans, computed by hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.common.errors import ConfigError
-from rankpilot.cost.cost import TIME, ByteCost, ParameterCost, cost_from_state, cost_state, plan_cost, unit_cost
-from rankpilot.cost.record.measured_time import count_work
+from rankpilot.cost.record.work import count_work
 from rankpilot.cost.savers.checkpointed_layers import LayerCheckpointing
-from rankpilot.cost.step_time import PARAMETER_BYTES, PARTS, Rates, StepTime, StepWork, fitted
+from rankpilot.cost.step_time import PARAMETER_BYTES, PlanSeconds, Rates, StepTime, StepWork
 from rankpilot.cost.training_step import model_loss, release_inputs
 from rankpilot.lora.targets import find_target_modules
 
@@ -54,21 +53,15 @@ def time() -> StepTime:
 def test_a_plan_takes_the_sum_of_its_parts(time, ranks, layers, seconds):
     plan = np.array(ranks)
     assert time.seconds(plan, layers) == pytest.approx(seconds)
-    assert time.parts(plan, layers).sum() == pytest.approx(seconds)
+    assert time.times(3).seconds(plan, layers) == pytest.approx(3 * seconds)
     assert time.seconds(plan) == time.seconds(plan, ()), "no layer runs again by default"
 
 
 @pytest.mark.parametrize("layers", [(), ("upper",), ("lower", "upper")])
 def test_the_seconds_are_those_of_the_row(time, layers):
-    row, generator = time.row(layers), np.random.default_rng(0)
+    row, generator = time.of_plans(layers), np.random.default_rng(0)
     for ranks in generator.choice([0, 1, 8], size=(20, 5)):
-        assert time.seconds(ranks, layers) == row.seconds(ranks)
-
-
-def test_factors_scale_the_parts(time):
-    factors, ranks, layers = np.array([2.0, 3.0, 0.0, 5.0, 7.0]), np.array([1, 0, 2, 0, 0]), ("lower",)
-    assert len(factors) == len(PARTS)
-    assert time.scaled(factors).parts(ranks, layers) == pytest.approx(factors * time.parts(ranks, layers))
+        assert time.seconds(ranks, layers) == pytest.approx(row(ranks))
 
 
 def test_layers_that_run_again_by_themselves_count(time):
@@ -78,96 +71,13 @@ def test_layers_that_run_again_by_themselves_count(time):
     assert again.seconds(ranks, ()) == time.seconds(ranks, ())
 
 
-def test_the_parts_are_fitted_to_what_was_measured(time):
-    factors = np.array([1.5, 0.5, 2.0, 3.0, 0.8])
-    plans = [
-        (np.array(ranks), layers)
-        for ranks, layers in [
-            ((8, 8, 8, 8, 8), ()),
-            ((32, 32, 32, 32, 32), ()),
-            ((8, 0, 0, 0, 0), ()),
-            ((0, 0, 0, 0, 8), ()),
-            ((0, 0, 8, 8, 8), ()),
-            ((8, 8, 8, 8, 8), ("lower", "upper")),
-        ]
-    ]
-    truth = time.scaled(factors)
-    found = fitted(time, plans, np.array([truth.seconds(*plan) for plan in plans]))
-    for ranks, layers in [*plans, (np.array([1, 0, 64, 2, 0]), ("upper",))]:
-        assert found.seconds(ranks, layers) == pytest.approx(truth.seconds(ranks, layers))
-
-
-def test_a_part_that_noise_makes_negative_is_left_out(time):
-    plans = [(np.full(5, 8), ()), (np.full(5, 32), ())]
-    found = fitted(time, plans, np.array([50.0, 49.0]))  # a higher rank cannot take less
-    assert all(value >= 0 for value in found.parts(np.full(5, 8)))
-    assert found.seconds(np.full(5, 8)) == pytest.approx(49.5, rel=0.02)
-
-
-def test_what_grows_with_ranks_has_a_least_factor(time):
-    plans = [(np.full(5, rank), ()) for rank in (8, 32)] + [
-        (np.array([0, 0, 0, 0, 8]), ()),
-        (np.array([8, 0, 0, 0, 0]), ()),
-    ]
-    truth = time.scaled(np.array([1.0, 1.0, 1.0, 0.0, 1.0]))
-    seconds = np.array([truth.seconds(*plan) for plan in plans])
-    ranks = np.full(5, 64)
-    free = fitted(time, plans, seconds).seconds(ranks)
-    assert free == pytest.approx(truth.seconds(ranks)), "rank 64 takes no more than rank 8"
-    found = fitted(time, plans, seconds, least_growth=0.1)
-    assert found.per_rank == pytest.approx(0.1 * time.per_rank)
-    assert found.seconds(np.full(5, 8)) == pytest.approx(truth.seconds(np.full(5, 8)), rel=0.1)
-    assert found.seconds(ranks) > 1.05 * free
-
-
-def test_second_runs_that_every_plan_has_count_as_the_first_ones(time):
-    plans = [(np.array(ranks), time.layers) for ranks in ((8, 8, 8, 8, 8), (0, 0, 8, 8, 8), (8, 0, 0, 0, 0))]
-    truth = time.scaled(np.array([2.0, 1.0, 1.0, 1.0, 2.0]))
-    found = fitted(time, plans, np.array([truth.seconds(*plan) for plan in plans]))
-    parts = found.parts(*plans[0]) / time.parts(*plans[0])
-    assert parts[0] == pytest.approx(parts[-1])
-    for ranks, layers in plans:
-        assert found.seconds(ranks, layers) == pytest.approx(truth.seconds(ranks, layers))
-
-
-def test_times_of_nothing_are_refused(time):
-    with pytest.raises(ConfigError, match=r"above 0 seconds; got \[0.0\]"):
-        fitted(time, [(np.ones(5, dtype=int), ())], np.zeros(1))
-
-
 def test_it_is_saved_and_read(time):
-    again = StepTime.from_state(time.state())
-    ranks = np.array([1, 0, 2, 0, 4])
-    assert again.seconds(ranks, ("lower",)) == time.seconds(ranks, ("lower",))
-    assert (again.layers, again.running_again) == (time.layers, time.running_again)
-
-
-def test_time_is_one_more_moment_of_bytes(time):
-    cost = ByteCost(("loss",), np.array([1000.0]), np.full((1, 5), 10.0), np.array([[500.0]]), np.eye(5)[:1] > 0)
-    timed = time.row(()).added_to(cost, limit=4000.0, seconds=40.0)
-    ranks = np.array([2, 0, 0, 1, 0])
-    assert timed.moments == ("loss", TIME)
-    assert timed.unit == "bytes"
-    assert unit_cost(timed, ranks) == plan_cost(cost, ranks) == 1530
-    assert plan_cost(timed, ranks) == pytest.approx(100 * time.seconds(ranks, ()), rel=1e-6)
-    assert plan_cost(timed, ranks) >= 100 * time.seconds(ranks, ()), "never under"
-    assert timed.unit_per_second == 100
-    assert plan_cost(cost_from_state(cost_state(timed)), ranks) == plan_cost(timed, ranks)
-
-
-def test_sums_of_time_are_exact(time):
-    cost = ParameterCost(np.full((1, 5), 7.0))
-    timed = time.row(time.layers).added_to(cost, limit=300_000.0, seconds=17.3)
-    total = timed.constant[-1] + timed.group_bytes[-1].sum() + timed.per_rank[-1] @ np.full(5, 64)
-    parts = [timed.constant[-1], *timed.group_bytes[-1], *(64 * timed.per_rank[-1])]
-    forwards = backwards = 0.0
-    for part in parts:
-        forwards += part
-    for part in reversed(parts):
-        backwards += part
-    assert forwards == backwards == total
-    assert timed.unit == "parameters"
-    assert isinstance(cost_from_state(cost_state(cost)), ParameterCost)
+    plans = time.of_plans(("lower",))
+    again = PlanSeconds.from_state(plans.state(), 5)
+    ranks = np.array([[1, 0, 2, 0, 4], [0, 0, 0, 0, 8]])
+    np.testing.assert_array_equal(again(ranks), plans(ranks))
+    with pytest.raises(ValueError, match="per_rank of the step time has shape"):
+        PlanSeconds.from_state(plans.state(), 4)
 
 
 ROWS, LENGTH = 3, 10
@@ -189,6 +99,11 @@ def weights(targets: Any) -> np.ndarray:
     return np.array([target.d_in * target.d_out for target in targets])
 
 
+def _backward(time: StepTime, ranks: np.ndarray) -> float:
+    """The seconds of the frozen model's backward pass."""
+    return float(time.groups @ time.needs[:, ranks > 0].any(axis=1))
+
+
 def test_products_of_the_frozen_model(make_llama: Any) -> None:
     model = make_llama()
     work, targets = counted(model)
@@ -208,11 +123,11 @@ def test_gradients_reach_down_to_the_lowest_adapter(make_llama: Any) -> None:
     size, hidden = weights(targets), targets[0].d_in
     config_head = time.constant - 2 * TOKENS * (size.sum() + 2 * hidden * LENGTH)
     only_last = np.array([2 * (index == len(targets) - 1) for index in range(len(targets))])
-    assert time.parts(only_last)[1] == config_head, "the head alone has a gradient to pass on"
+    assert _backward(time, only_last) == config_head, "the head alone has a gradient to pass on"
     lowest = [index for index, target in enumerate(targets) if target.name.endswith("layers.0.mlp.down_proj")]
     ranks = np.where(np.arange(len(targets)) == lowest[0], 2, 0)
     upper = size[[".layers.1." in target.name for target in targets]].sum()
-    assert time.parts(ranks)[1] == config_head + 2 * TOKENS * (upper + 2.5 * hidden * LENGTH)
+    assert _backward(time, ranks) == config_head + 2 * TOKENS * (upper + 2.5 * hidden * LENGTH)
 
 
 def test_an_adapter_grows_with_its_rank(make_llama: Any) -> None:

@@ -56,8 +56,8 @@ def test_a_goal_that_cannot_be_kept() -> None:
     assert found.misses_goal
     assert found.taken == 1, "the lowest loss, with caution"
     assert found.promise() == (
-        "The goal cannot be met: rank 8 on all modules does not fit the budget, time or bounds, and no "
-        "plan that fits is very likely to stay within +2.0 % of its loss. A larger budget, time or "
+        "The goal cannot be met: rank 8 on all modules does not fit the budget or bounds, and no "
+        "plan that fits is very likely to stay within +2.0 % of its loss. A larger budget or "
         "tolerance helps."
     )
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rankpilot.agents.policy_file import load_policy, policy_schedule
 from rankpilot.common.errors import ConfigError
-from rankpilot.cost.cost import ByteCost, Cost, ParameterCost, TimedCost, moment_costs, plan_cost, unit_cost
-from rankpilot.cost.step_time import SecondsRow
+from rankpilot.cost.cost import ByteCost, Cost, ParameterCost, plan_cost
+from rankpilot.cost.step_time import PlanSeconds
 from rankpilot.decide import chooser
 from rankpilot.decide.choice import PLAIN, PLAIN_WITHIN, Choice
 from rankpilot.decide.observation import LABELS, MODULE_FEATURES, RUN_FEATURES, Observation
@@ -206,9 +206,8 @@ def problems(draw: st.DrawFn) -> Observation:
     share = draw(st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0, 3.0]))
     problem = replace(problem, limit=float(int(least + share * max(0.0, plain - least))) + 1)
     if draw(st.booleans()):
-        row = SecondsRow(1.0, np.full(len(blocks), 1e-3), generator.random(len(blocks)), np.eye(len(blocks)) > 0)
-        seconds = row.seconds(chooser.plain_lora(problem)) * draw(st.sampled_from([0.5, 0.8, 2.0]))
-        problem = replace(problem, cost=row.added_to(cost, problem.limit, seconds))
+        time = PlanSeconds(1.0, np.full(len(blocks), 1e-3), generator.random(len(blocks)), np.eye(len(blocks)) > 0)
+        problem = replace(problem, time=time)
     return observed(problem, wide, draw(st.sampled_from([TEXTS, LABELLED])))
 
 
@@ -216,9 +215,9 @@ def problems(draw: st.DrawFn) -> Observation:
 def decisions(draw: st.DrawFn) -> tuple[Observation, Goal]:
     """First decisions, and goals that their costs know."""
     observation = draw(problems())
-    cost = observation.problem.cost
-    kinds = [kind for kind in GOALS if kind != "time" or isinstance(cost, TimedCost)]
-    kinds = [kind for kind in kinds if kind != "bytes" or cost.unit == "bytes"]
+    problem = observation.problem
+    kinds = [kind for kind in GOALS if kind != "time" or problem.time]
+    kinds = [kind for kind in kinds if kind != "bytes" or problem.cost.unit == "bytes"]
     return observation, Goal(draw(st.sampled_from(kinds)))
 
 
@@ -238,7 +237,7 @@ def test_what_is_weighed_is_possible_and_the_decision_fits(drawn: tuple[Observat
     assert found.spread[0] == 0
     assert found.expected[0] == 0
     assert (found.spread[1:] > 0).all()
-    np.testing.assert_array_equal(found.costs, [unit_cost(problem.cost, plan) for plan in found.plans])
+    np.testing.assert_array_equal(found.costs, [plan_cost(problem.cost, plan) for plan in found.plans])
     decision = chooser.PlanChooser(goal=goal).decide(observation)
     plan = decided_plan(problem, decision)
     assert problem.fits(plan.ranks) or np.array_equal(plan.ranks, low)
@@ -274,11 +273,10 @@ def test_bytes_and_time_are_saved_by_different_plans() -> None:
     """MLP modules take time and layers bytes, and no plan loses anything."""
     observation = seen(4, "am")
     needs, slow = np.eye(8, dtype=np.bool_), np.tile([0.01, 0.3], 4)
-    cost = SecondsRow(1.0, np.full(8, 1e-4), slow, needs).added_to(observation.problem.cost, 1e9, 64.0)  # type: ignore[arg-type]
-    timed = replace(observation, problem=replace(observation.problem, cost=cost))
+    time = PlanSeconds(1.0, np.full(8, 1e-4), slow, needs)
+    timed = replace(observation, problem=replace(observation.problem, time=time))
     of_time, of_bytes = (chosen(timed, Goal(kind), known()) for kind in ("time", "bytes"))  # type: ignore[arg-type]
     assert of_time.seconds is not None
-    np.testing.assert_allclose(of_time.seconds, moment_costs(cost, of_time.plans)[:, -1] / cost.unit_per_second)
     np.testing.assert_allclose(of_time.seconds[0], 1 + 8 * 8e-4 + slow.sum(), rtol=1e-5)
     fastest, smallest = of_time.plans[of_time.taken], of_bytes.plans[of_bytes.taken]
     assert (fastest[1::2].any(), fastest[0::2].any()) == (False, True)

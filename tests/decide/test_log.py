@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from rankpilot.common.errors import ConfigError, DataError, RunFolderError
-from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
+from rankpilot.cost.cost import ByteCost, ParameterCost
 from rankpilot.cost.savers.prices import Saved
+from rankpilot.cost.step_time import PlanSeconds
 from rankpilot.decide.choice import Choice
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
@@ -86,7 +87,7 @@ def log(tmp_path: Path) -> DecisionLog:
     return log
 
 
-BYTES = make_problem().cost
+SECONDS = PlanSeconds(1 / 3, np.array([0.1, 0.2, 0.3]), np.array([2.0]), np.array([[True, False, True]]))
 TIMED = {"taken": 2, "goal": Goal("time", 0.02), "seconds": np.arange(3) / 3, "caveats": ("it learns labels",)}
 OF_ANOTHER = "is missing, corrupt or of another decision"
 
@@ -98,7 +99,7 @@ OF_ANOTHER = "is missing, corrupt or of another decision"
         {"problem": make_problem(1 / 3, max_step=None, hysteresis=0.0), "pinned": None},
         {"problem": make_problem(low=np.array([0, 1, 0]), high=np.array([8, 8, 16]))},
         {"problem": make_problem(cost=ParameterCost(np.array([[10.0, 20.0, 30.0]])), ladder=RankLadder((0, 1, 2, 4)))},
-        {"problem": make_problem(cost=TimedCost("bytes", **vars(BYTES), unit_per_second=1 / 3))},
+        {"problem": replace(make_problem(), time=SECONDS)},
         {"loss": None, "policy_sha256": None, "notes": {}, "schedule": {}},
         {"saved": (Saved("plain LoRA", 8e6), Saved("shared copies of inputs, loss in tiles", 6e6, 1e6))},
         {"rates": (1e-3, 1 / 3)},

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost.cost import ByteCost, moment_costs
-from rankpilot.cost.step_time import SecondsRow
+from rankpilot.cost.cost import ByteCost
 from rankpilot.decide import observation as view
 from rankpilot.decide.observation import Observation, observe
 from rankpilot.decide.plan.problem import AllocationProblem
@@ -89,23 +88,6 @@ def test_another_limit_is_seen_as_if_it_had_been_there_from_the_start(limit: flo
     np.testing.assert_array_equal(changed.run, expected.run)
     assert changed.problem.limit == limit
     assert seen().problem.limit == 4000, "the observation itself stays as it is"
-
-
-@pytest.mark.parametrize("limit", [2000.0, 4000.0, 11000.0])
-def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
-    count = LAYERS * A_LAYER
-    row = SecondsRow(0.5, np.full(count, 0.01), np.full(count, 0.2), np.eye(count, dtype=np.bool_))
-
-    def timed(limit: float) -> Observation:
-        return seen(cost=row.added_to(seen().problem.cost, limit, 2.3), limit=limit)  # type: ignore[arg-type]
-
-    changed, expected = view.with_limit(timed(4000.0), limit), timed(limit)
-    np.testing.assert_allclose(changed.modules, expected.modules, atol=1e-6)
-    np.testing.assert_allclose(changed.run, expected.run, atol=1e-6)
-    for ranks in np.random.default_rng(0).choice([0, 1, 8, 32], size=(50, count)):
-        assert changed.problem.fits(ranks) == expected.problem.fits(ranks)
-        costs = [moment_costs(each.problem.cost, ranks) for each in (changed, expected)]
-        np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
 
 
 def test_what_the_loss_did_since_a_rank_moved_is_seen() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rankpilot.common.errors import UnknownNameError
 from rankpilot.cost.budget import reference_cost
-from rankpilot.cost.cost import ParameterCost, UntimedCost
+from rankpilot.cost.cost import Cost, ParameterCost
 from rankpilot.cost.record.calibration import calibrate
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.plan.plan import project
@@ -32,7 +32,7 @@ def problems() -> dict[str, AllocationProblem]:
     of_bytes = calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
     ranks, found = np.ones(len(targets), dtype=np.int64), {}
     for name, share in BUDGETS.items():
-        cost: UntimedCost = ParameterCost.of(targets) if name == "parameters" else of_bytes
+        cost: Cost = ParameterCost.of(targets) if name == "parameters" else of_bytes
         limit = share * reference_cost(cost, np.array([target.max_rank for target in targets]))
         found[name] = AllocationProblem.of(targets, cost, limit, ranks=ranks)
     return found

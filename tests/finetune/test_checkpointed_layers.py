@@ -365,7 +365,7 @@ def run(
 
 
 @pytest.mark.parametrize("worth", first_cases(1, [0.3, 0.005]))
-def test_a_budget_is_kept_by_layers_that_run_again_and_the_faster_plan_is_told(
+def test_a_budget_is_kept_by_layers_that_run_again(
     tmp_path: Path, worth: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="rankpilot"):
@@ -373,7 +373,6 @@ def test_a_budget_is_kept_by_layers_that_run_again_and_the_faster_plan_is_told(
     (layers,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
     assert f"0 of {MANY} layers use gradient checkpointing" not in layers
     assert 0 not in ranks.values()
-    assert "gradient_checkpointing=False would be faster: " in caplog.text
     logged = DecisionLog(tmp_path / "run" / "decisions").logged(0)
     assert redecide(logged, callback.pilot.policy).differences == (), "it is logged as it was priced"
     assert [*ranks.values()] == logged.rank_after.tolist()
@@ -384,7 +383,6 @@ def test_where_plain_lora_fits_no_layer_runs_again(tmp_path: Path, caplog: pytes
         run(tmp_path / "may", 0.3, "105%")
     (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
     assert f"0 of {MANY} layers use gradient checkpointing" in line
-    assert "would be faster" not in caplog.text
 
 
 class Exactly:

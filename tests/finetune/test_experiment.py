@@ -173,6 +173,9 @@ def test_a_dry_run_tells_the_plan_of_the_run(make_config: Callable[..., Finetune
     assert float(told[3]) == pytest.approx(first.predicted_cost / 2**10, abs=0.06)
     assert float(told[4]) == pytest.approx(first.problem.limit / 2**10, abs=0.6)
     assert len(lines) <= 10
+    share = re.search(r"about (\d+)% of the time of the LoRA as configured", lines[-1])
+    assert share
+    assert 10 < float(share[1]) < 200
 
 
 @pytest.mark.parametrize(

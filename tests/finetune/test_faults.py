@@ -313,7 +313,7 @@ def test_another_budget_counts_at_once(ended: Launch, whole: Run, caplog: pytest
         last = resumed.log.iloc[2 * len(resumed.recorder.ranks[0]) :]
         assert set(last["step"].tolist()) == {8}
         assert set(last["limit"].tolist()) == {resumed.pilot.limit}
-        assert set(last["note"].dropna()) == {"shrunk: another budget or time"}
+        assert set(last["note"].dropna()) == {"shrunk: another budget"}
     # A second kill before the next checkpoint: the change is logged once, not twice.
     assert len(DecisionLog(resumed.folder / "decisions")) == 3
 
@@ -350,7 +350,7 @@ def test_a_budget_of_another_unit_is_refused(ended: Launch, budget: str, other: 
     name = "run" if budget == "80%" else "other"
     if name == "other":
         ended(name, max_steps=4, budget=budget).train()
-    with pytest.raises(BudgetError, match=r"plan costs are counted in|The budget or the time limit has changed"):
+    with pytest.raises(BudgetError, match=r"plan costs are counted in|The budget has changed"):
         ended(name, budget=other).train(resume=4)
 
 
@@ -359,7 +359,7 @@ def test_the_budget_may_become_auto(ended: Launch) -> None:
 
 
 def test_a_budget_that_fits_nothing_is_refused(ended: Launch) -> None:
-    with pytest.raises(BudgetError, match=r"The budget or the time limit has changed\. .*The smallest that works is"):
+    with pytest.raises(BudgetError, match=r"The budget has changed\. .*The smallest that works is"):
         ended(budget="10KiB step").train(resume=4)
 
 

@@ -82,7 +82,6 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
         "hardware": {"device": "a GPU", "free_bytes": 3 * 2**30, "total_bytes": 4 * 2**30, "busy": 0.25},
     }
     write_json(run_folder / "summary.json", summary)
-    write_json(run_folder / "config.json", {"time": "800ms"})
     path = run_folder / "metrics-rankpilot.jsonl"
     path.write_text('{"step": 5, "loss": 1.0, "step_s": [0.3, 0.1, 0.2]}\n{"step": 6, "step_s": []}\n')
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
@@ -90,11 +89,6 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     assert run["settings"]["device"] == "a GPU; 3 GiB of 4 GiB free at the start, 25% busy"
     assert run["settings"]["energy"] == "1 GPU, measured by NVML"
     assert run["step_seconds"] == {"rankpilot": {"x": [5], "y": [0.2], "each": 1}}
-    assert run["time_limit_s"] == 0.8
-    write_json(run_folder / "config.json", {"time": "75%"})
-    (run,) = page_data([read_run(run_folder)], [None])["runs"]
-    assert run["time_limit_s"] is None
-    assert run["settings"]["time"] == "75%"
 
 
 def test_decisions_about_different_modules() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.cost.cost import ByteCost
-from rankpilot.cost.step_time import SecondsRow
+from rankpilot.cost.step_time import PlanSeconds
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionRecord
 from rankpilot.decide.observation import MODULE_FEATURES, Observation
@@ -26,7 +26,7 @@ MODULES, LAYERS = 24, 6
 BLOCKS = np.arange(MODULES) // 4
 ROWS = np.arange(LAYERS)[:, None] >= BLOCKS[None]
 COST = ByteCost(("backward",), np.array([1000.0]), np.full((1, MODULES), 10.0), np.full((1, LAYERS), 700.0), ROWS)
-SECONDS = SecondsRow(0.01, np.full(MODULES, 1e-6), np.full(MODULES, 0.001), np.eye(MODULES, dtype=np.bool_))
+SECONDS = PlanSeconds(0.01, np.full(MODULES, 1e-6), np.full(MODULES, 0.001), np.eye(MODULES, dtype=np.bool_))
 
 EFFECTS = np.pad([0.02, 0.02, 0.01, 0.01, 0.01, 0.0, -0.01, -0.005, 0.004], (0, len(FEATURES) - 9))
 WORTH = PlanWorth(EFFECTS, 1e-5 * np.eye(len(FEATURES)), 0.002)
@@ -57,10 +57,10 @@ def log_decision() -> Decide:
 def first(make_observation: Observe) -> Observation:
     """A first decision with room for plain LoRA and more, where the time of a step is known."""
     given = make_observation(
-        MODULES, blocks=BLOCKS, cost=SECONDS.added_to(COST, 20_000, 1.0), limit=20_000.0,
+        MODULES, blocks=BLOCKS, cost=COST, limit=20_000.0,
         ranks=np.ones(MODULES, dtype=np.int64), max_ranks=np.full(MODULES, 512),
     )  # fmt: skip
     modules = given.modules.copy()
     modules[:, MODULE_FEATURES.index("wide")] = np.arange(MODULES) % 4 >= 2
     modules[:, MODULE_FEATURES.index("relative_depth")] = BLOCKS / (LAYERS - 1)
-    return replace(given, modules=modules)
+    return replace(given, modules=modules, problem=replace(given.problem, time=SECONDS))

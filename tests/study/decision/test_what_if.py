@@ -7,8 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.common.errors import ConfigError
-from rankpilot.cost.cost import ParameterCost
-from rankpilot.cost.step_time import SecondsRow
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.observation import MODULE_FEATURES, Observation, with_limit
 from rankpilot.decide.plan.goal import Goal
@@ -102,20 +100,6 @@ def test_the_smallest_change_is_found(make_observation: Observe, log_decision: D
     assert "were 1.46 times as strong (+0.38 in log; +0.37 changes nothing), 1 module would have" in answer.text
     assert answer.holds(case)
     assert what_if(case, Question("budget", 1)) is None
-
-
-def test_another_budget_leaves_the_limit_of_time(make_observation: Observe, log_decision: Decide) -> None:
-    """Time is what stops the plan, so more budget does not change it, and less does once it is the tighter limit."""
-    modules, limit, seconds = 8, 6400.0, 2.0
-    row = SecondsRow(1.0, np.full(modules, 0.03), np.zeros(0), np.zeros((0, modules), dtype=np.bool_))
-    cost = row.added_to(ParameterCost(np.full((1, modules), 100.0)), limit, seconds)
-    case = redecide(log_decision(make_observation(modules, cost=cost, limit=limit), RULE), RULE)
-    assert 1.9 < row.seconds(case.ranks) <= seconds
-    assert what_if(case, Question("budget", 1)) is None
-    for steps in (100, 400):
-        assert row.seconds(Question("budget", 1).again(case, steps).ranks) <= seconds
-    smaller = Question("budget", -1).again(case, 800).ranks
-    assert smaller.sum() * 100 <= 0.2 * limit + 1
 
 
 def test_signals_are_shifted_and_centred_again(make_observation: Observe) -> None:

@@ -80,8 +80,8 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
 PLAIN_KEPT = '"rank 8 on all modules" was chosen: no'
 UNKEPT = (
     'plan "rank 1 on all modules" was chosen: the goal cannot be met: rank 8 on all modules does not '
-    "fit the budget, time or bounds, and no plan that fits is very likely to stay within +1.0 % of "
-    "its loss. A larger budget, time or tolerance helps."
+    "fit the budget or bounds, and no plan that fits is very likely to stay within +1.0 % of "
+    "its loss. A larger budget or tolerance helps."
 )
 FEWEST = (
     'plan "rank 4 on all modules" was chosen: of 3 plans very likely within +1.0 % of the loss of '
@@ -231,7 +231,7 @@ def test_pinned_modules_and_changes_by_a_person(make_observation: Observe, log_d
     edited[1], edited[3] = 4, 16
     assert refused(replace(logged, pinned=pinned, rank_clipped=edited, rank_after=edited)) == [
         "they are pinned",
-        "it was set by hand, or changed by a time limit",
+        "it was set by hand",
     ]
 
 

@@ -1,12 +1,8 @@
-"""Measure the time of a training step: count its work, and time a few steps on the user's device.
+"""Count the work of a training step, on any device including the meta device, and measure the rates of a device."""
 
-Work is counted in a single run of the step, on any device including the meta device.
-"""
-
-import gc
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,202 +16,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...common.arrays import BoolArray, FloatArray, IntArray
-from ...lora.resize import write_in_place
 from ...lora.routed_rows import parts_of
-from ...lora.spec import REFERENCE_RANK, highest_ranks
 from ...lora.targets import TargetModule
 from ..batch_shape import Batch
 from ..cost import ModuleSet
 from ..model import RANK
-from ..step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
+from ..step_time import OPERATOR_SECONDS, Rates, StepWork
 from ..streaming import PartSeconds, published_rates
-from ..training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
+from ..training_step import CHECKPOINT, LossFunction, segments_marked
 from .calibration import all_training, prepare
 from .live_storages import run_on_meta, tensors_in
 from .recorder import flow_from
 
-ROUNDS, SHORT_ROUNDS = 3, 5
-"""Timed repetitions per plan after one warm-up round, and repetitions if all steps are short; the median counts."""
 
-SHARE_ROUNDS = 6
-"""Alternations of a plan and its reference; the median of their ratios counts."""
-
-SHORT_SECONDS = 0.3
-"""Shorter steps run once before each timed one: the first step after a change of ranks is slightly slower."""
-
-HIGH_RANK, HIGHEST_RANK = 32, 64
-"""Ranks of two plans used to measure the growth with rank; it may be steeper between them than up to the first."""
-
-REFERENCE_WEIGHT = 3
-"""Weight in the fit of plain LoRA, the reference for shares in budgets."""
-
-LEAST_GROWTH = 0.75
-"""Lower bound on the growth factor: at rank 64, thin products take at least this much per rank relative to large ones
-(three models; benchmarks/EXPERIMENTS.md).
-"""
-
-TimedPlan = tuple[IntArray, tuple[str, ...]]
-"""Ranks (modules,), and the names of the checkpointed layers."""
-
-Take = Callable[[Collection[str]], object]
-"""Checkpoints exactly the layers with these names."""
-
-
-def measure_step_time(
-    step: TrainingStep,
-    targets: Sequence[TargetModule],
-    batch: Batch,
-    take: Take | None = None,
-    *,
-    rounds: int | None = None,
-) -> StepTime:
-    """Measure the step time of any plan from a handful of plans that isolate its parts; see `timed_plans`.
-
-    Plans alternate. Counted work (`StepWork`) distributes each part over modules and layers. CUDA seconds are device
-    time; CPU seconds are CPU time divided by the number of threads, which is less sensitive to other load. Clipping and
-    fused AdamW are included. Weights, gradients, ranks and random state are restored.
-
-    Args:
-        step: the step of the loop.
-        targets: the target modules of its model.
-        batch: a batch on the device, of the shape to time.
-        take: sets the checkpointed layers, if they can be set individually; all are checkpointed before and after.
-        rounds: repetitions per plan, at least 1; by default `ROUNDS` or `SHORT_ROUNDS`.
-
-    Raises:
-        UnsupportedError: the model returns no loss.
-    """
-    device = targets[0].weight_a.device
-    work = count_work(step.model, targets, step.loss, batch)
-    layers = work.running_again if take else ()
-    plans = timed_plans(targets, layers, () if take else work.running_again)
-
-    def round_of(warm: BoolArray) -> FloatArray:
-        """Return the seconds of each plan, (plans,)."""
-        seconds = np.zeros(len(plans))
-        for number, (ranks, again) in enumerate(plans):
-            if take:
-                take(again)
-            seconds[number] = _timed_step(step, targets, ranks, batch, warm=bool(warm[number]))
-        return seconds
-
-    with all_training(step.model, targets), _no_collection():
-        short = round_of(np.zeros(len(plans), dtype=np.bool_)) < SHORT_SECONDS
-        rounds = rounds or (SHORT_ROUNDS if short.all() else ROUNDS)
-        seconds = usual_seconds(np.stack([round_of(short) for _ in range(rounds)]))
-    if take:
-        take(layers)
-    often = [0] * (REFERENCE_WEIGHT - 1) + list(range(len(plans)))
-    nominal = work.time(measured_rates(device))
-    return fitted(nominal, [plans[number] for number in often], seconds[often], least_growth=LEAST_GROWTH)
-
-
-def measured_share(
-    step: TrainingStep,
-    targets: Sequence[TargetModule],
-    batch: Batch,
-    plan: TimedPlan,
-    reference: TimedPlan,
-    take: Take | None = None,
-) -> float:
-    """Return the ratio of a plan's step time to that of a reference, measured alternately.
-
-    Args:
-        step: see `measure_step_time`, as for the next two.
-        targets: the target modules.
-        batch: a batch on the device.
-        plan: the plan to time.
-        reference: the plan to compare with.
-        take: sets the checkpointed layers, left at those of the reference; None to leave them unchanged.
-    """
-
-    def seconds(timed: TimedPlan) -> float:
-        ranks, layers = timed
-        if take:
-            take(layers)
-        return _timed_step(step, targets, ranks, batch, warm=True)
-
-    with all_training(step.model, targets), _no_collection():
-        return float(np.median([seconds(plan) / seconds(reference) for _ in range(SHARE_ROUNDS)]))
-
-
-def usual_seconds(seconds: FloatArray) -> FloatArray:
-    """Return the typical time of each plan, (plans,), corrected for the pace of each round.
-
-    A slow round slows all plans alike. Its pace is the median of their times relative to each plan's own median.
-
-    Args:
-        seconds: (rounds, plans), > 0.
-    """
-    pace = np.median(seconds / np.median(seconds, axis=0), axis=1, keepdims=True)
-    return np.asarray(np.median(seconds / pace, axis=0), dtype=np.float64)
-
-
-def timed_plans(
-    targets: Sequence[TargetModule], layers: tuple[str, ...], always: tuple[str, ...] = ()
-) -> list[TimedPlan]:
-    """Return the plans to time in order to isolate the parts of a step.
-
-    They are: all modules at rank 8 (the reference for shares), and at rank 32; only the uppermost module, nearly a bare
-    forward pass; only the lowest layer, nearly a full backward pass with few adapters; the upper half, and the upper
-    half at rank 64, typical of a time limit; and all modules at rank 8 with all layers checkpointed.
-
-    Args:
-        targets: the target modules.
-        layers: layers that can be checkpointed individually.
-        always: layers checkpointed under every plan.
-    """
-    blocks = np.array([target.block for target in targets])
-    most = highest_ranks(targets)
-    modules = np.arange(len(targets))
-    usual = np.minimum(REFERENCE_RANK, most)
-    upper = blocks >= min((blocks.max() + 1) / 2, blocks.max())  # a single layer is its own upper half
-    among = (modules == modules[blocks == blocks.max()][-1], blocks == 0, upper)
-    plans: list[TimedPlan] = [(usual, always), (np.minimum(HIGH_RANK, most), always)]
-    plans += [(np.where(chosen, usual, 0), always) for chosen in among]
-    plans += [(np.where(upper, np.minimum(HIGHEST_RANK, most), 0), always)]
-    return plans + ([(usual, layers)] if layers else [])
-
-
-def measured_rates(device: torch.device) -> Rates:
-    """Measure a device's rates with a matrix product and a copy; accurate enough for proportions."""
-    matrix, long = torch.ones(512, 512, device=device), torch.ones(2**20, device=device)
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure a device's rates with a matrix product in this precision and a copy; accurate enough for proportions."""
+    size = 2048 if device.type == "cuda" else 512
+    matrix, long = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size**2, device=device)
     product = _median_seconds(device, lambda: matrix @ matrix)
     copy = _median_seconds(device, partial(torch.empty_like(long).copy_, long))
-    return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, OPERATOR_SECONDS)
+    return Rates(2 * size**3 / product, 2 * long.nbytes / copy, OPERATOR_SECONDS)
 
 
 def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
     work()
     return max(float(np.median([_seconds(device, work) for _ in range(5)])), 1e-9)
-
-
-def _timed_step(
-    step: TrainingStep, targets: Sequence[TargetModule], ranks: IntArray, batch: Batch, *, warm: bool
-) -> float:
-    """Return the seconds of one step under a plan; with `warm`, those of a second step."""
-    for target, rank in zip(targets, ranks.tolist(), strict=True):
-        for weight, zeros in zip((target.weight_a, target.weight_b), target.zeros(rank), strict=True):
-            write_in_place(weight, zeros)
-        for parameter in target.parameters.values():
-            parameter.requires_grad_(rank > 0)
-    trains = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trains, lr=0.0, weight_decay=0.0, fused=True)
-    for parameter in trains:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # creates its state
-    optimizer.zero_grad(set_to_none=True)
-
-    def whole() -> None:
-        step.loss(batch).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trains, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    if warm:
-        whole()
-    return _seconds(trains[0].device, whole)
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
@@ -230,18 +55,6 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
     return (time.process_time() - start) / torch.get_num_threads()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Disable the garbage collector during a timed step."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def count_work(model: nn.Module, targets: Sequence[TargetModule], loss: LossFunction, batch: Batch) -> StepWork:
