@@ -25,7 +25,7 @@ from ..cost.training_step import check_installed
 from ..lora.peft_config import fresh_adapters, head_names, prepare_quantised
 from ..lora.targets import guard_base
 from .assets import ASSETS, MODELS, fetch_asset, not_found
-from .task import KINDS, Task
+from .task import ELSE, KINDS, Task
 
 Settings = TypeVar("Settings", bound=StepConfig)
 
@@ -125,20 +125,6 @@ def load_tokenizer(model: str, **options: Any) -> Any:
     return tokenizer
 
 
-def class_end_token(model: str) -> int | None:
-    """Token a classifier of this kind reads its answer from; None if it finds the end of a text by itself.
-
-    Encoder-decoders read it from their end token, so each row must contain it exactly once.
-    """
-    config = load_config(model)
-    if not config.is_encoder_decoder:
-        return None
-    if not isinstance(config.eos_token_id, int):
-        why = "is an encoder-decoder that classifies at its end token, but its configuration has none"
-        raise ConfigError(f"The model {model!r} {why}. Set eos_token_id in its config.json.")
-    return config.eos_token_id
-
-
 def load_model(
     name: str,
     task: Task,
@@ -154,7 +140,7 @@ def load_model(
     Args:
         name: packaged name, Hugging Face id or local folder.
         task: determines the head.
-        labels: names of the classes or tags; one name for regression; none for generative models.
+        labels: names of the classes; none for language models.
         tokenizer: source of the padding token for a model without one; without a tokenizer, token 0 is used.
         quantization: storage format of the frozen weights.
         prepare_kbit: convert parameters that are not quantized to fp32.
@@ -192,9 +178,7 @@ def head_options(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
         return {}
     names = dict(enumerate(labels))
     options = {"num_labels": len(labels), "id2label": names, "label2id": {label: i for i, label in names.items()}}
-    if KINDS[task].auto_class == "AutoModelForSequenceClassification":
-        options["problem_type"] = "regression" if task == "regression" else "single_label_classification"
-    return options | {"ignore_mismatched_sizes": True}
+    return options | {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
 
 
 def _check_task(name: str, config: Any, task: Task) -> None:
@@ -203,7 +187,7 @@ def _check_task(name: str, config: Any, task: Task) -> None:
     able = [other for other, mapping in mappings.items() if type(config) in mapping]
     if able and task not in able and "auto_map" not in config.to_dict():
         told = f"The model {name!r} ({config.model_type}) does not support {task}."
-        raise ConfigError(f"{told} Supported: {', '.join(able)}.")
+        raise ConfigError(f"{told} Supported: {', '.join(able)}. {ELSE}")
 
 
 def _report_new_head(name: str, model: PreTrainedModel, mismatched: Any) -> None:

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Task = Literal["classification", "regression", "token-classification", "seq2seq", "causal-lm"]
+Task = Literal["classification", "causal-lm"]
+
+
+ELSE = "For other tasks, call rankpilot.attach on your own Trainer."
+"""Hint of errors on data for other tasks."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,5 @@ class TaskKind:
 
 KINDS: dict[Task, TaskKind] = {
     "classification": TaskKind("AutoModelForSequenceClassification", "SEQ_CLS", True),
-    "regression": TaskKind("AutoModelForSequenceClassification", "SEQ_CLS", True),
-    "token-classification": TaskKind("AutoModelForTokenClassification", "TOKEN_CLS", True),
-    "seq2seq": TaskKind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", False),
     "causal-lm": TaskKind("AutoModelForCausalLM", "CAUSAL_LM", False),
 }

@@ -2,24 +2,23 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset, DatasetDict, load_dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from ..common.errors import AssetError, ConfigError, DataError, first_line
+from ..common.errors import AssetError, DataError, first_line
 from ..common.files import expanded, parse_json
 from ..cost.forecast.published import try_hub_once
 from ..cost.step_config import StepConfig
 from . import columns
 from .assets import not_found
-from .batches import IGNORED
-from .models import class_end_token, load_tokenizer, with_sizes
+from .models import load_tokenizer, with_sizes
 from .packaged_data import DATASETS, load_packaged_dataset
-from .task import Task
+from .task import ELSE, Task
 
 Rows = Mapping[str, list[Any]]
 Encode = Callable[[Rows], dict[str, Any]]
@@ -34,42 +33,10 @@ def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict
     for part in parts:
         if columns.is_list(part, label):
             lists = f"Column {label!r} contains lists (row 1: {columns.shorten(part[0][label])})"
-            tags = "For a tag per token, pass --task token-classification, with the tokens as a list too."
-            several = "Several classes per text (multi-label) are not supported."
-            raise DataError(f"{lists}, but classification needs one class per text. {tags} {several}")
+            raise DataError(f"{lists}, but classification needs one class per text. {ELSE}")
         columns.check_no_gaps(part, label, blanks=False)
     values = chain.from_iterable(columns.values_of(part, label) for part in parts)
     return _numbered(parts[0].features[label], values, label)
-
-
-def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Tag names in a column of lists, and the tag index of each value.
-
-    Raises:
-        DataError: a row holds no lists, or lists of different lengths.
-    """
-    for part in parts:
-        for name in (text, label):
-            columns.check_no_gaps(part, name)
-            advice = "Token classification requires a list of tokens and a list of tags in each row."
-            columns.check_rows(part, name, columns.not_list, advice)
-        pairs = zip(columns.values_of(part, text), columns.values_of(part, label), strict=True)
-        for row, (words, tags) in enumerate(pairs, 1):
-            if len(words) != len(tags):
-                told = f"Row {row} has {len(words)} values in column {text!r} and {len(tags)} in {label!r}."
-                raise DataError(f"{told} Each token needs one tag.")
-            for name, values, wrong in ((text, words, columns.not_text), (label, tags, _not_tag)):
-                bad = next((value for value in values if wrong(value) is not None), None)
-                if bad is not None or None in values:
-                    raise DataError(f"Row {row}, column {name!r}: {columns.shorten(bad)} is {wrong(bad)}.")
-    lists = chain.from_iterable(columns.values_of(part, label) for part in parts)
-    tags = (tag for tag in chain.from_iterable(lists) if tag != IGNORED)
-    return _numbered(getattr(parts[0].features[label], "feature", None), tags, label)
-
-
-def _not_tag(value: Any) -> str | None:
-    """Describe a value if it is not a tag."""
-    return None if isinstance(value, (int, str)) else columns.kind_of(value)
 
 
 def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
@@ -98,67 +65,12 @@ def check_text(parts: list[Dataset], name: str, option: str) -> None:
         columns.check_filled(part, name, f"Set {option} to another column, or fill this one.")
 
 
-def check_numbers(parts: list[Dataset], name: str) -> None:
-    """Raise DataError if a row holds no finite number."""
-    for part in parts:
-        columns.check_no_gaps(part, name, blanks=False)
-        columns.check_rows(part, name, columns.not_number, "Regression requires a finite number in each row.")
-    if len({float(value) for part in parts for value in part[name]}) == 1:
-        raise DataError(f"Column {name!r} has the same number in each row: nothing to learn.")
-
-
-def labelled(
-    tokenizer: Any, text: str, label: str, number: Callable[[Any], Any], length: int, end: int | None
-) -> Encode:
-    """Tokenize texts, each with its class index or number.
-
-    `end` is a token required exactly once, at the end of each row; None if the model needs none.
-    """
-
-    def encode(rows: Rows) -> dict[str, Any]:
-        tokens = dict(tokenizer(rows[text], truncation=True, max_length=length))
-        if end is not None:
-            texts = [[token for token in row if token != end] for row in tokens["input_ids"]]
-            ids = [[*row[: length - 1], end] for row in texts]
-            tokens = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-        return {**tokens, "labels": [number(value) for value in rows[label]]}
-
-    return encode
-
-
-def tagged(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], length: int) -> Encode:
-    """Tokenize lists of tokens; the first piece of each gets its tag index, others get `IGNORED`.
-
-    Raises:
-        ConfigError: the tokenizer does not map pieces to tokens.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        needs = "a fast tokenizer (tokenizer.json), which this model does not have"
-        raise ConfigError(f"Token classification requires {needs}.")
-
-    def encode(rows: Rows) -> dict[str, Any]:
-        tokens = tokenizer(rows[text], is_split_into_words=True, truncation=True, max_length=length)
-        labels = []
-        for row, tags in enumerate(rows[label]):
-            words = tokens.word_ids(row)
-            starts = [word is not None and word != before for before, word in zip([None, *words], words, strict=False)]
-            pieces = zip(words, starts, strict=True)
-            labels.append([numbers.get(tags[word], IGNORED) if start else IGNORED for word, start in pieces])
-        return {**tokens, "labels": labels}
-
-    return encode
-
-
-def translated(tokenizer: Any, text: str, label: str, length: int) -> Encode:
-    """Tokenize texts and their targets; each target ends in the end token, if the tokenizer has one."""
-    end = tokenizer.eos_token_id
+def labelled(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], length: int) -> Encode:
+    """Tokenize texts, each with its class index."""
 
     def encode(rows: Rows) -> dict[str, Any]:
         tokens = tokenizer(rows[text], truncation=True, max_length=length)
-        targets = tokenizer(text_target=rows[label], truncation=True, max_length=length)["input_ids"]
-        if end is not None:
-            targets = [[*row[: length - 1], end] if row[-1:] != [end] else row for row in targets]
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], "labels": targets}
+        return {**tokens, "labels": [numbers[value] for value in rows[label]]}
 
     return encode
 
@@ -277,32 +189,16 @@ def _hides_labels(part: Dataset, label: str | None) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
-    """Untokenized data for a language model, in the columns of TRL's SFTTrainer.
-
-    Attributes:
-        train: rows with the column `text`, or `messages`, or the columns `prompt` and `completion`.
-        held_out: held-out rows.
-        is_chat: True for conversations or instructions. Other texts may be joined and split anywhere.
-    """
-
-    train: Dataset
-    held_out: Dataset
-    is_chat: bool
-
-
-@dataclass(frozen=True, eq=False)
 class Workload:
     """Data of a fine-tune.
 
     Attributes:
         task: the task to learn.
         tokenizer: the model's tokenizer.
-        train: tokenized training rows.
-        held_out: tokenized held-out rows.
-        collator: collates rows to batches.
-        labels: names of the classes or tags; "value" for regression; empty for generative models.
-        texts: the same rows for SFTTrainer; None unless the task is causal-lm.
+        train: training rows, tokenized but for conversations, which TRL's SFTTrainer reads itself.
+        held_out: held-out rows, likewise.
+        collator: collates rows to batches; None for conversations.
+        labels: names of the classes; empty for language models.
     """
 
     task: Task
@@ -311,7 +207,6 @@ class Workload:
     held_out: Dataset
     collator: Any
     labels: tuple[str, ...]
-    texts: Texts | None = None
 
 
 def load_workload(
@@ -334,8 +229,8 @@ def load_workload(
         task: the task to learn; by default inferred from the columns, see `find_columns`.
         max_length: tokens per row; longer texts are truncated, or split for language modeling; 0 for the task's
             default.
-        text_column: the column with the text, or with the tokens.
-        label_column: the column with the class, the number, the tags or the target text.
+        text_column: the column with the text.
+        label_column: the column with the class.
         train_rows: maximum number of training rows, drawn at random.
         held_out_rows: maximum number of held-out rows, drawn at random.
         seed: seed of these draws, and of a split if the data set has only one.
@@ -358,116 +253,24 @@ def load_workload(
     counted = zip(whole, (train_rows, held_out_rows), strict=True)
     parts = [part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))) for part, rows in counted]
     length = with_sizes(step, model, found.task).max_length
-    return _LOADERS[found.task](_Reading(model, tokenizer, found, length, sources, parts))
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """A data set being converted to a workload.
-
-    Attributes:
-        model: name of the model.
-        tokenizer: the model's tokenizer.
-        found: task and columns of the data set.
-        length: maximum tokens per row.
-        sources: whole splits; every row is checked under its number there.
-        parts: the training rows and the held-out rows among them.
-    """
-
-    model: str
-    tokenizer: Any
-    found: columns.Columns
-    length: int
-    sources: list[Dataset]
-    parts: list[Dataset]
-
-    @property
-    def text(self) -> str:
-        """Column with the model's input."""
-        assert self.found.text is not None
-        return self.found.text
-
-    @property
-    def label(self) -> str:
-        """Column with the target."""
-        assert self.found.label is not None
-        return self.found.label
-
-    def workload(
-        self, encode: Encode, collator: Any, labels: tuple[str, ...] = (), cut: tuple[str, ...] = ()
-    ) -> Workload:
-        """Build the workload, tokenized by `encode`, which truncates the columns `cut`."""
-        sample = self.parts[0][: columns.SAMPLED]
-        for name in cut:
-            words = isinstance(sample[name][0], list)
-            tokens = self.tokenizer(sample[name], is_split_into_words=words, verbose=False)["input_ids"]
-            columns.tell_cut(map(len, tokens), self.length)
-        train, held_out = (part.map(encode, batched=True, remove_columns=part.column_names) for part in self.parts)
-        return Workload(self.found.task, self.tokenizer, train, held_out, collator, labels)
-
-
-def _classes(reading: _Reading) -> Workload:
-    check_text(reading.sources, reading.text, "--text-column")
-    names, numbers = class_names(reading.sources, reading.label)
-    collator = transformers.DataCollatorWithPadding(reading.tokenizer)
-    return reading.workload(_labelled(reading, numbers.__getitem__), collator, names, cut=(reading.text,))
-
-
-def _numbers(reading: _Reading) -> Workload:
-    check_text(reading.sources, reading.text, "--text-column")
-    check_numbers(reading.sources, reading.label)
-    collator = transformers.DataCollatorWithPadding(reading.tokenizer)
-    return reading.workload(_labelled(reading, float), collator, ("value",), cut=(reading.text,))
-
-
-def _labelled(reading: _Reading, number: Callable[[Any], Any]) -> Encode:
-    end = class_end_token(reading.model)
-    return labelled(reading.tokenizer, reading.text, reading.label, number, reading.length, end)
-
-
-def _tags(reading: _Reading) -> Workload:
-    names, numbers = tag_names(reading.sources, reading.text, reading.label)
-    if getattr(reading.tokenizer, "add_prefix_space", None) is False:
-        # Byte-level tokenizers expect words with a leading space, absent from tokens in a list.
-        reading = replace(reading, tokenizer=load_tokenizer(reading.model, add_prefix_space=True))
-    encode = tagged(reading.tokenizer, reading.text, reading.label, numbers, reading.length)
-    collator = transformers.DataCollatorForTokenClassification(reading.tokenizer)
-    return reading.workload(encode, collator, names, cut=(reading.text,))
-
-
-def _pairs(reading: _Reading) -> Workload:
-    check_text(reading.sources, reading.text, "--text-column")
-    check_text(reading.sources, reading.label, "--label-column")
-    encode = translated(reading.tokenizer, reading.text, reading.label, reading.length)
-    collator = transformers.DataCollatorForSeq2Seq(reading.tokenizer)
-    return reading.workload(encode, collator, cut=(reading.text, reading.label))
-
-
-def _language(reading: _Reading) -> Workload:
-    tokenizer, length, chat, text = reading.tokenizer, reading.length, reading.found.chat, reading.found.text
-    if chat:
-        for part in reading.sources:
-            columns.check_chats(part, chat, tokenizer)
-        rows = [columns.for_trl(part, chat, tokenizer) for part in reading.parts]
-        sample = rows[0].select(range(min(columns.SAMPLED, len(rows[0]))))
-        columns.tell_cut((len(columns.chat_tokens(row, tokenizer)[0]) for row in sample), length)
-        (train, train_tokens), (held_out, held_out_tokens) = (columns.encoded(part, tokenizer, length) for part in rows)
-        collator = transformers.DataCollatorForSeq2Seq(tokenizer)
-        texts = Texts(train, held_out, is_chat=True)
-        return Workload("causal-lm", tokenizer, train_tokens, held_out_tokens, collator, (), texts)
-    check_text(reading.sources, reading.text, "--text-column")
-    workload = reading.workload(blocks(tokenizer, reading.text, length), transformers.DataCollatorForSeq2Seq(tokenizer))
-    if 0 in (len(workload.train), len(workload.held_out)):
+    if found.chat:
+        for part, name in product(sources, found.chat):
+            if name not in columns.BESIDE_CHATS:
+                columns.check_no_gaps(part, name)
+        train, rows = (part.select_columns(list(found.chat)) for part in parts)
+        return Workload(found.task, tokenizer, train, rows, None, ())
+    text, collator = found.text, DataCollatorForSeq2Seq(tokenizer)
+    labels: tuple[str, ...] = ()
+    assert text is not None
+    check_text(sources, text, "--text-column")
+    if found.label is None:
+        encode = blocks(tokenizer, text, length)
+    else:
+        labels, numbers = class_names(sources, found.label)
+        encode, collator = labelled(tokenizer, text, found.label, numbers, length), DataCollatorWithPadding(tokenizer)
+        tokens = tokenizer(parts[0][text][: columns.SAMPLED], verbose=False)["input_ids"]
+        columns.tell_cut(map(len, tokens), length)
+    train, rows = (part.map(encode, batched=True, remove_columns=part.column_names) for part in parts)
+    if 0 in (len(train), len(rows)):
         raise DataError(f"The text is shorter than one row of {length} tokens. Lower --max-length.")
-    plain = [part.select_columns([text]) for part in reading.parts]
-    train, held_out = (part if text == columns.TEXT else part.rename_column(text, columns.TEXT) for part in plain)
-    return replace(workload, texts=Texts(train, held_out, is_chat=False))
-
-
-_LOADERS: dict[Task, Callable[[_Reading], Workload]] = {
-    "classification": _classes,
-    "regression": _numbers,
-    "token-classification": _tags,
-    "seq2seq": _pairs,
-    "causal-lm": _language,
-}
+    return Workload(found.task, tokenizer, train, rows, collator, labels)

@@ -139,11 +139,8 @@ def _head(workload: Workload) -> dict[str, Any]:
     """Return the number of outputs of the head, and the baseline of an accuracy: the share of the largest class."""
     if not workload.labels:
         return {}
-    facts: dict[str, Any] = {"outputs": len(workload.labels), "held_out_rows": len(workload.held_out)}
-    if workload.task == "classification":
-        counts = np.bincount(np.asarray(workload.held_out["labels"]))
-        facts["largest_class"] = int(counts.max()) / len(workload.held_out)
-    return facts
+    counts, rows = np.bincount(np.asarray(workload.held_out["labels"])), len(workload.held_out)
+    return {"outputs": len(workload.labels), "held_out_rows": rows, "largest_class": int(counts.max()) / rows}
 
 
 def run_one(

@@ -258,8 +258,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         compare_uniform: also run uniform rank in the same budget (one rank on as many top layers as can have rank 8),
             and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
-        task: classification, regression, token-classification, seq2seq or causal-lm; inferred from the columns of the
-            data by default.
+        task: classification, or causal-lm (texts, prompts with completions, and chats with tools, as TRL reads them);
+            inferred from the columns of the data by default.
         steps: optimizer steps of the run.
         epochs: passes over the training rows, instead of steps.
         learning_rate: peak rate of plain LoRA; it decays linearly to zero. auto starts at seven tenths of
@@ -271,8 +271,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
             at every rank. Under alpha one learning rate fits all ranks.
         train_rows: maximum number of training rows; all of them by default.
         held_out_rows: maximum number of held-out rows.
-        text_column: name of the column with the text, or with the tokens.
-        label_column: name of the column with the class, the number, the tags or the target text.
+        text_column: name of the column with the text.
+        label_column: name of the column with the class.
         seed: seed of all random numbers.
         eval_every: optimizer steps between evaluations, each followed by a checkpoint.
         eval_batch_size: rows per evaluation batch; defaults to the training batch size, which keeps evaluations within

@@ -20,8 +20,6 @@ from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -33,17 +31,25 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..common.devices import EnergyCounter
-from ..common.errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line, install, shown
+from ..common.errors import (
+    ConfigError,
+    NonFiniteError,
+    RankPilotError,
+    UnknownNameError,
+    UnsupportedError,
+    first_line,
+    install,
+    shown,
+)
 from ..common.files import append_json_line, parse_json, read_json_lines, write_text
 from ..cost.budget import free_bytes
 from ..cost.forecast.published import most_positions
 from ..cost.record.peak_meter import PeakMeter
 from ..cost.step_config import OptimizerName, check_length
 from ..cost.training_step import CHECKPOINTING, check_checkpointing, check_installed
-from ..data.batches import IGNORED
 from ..data.models import adapt, load_model, with_sizes
 from ..data.task import Task
-from ..data.workload import Texts, Workload, load_workload
+from ..data.workload import Workload, load_workload
 from ..lora.peft_config import choose_scaling
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
@@ -315,17 +321,15 @@ def new_trainer(
         "processing_class": workload.tokenizer,
         "callbacks": callbacks,
     }
-    if workload.texts is not None:
-        trainer = _sft_trainer(workload.texts, common)
+    if workload.task == "causal-lm":
+        trainer = _sft_trainer(common)
     else:
-        kind = Seq2SeqTrainer if workload.task == "seq2seq" else Trainer
-        has_classes = workload.task in ("classification", "token-classification")
-        trainer = kind(**common, compute_metrics=_accuracy if has_classes else None)
+        trainer = Trainer(**common, compute_metrics=_accuracy)
         # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
         trainer.model_accepts_loss_kwargs = False
     if isinstance(config.learning_rate, str):
         rows = config.batch_size * config.accumulation * arguments.world_size
-        batches = -(-len(workload.train) // rows)
+        batches = -(-len(trainer.train_dataset) // rows)
         steps = config.steps if config.epochs is None else max(1, math.ceil(config.epochs * batches))
         trainer.args.learning_rate = rate_by_rule(trainer.model, find_target_modules(trainer.model), steps)
     trainer.remove_callback(ProgressCallback)
@@ -333,36 +337,41 @@ def new_trainer(
     return trainer
 
 
-def _sft_trainer(texts: Texts, common: dict[str, Any]) -> Trainer:
-    """Create TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length.
+def _sft_trainer(common: dict[str, Any]) -> Trainer:
+    """Create TRL's SFTTrainer, which reads conversations itself; plain texts come as blocks of full length.
 
     Raises:
-        ConfigError: TRL rejects model, texts or settings.
+        ConfigError: TRL rejects model, rows or settings.
+        DataError: it leaves no row.
     """
     from trl import SFTTrainer
 
-    if texts.is_chat:
-        common |= {"train_dataset": texts.train, "eval_dataset": texts.held_out, "data_collator": None}
     try:
         trainer: Trainer = SFTTrainer(**common)
-    except ValueError as error:
-        raise ConfigError(f"TRL's SFTTrainer cannot train with this: {error}") from error
+    except (RankPilotError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # TRL, datasets and templates pass on what rows raise
+        raise ConfigError(f"TRL's SFTTrainer cannot train with this: {first_line(error)}") from error
+    if not len(trainer.train_dataset):
+        raise DataError(
+            "TRL's SFTTrainer finds nothing to train on in these rows. It reads conversations as lists of "
+            "messages with role and content."
+        )
     return trainer
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    counted = prediction.label_ids != IGNORED
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids)[counted].mean())}
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
 
 
 def arguments_class(task: Task) -> type[TrainingArguments]:
-    """Return the class of the Trainer's arguments: TRL's for causal language models, transformers' for all others.
+    """Return the class of the Trainer's arguments: TRL's for language models, transformers' for classification.
 
     Raises:
         UnsupportedError: TRL is not installed.
     """
-    kind: type[TrainingArguments] = Seq2SeqTrainingArguments if task == "seq2seq" else TrainingArguments
+    kind: type[TrainingArguments] = TrainingArguments
     if task != "causal-lm":
         return kind
     if find_spec("trl") is None:

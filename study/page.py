@@ -21,7 +21,6 @@ from ..common.drawing import finite_points
 from ..common.errors import DataError, install
 from ..common.files import read_object, read_shapes, write_text
 from ..common.text import format_bytes, module_kinds, short_names
-from ..data.task import KINDS
 from ..decide.log import DecisionRecord
 from ..decide.observation import MODULE_FEATURES
 from ..finetune.options import PILOT
@@ -50,7 +49,12 @@ MOST_PLANS = 24
 
 NOT_MEASURED = f"not measured: no energy counter is available (on NVIDIA: {install('energy')})"
 
-LOADERS = {kind.peft_type: kind.auto_class.replace("Auto", "AutoPeft") for kind in KINDS.values()}
+LOADERS = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
 """PEFT's classes that load an adapter with its base model, by the adapter's task."""
 
 NO_ADAPTER = "#e9e9e9"

@@ -54,9 +54,11 @@ def check_reload(
     """
     scratch = adapter.parent / "reload"
     scratch.mkdir(exist_ok=True)
-    rows = [workload.held_out[i] for i in range(min(16, len(workload.held_out)))]
-    kept = ("input_ids", "attention_mask", *(("labels",) if workload.task == "seq2seq" else ()))
-    batch = {name: tensor.cpu() for name, tensor in workload.collator(rows).items() if name in kept}
+    if workload.collator:
+        rows = [workload.held_out[i] for i in range(min(16, len(workload.held_out)))]
+        batch = {name: workload.collator(rows)[name].cpu() for name in ("input_ids", "attention_mask")}
+    else:  # TRL has the tokens
+        batch = {"input_ids": torch.arange(3, 11).repeat(2, 1)}
     model = model.cpu().eval()
     with torch.no_grad():
         expected = model(**batch).logits

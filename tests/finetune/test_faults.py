@@ -337,7 +337,7 @@ def test_other_settings_than_the_budget_are_refused(ended: Launch, changes: dict
     with pytest.raises(RunFolderError) as caught:
         resumed.train(resume=4)
     assert words in str(caught.value)
-    assert "only the budget and the time may change" in str(caught.value)
+    assert "only the budget may change" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert resumed.recorder.losses == []
 
