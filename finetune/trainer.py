@@ -33,6 +33,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..common.devices import EnergyCounter
 from ..common.errors import (
     ConfigError,
+    DataError,
     NonFiniteError,
     RankPilotError,
     UnknownNameError,
