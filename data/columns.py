@@ -158,14 +158,14 @@ MUCH_CUT = 0.05
 """Truncated share of tokens above which a message is logged."""
 
 
-def tell_cut(counts: Iterable[int], length: int) -> None:
+def tell_cut(rows: Iterable[Sequence[int]], length: int) -> None:
     """Log a message if a maximum length truncates much of some rows.
 
     Args:
-        counts: tokens of each row before truncation.
+        rows: tokens of each row before truncation.
         length: maximum tokens per row.
     """
-    tokens = list(counts)
+    tokens = [len(row) for row in rows]
     cut = sum(max(count - length, 0) for count in tokens) / max(sum(tokens), 1)
     if cut > MUCH_CUT:
         told = "%.0f %% of the tokens are truncated: rows have at most %d, and the longest text has %d."

@@ -238,7 +238,6 @@ def load_workload(
     Raises:
         UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
     """
-    step = StepConfig(max_length=max_length)
     tokenizer = load_tokenizer(model)
     splits = load_splits(data)
     source = splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -246,30 +245,38 @@ def load_workload(
     found = columns.find_columns(source, task, text_column, label_column, reads_chats=reads_chats)
     held_out = held_out_split(splits, source, found.label)
     sources = [source] if held_out is None else [source, held_out]
-    if any(len(part) == 0 for part in sources):
-        sizes = " and ".join(str(len(part)) for part in sources)
-        raise DataError(f"The data set {data!r} has an empty split: {sizes}.")
+    if 0 in map(len, sources):
+        raise DataError(
+            f"The data set {data!r} has an empty split: {' and '.join(str(len(part)) for part in sources)}."
+        )
     whole = halves(source, seed) if held_out is None else (source, held_out)
     counted = zip(whole, (train_rows, held_out_rows), strict=True)
     parts = [part.shuffle(seed=seed).select(range(min(rows or len(part), len(part)))) for part, rows in counted]
-    length = with_sizes(step, model, found.task).max_length
+    length = with_sizes(StepConfig(max_length=max_length), model, found.task).max_length
+    return _of_columns(found, tokenizer, sources, parts, length)
+
+
+def _of_columns(
+    found: columns.Columns, tokenizer: Any, sources: list[Dataset], parts: list[Dataset], length: int
+) -> Workload:
+    """Check all rows of the sources, under their numbers there, and tokenize the parts drawn from them."""
     if found.chat:
         for part, name in product(sources, found.chat):
             if name not in columns.BESIDE_CHATS:
                 columns.check_no_gaps(part, name)
         train, rows = (part.select_columns(list(found.chat)) for part in parts)
         return Workload(found.task, tokenizer, train, rows, None, ())
-    text, collator = found.text, DataCollatorForSeq2Seq(tokenizer)
+    assert found.text is not None
+    check_text(sources, found.text, "--text-column")
     labels: tuple[str, ...] = ()
-    assert text is not None
-    check_text(sources, text, "--text-column")
+    collator: Any = DataCollatorForSeq2Seq(tokenizer)
     if found.label is None:
-        encode = blocks(tokenizer, text, length)
+        encode = blocks(tokenizer, found.text, length)
     else:
         labels, numbers = class_names(sources, found.label)
-        encode, collator = labelled(tokenizer, text, found.label, numbers, length), DataCollatorWithPadding(tokenizer)
-        tokens = tokenizer(parts[0][text][: columns.SAMPLED], verbose=False)["input_ids"]
-        columns.tell_cut(map(len, tokens), length)
+        encode = labelled(tokenizer, found.text, found.label, numbers, length)
+        collator = DataCollatorWithPadding(tokenizer)
+        columns.tell_cut(tokenizer(parts[0][found.text][: columns.SAMPLED], verbose=False)["input_ids"], length)
     train, rows = (part.map(encode, batched=True, remove_columns=part.column_names) for part in parts)
     if 0 in (len(train), len(rows)):
         raise DataError(f"The text is shorter than one row of {length} tokens. Lower --max-length.")
