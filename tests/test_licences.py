@@ -7,7 +7,6 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -51,19 +50,22 @@ def test_every_package_is_listed_with_its_extra() -> None:
     assert {package: extra for package, (_, extra) in listed().items()} == needed()
 
 
-@pytest.mark.parametrize("package", sorted(needed()))
-def test_a_licence_is_the_one_that_the_package_tells(package: str) -> None:
-    try:
-        told = metadata(package)
-    except PackageNotFoundError:
-        pytest.skip(f"{package} is not installed")
-    texts = [told.get("License-Expression"), told.get("License"), *(told.get_all("Classifier") or ())]
-    words = " ".join(text for text in texts if text and ("License ::" in text or "::" not in text))
-    if not words:
-        pytest.skip(f"{package} tells no licence")
-    family = re.match(r"[A-Z][A-Za-z]+", listed()[package][0])
-    assert family
-    assert re.search(FAMILIES[family[0]], words), words[:300]
+def test_a_licence_is_the_one_that_the_package_tells() -> None:
+    told_by = 0
+    for package in needed():
+        try:
+            told = metadata(package)
+        except PackageNotFoundError:
+            continue
+        texts = [told.get("License-Expression"), told.get("License"), *(told.get_all("Classifier") or ())]
+        words = " ".join(text for text in texts if text and ("License ::" in text or "::" not in text))
+        if not words:
+            continue
+        family = re.match(r"[A-Z][A-Za-z]+", listed()[package][0])
+        assert family, package
+        assert re.search(FAMILIES[family[0]], words), (package, words[:300])
+        told_by += 1
+    assert told_by > 5
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -7,24 +7,23 @@ from rankpilot.common.errors import UnknownNameError
 from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, device_table, find_device_spec
 
 
-@pytest.mark.parametrize("name", device_table())
-def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
-    spec = find_device_spec(name)
-    assert spec.name == name
-    assert 5 * 2**30 < spec.memory_bytes < 192 * 10**9
-    assert 100 * 2**20 <= spec.context_bytes <= 710 * 2**20
-    assert spec.capability is not None
-    assert spec.rates is not None
-    assert 1.6e11 <= spec.rates.bytes_per_s <= 8e12
-    flops = spec.rates.flops_per_s
-    assert flops["fp16"] > 1.5 * flops["fp32"] > 1e13
-    assert spec.has_bf16 == ("bf16" in flops) == spec.has_flash_attention
-    assert flops.get("bf16", flops["fp16"]) == flops["fp16"]
+def test_cards_of_the_table_are_found_and_their_figures_are_possible():
+    for name in device_table():
+        spec = find_device_spec(name)
+        assert spec.name == name, name
+        assert 5 * 2**30 < spec.memory_bytes < 192 * 10**9, name
+        assert 100 * 2**20 <= spec.context_bytes <= 710 * 2**20, name
+        assert spec.capability is not None, name
+        assert spec.rates is not None, name
+        assert 1.6e11 <= spec.rates.bytes_per_s <= 8e12, name
+        flops = spec.rates.flops_per_s
+        assert flops["fp16"] > 1.5 * flops["fp32"] > 1e13, name
+        assert spec.has_bf16 == ("bf16" in flops) == spec.has_flash_attention, name
+        assert flops.get("bf16", flops["fp16"]) == flops["fp16"], name
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
+def test_names_of_people_and_of_the_driver_are_understood():
+    for given, name in [
         ("rtx 4090", "RTX 4090"),
         ("4090", "RTX 4090"),
         ("rtx4090", "RTX 4090"),
@@ -46,15 +45,12 @@ def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
         ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
-    ],
-)
-def test_names_of_people_and_of_the_driver_are_understood(given, name):
-    assert find_device_spec(given).name == name
+    ]:
+        assert find_device_spec(given).name == name, given
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
+def test_other_names_are_refused():
+    for given, says in [
         ("rtx 4095", "Did you mean: .*'RTX 4090'"),
         ("24,5GiB", "Cannot read the device memory"),
         ("999999999TiB", "exceeds any card"),
@@ -71,11 +67,9 @@ def test_names_of_people_and_of_the_driver_are_understood(given, name):
         ("300MiB", "CUDA context"),
         ("0GiB", "Cannot read"),
         ("1.2.3GB", "Cannot read"),
-    ],
-)
-def test_other_names_are_refused(given, says):
-    with pytest.raises(UnknownNameError, match=says):
-        find_device_spec(given)
+    ]:
+        with pytest.raises(UnknownNameError, match=says):
+            find_device_spec(given)
 
 
 def test_a_card_of_which_only_the_memory_is_known_has_no_rates():

@@ -105,11 +105,11 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("call", "told"), CALLS.values(), ids=CALLS)
-def test_one_error_that_shows_what_was_given(call: Callable[[], Any], told: str) -> None:
-    with pytest.raises(RankPilotError, match=told) as error:
-        call()
-    assert "\n" not in str(error.value)
+def test_one_error_that_shows_what_was_given() -> None:
+    for call, told in CALLS.values():
+        with pytest.raises(RankPilotError, match=told) as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 def wants(*ranks: Any) -> SimpleNamespace:
