@@ -34,7 +34,7 @@ TOKENS, ROW = "input_ids", "row"
 
 PLAN_FIRST = "Plan the ranks with `rankpilot.allocate` on similar data, and train with the LoraConfig it returns."
 
-_DECIDING = ("bounds", "schedule", "fresh", "learning_rate", "control", "time", "goal", "tolerance")
+_DECIDING = ("bounds", "schedule", "fresh", "learning_rate", "control", "goal", "tolerance")
 """Options that would change ranks or rate."""
 
 
