@@ -83,7 +83,7 @@ def parse(
     hints, names = get_type_hints(kind, include_extras=True), [each.name for each in fields(kind)]
     for name, instead in REMOVED.items():
         if name not in names and any(word.partition("=")[0] == f"--{name}" for word in arguments):
-            raise ConfigError(f"There is no --{name}. {instead}")
+            raise ConfigError(f"There is no --{name} any more: {instead}")
     groups: dict[str, Any] = {}
 
     def option(name: str) -> tuple[str, Any, Any]:

@@ -9,11 +9,11 @@ from numbers import Real
 from typing import Any
 
 REMOVED = {
-    "time": 'It went; goal="time" takes the fastest plan of those with nearly the loss of plain LoRA.',
-    "offload": "It went; gradient_checkpointing and stream save more.",
-    "recompute": "It is gradient_checkpointing now.",
-    "checkpointing": "It is gradient_checkpointing now.",
-    "measure": "It went; `rankpilot finetune MODEL DATA --dry` tells the plan on your machine.",
+    "time": 'goal="time" takes the fastest plan of those with nearly the loss of plain LoRA.',
+    "offload": "gradient_checkpointing and stream save more.",
+    "recompute": "Use gradient_checkpointing.",
+    "checkpointing": "Use gradient_checkpointing.",
+    "measure": "`rankpilot finetune MODEL DATA --dry` tells the plan on your machine.",
 }
 """What to do in place of options that went, by name."""
 

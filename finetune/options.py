@@ -213,8 +213,10 @@ class PilotOptions(PlanOptions):
         """
         names = [each.name for each in fields(cls)]
         for name in changes:
+            if name in REMOVED:
+                raise ConfigError(f"There is no {name} any more: {REMOVED[name]}")
             if name not in names:
-                raise UnknownNameError.of("option", name, names, REMOVED.get(name, ""))
+                raise UnknownNameError.of("option", name, names)
         if isinstance(options, cls):
             return replace(options, **changes)
         alone: dict[str, Any] = {} if options is None else {"budget": options}
