@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast,
 
 import tyro
 
-from ..common.checks import REMOVED
-from ..common.errors import ConfigError, shown
+from ..common.errors import REMOVED, ConfigError, shown
 from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def parse(
         grouped: option groups in --help, each with a description and its settings in order.
 
     Raises:
-        ConfigError: a size is 0, or a setting is invalid.
+        ConfigError: a size is 0, an option was removed, or a setting is invalid.
     """
     for size in ("--batch-size", "--per-device-train-batch-size", "--max-length"):
         if peek(arguments, size) == "0":
@@ -83,7 +82,7 @@ def parse(
     hints, names = get_type_hints(kind, include_extras=True), [each.name for each in fields(kind)]
     for name, instead in REMOVED.items():
         if name not in names and any(word.partition("=")[0] == f"--{name}" for word in arguments):
-            raise ConfigError(f"There is no --{name} any more: {instead}")
+            raise ConfigError(f"The option --{name} was removed: {instead}")
     groups: dict[str, Any] = {}
 
     def option(name: str) -> tuple[str, Any, Any]:
@@ -94,9 +93,7 @@ def parse(
             told["metavar"] = "PATH" if hints[name] == Path | None else "STR"
         if not getattr(default, name):  # its documentation says what none, no or 0 means, if it needs to
             told["help_behavior_hint"] = ""
-        if told:
-            hint = Annotated[hint, tyro.conf.arg(**told)]
-        return name, hint, getattr(default, name)
+        return name, Annotated[hint, tyro.conf.arg(**told)], getattr(default, name)
 
     def flat(parsed: Any) -> Settings:
         return kind(**{name: getattr(getattr(parsed, groups.get(name, ""), parsed), name) for name in names})

@@ -1,21 +1,12 @@
 """Type and range checks for single numbers.
 
-`REMOVED` and the first three functions check a caller's arguments. `finite` and `counted` read a number from a possibly
-damaged file, and raise ValueError or TypeError.
+The first three functions check a caller's arguments. `finite` and `counted` read a number from a possibly damaged file,
+and raise ValueError or TypeError.
 """
 
 import math
 from numbers import Real
 from typing import Any
-
-REMOVED = {
-    "time": 'goal="time" takes the fastest plan of those with nearly the loss of plain LoRA.',
-    "offload": "gradient_checkpointing and stream save more.",
-    "recompute": "Use gradient_checkpointing.",
-    "checkpointing": "Use gradient_checkpointing.",
-    "measure": "`rankpilot finetune MODEL DATA --dry` tells the plan on your machine.",
-}
-"""What to do in place of options that went, by name."""
 
 
 def is_count(value: object) -> bool:

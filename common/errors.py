@@ -78,6 +78,16 @@ class ConfigError(RankPilotError, ValueError):
     """A setting out of range or in conflict with another one."""
 
 
+REMOVED = {
+    "time": 'goal="time" takes the fastest plan of those with nearly the loss of plain LoRA.',
+    "offload": "gradient_checkpointing and stream save more.",
+    "recompute": "use gradient_checkpointing.",
+    "checkpointing": "use gradient_checkpointing.",
+    "measure": "`rankpilot finetune MODEL DATA --dry` tells the plan on your machine.",
+}
+"""What to do in place of options that were removed, by name."""
+
+
 class UnknownNameError(RankPilotError, LookupError):
     """A name not among the allowed ones."""
 

@@ -29,7 +29,17 @@ import platformdirs
 from safetensors import SafetensorError, safe_open
 
 from .arrays import Arrays
-from .errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
+from .errors import (
+    CHECK_PATH,
+    REMOVED,
+    ConfigError,
+    DataError,
+    RankPilotError,
+    RunFolderError,
+    first_line,
+    not_written,
+    shown,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -483,6 +493,8 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
     unknown = [key for key in values if key not in names]
     needed = [] if base else [name for name, required in names.items() if required or complete]
     missing = [name for name in needed if name not in values]
+    for key in REMOVED.keys() & {*unknown}:
+        raise ConfigError(f"The option {key} was removed: {REMOVED[key]}")
     if unknown or missing:
         both = (("unknown", unknown), ("missing", missing))
         problems = [f"{label} {', '.join(map(shown, keys[:MOST_LISTED]))}" for label, keys in both if keys]

@@ -41,17 +41,13 @@ class PlanSeconds:
 
     def __call__(self, plans: IntArray) -> FloatArray:
         """Return the seconds of plans: ranks (..., modules) -> seconds (...)."""
-        paid = (plans > 0).astype(np.float64) @ self.needs.T > 0
+        paid = self.needs[:, plans > 0].any(axis=1) if plans.ndim == 1 else (plans > 0).astype(float) @ self.needs.T > 0
         seconds: FloatArray = self.constant + paid @ self.groups + plans @ self.per_rank
         return seconds
 
-    def state(self) -> dict[str, Any]:
-        """Return everything `from_state` needs, as arrays and JSON values."""
-        return dict(vars(self))
-
     @classmethod
     def from_state(cls, state: Mapping[str, Any], modules: int) -> PlanSeconds:
-        """Rebuild the seconds described by `state`; arrays may have become tensors in between.
+        """Rebuild seconds from their attributes; arrays may have become tensors in between.
 
         Raises:
             LookupError, TypeError, ValueError: they are not those of this many modules.
@@ -99,36 +95,27 @@ class StepTime:
 
     def of_plans(self, layers: Collection[str] | None = None) -> PlanSeconds:
         """Return the seconds of plans with these layers checkpointed, by default those of the configured step."""
-        runs = self._runs(layers)
+        layers = self.running_again if layers is None else layers
+        runs = np.array([name in layers for name in self.layers], dtype=np.bool_)
+        inside = np.append(runs, False)[self.layer_of]  # the last entry is for modules outside layers, with index -1
+        adapters = self.adapters + np.where(inside, self.again, 0.0)
         modules = np.eye(len(self.per_rank), dtype=np.bool_)
-        needs = np.concatenate([self.needs, modules, self.layer_needs[runs]])
-        return PlanSeconds(self.constant, *self._amounts(runs), needs)
+        return PlanSeconds(
+            self.constant,
+            self.per_rank + np.where(inside, self.again_per_rank, 0.0),
+            np.concatenate([self.groups, adapters, self.layer_seconds[runs]]),
+            np.concatenate([self.needs, modules, self.layer_needs[runs]]),
+        )
 
     def seconds(self, ranks: IntArray, layers: Collection[str] | None = None) -> float:
-        """Return the seconds of a plan, int64 (modules,): those of `of_plans`, without its per-module groups."""
-        runs, adapted = self._runs(layers), ranks > 0
-        per_rank, groups = self._amounts(runs)
-        below, again = (needs[:, adapted].any(axis=1) for needs in (self.needs, self.layer_needs[runs]))
-        return float(self.constant + groups @ np.concatenate([below, adapted, again]) + per_rank @ ranks)
+        """Return the seconds of a plan, int64 (modules,); see `of_plans`."""
+        return float(self.of_plans(layers)(ranks))
 
     def times(self, factor: float) -> StepTime:
         """Return the seconds of a step with this many times the work."""
         names = ("per_rank", "adapters", "groups", "layer_seconds", "again", "again_per_rank")
         scaled = {name: factor * getattr(self, name) for name in names}
         return replace(self, constant=factor * self.constant, **scaled)
-
-    def _amounts(self, runs: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Return seconds per rank of each module, (modules,), and per group of `of_plans`, with these checkpointed."""
-        inside = np.append(runs, False)[self.layer_of]  # the last entry is for modules outside layers, with index -1
-        adapters = self.adapters + np.where(inside, self.again, 0.0)
-        return (
-            self.per_rank + np.where(inside, self.again_per_rank, 0.0),
-            np.concatenate([self.groups, adapters, self.layer_seconds[runs]]),
-        )
-
-    def _runs(self, layers: Collection[str] | None) -> BoolArray:
-        layers = self.running_again if layers is None else layers
-        return np.array([name in layers for name in self.layers], dtype=np.bool_)
 
 
 PARAMETER_BYTES = 44

@@ -84,12 +84,6 @@ def _present(kind: str, given: str, names: Sequence[str]) -> str:
     return given
 
 
-def is_list(part: Dataset, name: str) -> bool:
-    """True if a column exists and holds lists."""
-    feature = part.features.get(name)
-    return isinstance(feature, list) or hasattr(feature, "feature")
-
-
 def values_of(part: Dataset, name: str) -> list[Any]:
     """Values of a column, one per row."""
     return list(part[name][:])
@@ -103,12 +97,6 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
     if gaps:
         told = f"Column {name!r} has no value in {len(gaps)} of {len(part)} rows, first in row {gaps[0]}."
         raise DataError(f"{told} Remove these rows, or fill them.")
-
-
-def check_filled(part: Dataset, name: str, advice: str) -> None:
-    """Raise DataError if all texts of a column are blank; `advice` is a sentence on the fix."""
-    if not any(value.strip() for value in part[name]):
-        raise DataError(f"Column {name!r} is blank in all {len(part)} rows, so there is nothing to learn. {advice}")
 
 
 def check_rows(part: Dataset, name: str, flaw: Callable[[Any], str | None], advice: str) -> None:

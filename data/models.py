@@ -42,7 +42,7 @@ def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -
     """
     if quantization == "none":
         return {}
-    kept = _head_names(config, task) if KINDS[task].has_head else None
+    kept = _head_names(config, task) if task == "classification" else None
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return (four if quantization == "nf4" else {"load_in_8bit": True}) | {"llm_int8_skip_modules": kept}
 
@@ -112,14 +112,9 @@ def with_sizes(settings: Settings, model: str, task: Task) -> Settings:
     return settings.sized(continues=task == "causal-lm", positions=positions)
 
 
-def load_tokenizer(model: str, **options: Any) -> Any:
-    """Load a model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model.
-
-    Args:
-        model: packaged name, Hugging Face id or local folder.
-        options: arguments of `AutoTokenizer.from_pretrained`.
-    """
-    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options))
+def load_tokenizer(model: str) -> Any:
+    """Load a model's tokenizer, with a padding token; UnknownNameError or AssetError if there is no such model."""
+    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -174,7 +169,7 @@ def load_model(
 
 def head_options(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
     """Arguments of `from_pretrained` to build the head for a task, replacing one of another size."""
-    if not KINDS[task].has_head:
+    if task != "classification":
         return {}
     names = dict(enumerate(labels))
     options = {"num_labels": len(labels), "id2label": names, "label2id": {label: i for i, label in names.items()}}
@@ -216,5 +211,5 @@ def adapt(base: PreTrainedModel, name: str, task: Task, *, target_modules: str, 
         UnknownNameError: there is no such module.
         ConfigError: a module does not support an adapter.
     """
-    kind = KINDS[task]
-    return fresh_adapters(base, name, kind.peft_type, new_head=kind.has_head, target_modules=target_modules, **options)
+    options |= {"new_head": task == "classification", "target_modules": target_modules}
+    return fresh_adapters(base, name, KINDS[task].peft_type, **options)

@@ -31,7 +31,7 @@ def class_names(parts: list[Dataset], label: str) -> tuple[tuple[str, ...], dict
         DataError: a row has no class or a list of them, values are of several kinds, or all have the same class.
     """
     for part in parts:
-        if columns.is_list(part, label):
+        if isinstance(feature := part.features[label], list) or hasattr(feature, "feature"):
             lists = f"Column {label!r} contains lists (row 1: {columns.shorten(part[0][label])})"
             raise DataError(f"{lists}, but classification needs one class per text. {ELSE}")
         columns.check_no_gaps(part, label, blanks=False)
@@ -62,7 +62,9 @@ def check_text(parts: list[Dataset], name: str, option: str) -> None:
     for part in parts:
         columns.check_no_gaps(part, name)
         columns.check_rows(part, name, columns.not_text, f"Set {option} to a text column, or write its values as text.")
-        columns.check_filled(part, name, f"Set {option} to another column, or fill this one.")
+        if not any(value.strip() for value in part[name]):
+            told = f"Column {name!r} is blank in all {len(part)} rows, so there is nothing to learn."
+            raise DataError(f"{told} Set {option} to another column, or fill this one.")
 
 
 def labelled(tokenizer: Any, text: str, label: str, numbers: Mapping[Any, int], length: int) -> Encode:

@@ -345,7 +345,7 @@ class PlanApplier(Generic[AdaptersT]):
             "cost": cost_state(self.cost),
             "reference": self.reference.tolist(),
             "reference_cost": self._reference_cost,
-            "time": self.time.state() if self.time else None,
+            "time": vars(self.time) if self.time else None,
             "total_steps": self.clock.total_steps,
             "interval_losses": list(self.interval_losses),
             "decision": self.clock.taken,

@@ -493,7 +493,7 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
     }
     arrays |= {f"cost.{name}": value for name, value in cost_state(problem.cost).items()}
     if problem.time:
-        arrays |= {f"{_TIME}{name}": np.asarray(value) for name, value in problem.time.state().items()}
+        arrays |= {f"{_TIME}{name}": np.asarray(value) for name, value in vars(problem.time).items()}
     computed = {} if found is None else {each.name: getattr(found, each.name) for each in fields(found)}
     arrays |= {f"{_CHOICE}{name}": value for name, value in computed.items()}
     arrays |= {name: np.asarray(arrays[name], dtype=np.int64) for name in _RANKS}

@@ -14,19 +14,17 @@ import psutil
 import torch
 
 from ..common.arrays import IntArray
-from ..common.errors import BudgetError
-from ..cost.batch_shape import Batch, reshaped, shape_of
+from ..common.errors import BudgetError, RankPilotError
+from ..cost.batch_shape import Batch, shape_of
 from ..cost.budget import AUTO_SHARE, Budget, Limit, beyond_device, free_bytes
 from ..cost.cost import ByteCost, plan_cost
 from ..cost.model import MemoryModel
-from ..cost.record.calibration import CUT_FAILS, PlanCosts, measure_memory, plan_costs
+from ..cost.record.calibration import CUT_FAILS, PlanCosts, measure_memory, plan_costs, small_batch
 from ..cost.record.work import count_work, measured_rates
-from ..cost.recording import BatchShape
 from ..cost.savers.exact import ExactSavers, graphs_per_plan, takes_any_shape
 from ..cost.step_time import StepTime
 from ..decide.applier import PlanApplier
 from ..decide.plan.plan import check_budget
-from ..decide.plan.problem import AllocationProblem
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.peft_config import ranks_as_passed
@@ -45,8 +43,8 @@ UNSEEN: FirstRows = (0.0, [(1, 1)])
 def step_time(run: TrainingRun, targets: Sequence[TargetModule]) -> StepTime:
     """Return the seconds of a training step under any plan, by its counted work and the measured rates of its device.
 
-    A few rows are counted, since a fully adapted step of all may exceed the budget; a step takes as many times their
-    seconds as it has tokens. See `python -m benchmarks step-time`.
+    The small batch of recorded steps is counted, since a fully adapted step of all rows may exceed the budget; a step
+    takes as many times its seconds as it has tokens. See `python -m benchmarks step-time`.
 
     Args:
         run: the run.
@@ -55,17 +53,19 @@ def step_time(run: TrainingRun, targets: Sequence[TargetModule]) -> StepTime:
     Raises:
         DataError: see `TrainingRun.largest_batch`.
     """
-    batch, each = run.largest_batch(), run.step.rows_per_example
-    whole = shape_of(batch)
-    few = BatchShape(min(2 * each, whole.rows), -(-whole.length // 2))
+    batch, model = run.largest_batch(), run.step.model
+    few, whole = small_batch(model, batch, run.step.rows_per_example), shape_of(batch)
 
     def counted() -> StepTime:
-        rates = measured_rates(run.device, targets[0].weight_a.dtype)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        rates, shape = measured_rates(run.device, dtype), shape_of(few)
         try:
-            work = count_work(run.step.model, targets, run.step.loss, reshaped(batch, few, each))
-        except CUT_FAILS:  # rows with limits of their own
-            return count_work(run.step.model, targets, run.step.loss, batch).time(rates)
-        return work.time(rates).times(whole.rows * whole.length / (few.rows * few.length))
+            work = count_work(model, targets, run.step.loss, few)
+        except (RankPilotError, torch.OutOfMemoryError):
+            raise
+        except CUT_FAILS:  # the loss only accepts whole batches
+            work, shape = count_work(model, targets, run.step.loss, batch), whole
+        return work.time(rates).times(whole.rows * whole.length / (shape.rows * shape.length))
 
     return run.measured(counted).times(run.accumulation)
 
@@ -333,11 +333,3 @@ def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:
     except BudgetError:
         return False
     return True
-
-
-def check_possible(
-    targets: Sequence[TargetModule], costs: PlanCosts, low: IntArray, high: IntArray, share: float | None
-) -> None:
-    """Raise `BudgetError` if no plan within the bounds fits the budget."""
-    problem = AllocationProblem.of(targets, costs.cost, costs.limit.value, low=low, high=high)
-    check_budget(problem, [target.name for target in targets], share)

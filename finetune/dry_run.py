@@ -41,9 +41,11 @@ def begin_only(callback: RankPilotCallback, tell: Callable[[str], None]) -> None
 
 
 def step_text(pilot: RankPilot) -> str:
-    """Tell the estimated time of a step under the plan of a run that has begun, next to that of plain LoRA."""
+    """Tell the estimated time of a step under the first plan, as a share; empty if the plan's line does."""
     keeper = pilot.guard.plan
     run, applier = keeper.run, keeper.applier
+    if applier.time:
+        return ""
     time = step_time(run, applier.targets)
     layers, without = (keeper.checkpointed, ()) if keeper.checkpointing else (None, None)
     share = time.seconds(applier.ranks, layers) / time.seconds(applier.reference, without)

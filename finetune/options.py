@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.checks import REMOVED, is_count
-from ..common.errors import ConfigError, UnknownNameError, shown
+from ..common.checks import is_count
+from ..common.errors import REMOVED, ConfigError, UnknownNameError, shown
 from ..cost.budget import Budget, GivenBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
@@ -209,12 +209,12 @@ class PilotOptions(PlanOptions):
 
         Raises:
             UnknownNameError: there is no such option.
-            ConfigError, BudgetError: a value is invalid.
+            ConfigError, BudgetError: a value is invalid, or the option was removed.
         """
         names = [each.name for each in fields(cls)]
         for name in changes:
             if name in REMOVED:
-                raise ConfigError(f"There is no {name} any more: {REMOVED[name]}")
+                raise ConfigError(f"The option {name} was removed: {REMOVED[name]}")
             if name not in names:
                 raise UnknownNameError.of("option", name, names)
         if isinstance(options, cls):

@@ -318,11 +318,6 @@ class RankPilot:
         return race is not None and race.beside
 
     @property
-    def rate_factor(self) -> float:
-        """Factor applied to the optimizer's learning rate in each step; see `PlanRate`."""
-        return self._piloted.rate.of_plan.factor if self._piloted and self._piloted.rate.of_plan else 1.0
-
-    @property
     def rates(self) -> tuple[float, float] | None:
         """Peak learning rate for plain LoRA, and under the plan; None before `begin`."""
         return self._piloted.rate.of_plan.rates if self._piloted and self._piloted.rate.of_plan else None
@@ -351,7 +346,7 @@ class RankPilot:
         if keeper.checkpointing:
             figures["checkpointed_layers"] = float(len(keeper.checkpointed))
         if applier.time:
-            figures["plan_seconds"] = float(applier.time(ranks))
+            figures["plan_time"] = float(applier.time(ranks) / applier.time(applier.reference))
         figures |= piloted.guard.parts.figures()
         rate = piloted.rate.of_plan
         if rate and rate.last is not None and rate.changes:  # otherwise the trainer logs its own

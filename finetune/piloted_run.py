@@ -22,8 +22,8 @@ from ..cost.record.calibration import PlanCosts
 from ..decide.applier import PlanApplier
 from ..decide.groups import what_stays
 from ..decide.observation import Observation
-from ..decide.plan.plan import least_cost, outcome_text
-from ..decide.plan.problem import floor_of_experts, rank_bounds
+from ..decide.plan.plan import check_budget, least_cost, outcome_text
+from ..decide.plan.problem import AllocationProblem, floor_of_experts, rank_bounds
 from ..decide.plan.rate import InitialLoss
 from ..decide.policy import Decision, Policy, asked, reads_signals, rounding
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
@@ -225,7 +225,8 @@ class PilotedRun:
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("this model's operations depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
-        before_training.check_possible(targets, costs, low, high, budget.share)  # now, and not after the probe
+        problem = AllocationProblem.of(targets, costs.cost, limit, low=low, high=high)
+        check_budget(problem, [target.name for target in targets], budget.share)  # now, and not after the probe
         low = floor_of_experts(targets, costs.cost, limit, low, high)
         result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
         self.applier = PlanApplier(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -57,6 +58,8 @@ from ..lora.targets import find_target_modules
 from .options import FinetuneConfig
 from .plan_rate import rate_by_rule
 from .streaming import stream_what_is_too_large
+
+logger = logging.getLogger(__name__)
 
 _PROCESSORS = Path("/proc/cpuinfo")
 
@@ -353,11 +356,12 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
         raise
     except Exception as error:  # TRL, datasets and templates pass on what rows raise
         raise ConfigError(f"TRL's SFTTrainer cannot train with this: {first_line(error)}") from error
-    if not len(trainer.train_dataset):
-        raise DataError(
-            "TRL's SFTTrainer finds nothing to train on in these rows. It reads conversations as lists of "
-            "messages with role and content."
-        )
+    given, kept = len(common["train_dataset"]), len(trainer.train_dataset)
+    told = f"TRL's SFTTrainer leaves out {given - kept} of {given} rows: nothing to learn is left within max_length"
+    if not kept:
+        raise DataError(f"{told}, or they are no lists of messages with role and content. Raise --max-length.")
+    if kept < given and not common["args"].packing:
+        logger.warning("%s.", told)
     return trainer
 
 

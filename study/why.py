@@ -198,8 +198,10 @@ def _against_plain(logged: DecisionRecord, found: Choice) -> str:
 
 def _cost(logged: DecisionRecord, found: Choice, plan: int) -> str:
     """Return a plan's cost under the goal, with its unit."""
-    cost = float(found.goal_costs[plan])
-    return f"{1e3 * cost:.4g} ms" if found.goal.kind == "time" else cost_text(cost, logged.problem.cost.unit)
+    costs = found.goal_costs
+    if found.goal.kind == "time":  # estimated from counted work, in which shares are near and seconds are not
+        return f"{costs[plan] / costs[0]:.0%}"
+    return cost_text(float(costs[plan]), logged.problem.cost.unit)
 
 
 def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
@@ -273,7 +275,7 @@ def _choice_json(found: Choice) -> dict[str, Any]:
             "fits": bool(found.fits[plan]),
             "within": bool(found.within_tolerance[plan]) if saves else None,
             "cost": float(found.costs[plan]),
-            "seconds": None if seconds is None else float(seconds[plan]),
+            "time": None if seconds is None else float(seconds[plan] / seconds[0]),
         }
         for plan in order.tolist()
     ]

@@ -132,6 +132,14 @@ def keeps_state(model: nn.Module) -> bool:
     return any(hasattr(module, "A_log") for module in model.modules())
 
 
+def small_batch(model: nn.Module, batch: Batch, rows_per_example: int) -> Batch:
+    """Return the first rows of a batch as steps of them are recorded; the whole batch if it cannot be cut."""
+    if not follows_rows(batch):
+        return batch
+    small, *_ = _small_shapes(shape_of(batch), rows_per_example, cut=not keeps_state(model))
+    return reshaped(batch, small, rows_per_example)
+
+
 def _small_shapes(shape: BatchShape, rows_per_example: int, *, cut: bool) -> tuple[BatchShape, BatchShape, BatchShape]:
     """Return three shapes: small, since a fully adapted step may exceed the budget; shorter; and one row wider."""
     parts = 2 if cut and shape.length >= 4 else 1

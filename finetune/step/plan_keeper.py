@@ -290,14 +290,6 @@ class PlanKeeper:
         now = replace(self.now, **changes)
         self.put(replace(now, cost=now.cost_of(now.shape)))
 
-    def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
-        """Return the names of the layers to checkpoint for a plan of these ranks, int64 (modules,), to fit."""
-        if self.checkpointing is None:
-            return ()
-        assert self.now.recorded is not None, "the step has been measured"
-        room = 0.0 if self.checkpointing.whole else self.room_for(ranks)
-        return fewest_checkpointed(self.now.recorded, ranks, room, self.now.shape)
-
     def room_for(self, ranks: IntArray) -> float:
         """Return the bytes that the byte model may predict for a plan, int64 (modules,), within the limit."""
         return self.now.limit - self.now.underestimate + self.unpaid(ranks)
@@ -357,7 +349,10 @@ class PlanKeeper:
 
     def checkpoint_fewest(self) -> bool:
         """Checkpoint the fewest layers with which the plan fits; return True if it then fits."""
-        self.checkpoint(self.layers_of(self.applier.ranks))
+        ranks, recorded = self.applier.ranks, self.now.recorded
+        if self.checkpointing and recorded is not None:
+            room = 0.0 if self.checkpointing.whole else self.room_for(ranks)
+            self.checkpoint(fewest_checkpointed(recorded, ranks, room, self.now.shape))
         return self.applier.fits()
 
     def checkpoint(self, layers: Sequence[str]) -> None:

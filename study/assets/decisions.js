@@ -98,7 +98,7 @@ function plansPart(run, explanation) {
   const columns = [
     { name: "plan", value: (plan) => (plan.taken ? `▸ ${plan.name}` : plan.name), strong: (plan) => plan.taken },
     { name: run.unit === "bytes" ? "memory" : run.unit, value: (plan) => plan.cost, text: (value) => costText(value, run.unit) },
-    { name: "step time", value: (plan) => plan.seconds, text: (value) => (known(value) ? `${number(1000 * value)} ms` : "–") },
+    { name: "step time", value: (plan) => plan.time, text: (value) => (known(value) ? `${Math.round(100 * value)}%` : "–") },
     { name: "expected loss", value: (plan) => plan.expected, text: lossText }, { name: "very likely at most", value: (plan) => plan.surely, text: lossText },
     { name: "fits", value: (plan) => yes(plan.fits) }, { name: "within tolerance", value: (plan) => yes(plan.within) },
   ].filter((column) => plans.some((plan) => known(column.value(plan))));

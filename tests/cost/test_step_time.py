@@ -73,11 +73,11 @@ def test_layers_that_run_again_by_themselves_count(time):
 
 def test_it_is_saved_and_read(time):
     plans = time.of_plans(("lower",))
-    again = PlanSeconds.from_state(plans.state(), 5)
+    again = PlanSeconds.from_state(vars(plans), 5)
     ranks = np.array([[1, 0, 2, 0, 4], [0, 0, 0, 0, 8]])
     np.testing.assert_array_equal(again(ranks), plans(ranks))
     with pytest.raises(ValueError, match="per_rank of the step time has shape"):
-        PlanSeconds.from_state(plans.state(), 4)
+        PlanSeconds.from_state(vars(plans), 4)
 
 
 ROWS, LENGTH = 3, 10

@@ -68,7 +68,7 @@ def test_a_flaw_in_one_row(tmp_path: Path, workload_of: WorkloadOf) -> None:
     rows: list[dict[str, Any]] = [{"messages": [USER, ASSISTANT]}] * 20
     with pytest.raises(DataError, match=r"'messages' has no value in 1 of 21 rows, first in row 21"):
         workload_of("llama", [*rows, {"messages": None}], chat=True)
-    with pytest.raises(DataError, match="finds nothing to train on in these rows"):
+    with pytest.raises(DataError, match="leaves out 18 of 18 rows: nothing to learn is left"):
         learned([{"messages": "good"}] * 20, tmp_path)
 
 
@@ -76,10 +76,12 @@ def test_plain_text_beside_conversations_serves_a_tokenizer_without_a_template(w
     rows = [{"messages": [USER, ASSISTANT], "text": " ".join(WORDS)}] * 20
     blocks = workload_of("llama", rows, max_length=8)
     assert {len(ids) for ids in blocks.train["input_ids"]} == {8}
+    body = workload_of("llama", [{"body": " ".join(WORDS)}] * 20, text_column="body", max_length=8)
+    assert body.train["input_ids"][:] == blocks.train["input_ids"][:]
     chats: Workload = workload_of("llama", rows, chat=True, max_length=8)
     assert chats.train.column_names == ["messages"]
 
 
-def test_text_in_another_column(workload_of: WorkloadOf) -> None:
-    workload = workload_of("llama", [{"body": " ".join(WORDS)}] * 20, text_column="body", max_length=8)
-    assert {len(ids) for ids in workload.train["input_ids"]} == {8}
+def test_prompts_that_leave_no_room_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    learned([{"prompt": "good " * (100 if row % 2 else 2), "completion": "bad"} for row in range(40)], tmp_path)
+    assert "of 36 rows: nothing to learn is left within max_length" in caplog.text

@@ -124,7 +124,7 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
         *[2.0] * (MOMENTS[1] - MOMENTS[0]),
         *[1.0] * (MOMENTS[2] - MOMENTS[1]),
     ]
-    assert loop.pilot.rate_factor == pytest.approx(0.25)
+    assert loop.pilot._piloted.rate.of_plan.factor == pytest.approx(0.25)
     assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate changed" in line)
     rows = read_json_lines(tmp_path / CONTROL)
     assert [(row["step"], row["change"], row["undone"]) for row in rows] == [
@@ -147,12 +147,12 @@ def test_other_ranks_make_a_copy_useless(llama_config: LlamaConfig, monkeypatch:
     loop.steps(MOMENTS[1] - MOMENTS[0] - 2)
     loop.steps(1)
     assert {target.rank for target in find_target_modules(loop.model)} == {4}
-    assert loop.pilot.rate_factor == pytest.approx(0.25)
+    assert loop.pilot._piloted.rate.of_plan.factor == pytest.approx(0.25)
 
 
 def test_the_rule_mends_a_rate_that_is_far_too_low(llama_config: LlamaConfig) -> None:
     loop = Loop(llama_config, 1e-5).begin().steps(STEPS)
-    assert loop.pilot.rate_factor >= 8
+    assert loop.pilot._piloted.rate.of_plan.factor >= 8
     loop.pilot.finish()
     assert loop.optimizer.param_groups[0]["lr"] == 1e-5, "between steps the groups show the user's"
 
@@ -170,7 +170,7 @@ def test_a_resumed_run_sees_what_the_whole_one_sees_also_with_a_smaller_budget(
         now = scripted(monkeypatch, CHANGES.index(1.0) if after < MOMENTS[0] else KEEP)
         again.batches = cycle([next(again.batches) for _ in range(after + len(again.loader))][after:])
         load_loop(again.pilot, again.run, tmp_path / "checkpoint")
-        assert again.pilot.rate_factor == pytest.approx(2 if after > MOMENTS[0] else 1)
+        assert again.pilot._piloted.rate.of_plan.factor == pytest.approx(2 if after > MOMENTS[0] else 1)
         if budget == "20k params":
             again.steps(MOMENTS[2] + 1 - after)
             assert now.seen == script.seen[-len(now.seen) :]
@@ -194,7 +194,7 @@ def test_without_control_nothing_is_read(llama_config: LlamaConfig, monkeypatch:
     script = scripted(monkeypatch, UNDO)
     plain = Loop(llama_config, 1e-3, control=False).begin().steps(MOMENTS[1])
     assert not script.seen
-    assert plain.pilot.rate_factor == 1
+    assert plain.pilot._piloted.rate.of_plan.factor == 1
 
 
 @pytest.mark.parametrize("control", [None, True])

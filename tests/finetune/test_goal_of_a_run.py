@@ -65,7 +65,7 @@ def test_the_cheapest_plan_is_trained(policy: PlanChooser, trainer: Trainer, tmp
     np.testing.assert_array_equal(later.rank_after, ranks)
     assert 0 < ranks.sum() < 8 * len(ranks)
     figures = callback.pilot.figures()
-    assert ("plan_seconds" in figures) is (goal == "time")
+    assert ("plan_time" in figures) is (goal == "time")
     assert list(ranks_of(trainer.model).values()) == ranks.tolist()
     assert redecide(first, replace(policy, goal=found.goal)).differences == redecide(later, policy).differences == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit

@@ -95,7 +95,7 @@ def test_under_control_a_broken_step_is_undone_and_the_rate_falls(
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), loop.state(), strict=True))
     assert 0 <= at - back <= 2, "the copy is not much older"
     loop.breaks(set(), all_nan, min(total - at - 1, 5))
-    assert loop.pilot.rate_factor == pytest.approx(0.5)
+    assert loop.pilot._piloted.rate.of_plan.factor == pytest.approx(0.5)
     assert trains_finite(loop.optimizer, moments=True)
     loop.pilot.finish()
     if total == STEPS:  # what the next moment sees is not of the step that broke
@@ -114,7 +114,7 @@ def test_a_run_that_no_copy_helps_ends_with_adapters_that_are_whole(
         loop.breaks({4, *range(20, STEPS)}, all_nan, STEPS)
     assert trains_finite(loop.optimizer, moments=True)
     assert len(loop.about) == 1 + PATIENCE
-    assert loop.pilot.rate_factor == pytest.approx(2 ** -(1 + PATIENCE))
+    assert loop.pilot._piloted.rate.of_plan.factor == pytest.approx(2 ** -(1 + PATIENCE))
     assert "non-finite up to step 23" in verdict(read_run(tmp_path)).warnings[0]
     assert control_sentence(read_run(tmp_path)).endswith("Non-finite values after step 5, 21, 22, 23 were undone.")
 
@@ -127,7 +127,7 @@ def test_steps_that_break_nothing_are_no_event(llama_config: LlamaConfig, contro
     assert loop.about == []
     loop.breaks({0, 3}, all_nan, 5, skips=True)
     assert loop.about == ["step 6: the loss was not finite, but all trained parameters are; continuing."]
-    assert loop.pilot.rate_factor == 1
+    assert loop.pilot._piloted.rate.of_plan.factor == 1
     loop.pilot.finish()
 
 
@@ -273,5 +273,5 @@ def test_a_resumed_run_undoes_what_the_whole_one_undoes_bit_for_bit(
     load_loop(again.pilot, again.run, tmp_path / "checkpoint")
     again.breaks({step - saved for step in at}, all_nan, more)
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
-    assert again.pilot.rate_factor == whole.pilot.rate_factor
+    assert again.pilot._piloted.rate.of_plan.factor == whole.pilot._piloted.rate.of_plan.factor
     assert (tmp_path / "log" / "control.jsonl").read_text() == moves

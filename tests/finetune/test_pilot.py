@@ -250,7 +250,7 @@ def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory)
         ({"budget": 80}, 'Did you mean "80%"'),
         ({"budget": "80"}, 'Did you mean "80%"'),
         ({"budget": None}, "Cannot read the budget None"),
-        ({"time": "75%"}, 'There is no time any more: goal="time" takes the fastest plan'),
+        ({"time": "75%"}, 'The option time was removed: goal="time" takes the fastest plan'),
         ({"bugdet": "80%"}, r"Unknown option 'bugdet'\. Did you mean: 'budget'"),
     ],
 )

@@ -99,7 +99,7 @@ def real_rates(loop: Loop) -> list[list[float]]:
 def test_a_plan_of_fewer_modules_trains_faster_and_other_groups_as_before(llama_config: LlamaConfig) -> None:
     loop = Loop(llama_config)
     pilot = loop.train(Gives(1))
-    factor = pilot.rate_factor
+    factor = pilot._piloted.rate.of_plan.factor
     assert factor == pytest.approx(QUARTER, rel=1e-6), "a quarter of the modules"
     expected = [[RATE * factor / (1 + step), 3e-3 / (1 + step)] for step in range(3)]
     assert real_rates(loop) == [pytest.approx(rates) for rates in expected]
@@ -111,7 +111,7 @@ def test_plain_lora_and_kept_rates_train_as_without_us(
     llama_config: LlamaConfig, policy: Gives, options: dict[str, Any]
 ) -> None:
     loop = Loop(llama_config)
-    assert loop.train(policy, **options).rate_factor == 1.0
+    assert loop.train(policy, **options)._piloted.rate.of_plan.factor == 1.0
     assert real_rates(loop) == [pytest.approx([RATE / (1 + step), 3e-3 / (1 + step)]) for step in range(3)]
 
 
@@ -178,7 +178,7 @@ def test_no_plan_of_a_wide_model_trains_faster_than_plain_lora(
     llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(KNOWN, "width", (8, 16))
-    assert Loop(llama_config).train(Gives(1)).rate_factor == 1.0, "a quarter of the modules, on a model that is wider"
+    assert Loop(llama_config).train(Gives(1))._piloted.rate.of_plan.factor == 1, "a quarter, of a wider model"
 
 
 def test_a_rate_far_from_the_rule_is_told(llama_config: LlamaConfig) -> None:
@@ -215,7 +215,7 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
         patched.setattr(plan_rate, "_WIDTHS", ("breadth",))
         with pytest.raises(ConfigError, match="none of breadth"):
             Loop(llama_config).train(Gives(), learning_rate="auto")
-        assert Loop(llama_config).train(Gives(1)).rate_factor == pytest.approx(QUARTER), (
+        assert Loop(llama_config).train(Gives(1))._piloted.rate.of_plan.factor == pytest.approx(QUARTER), (
             "a plan's factor needs no width"
         )
     with pytest.raises(ConfigError, match=r"TrainingArguments.learning_rate"):
@@ -232,7 +232,7 @@ def test_adapters_at_a_rate_of_0_beside_others_are_told(llama_config: LlamaConfi
     pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append)
     pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=3))
     assert any(f"in optimizer group {still} have a learning rate of 0" in line for line in told)
-    assert pilot.rates[0] == pytest.approx(RATE * pilot.rate_factor)
+    assert pilot.rates[0] == pytest.approx(RATE * pilot._piloted.rate.of_plan.factor)
     pilot.finish()
 
 
@@ -245,7 +245,7 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
         return Run(tmp_path, llama_config, budget="400%", schedule=ONCE, **options)
 
     whole = new().train()
-    factor = whole.pilot.pilot.rate_factor
+    factor = whole.pilot.pilot._piloted.rate.of_plan.factor
     assert factor == pytest.approx(QUARTER * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
     logged = [row["learning_rate"] for row in whole.trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
@@ -253,7 +253,7 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
     assert record.rates == pytest.approx((whole.pilot.pilot.rates[0], factor * RATE))
     assert "The plan was trained at a peak learning rate of" in " ".join(verdict(read_run(tmp_path)).results)
     again = new().train(2)
-    assert again.pilot.pilot.rate_factor == factor
+    assert again.pilot.pilot._piloted.rate.of_plan.factor == factor
     whole.assert_same_adapter(again)
     other = new(keep_rate=True)
     with pytest.raises(RunFolderError, match="keep_rate"):
@@ -308,7 +308,7 @@ def test_a_resumed_loop_that_sets_its_rates_goes_on_at_the_same_factor(
             pilot.begin(run)
             loop.optimizer.param_groups[0]["lr"] = RATE / 10
             save_loop(pilot, run, tmp_path / "checkpoint")
-        factors.append(pilot.rate_factor)
+        factors.append(pilot._piloted.rate.of_plan.factor)
         pilot.finish()
     assert factors[0] == factors[1] != 1
 

@@ -93,7 +93,7 @@ FEWEST = (
     ("changes", "words"),
     [
         ({"goal": Goal("bytes")}, FEWEST),
-        ({"goal": Goal("time")}, "it takes the least time per step, 30 ms versus 40 ms."),
+        ({"goal": Goal("time")}, "it takes the least time per step, 75% versus 100%."),
         (
             {"goal": Goal("bytes", 0.002), "costs": np.array([1.0, 2, 3, 4])},
             f"{PLAIN_KEPT} cheaper plan is very likely to stay",
@@ -113,7 +113,7 @@ def test_verdicts(of_choice: Explained, changes: dict[str, Any], words: str) -> 
 def test_what_else_was_within_the_tolerance(of_choice: Explained) -> None:
     told = of_choice(four_plans(goal=Goal("time"))).sentences()
     assert (
-        'The next best within the tolerance: "rank 8 on all modules" (40 ms), "rank 16 on the MLP modules" (50 ms).'
+        'The next best within the tolerance: "rank 8 on all modules" (100%), "rank 16 on the MLP modules" (125%).'
         in told
     )
     alone = four_plans(goal=Goal("time"), fits=np.arange(4) == 1)
